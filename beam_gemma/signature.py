@@ -1,0 +1,331 @@
+"""The contract between an exported graph and the engine that runs it.
+
+A graph computes one *ragged step*: the new tokens of many sequences, packed without padding. This
+module names every input and output, with dtype and symbolic shape, for each device, so that neither
+the exporter nor the engine writes a name as a literal.
+
+Dimensions: B sequences of the step, T new tokens, R packed positions that need a head, V vocabulary,
+D hidden, K key-value heads, H head dimension, C channels of a key slice, P cache blocks, M blocks in
+a table row, S state slots, E positions with given embeddings, X tokens of encoder output.
+
+Inputs of every graph
+    input_ids [T] int64            packed new tokens
+    cu_seqlens [B+1] int32         where each sequence's new tokens start
+    past_seqlens [B] int32         tokens of each sequence that earlier steps have seen
+    logit_rows [R] int64           the packed positions that need a head
+
+For each kind of state that a model keeps
+    PagedState (keys and values of each token, one group of layers)
+        block_table.g [B, M] int32     cache blocks of each sequence, for group g
+        context_starts.g [B] int32     CPU, windows only: position of the first slot of the table
+        slot_mapping.g [T] int32       where each new key and value goes; -1 skips the write
+        key_cache.i, value_cache.i     one pair for each layer i, updated in place
+    RecurrentState (fixed size for each sequence)
+        state_slots [B] int32          the slot of each sequence; its content counts as zero where
+                                       past_seqlens is 0
+        name.i [S, ...]                one for each layer i, updated in place
+    CrossState (keys and values of an encoder's output, read by every step)
+        block_table.cross_attention [B, M] int32, source_seqlens [B] int32
+        cross_key_cache.i, cross_value_cache.i
+
+Optional inputs, where a model declares them
+    inputs_embeds [E, D], embeds_rows [E]   embeddings in place of ids at these packed positions
+    span_ends [T] int32            the last position that a token attends to; its own when causal.
+                                   Greater inside a span that is attended both ways
+    position_ids [T] int64         rotary positions, where they are not the sequence positions
+
+Outputs of the `generate` head
+    topk_logits [R, k] float32, topk_ids [R, k] int64    highest first; equal logits by id
+    logsumexp [R] float32
+    logits [R, V] float32          fetched only when a row needs the whole distribution
+
+CUDA graphs also take attention_metadata [3] int32 in host memory: upper bounds that let kernels be
+chosen without waiting for the stream.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from beam_gemma.config import FULL, SLIDING, GemmaConfig
+from beam_gemma.errors import ArtifactError
+
+Device = Literal["cpu", "cuda"]
+Head = Literal["generate"]
+
+BLOCK_SIZE = {"cpu": 16, "cuda": 16}
+"""Tokens of one cache block."""
+CONTEXT_ALIGNMENT = 128
+"""CPU: tables start and end at multiples of this many tokens.
+
+A product that contracts at most 128 elements gives the same bits whatever the shapes around it, so
+attention adds up 128-token chunks; where chunks begin must not depend on the rest of the step.
+"""
+KEY_SLICE = 128
+"""CPU: most channels of a head that one query-key product contracts, for the same reason."""
+TOP_K = 64
+"""Candidates that the `generate` head returns for each row."""
+OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "position_ids")
+CROSS = "cross_attention"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    """numpy's name, or `bfloat16`."""
+    shape: tuple[int | str, ...]
+    """Fixed sizes, and letters of the module's legend."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PagedState:
+    """Keys and values of every token, in blocks that a table names; one group of layers."""
+
+    group: str
+    layers: tuple[int, ...]
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    """Tokens that a query reaches, itself included; None for all."""
+
+    def shapes(self, device: Device, block_size: int) -> tuple[tuple[int | str, ...], ...]:
+        """Return the shapes of a layer's key cache and value cache.
+
+        CUDA takes [P, block, K, H]. On the CPU blocks are gathered along the second axis, and keys
+        lie in slices of C channels: [K*H/C, P, block, C] and [K, P, block, H].
+        """
+        heads, dim = self.num_key_value_heads, self.head_dim
+        if device == "cuda":
+            shape = ("P_" + self.group, block_size, heads, dim)
+            return shape, shape
+        width = min(KEY_SLICE, dim)
+        blocks = "P_" + self.group
+        return (heads * dim // width, blocks, block_size, width), (heads, blocks, block_size, dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecurrentState:
+    """A tensor of fixed size for each sequence, such as an RG-LRU state or a convolution's tail."""
+
+    name: str
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of one sequence."""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossState:
+    """Keys and values of an encoder's output: written once, read by every step of a sequence."""
+
+    layers: tuple[int, ...]
+    num_key_value_heads: int
+    head_dim: int
+
+
+State = PagedState | RecurrentState | CrossState
+_STATES = {"paged": PagedState, "recurrent": RecurrentState, "cross": CrossState}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateTensor:
+    """A buffer that a step reads and updates in place: bound as input and as output."""
+
+    input_name: str
+    output_name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signature:
+    """Everything the engine must know of one exported graph."""
+
+    head: Head
+    device: Device
+    dtype: str
+    """Of caches and of given embeddings."""
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    """Longest sequence, prompt and completion together, in tokens."""
+    states: tuple[State, ...]
+    block_size: int = 16
+    optional_inputs: tuple[str, ...] = ()
+    top_k: int = TOP_K
+
+    def __post_init__(self) -> None:
+        unknown = set(self.optional_inputs) - set(OPTIONAL_INPUTS)
+        if unknown:
+            raise ArtifactError(
+                f"signature: expected optional inputs among {OPTIONAL_INPUTS}, got {sorted(unknown)}"
+            )
+
+    @property
+    def paged_states(self) -> tuple[PagedState, ...]:
+        """The groups of layers with paged keys and values."""
+        return tuple(s for s in self.states if isinstance(s, PagedState))
+
+    @property
+    def has_recurrent_state(self) -> bool:
+        """Whether each running sequence needs a state slot."""
+        return any(isinstance(s, RecurrentState) for s in self.states)
+
+    def takes_context_starts(self, state: PagedState) -> bool:
+        """Return whether the graph is told where a group's tables start."""
+        return self.device == "cpu" and state.sliding_window is not None
+
+    def step_inputs(self) -> tuple[Tensor, ...]:
+        """Return what changes with every step, in the order of the graph."""
+        tensors = [
+            Tensor(name="input_ids", dtype="int64", shape=("T",)),
+            Tensor(name="cu_seqlens", dtype="int32", shape=("B1",)),
+            Tensor(name="past_seqlens", dtype="int32", shape=("B",)),
+            Tensor(name="logit_rows", dtype="int64", shape=("R",)),
+        ]
+        for state in self.paged_states:
+            tensors += self._paged_inputs(state)
+        if self.has_recurrent_state:
+            tensors.append(Tensor(name="state_slots", dtype="int32", shape=("B",)))
+        if any(isinstance(s, CrossState) for s in self.states):
+            tensors += [
+                Tensor(name=f"block_table.{CROSS}", dtype="int32", shape=("B", f"M_{CROSS}")),
+                Tensor(name="source_seqlens", dtype="int32", shape=("B",)),
+            ]
+        tensors += self._optional_tensors()
+        if self.device == "cuda" and self.paged_states:
+            tensors.append(Tensor(name="attention_metadata", dtype="int32", shape=(3,)))
+        return tuple(tensors)
+
+    def state_tensors(self) -> tuple[StateTensor, ...]:
+        """Return the buffers that live as long as the engine, in the order of the graph."""
+        tensors: list[StateTensor] = []
+        for state in self.states:
+            if isinstance(state, RecurrentState):
+                shape: tuple[int | str, ...] = ("S", *state.shape)
+                tensors += [
+                    _state_tensor(f"{state.name}.{layer}", state.dtype, shape)
+                    for layer in state.layers
+                ]
+            else:
+                tensors += self._cache_tensors(state)
+        return tuple(tensors)
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return the outputs that are not state."""
+        return (
+            Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
+            Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
+            Tensor(name="logsumexp", dtype="float32", shape=("R",)),
+            Tensor(name="logits", dtype="float32", shape=("R", self.vocab_size)),
+        )
+
+    @property
+    def candidates(self) -> int:
+        """Columns of `topk_logits`: `top_k`, or the whole of a smaller vocabulary."""
+        return min(self.top_k, self.vocab_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a form for the manifest that `from_json` reads back."""
+        kinds = {cls: kind for kind, cls in _STATES.items()}
+        states = [{"kind": kinds[type(s)], **asdict(s)} for s in self.states]
+        return {**asdict(self), "states": states}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Signature":
+        """Read what `to_json` wrote."""
+        states = tuple(_state_from_json(dict(state)) for state in raw["states"])
+        return cls(**{**_tuples(raw), "states": states})
+
+    def _paged_inputs(self, state: PagedState) -> list[Tensor]:
+        group = state.group
+        tensors = [
+            Tensor(name=f"block_table.{group}", dtype="int32", shape=("B", f"M_{group}")),
+            Tensor(name=f"slot_mapping.{group}", dtype="int32", shape=("T",)),
+        ]
+        if self.takes_context_starts(state):
+            tensors.append(Tensor(name=f"context_starts.{group}", dtype="int32", shape=("B",)))
+        return tensors
+
+    def _optional_tensors(self) -> list[Tensor]:
+        tensors = {
+            "inputs_embeds": [
+                Tensor(name="inputs_embeds", dtype=self.dtype, shape=("E", self.hidden_size)),
+                Tensor(name="embeds_rows", dtype="int64", shape=("E",)),
+            ],
+            "span_ends": [Tensor(name="span_ends", dtype="int32", shape=("T",))],
+            "position_ids": [Tensor(name="position_ids", dtype="int64", shape=("T",))],
+        }
+        return [t for name in self.optional_inputs for t in tensors[name]]
+
+    def _cache_tensors(self, state: PagedState | CrossState) -> list[StateTensor]:
+        prefix = ""
+        if isinstance(state, CrossState):
+            prefix = "cross_"
+            state = PagedState(
+                group=CROSS,
+                layers=state.layers,
+                num_key_value_heads=state.num_key_value_heads,
+                head_dim=state.head_dim,
+            )
+        key_shape, value_shape = state.shapes(self.device, self.block_size)
+        return [
+            _state_tensor(f"{prefix}{kind}_cache.{layer}", self.dtype, shape)
+            for layer in state.layers
+            for kind, shape in (("key", key_shape), ("value", value_shape))
+        ]
+
+
+def decoder_signature(config: GemmaConfig, *, device: Device, dtype: str) -> Signature:
+    """Return the signature of a text decoder: one group of paged layers for each layer type."""
+    width = min(KEY_SLICE, config.head_dim)
+    if device == "cpu" and config.head_dim % width:
+        raise ArtifactError(
+            f"head_dim: expected a multiple of {KEY_SLICE} on the CPU, got {config.head_dim}"
+        )
+    states = tuple(
+        PagedState(
+            group=group,
+            layers=config.layers_of(group),
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            sliding_window=config.window(group),
+        )
+        for group in (FULL, SLIDING)
+        if config.layers_of(group)
+    )
+    return Signature(
+        head="generate",
+        device=device,
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        max_model_len=config.max_position_embeddings,
+        states=states,
+        block_size=BLOCK_SIZE[device],
+    )
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Return how many cache blocks hold so many tokens."""
+    return math.ceil(num_tokens / block_size)
+
+
+def _state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:
+    stem, _, layer = name.rpartition(".")
+    return StateTensor(input_name=name, output_name=f"{stem}_out.{layer}", dtype=dtype, shape=shape)
+
+
+def _state_from_json(raw: dict[str, Any]) -> State:
+    kind = raw.pop("kind")
+    if kind not in _STATES:
+        raise ArtifactError(f"signature: expected a state among {sorted(_STATES)}, got {kind!r}")
+    return _STATES[kind](**_tuples(raw))  # type: ignore[return-value]
+
+
+def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}

