@@ -219,7 +219,10 @@ def _rope_parameters(
     given = reader.take("rope_parameters", None)
     kinds = tuple(dict.fromkeys(layer_types))
     if given is None:
-        given = {FULL: {"rope_theta": theta, **(scaling or {})}, SLIDING: {"rope_theta": local_theta}}
+        given = {
+            FULL: {"rope_theta": theta, **(scaling or {})},
+            SLIDING: {"rope_theta": local_theta},
+        }
     elif not set(given) & {FULL, SLIDING}:
         given = dict.fromkeys(kinds, given)
     return tuple((kind, _rope(kind, given.get(kind) or {})) for kind in kinds)

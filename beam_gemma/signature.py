@@ -4,9 +4,9 @@ A graph computes one *ragged step*: the new tokens of many sequences, packed wit
 module names every input and output, with dtype and symbolic shape, for each device, so that neither
 the exporter nor the engine writes a name as a literal.
 
-Dimensions: B sequences of the step, T new tokens, R packed positions that need a head, V vocabulary,
-D hidden, K key-value heads, H head dimension, C channels of a key slice, P cache blocks, M blocks in
-a table row, S state slots, E positions with given embeddings, X tokens of encoder output.
+Dimensions: B sequences of the step, T new tokens, R packed positions that need a head,
+V vocabulary, D hidden, K key-value heads, H head dimension, C channels of a key slice, P cache
+blocks, M blocks in a table row, S state slots, E positions with given embeddings.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -162,7 +162,7 @@ class Signature:
         unknown = set(self.optional_inputs) - set(OPTIONAL_INPUTS)
         if unknown:
             raise ArtifactError(
-                f"signature: expected optional inputs among {OPTIONAL_INPUTS}, got {sorted(unknown)}"
+                f"signature: expected optional inputs of {OPTIONAL_INPUTS}, got {sorted(unknown)}"
             )
 
     @property
@@ -324,7 +324,7 @@ def _state_from_json(raw: dict[str, Any]) -> State:
     kind = raw.pop("kind")
     if kind not in _STATES:
         raise ArtifactError(f"signature: expected a state among {sorted(_STATES)}, got {kind!r}")
-    return _STATES[kind](**_tuples(raw))  # type: ignore[return-value]
+    return _STATES[kind](**_tuples(raw))
 
 
 def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,234 @@
+"""The exported model: one folder, any device.
+
+manifest.json          format, architecture, signatures, checksums, where the model comes from
+generate.cpu.onnx      a graph for each head and device; no weights inside
+weights/               external data of all graphs: links to the checkpoint's files and what
+                       had to be written
+tokenizer.model        SentencePiece
+chat_template.jinja    where the checkpoint has one
+legal/                 licence, terms and notices of the model
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from beam_gemma.config import GemmaConfig, RopeParameters
+from beam_gemma.errors import ArtifactError
+from beam_gemma.signature import Device, Head, Signature
+
+FORMAT = 1
+"""Raised when a worker of an older version could not run what is written now."""
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"
+LEGAL = "legal"
+SMALL_FILE_BYTES = 16 << 20
+"""Files up to this size are checked in full each time a folder is opened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """What the manifest says of one file."""
+
+    num_bytes: int
+    sha256: str | None
+    """None where the exporter was asked to leave the checksum for later."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """An opened model folder."""
+
+    path: Path
+    name: str
+    config: GemmaConfig
+    precision: str
+    signatures: Mapping[tuple[Head, Device], Signature]
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a text."""
+    source: Mapping[str, str]
+    """Checkpoint name, its format, exporter version."""
+    files: Mapping[str, FileEntry]
+    """By path relative to the folder."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Artifact":
+        """Open a folder; sizes of all files and checksums of small ones are verified.
+
+        Raises:
+            ArtifactError: there is no such folder, it is of another format, or a file is damaged.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        try:
+            artifact = cls(
+                path=folder,
+                name=manifest["name"],
+                config=_config_from_json(manifest["config"]),
+                precision=manifest["precision"],
+                signatures={
+                    (s.head, s.device): s for s in map(Signature.from_json, manifest["signatures"])
+                },
+                eos_token_ids=tuple(manifest["eos_token_ids"]),
+                source=manifest["source"],
+                files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{folder / MANIFEST}: expected the fields of format {FORMAT}, got {error}; "
+                "export the model again"
+            ) from error
+        artifact._check_sizes()
+        artifact._check_sums(small_only=True)
+        return artifact
+
+    def verify(self) -> None:
+        """Check every checksum, of weights too.
+
+        Raises:
+            ArtifactError: a file is not what was exported.
+        """
+        self._check_sums(small_only=False)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Devices that some graph of the folder runs on."""
+        return tuple(dict.fromkeys(device for _, device in self.signatures))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model."""
+        return self.path / TOKENIZER
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's chat template, where it has one."""
+        file = self.path / CHAT_TEMPLATE
+        return file.read_text() if CHAT_TEMPLATE in self.files else None
+
+    @property
+    def digest(self) -> str:
+        """A name of the model's exact content: a hash over all files."""
+        entries = {name: (e.num_bytes, e.sha256) for name, e in sorted(self.files.items())}
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+    def signature(self, head: Head, device: Device) -> Signature:
+        """Return the contract of one graph.
+
+        Raises:
+            ArtifactError: the folder was exported without it.
+        """
+        if (head, device) not in self.signatures:
+            have = ", ".join(f"{h} on {d}" for h, d in self.signatures)
+            raise ArtifactError(
+                f"{self.path}: expected a graph for {head} on {device}, got {have}; "
+                f"export the model again with --device {device}"
+            )
+        return self.signatures[head, device]
+
+    def graph_path(self, head: Head, device: Device) -> Path:
+        """Return the ONNX file of one graph."""
+        self.signature(head, device)
+        return self.path / graph_name(head, device)
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise ArtifactError(f"{file}: expected a file of the model, got nothing")
+            if file.stat().st_size != entry.num_bytes:
+                raise ArtifactError(
+                    f"{file}: expected {entry.num_bytes:,} bytes, got {file.stat().st_size:,}; "
+                    "the folder is damaged, copy or export it again"
+                )
+
+    def _check_sums(self, *, small_only: bool) -> None:
+        for name, entry in self.files.items():
+            if entry.sha256 is None or (small_only and entry.num_bytes > SMALL_FILE_BYTES):
+                continue
+            if sha256_of(self.path / name) != entry.sha256:
+                raise ArtifactError(
+                    f"{self.path / name}: expected sha256 {entry.sha256}, got another; "
+                    "the folder is damaged, copy or export it again"
+                )
+
+
+def graph_name(head: Head, device: Device) -> str:
+    """Return the file name of a graph."""
+    return f"{head}.{device}.onnx"
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    name: str,
+    config: GemmaConfig,
+    precision: str,
+    signatures: tuple[Signature, ...],
+    eos_token_ids: tuple[int, ...],
+    source: Mapping[str, str],
+    without_checksum: frozenset[str] = frozenset(),
+) -> None:
+    """Describe a finished folder; from then on `Artifact.open` takes it."""
+    names = sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != MANIFEST
+    )
+    summed = [n for n in names if n not in without_checksum]
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(summed, pool.map(lambda n: sha256_of(folder / n), summed), strict=True))
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "config": asdict(config),
+        "precision": precision,
+        "signatures": [signature.to_json() for signature in signatures],
+        "eos_token_ids": list(eos_token_ids),
+        "source": dict(source),
+        "files": {
+            n: {"num_bytes": (folder / n).stat().st_size, "sha256": sums.get(n)} for n in names
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """Return the checksum of a file in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        found = "another folder" if folder.is_dir() else "nothing"
+        raise ArtifactError(
+            f"{folder}: expected a model folder with {MANIFEST}, got {found}; "
+            "make one with python -m export"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ArtifactError(
+            f"{file}: expected JSON, got {error}; export the model again"
+        ) from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ArtifactError(f"{file}: expected the field format, got none; export the model again")
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(
+            f"{file}: format {manifest['format']}, this version reads {FORMAT}; "
+            "export the model again or install the version that wrote it"
+        )
+    return manifest
+
+
+def _config_from_json(raw: Mapping[str, Any]) -> GemmaConfig:
+    rope = tuple((kind, RopeParameters(**values)) for kind, values in raw["rope_parameters"])
+    fields = dict(raw, layer_types=tuple(raw["layer_types"]), rope_parameters=rope)
+    return GemmaConfig(**fields)

@@ -1,0 +1,173 @@
+"""Export a checkpoint: `python -m export --checkpoint PATH --output DIR`."""
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+import beam_gemma
+from beam_gemma.artifact import (
+    CHAT_TEMPLATE,
+    LEGAL,
+    TOKENIZER,
+    graph_name,
+    write_manifest,
+)
+from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
+from beam_gemma.signature import Device, Signature, decoder_signature
+from export.checkpoint import Checkpoint, read_checkpoint
+from export.legal import write_legal
+from export.to_onnx import trace
+from export.weights import WEIGHTS, WRITTEN, attach
+
+LOGGER = logging.getLogger("export")
+PRECISIONS = {"cpu": {"auto": "fp32", "fp32": "fp32"}, "cuda": {"auto": "bf16", "bf16": "bf16"}}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+EPILOG = """examples:
+  python -m export --checkpoint gemma-3-270m.gguf --output models/gemma-3-270m
+  python -m export --checkpoint gemma-3-27b-it --output models/gemma-3-27b-it --device cuda
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    LOGGER.setLevel(logging.INFO)
+    # PyTorch's exporter reports on optional packages that no Gemma needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        args = _parse(argv)
+        export(
+            args.checkpoint,
+            args.output,
+            device=args.device,
+            precision=args.precision,
+            checksums=args.checksums,
+            overwrite=args.overwrite,
+        )
+    except BeamGemmaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def export(
+    checkpoint_path: Path,
+    output: Path,
+    *,
+    device: Device = "cpu",
+    precision: str = "auto",
+    checksums: str = "now",
+    overwrite: bool = False,
+) -> None:
+    """Turn a checkpoint into a model folder.
+
+    The folder appears under its name only when it is complete.
+
+    Raises:
+        BeamGemmaError: the checkpoint, a setting or the output is at fault.
+    """
+    if precision not in PRECISIONS[device]:
+        raise OptionsError(
+            f"--precision: expected {' or '.join(PRECISIONS[device])} for --device {device}, "
+            f"got {precision}"
+        )
+    if output.exists() and not overwrite:
+        raise OptionsError(f"{output}: the output exists already; pass --overwrite to replace it")
+    start = time.monotonic()
+    precision = PRECISIONS[device][precision]
+    checkpoint = read_checkpoint(checkpoint_path)
+    signature = decoder_signature(checkpoint.config, device=device, dtype=DTYPES[precision])
+    folder = output.with_name(output.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / WEIGHTS).mkdir(parents=True)
+    _write_graph(checkpoint, signature, folder)
+    _write_texts(checkpoint, folder)
+    linked = {f"{WEIGHTS}/{f.name}" for f in (folder / WEIGHTS).iterdir()} - {WRITTEN}
+    write_manifest(
+        folder,
+        name=output.name,
+        config=checkpoint.config,
+        precision=precision,
+        signatures=(signature,),
+        eos_token_ids=checkpoint.eos_token_ids,
+        source={
+            "checkpoint": checkpoint.name,
+            "format": checkpoint.format,
+            "exporter": f"beam_gemma {beam_gemma.__version__}",
+        },
+        without_checksum=frozenset(linked if checksums == "later" else ()),
+    )
+    if output.exists():
+        shutil.rmtree(output)
+    folder.rename(output)
+    LOGGER.info("%s", _summary(output, linked, time.monotonic() - start))
+
+
+def _write_graph(checkpoint: Checkpoint, signature: Signature, folder: Path) -> None:
+    model = trace(checkpoint.config, signature)
+    attach(model, checkpoint, signature, folder)
+    ir.save(model, folder / graph_name(signature.head, signature.device))
+
+
+def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
+    (folder / TOKENIZER).write_bytes(checkpoint.tokenizer_model())
+    if checkpoint.chat_template:
+        (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template)
+    write_legal(checkpoint, folder / LEGAL)
+
+
+def _summary(output: Path, linked: set[str], seconds: float) -> str:
+    files = {f.relative_to(output).as_posix(): f.stat().st_size for f in output.rglob("*.*")}
+    written = sum(size for name, size in files.items() if name not in linked) / 1e6
+    links = sum(size for name, size in files.items() if name in linked) / 1e6
+    return f"{output}: {written:,.1f} MB written, {links:,.1f} MB linked, in {seconds:.1f} s"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Export a Gemma checkpoint to a folder that beam_gemma pipelines run.",
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="PATH",
+        help="Folder with config.json and safetensors files, or a .gguf file.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="Model folder to make."
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="Device that will run the graph (default: %(default)s).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="Number format of weights and caches: fp32 on cpu, bf16 on cuda "
+        "(default: %(default)s).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checksums", choices=("now", "later"), default="now",
+        help="later: leave out the checksums of files that are links to the checkpoint, which "
+        "takes reading all of them (default: %(default)s).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace an existing folder (default: refuse)."
+    )
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise OptionsError(f"unknown flag {flag}{nearest(flag, known)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

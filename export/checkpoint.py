@@ -1,0 +1,240 @@
+"""Reading a checkpoint: its architecture and its tensors, under the names of `export.model`.
+
+A checkpoint is a Hugging Face folder with safetensors files, sharded or not, or one GGUF file.
+Tensors are described, not read: where raw bytes already are what a graph needs, the graph will
+point at them where they lie.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from beam_gemma.config import GemmaConfig
+from beam_gemma.errors import CheckpointError, nearest
+
+CHUNK_BYTES = 64 << 20
+"""Tensors are converted in slices of about this size, so memory stays small."""
+NUMPY_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawBytes:
+    """Where a tensor lies as plain little-endian numbers."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not read yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """`float32`, `bfloat16`, `float16`, or a GGUF quantization."""
+    raw: RawBytes | None
+    """None where the bytes need decoding."""
+    rows: Callable[[int, int], np.ndarray]
+    """Decodes rows [start, stop) of the first dimension."""
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the tensor in slices of its first dimension."""
+        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
+        step = max(1, CHUNK_BYTES // row_bytes)
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(start + step, self.shape[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An architecture, its tensors and what else travels with a model."""
+
+    name: str
+    path: Path
+    format: str
+    """`safetensors` or `gguf`."""
+    config: GemmaConfig
+    tensors: Mapping[str, StoredTensor]
+    norm_offset: float
+    """Added to stored norm weights to get the effective ones: 1 where a file stores w of 1 + w."""
+    tokenizer_model: Callable[[], bytes]
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | None
+    legal_files: tuple[Path, ...] = field(default=())
+    """Licence, terms and notices found beside the weights."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a Hugging Face folder or a GGUF file.
+
+    Raises:
+        CheckpointError: the path holds neither, or tensors are missing or left over.
+        ConfigError: the architecture is not supported.
+    """
+    from export.gguf_file import read_gguf
+
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return read_gguf(path)
+    raise CheckpointError(
+        f"{path}: expected a folder with config.json and safetensors files, or a .gguf file, got "
+        f"{'another file' if path.exists() else 'nothing'}"
+    )
+
+
+def check_names(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint that lacks a tensor, has one too many, or has one of another shape."""
+    for name in sorted(set(expected) - set(found)):
+        raise CheckpointError(
+            f"checkpoint: expected the tensor {name}, got none{nearest(name, found)}"
+        )
+    for name in sorted(set(found) - set(expected)):
+        raise CheckpointError(
+            f"checkpoint: the tensor {found[name].name} has no place in this architecture"
+            f"{nearest(name, expected)}"
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CheckpointError(
+                f"checkpoint: expected {found[name].name} of shape {list(shape)} as config.json "
+                f"says, got {list(found[name].shape)}"
+            )
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    raw = _read_json(folder / "config.json")
+    config = GemmaConfig.from_hf(raw)
+    tensors = {}
+    for file in _safetensors_files(folder):
+        for stored in read_safetensors(file):
+            name = _decoder_name(stored.name)
+            if name is not None:
+                tensors[name] = stored
+    return Checkpoint(
+        name=folder.name,
+        path=folder,
+        format="safetensors",
+        config=config,
+        tensors=tensors,
+        norm_offset=1.0,
+        tokenizer_model=lambda: _tokenizer_bytes(folder),
+        eos_token_ids=_eos_token_ids(folder, raw),
+        chat_template=_chat_template(folder),
+        legal_files=_legal_files(folder),
+    )
+
+
+def _decoder_name(name: str) -> str | None:
+    """Map a Hugging Face tensor name to ours; None for the copy of a tied head."""
+    return None if name == "lm_head.weight" else name.removeprefix("model.")
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """Return the shards that the index names, or the single file."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: expected a safetensors file, got nothing")
+    return [folder / name for name in names]
+
+
+def read_safetensors(file: Path) -> Iterator[StoredTensor]:
+    """Describe the tensors of one safetensors file from its header alone."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < length <= file.stat().st_size - 8:
+            raise CheckpointError(f"{file}: expected a safetensors header, got another file")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(
+                f"{file}: expected {name} as one of {', '.join(SAFETENSORS_DTYPES)}, "
+                f"got {entry['dtype']}"
+            )
+        start, end = entry["data_offsets"]
+        raw = RawBytes(file=file, offset=8 + length + start, length=end - start)
+        if raw.offset + raw.length > file.stat().st_size:
+            raise CheckpointError(f"{file}: the file ends inside the tensor {name}; copy it again")
+        yield raw_tensor(name, tuple(entry["shape"]), dtype, raw)
+
+
+def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:
+    """Describe a tensor that lies in a file as plain numbers."""
+    row = int(np.prod(shape[1:]))
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        kind = NUMPY_DTYPES[dtype]
+        offset = raw.offset + start * row * kind.itemsize
+        values = np.fromfile(raw.file, kind, count=(stop - start) * row, offset=offset)
+        return values.reshape(stop - start, *shape[1:])
+
+    return StoredTensor(name=name, shape=shape, dtype=dtype, raw=raw, rows=rows)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: expected a checkpoint's file, got nothing")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: expected JSON, got {error}") from error
+
+
+def _tokenizer_bytes(folder: Path) -> bytes:
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: expected the SentencePiece model of the checkpoint, got nothing; "
+            "it is one of the files published with every Gemma model"
+        )
+    return file.read_bytes()
+
+
+def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end a text: generation_config.json knows more than config.json."""
+    generation = folder / "generation_config.json"
+    raw = _read_json(generation) if generation.exists() else {}
+    ids = raw.get("eos_token_id", config.get("eos_token_id", 1))
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _chat_template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text()
+    settings = folder / "tokenizer_config.json"
+    template = _read_json(settings).get("chat_template") if settings.exists() else None
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
+
+
+def _legal_files(folder: Path) -> tuple[Path, ...]:
+    names = ("license", "notice", "terms", "use_policy", "prohibited")
+    return tuple(
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name.lower().startswith(names)
+    )

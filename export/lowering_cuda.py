@@ -1,0 +1,43 @@
+"""CUDA lowering of the custom ops: ONNX Runtime's own paged attention.
+
+Semantics of `com.microsoft::PagedAttention` 1 in ONNX Runtime 1.31: `local_window_size` counts the
+query's own position, scores are scaled, then soft-capped, then masked, and tables keep their full
+length, so `context_starts` has no part. It is causal: spans attended both ways need another op.
+"""
+
+# Names are bound when the source is parsed into ONNX, so types here are tensors, not Python values.
+# mypy: ignore-errors
+# ruff: noqa: N802, D103
+
+from onnxscript import script
+from onnxscript.onnx_opset import opset23 as op
+from onnxscript.onnx_types import TensorType
+from onnxscript.values import Opset
+
+DOMAIN = Opset("beam_gemma", 1)
+MICROSOFT = Opset("com.microsoft", 1)
+
+
+@script(DOMAIN, default_opset=op)
+def RaggedAttention(
+    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    attention_metadata, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float,
+) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
+    output, key_out, value_out = MICROSOFT.PagedAttention(
+        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        None, None, slot_mapping, None, None, None, None, None, attention_metadata,
+        num_heads=num_heads, kv_num_heads=num_kv_heads, local_window_size=window, scale=scale,
+        softcap=softcap,
+    )  # fmt: skip
+    return output, key_out, value_out
+
+
+@script(DOMAIN, default_opset=op)
+def RmsNorm(x, weight, epsilon: float) -> TensorType:
+    """In float32, as the reference does: the squares of a bfloat16 residual stream need it."""
+    wide = op.Cast(x, to=1)
+    return op.CastLike(op.RMSNormalization(wide, weight, axis=-1, epsilon=epsilon), x)
+
+
+FUNCTIONS = (RaggedAttention, RmsNorm)

@@ -1,0 +1,148 @@
+"""The custom ops of the project: formula, eager reference, and the node each becomes in ONNX.
+
+`ragged_attention` attends with the new tokens of many sequences, packed without padding, over a
+cache in blocks. For a query at position q of its sequence, in head n, with key head
+g = n // (N / K):
+
+    s[k]   = scale * <query[q, n], key[k, g]>
+    s[k]   = softcap * tanh(s[k] / softcap)            where the model has a softcap
+    reach  = q - window < k <= last_keys[q]            last_keys[q] = q when causal
+    out[q] = sum over reached k of softmax(s)[k] * value[k, g]
+
+`rms_norm` is x / sqrt(mean(x^2) + epsilon) * weight in float32; the weight is the effective one,
+1 + w where a checkpoint stores w.
+
+Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head dimension, P cache
+blocks, M blocks in a table row, D hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_WINDOW = 1 << 30
+"""Window of a layer that reaches every earlier token."""
+NAMESPACE = "beam_gemma"
+
+
+@torch.library.custom_op("beam_gemma::ragged_attention", mutates_args=())
+def ragged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cu_seqlens: Tensor,
+    past_seqlens: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    context_starts: Tensor,
+    last_keys: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    layout: str,
+    attention_metadata: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend, and return the output [T, N * H] with the updated caches.
+
+    Args:
+        query: [T, N * H], rotated.
+        key: [T, K * H], rotated.
+        value: [T, K * H].
+        key_cache: In the layout of `signature.PagedState.shapes` for the device `layout`.
+        value_cache: Likewise.
+        cu_seqlens: [B + 1], where each sequence's new tokens start.
+        past_seqlens: [B], positions before the first new token.
+        block_table: [B, M], cache blocks; the first slot is position `context_starts`.
+        slot_mapping: [T], flat slot of each new token; negative skips the write.
+        context_starts: [B].
+        last_keys: [T], the last position that each token reaches.
+        num_heads: N.
+        num_kv_heads: K.
+        window: Positions in reach to the left, the query's own included.
+        scale: Factor of query-key products.
+        softcap: 0 for none.
+        layout: `cpu` or `cuda`.
+        attention_metadata: [3], bounds for the CUDA kernel; no part of the mathematics.
+    """
+    del attention_metadata
+    head_dim = key.shape[1] // num_kv_heads
+    key_tokens = _token_view(key_cache, layout, num_kv_heads, head_dim)
+    value_tokens = _token_view(value_cache, layout, num_kv_heads, head_dim)
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept].long()
+    key_tokens[slots] = key.view(-1, num_kv_heads, head_dim)[kept]
+    value_tokens[slots] = value.view(-1, num_kv_heads, head_dim)[kept]
+    block_size = key_cache.shape[1] if layout == "cuda" else key_cache.shape[2]
+    outputs = []
+    for b in range(past_seqlens.shape[0]):
+        new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        context = (block_table[b].long()[:, None] * block_size + torch.arange(block_size)).flatten()
+        positions = int(past_seqlens[b]) + torch.arange(q.shape[0])
+        keys = int(context_starts[b]) + torch.arange(context.shape[0])
+        reach = keys <= last_keys[new, None].long()
+        reach &= keys > positions[:, None] - window
+        outputs.append(
+            _attend(q, key_tokens[context], value_tokens[context], reach, scale, softcap)
+        )
+    output = torch.cat(outputs).reshape(query.shape)
+    return (
+        output,
+        _cache_view(key_tokens, key_cache, layout),
+        _cache_view(value_tokens, value_cache, layout),
+    )
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, reach: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attend with one sequence: q [S, K, G, H], keys and values [J, K, H], reach [S, J]."""
+    scores = torch.einsum("skgh,jkh->kgsj", q, keys) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~reach, -torch.inf).softmax(-1, dtype=wide).to(values.dtype)
+    # A slot out of reach may hold anything, but never contributes.
+    values = values.masked_fill(~reach.any(0)[:, None, None], 0.0)
+    return torch.einsum("kgsj,jkh->skgh", weights, values)
+
+
+def _token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Return a copy of the cache as [P * block, K, H]."""
+    if layout == "cuda":
+        return cache.clone().view(-1, num_kv_heads, head_dim)
+    slices, blocks, block_size, width = cache.shape
+    tokens = cache.permute(1, 2, 0, 3).reshape(blocks * block_size, slices * width)
+    return tokens.clone().view(-1, num_kv_heads, head_dim)
+
+
+def _cache_view(tokens: Tensor, cache: Tensor, layout: str) -> Tensor:
+    """Return what `_token_view` made in the layout of the cache."""
+    if layout == "cuda":
+        return tokens.reshape(cache.shape)
+    slices, blocks, block_size, width = cache.shape
+    return tokens.reshape(blocks, block_size, slices, width).permute(2, 0, 1, 3).contiguous()
+
+
+@ragged_attention.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, _, _, key_cache, value_cache = args[:5]
+    return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
+
+
+@torch.library.custom_op("beam_gemma::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Normalize the last dimension of x [..., D] by its root mean square; weight [D] is float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (normed * weight).to(x.dtype)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)

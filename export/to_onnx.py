@@ -1,0 +1,229 @@
+"""From the PyTorch module to an ONNX graph, without a weight in memory.
+
+The module is built and traced under fake tensors, so a 27B model exports on a laptop. Weights come
+in later as references to files (`export.weights`).
+"""
+
+import inspect
+import typing
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.onnx_opset import opset23 as op
+from onnxscript.optimizer import optimize
+from onnxscript.values import OnnxFunction, Op
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from beam_gemma.config import GemmaConfig
+from beam_gemma.signature import Signature, StateTensor, Tensor
+from export import lowering_cpu, lowering_cuda
+from export.model import GemmaDecoder, RMSNorm, Rotary
+from export.ops import NO_WINDOW
+
+OPSET = 23
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+TENSOR_TYPES = ["tensor(float)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
+LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
+
+
+def trace(config: GemmaConfig, signature: Signature) -> ir.Model:
+    """Export the decoder of `config` as the graph that `signature` describes.
+
+    Its parameters are initializers without a value, named as in `export.model`.
+    """
+    with FakeTensorMode(), warnings.catch_warnings():
+        # Deprecations inside the exporter are not the caller's business.
+        warnings.simplefilter("ignore")
+        module = typed(GemmaDecoder(config, signature), signature.dtype).eval()
+        sizes = _Sizes()
+        step = {t.name: sizes.example(t) for t in signature.step_inputs()}
+        state = {t.input_name: sizes.example(t) for t in signature.state_tensors()}
+        program = torch.export.export(
+            module,
+            (step, state),
+            dynamic_shapes=(
+                {t.name: _dynamic(t.shape) for t in signature.step_inputs()},
+                {t.input_name: _dynamic(t.shape) for t in signature.state_tensors()},
+            ),
+            strict=False,
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verify=False,
+            verbose=False,
+            input_names=[*step, *state],
+            output_names=_output_names(signature),
+            custom_translation_table=_translations(signature.device),
+        )
+    assert exported is not None
+    return _finished(exported.model, signature, {name for name, _ in module.named_parameters()})
+
+
+def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir.Model:
+    """Optimize the graph around its parameters, then add the bodies of its custom ops.
+
+    In this order: the optimizer must see neither fake values nor the inside of an op.
+    """
+    for name in parameters & set(model.graph.initializers):
+        model.graph.initializers[name].const_value = None
+    optimize(model)
+    model.opset_imports.update({"beam_gemma": 1, "com.microsoft": 1})
+    for function in LOWERINGS[signature.device]:
+        body = ir.serde.deserialize_function(function.to_function_proto())
+        model.functions[body.identifier()] = body
+    _name_dimensions(model, signature)
+    model.producer_name = "beam_gemma"
+    return model
+
+
+def typed(module: GemmaDecoder, dtype: str) -> GemmaDecoder:
+    """Give the module's matrices a dtype; norm weights and frequencies stay as they are."""
+    for child in module.modules():
+        if not isinstance(child, RMSNorm | Rotary):
+            for name, parameter in child.named_parameters(recurse=False):
+                parameter = torch.nn.Parameter(parameter.to(TORCH_DTYPES[dtype]))
+                setattr(child, name, parameter)
+    return module
+
+
+class _Sizes:
+    """Example sizes for the letters of a signature; all differ, so no two are taken for one."""
+
+    def __init__(self) -> None:
+        self._sizes = {"B": 3, "B1": 4}
+
+    def example(self, tensor: Tensor | StateTensor) -> torch.Tensor:
+        shape = [
+            dim if isinstance(dim, int) else self._sizes.setdefault(dim, 11 + 2 * len(self._sizes))
+            for dim in tensor.shape
+        ]
+        return torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype])
+
+
+def _dynamic(shape: tuple[int | str, ...]) -> dict[int, Any]:
+    return {i: torch.export.Dim.DYNAMIC for i, dim in enumerate(shape) if isinstance(dim, str)}
+
+
+def _output_names(signature: Signature) -> list[str]:
+    return [
+        *(tensor.name for tensor in signature.outputs()),
+        *(tensor.output_name for tensor in signature.state_tensors()),
+    ]
+
+
+def _name_dimensions(model: ir.Model, signature: Signature) -> None:
+    """Replace the exporter's symbols by the letters of the signature, everywhere in the graph."""
+    shapes = {t.name: t.shape for t in (*signature.step_inputs(), *signature.outputs())}
+    for state in signature.state_tensors():
+        shapes |= dict.fromkeys((state.input_name, state.output_name), state.shape)
+    letters: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for symbol, letter in zip(value.shape or (), shapes[value.name or ""], strict=True):
+            if isinstance(symbol, ir.SymbolicDim) and isinstance(letter, str):
+                letters[str(symbol.value)] = letter
+    for value in _values(model):
+        if value.shape is not None and not value.shape.frozen:
+            for axis, symbol in enumerate(value.shape):
+                if isinstance(symbol, ir.SymbolicDim):
+                    value.shape[axis] = letters.get(str(symbol.value), symbol.value)
+    for value in model.graph.outputs:
+        value.shape = ir.Shape(shapes[value.name or ""])
+
+
+def _values(model: ir.Model) -> Iterable[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what torch ops become on a device, beside PyTorch's own table."""
+    return {
+        torch.ops.beam_gemma.ragged_attention.default: (
+            _attention_cpu if device == "cpu" else _attention_cuda
+        ),
+        torch.ops.beam_gemma.rms_norm.default: _rms_norm,
+        torch.ops.aten.linear.default: _linear,
+    }
+
+
+def _node(function: OnnxFunction[..., Any]) -> Op:
+    """Return the op that records a call of `function` as one node, without its body.
+
+    A body that the exporter sees is inlined when it changes the opset version.
+    """
+    schema = onnx.defs.OpSchema
+    attribute_types = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT}
+    signature = inspect.signature(function.function)
+    inputs, attributes = [], []
+    for name, parameter in signature.parameters.items():
+        kind = attribute_types.get(parameter.annotation)
+        if kind is None:
+            inputs.append(schema.FormalParameter(name, "T"))
+        else:
+            attributes.append(schema.Attribute(name, kind, "", required=True))
+    num_outputs = len(typing.get_args(signature.return_annotation)) or 1
+    return Op(
+        function.opset,
+        function.name,
+        schema(
+            function.name,
+            function.opset.domain,
+            1,
+            inputs=inputs,
+            outputs=[schema.FormalParameter(f"output_{i}", "T") for i in range(num_outputs)],
+            type_constraints=[("T", TENSOR_TYPES, "")],
+            attributes=attributes,
+        ),
+    )
+
+
+def _attention_cpu(  # type: ignore[no-untyped-def]
+    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float, layout: str, attention_metadata=None,
+):  # fmt: skip
+    del layout, attention_metadata
+    inputs = (
+        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        slot_mapping, context_starts, last_keys,
+    )  # fmt: skip
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "window": window, "scale": scale}
+    if softcap:
+        return _node(lowering_cpu.RaggedAttentionSoftcap)(*inputs, **shape, softcap=softcap)
+    return _node(lowering_cpu.RaggedAttention)(*inputs, **shape)
+
+
+def _attention_cuda(  # type: ignore[no-untyped-def]
+    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float, layout: str, attention_metadata=None,
+):  # fmt: skip
+    del layout, context_starts, last_keys
+    return _node(lowering_cuda.RaggedAttention)(
+        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        slot_mapping, attention_metadata,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
+        window=-1 if window == NO_WINDOW else window,
+    )  # fmt: skip
+
+
+def _rms_norm(x, weight, epsilon: float):  # type: ignore[no-untyped-def]
+    return _node(lowering_cpu.RmsNorm)(x, weight, epsilon=epsilon)
+
+
+def _linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
+    """Gemm takes weights as checkpoints store them, [out, in], so no transposed copy is made."""
+    return op.Gemm(x, weight, bias, transB=1)

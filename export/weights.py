@@ -1,0 +1,169 @@
+"""Giving a graph its weights: links to a checkpoint's bytes where they serve as they are.
+
+ONNX external data is (file, offset, length) of raw little-endian numbers, which is what a
+safetensors file holds. So a tensor whose dtype the graph takes is neither read nor copied: its file
+is hard-linked into the artifact (ONNX Runtime refuses paths and symbolic links that leave a model's
+folder). Only what changes is written: effective norm weights, rotary frequencies, decoded blocks.
+"""
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from beam_gemma.config import GemmaConfig
+from beam_gemma.signature import Signature
+from export.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor, check_names
+
+WEIGHTS = "weights"
+WRITTEN = f"{WEIGHTS}/written.safetensors"
+IR_DTYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A tensor that is written anew."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: StoredTensor | np.ndarray
+    offset: float = 0.0
+    """Added to every element."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return int(np.prod(self.shape)) * NUMPY_DTYPES[self.dtype].itemsize
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the values, converted, slice by slice."""
+        source = self.source
+        for chunk in source.chunks() if isinstance(source, StoredTensor) else [source]:
+            shifted = chunk.astype(np.float32) + np.float32(self.offset) if self.offset else chunk
+            yield shifted.astype(NUMPY_DTYPES[self.dtype], copy=False)
+
+
+def attach(model: ir.Model, checkpoint: Checkpoint, signature: Signature, folder: Path) -> None:
+    """Point every initializer of the graph at its bytes below `folder`, writing what must be.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape.
+    """
+    initializers = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
+    derived = _derived(checkpoint.config, initializers)
+    expected = {
+        name: tuple(int(dim) for dim in value.shape)  # type: ignore[union-attr, arg-type]
+        for name, value in initializers.items()
+        if name not in derived
+    }
+    check_names(checkpoint.tensors, expected)
+    links = _Links(folder)
+    writes = list(derived.values())
+    for name, shape in expected.items():
+        stored = checkpoint.tensors[name]
+        is_norm = name.endswith("norm.weight")
+        dtype = "float32" if is_norm else signature.dtype
+        offset = checkpoint.norm_offset if is_norm else 0.0
+        if stored.raw is not None and stored.dtype == dtype and not is_norm:
+            location = links.location(stored.raw.file)
+            initializers[name].const_value = _external(
+                name, dtype, shape, (location, stored.raw.offset, stored.raw.length), folder
+            )
+        else:
+            writes.append(
+                Written(name=name, shape=shape, dtype=dtype, source=stored, offset=offset)
+            )
+    for item, position in _write(writes, folder / WRITTEN):
+        initializers[item.name].const_value = _external(
+            item.name, item.dtype, item.shape, (WRITTEN, position, item.num_bytes), folder
+        )
+
+
+def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
+    """Return theta^(-2i / H) / factor for i < H / 2, in float32 steps like the reference.
+
+    Source: `ROPE_INIT_FUNCTIONS` in transformers 5.23, kinds `default` and `linear`.
+    """
+    rope = config.rope(layer_type)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    return (1.0 / (rope.rope_theta**exponents) / rope.factor).numpy()
+
+
+def _derived(config: GemmaConfig, initializers: dict[str, ir.Value]) -> dict[str, Written]:
+    """Return what no checkpoint holds: the rotary frequencies of each layer type."""
+    values = {f"rotary.{g}.inv_freq": inverse_frequencies(config, g) for g in config.groups}
+    return {
+        name: Written(name=name, shape=array.shape, dtype="float32", source=array)
+        for name, array in values.items()
+        if name in initializers
+    }
+
+
+def _external(
+    name: str, dtype: str, shape: tuple[int, ...], place: tuple[str, int, int], folder: Path
+) -> ir.ExternalTensor:
+    location, offset, length = place
+    return ir.ExternalTensor(
+        location,
+        offset,
+        length,
+        IR_DTYPES[dtype],
+        shape=ir.Shape(shape),
+        name=name,
+        base_dir=str(folder),
+    )
+
+
+class _Links:
+    """Hard links of checkpoint files below the artifact; copies where file systems differ."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[Path, str] = {}
+
+    def location(self, file: Path) -> str:
+        """Return the path of the linked file, relative to the artifact."""
+        if file not in self._known:
+            relative = f"{WEIGHTS}/{file.name}"
+            target = self._folder / relative
+            target.unlink(missing_ok=True)
+            try:
+                # A checkpoint of a local hub cache is itself a symbolic link.
+                os.link(file.resolve(), target)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                    raise
+                shutil.copyfile(file, target)
+            self._known[file] = relative
+        return self._known[file]
+
+
+def _write(items: list[Written], file: Path) -> Iterator[tuple[Written, int]]:
+    """Write tensors to one safetensors file, slice by slice; yield each with its file offset."""
+    header, position = {}, 0
+    for item in items:
+        end = position + item.num_bytes
+        header[item.name] = {
+            "dtype": SAFETENSORS_NAMES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)  # data starts at a multiple of 64 bytes
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for item in items:
+            yield item, stream.tell()
+            for chunk in item.chunks():
+                chunk.tofile(stream)
