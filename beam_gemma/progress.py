@@ -1,0 +1,166 @@
+"""How far a job is: a meter that tasks feed, and a display that the launcher owns.
+
+The meter counts for the whole process. A local job runs in the launcher's process, so there the
+display is live; a remote job is watched through Beam's metrics instead.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+BAR_SECS = 0.2
+"""Between two refreshes of the bar on a terminal."""
+LINE_SECS = 10.0
+"""Between two lines where the output is not a terminal."""
+
+
+class Stream(Protocol):
+    """What a display needs of its output."""
+
+    def write(self, text: str, /) -> int:
+        """Write a text."""
+
+    def flush(self) -> None:
+        """Let the reader see it."""
+
+    def isatty(self) -> bool:
+        """Return whether a person is looking."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Count:
+    """What has been done up to a moment."""
+
+    rows: int = 0
+    """Rows that came back, failed ones among them."""
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return self._combined(other, 1)
+
+    def __sub__(self, other: "Count") -> "Count":
+        return self._combined(other, -1)
+
+    def _combined(self, other: "Count", sign: int) -> "Count":
+        return Count(
+            rows=self.rows + sign * other.rows,
+            failed=self.failed + sign * other.failed,
+            prompt_tokens=self.prompt_tokens + sign * other.prompt_tokens,
+            completion_tokens=self.completion_tokens + sign * other.completion_tokens,
+        )
+
+
+class Meter:
+    """Adds up counts from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = Count()
+
+    def add(self, count: Count) -> None:
+        """Add what has just been done."""
+        with self._lock:
+            self._count += count
+
+    def read(self) -> Count:
+        """Return the total since the process started."""
+        with self._lock:
+            return self._count
+
+
+METER = Meter()
+"""The meter of this process."""
+
+
+class Display:
+    """Shows a job's progress on a stream from a thread of its own, for as long as it is entered."""
+
+    def __init__(
+        self,
+        total_rows: int | None,
+        *,
+        meter: Meter = METER,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare a display.
+
+        Args:
+            total_rows: Rows of the job; None where nobody knows.
+            meter: What to show; it may have counted before this job.
+            stream: Where to write; standard error by default.
+            clock: Seconds that only grow.
+        """
+        self._total = total_rows
+        self._meter = meter
+        self._stream: Stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._is_terminal = self._stream.isatty()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="progress", daemon=True)
+        self._width = 0
+
+    def __enter__(self) -> "Display":
+        self._start = self._clock()
+        self._before = self._meter.read()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+        if self._is_terminal:
+            self.show()
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def show(self) -> None:
+        """Write the present state once: over the last one on a terminal, else as a line."""
+        count = self._meter.read() - self._before
+        line = describe(count, self._total, self._clock() - self._start)
+        if self._is_terminal:
+            # Spaces wipe what a longer line has left.
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _refresh(self) -> None:
+        while not self._stopped.wait(BAR_SECS if self._is_terminal else LINE_SECS):
+            self.show()
+
+
+def describe(count: Count, total_rows: int | None, elapsed_secs: float) -> str:
+    """Return one line: rows, failures, completion tokens per second and the time left."""
+    parts = [f"{count.rows:,} rows" if total_rows is None else _share(count.rows, total_rows)]
+    if count.failed:
+        parts.append(f"{count.failed:,} failed")
+    rate = count.completion_tokens / elapsed_secs if elapsed_secs > 0 else 0.0
+    parts.append(f"{rate:,.1f} completion tokens/s")
+    if total_rows is not None and count.rows:
+        left_secs = elapsed_secs * max(total_rows - count.rows, 0) / count.rows
+        parts.append(f"{_duration(left_secs)} left")
+    return ", ".join(parts)
+
+
+def _share(rows: int, total_rows: int) -> str:
+    percent = 100 * rows // total_rows if total_rows else 100
+    return f"{rows:,}/{total_rows:,} rows ({percent} %)"
+
+
+def _duration(secs: float) -> str:
+    minutes, seconds = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
