@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 BAR_SECS = 0.2
 """Between two refreshes of the bar on a terminal."""
@@ -18,6 +18,7 @@ LINE_SECS = 10.0
 """Between two lines where the output is not a terminal."""
 
 
+@runtime_checkable
 class Stream(Protocol):
     """What a display needs of its output."""
 
