@@ -153,8 +153,8 @@ class GemmaConfig:
             layer_types=layer_types,
             sliding_window=reader.take("sliding_window", None),
             rope_parameters=_rope_parameters(reader, model_type, layer_types),
-            query_pre_attn_scalar=reader.take(
-                "query_pre_attn_scalar", head_dim if model_type == "gemma" else 256
+            query_pre_attn_scalar=float(
+                reader.take("query_pre_attn_scalar", head_dim if model_type == "gemma" else 256)
             ),
             attn_logit_softcapping=_softcap(reader, "attn_logit_softcapping", model_type),
             final_logit_softcapping=_softcap(reader, "final_logit_softcapping", model_type),
@@ -246,4 +246,4 @@ def _softcap(reader: _Reader, key: str, model_type: str) -> float | None:
         raise ConfigError(f"{key}: expected none in a gemma model, got {value}")
     if key == "attn_logit_softcapping" and model_type == "gemma3_text":
         return None
-    return value
+    return None if value is None else float(value)

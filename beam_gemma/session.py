@@ -130,9 +130,9 @@ class Session:
         # State was bound first and comes first.
         fresh = binding.get_outputs()[len(self._state) :]
         arrays = {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
-        return StepOutput(
-            arrays["topk_logits"], arrays["topk_ids"], arrays["logsumexp"], arrays.get(LOGITS)
-        )
+        # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
+        ids = arrays["topk_ids"].view(np.int64)
+        return StepOutput(arrays["topk_logits"], ids, arrays["logsumexp"], arrays.get(LOGITS))
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
         """Overwrite cache blocks with zeros, so that no NaN outlives its row."""

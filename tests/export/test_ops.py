@@ -1,0 +1,242 @@
+"""The custom ops: the eager reference against masks written out, each lowering against it."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export import lowering_cpu, lowering_cuda
+from export.ops import NO_WINDOW, ragged_attention, rms_norm
+
+BLOCK = 16
+F32, I32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of the op: sequences of `new` tokens after `past` ones."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 1
+    head_dim: int = 16
+    window: int = NO_WINDOW
+    softcap: float = 0.0
+    new: tuple[int, ...] = (5, 1, 37)
+    past: tuple[int, ...] = (0, 140, 20)
+    starts: tuple[int, ...] = (0, 0, 0)
+    spans: bool = False
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Return random inputs in the CPU's cache layout."""
+        rng = np.random.default_rng(3)
+        total, width = sum(self.new), min(128, self.head_dim)
+        slices = self.num_kv_heads * self.head_dim // width
+        normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+        positions = [np.arange(p, p + n) for p, n in zip(self.past, self.new, strict=True)]
+        last = [np.full_like(p, p[-1]) if self.spans else p for p in positions]
+        reach = [p[-1] + 1 - s for p, s in zip(positions, self.starts, strict=True)]
+        table = np.zeros((len(self.new), -(-max(reach) // 128) * 8), np.int32)
+        free = iter(rng.permutation(np.arange(1, 64)))
+        slots = []
+        for row, (count, start, p) in enumerate(zip(reach, self.starts, positions, strict=True)):
+            for column in range(-(-count // BLOCK)):
+                table[row, column] = next(free)
+            slots.append(table[row, (p - start) // BLOCK] * BLOCK + (p - start) % BLOCK)
+        return {
+            "query": normal(total, self.num_heads * self.head_dim),
+            "key": normal(total, self.num_kv_heads * self.head_dim),
+            "value": normal(total, self.num_kv_heads * self.head_dim),
+            "key_cache": normal(slices, 64, BLOCK, width),
+            "value_cache": normal(self.num_kv_heads, 64, BLOCK, self.head_dim),
+            "cu_seqlens": np.cumsum([0, *self.new]).astype(np.int32),
+            "past_seqlens": np.array(self.past, np.int32),
+            "block_table": table,
+            "slot_mapping": np.concatenate(slots).astype(np.int32),
+            "context_starts": np.array(self.starts, np.int32),
+            "last_keys": np.concatenate(last).astype(np.int32),
+        }
+
+    def eager(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the reference in float64."""
+        tensors = [torch.from_numpy(a) for a in inputs.values()]
+        tensors = [t.double() if t.is_floating_point() else t for t in tensors]
+        scale = self.head_dim**-0.5
+        outputs = ragged_attention(
+            *tensors, self.num_heads, self.num_kv_heads, self.window, scale, self.softcap, "cpu"
+        )
+        return [t.numpy() for t in outputs]
+
+
+CASES = {
+    "grouped queries": Case(num_heads=8, num_kv_heads=4),
+    "one query head for each key head": Case(num_heads=4, num_kv_heads=4),
+    "one key head": Case(),
+    "heads of two slices": Case(head_dim=256),
+    "window": Case(window=8),
+    "window of one token": Case(window=1),
+    "softcap": Case(softcap=0.7),
+    "softcap and window": Case(softcap=0.7, window=30, num_heads=8, num_kv_heads=4, head_dim=256),
+    "table without its first blocks": Case(window=60, past=(0, 300, 200), starts=(0, 128, 0)),
+    "span attended both ways": Case(spans=True),
+    "span within a window": Case(spans=True, window=8),
+    "decode alone": Case(new=(1,), past=(77,), starts=(0,), num_heads=4, num_kv_heads=4),
+    "long chunks": Case(new=(300, 2), past=(0, 0), starts=(0, 0)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_lowering_equals_the_formula(name: str, threads: int) -> None:
+    case = CASES[name]
+    inputs = case.inputs()
+    output, key_cache, value_cache = run_lowering(case, inputs, threads)
+    expected = case.eager(inputs)
+    # float32 against float64, values of order 1.
+    np.testing.assert_allclose(output, expected[0], rtol=0, atol=4e-6)
+    np.testing.assert_array_equal(key_cache, expected[1].astype(np.float32))
+    np.testing.assert_array_equal(value_cache, expected[2].astype(np.float32))
+
+
+def test_negative_slots_are_not_written() -> None:
+    case = Case()
+    inputs = case.inputs()
+    inputs["slot_mapping"][2] = -1
+    _, key_cache, value_cache = run_lowering(case, inputs, threads=1)
+    _, expected_keys, expected_values = case.eager(inputs)
+    # Block 0 belongs to nobody: the lowering may leave zeros there.
+    np.testing.assert_array_equal(key_cache[:, 1:], expected_keys[:, 1:].astype(np.float32))
+    np.testing.assert_array_equal(value_cache[:, 1:], expected_values[:, 1:].astype(np.float32))
+    assert not np.array_equal(inputs["key_cache"], key_cache)
+
+
+@pytest.mark.parametrize(
+    ("window", "last_keys", "reach"),
+    [
+        (NO_WINDOW, [0, 1, 2, 3], ["1000", "1100", "1110", "1111"]),
+        (2, [0, 1, 2, 3], ["1000", "1100", "0110", "0011"]),
+        (NO_WINDOW, [0, 2, 2, 3], ["1000", "1110", "1110", "1111"]),
+        (2, [0, 3, 3, 3], ["1000", "1111", "0111", "0011"]),
+    ],
+)
+def test_reach_is_the_matrix(window: int, last_keys: list[int], reach: list[str]) -> None:
+    """With zero queries a token gets the mean of the values it reaches."""
+    values = np.eye(4, dtype=np.float32)
+    zeros = torch.zeros(4, 4)
+    output, _, _ = ragged_attention(
+        zeros, zeros, torch.from_numpy(values), torch.zeros(1, 1, BLOCK, 4),
+        torch.zeros(1, 1, BLOCK, 4), torch.tensor([0, 4]), torch.tensor([0]), torch.tensor([[0]]),
+        torch.arange(4), torch.tensor([0]), torch.tensor(last_keys), 1, 1, window, 1.0, 0.0, "cpu",
+    )  # fmt: skip
+    expected = np.array([[int(c) for c in row] for row in reach], np.float32)
+    np.testing.assert_allclose(output, expected / expected.sum(1, keepdims=True), atol=1e-7)
+
+
+def test_a_slot_out_of_reach_may_hold_anything() -> None:
+    case = Case(new=(3,), past=(2,), starts=(0,))
+    inputs = case.inputs()
+    clean = case.eager(inputs)[0]
+    last_block = inputs["block_table"][0, 0]
+    inputs["key_cache"][:, last_block, 5:] = 1e30
+    inputs["value_cache"][:, last_block, 5:] = -1e30
+    np.testing.assert_array_equal(case.eager(inputs)[0], clean)
+    # float32; the huge values meet a weight of exactly zero.
+    np.testing.assert_allclose(run_lowering(case, inputs, 1)[0], clean, rtol=0, atol=4e-6)
+
+
+def test_cuda_layout_holds_the_same_numbers() -> None:
+    case = Case(num_heads=8, num_kv_heads=4, head_dim=256, window=30)
+    inputs = case.inputs()
+    output, keys, _ = case.eager(inputs)
+    tensors = {name: torch.from_numpy(a) for name, a in inputs.items()}
+    for name in ("key_cache", "value_cache"):
+        slices, blocks, block, width = tensors[name].shape
+        per_token = tensors[name].permute(1, 2, 0, 3).reshape(blocks, block, slices * width)
+        tensors[name] = per_token.reshape(blocks, block, 4, 256)
+    floats = [t.double() if t.is_floating_point() else t for t in tensors.values()]
+    cuda = ragged_attention(*floats, 8, 4, 30, 256**-0.5, 0.0, "cuda")
+    np.testing.assert_array_equal(cuda[0].numpy(), output)
+    assert cuda[1].shape == (64, BLOCK, 4, 256)
+    slot = inputs["slot_mapping"][0]
+    token = keys[:, slot // BLOCK, slot % BLOCK].reshape(4, 256)
+    np.testing.assert_array_equal(cuda[1][slot // BLOCK, slot % BLOCK].numpy(), token)
+
+
+def test_cuda_lowering_is_one_paged_attention_node() -> None:
+    """Input positions of `com.microsoft::PagedAttention` 1, by ONNX Runtime's own schema."""
+    body = lowering_cuda.RaggedAttention.to_function_proto()
+    [node] = [n for n in body.node if n.op_type == "PagedAttention"]
+    assert node.domain == "com.microsoft"
+    schema = next(
+        s
+        for s in onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema()
+        if s.name == "PagedAttention"
+    )
+    bound = {i.name: given for i, given in zip(schema.inputs, node.input, strict=False) if given}
+    assert bound == {
+        "query": "query",
+        "key": "key",
+        "value": "value",
+        "key_cache": "key_cache",
+        "value_cache": "value_cache",
+        "cumulative_sequence_length": "cu_seqlens",
+        "past_seqlens": "past_seqlens",
+        "block_table": "block_table",
+        "slot_mapping": "slot_mapping",
+        "attention_metadata": "attention_metadata",
+    }
+    assert {a.name for a in node.attribute} <= set(schema.attributes)
+
+
+def test_rms_norm_equals_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((5, 48)), rng.standard_normal(48)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+    eager = rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-6).numpy()
+    np.testing.assert_allclose(eager, expected, rtol=0, atol=1e-12)
+    node = onnx.helper.make_node("RmsNorm", ["x", "w"], ["y"], domain="beam_gemma", epsilon=1e-6)
+    feeds = {"x": x.astype(np.float32), "w": weight.astype(np.float32)}
+    [lowered] = run_node(node, feeds, threads=1)
+    # float32.
+    np.testing.assert_allclose(lowered, expected, rtol=0, atol=2e-6)
+
+
+def run_lowering(case: Case, inputs: dict[str, np.ndarray], threads: int) -> list[np.ndarray]:
+    """Run the ONNX function of the op in ONNX Runtime."""
+    attributes = {
+        "num_heads": case.num_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "window": case.window,
+        "scale": case.head_dim**-0.5,
+    }
+    name = "RaggedAttention"
+    if case.softcap:
+        name, attributes["softcap"] = "RaggedAttentionSoftcap", case.softcap
+    outputs = ["output", "key_out", "value_out"]
+    node = onnx.helper.make_node(name, list(inputs), outputs, domain="beam_gemma", **attributes)
+    return run_node(node, inputs, threads)
+
+
+def run_node(node: onnx.NodeProto, feeds: dict[str, np.ndarray], threads: int) -> list[np.ndarray]:
+    """Run one node of the project's domain with the CPU's function bodies."""
+    kinds = {np.dtype(np.float32): F32, np.dtype(np.int32): I32}
+    graph = onnx.helper.make_graph(
+        [node],
+        "op",
+        [onnx.helper.make_tensor_value_info(n, kinds[a.dtype], a.shape) for n, a in feeds.items()],
+        [onnx.helper.make_tensor_value_info(n, F32, None) for n in node.output],
+    )
+    model = onnx.helper.make_model(
+        graph,
+        functions=[f.to_function_proto() for f in lowering_cpu.FUNCTIONS],
+        opset_imports=[onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("beam_gemma", 1)],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feeds)

@@ -1,0 +1,95 @@
+"""The ladder from the reference to the exported graph: our module, then ONNX Runtime.
+
+Every way to run a sequence (alone, packed, in chunks, token by token) must give the reference's
+distribution at every position.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from beam_gemma.session import Capacity, Session
+from beam_gemma.signature import Device, decoder_signature
+from export.model import GemmaDecoder
+from export.weights import inverse_frequencies
+from tests.conftest import SEQUENCE_LENGTHS, TinyModel
+from tests.ragged import Feeder, Feeds, run_schedule, schedules
+
+SCHEDULES = schedules(SEQUENCE_LENGTHS)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).double().log_softmax(-1).numpy()
+
+
+def decoder(tiny: TinyModel, device: Device, dtype: torch.dtype) -> GemmaDecoder:
+    """Return our module with the checkpoint's weights."""
+    config = tiny.checkpoint.config
+    module = GemmaDecoder(config, decoder_signature(config, device=device, dtype="float32"))
+    state = {}
+    for name, stored in tiny.checkpoint.tensors.items():
+        values = np.concatenate(list(stored.chunks())).astype(np.float64)
+        state[name] = torch.from_numpy(values + (1 if name.endswith("norm.weight") else 0))
+    for group in config.groups:
+        state[f"rotary.{group}.inv_freq"] = torch.from_numpy(inverse_frequencies(config, group))
+    module = module.to(dtype)
+    module.load_state_dict(state, strict=True)
+    return module.to(dtype).eval()
+
+
+def run_module(module: GemmaDecoder, steps: list, tiny: TinyModel, dtype: type) -> list[np.ndarray]:
+    feeder = Feeder(module.signature, len(tiny.sequences), max(SEQUENCE_LENGTHS))
+    state = {name: torch.from_numpy(a) for name, a in feeder.state(dtype).items()}
+
+    @torch.no_grad()
+    def run(feeds: Feeds) -> np.ndarray:
+        nonlocal state
+        outputs, state = module({k: torch.from_numpy(v) for k, v in feeds.items()}, state)
+        return outputs["logits"].numpy()
+
+    return run_schedule(steps, tiny.sequences, feeder, run)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_module_in_float64_equals_the_reference(
+    tiny: TinyModel, device: Device, schedule: str
+) -> None:
+    """Both cache layouts; float64 leaves no room for a wrong formula."""
+    module = decoder(tiny, device, torch.float64)
+    ours = run_module(module, SCHEDULES[schedule], tiny, np.float64)
+    for got, expected in zip(ours, tiny.exact_logits, strict=True):
+        # float64.
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_graph_is_as_exact_as_the_reference(tiny: TinyModel, schedule: str) -> None:
+    signature = tiny.artifact.signature("generate", "cpu")
+    feeder = Feeder(signature, len(tiny.sequences), max(SEQUENCE_LENGTHS))
+    session = Session(
+        str(tiny.artifact.graph_path("generate", "cpu")),
+        signature,
+        Capacity(
+            num_blocks={s.group: feeder.num_blocks for s in signature.paged_states},
+            num_state_slots=0,
+        ),
+        num_threads=2,
+    )
+
+    def run(feeds: Feeds) -> np.ndarray:
+        logits = session.run(feeds, with_logits=True).logits
+        assert logits is not None
+        return logits
+
+    ours = run_schedule(SCHEDULES[schedule], tiny.sequences, feeder, run)
+    our_error = max(_errors(ours, tiny.exact_logits))
+    their_error = max(_errors(tiny.logits, tiny.exact_logits))
+    assert our_error <= 2 * their_error, f"{our_error:.2e} against {their_error:.2e}, float32"
+    for got, expected in zip(ours, tiny.logits, strict=True):
+        # float32 on both sides.
+        np.testing.assert_allclose(log_softmax(got), log_softmax(expected), rtol=0, atol=1e-4)
+
+
+def _errors(found: list[np.ndarray], exact: list[np.ndarray]) -> list[float]:
+    return [float(np.abs(a - b).max()) for a, b in zip(found, exact, strict=True)]
