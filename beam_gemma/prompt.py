@@ -187,6 +187,8 @@ GEMMA_CHAT_TEMPLATE = """\
 
 ROLES = ("system", "user", "assistant")
 _PROBE = "probe"
+# What the expressions of a template can raise.
+_FAULTS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
 
 class ChatTemplate:
@@ -219,7 +221,7 @@ class ChatTemplate:
         try:
             self._template = _sandbox().from_string(source)
             self._run([question])
-        except jinja2.TemplateError as error:
+        except _FAULTS as error:
             raise OptionsError(
                 f"chat template: expected a template that takes one user message, got: {error}"
             ) from error
@@ -249,7 +251,7 @@ class ChatTemplate:
         ]
         try:
             rendered = self._run(guarded if self._takes_system else _fold_system(guarded))
-        except jinja2.TemplateError as error:
+        except _FAULTS as error:
             raise RecordError(
                 f"messages: expected a conversation that the chat template takes, got: {error}"
             ) from error
@@ -264,7 +266,7 @@ class ChatTemplate:
         """Return whether a system message reaches the prompt; Gemma 1 and 2 refuse it."""
         try:
             return _PROBE in self._run([{"role": "system", "content": _PROBE}, question])
-        except jinja2.TemplateError:
+        except _FAULTS:
             return False
 
     def _content_parts(self, content: str | tuple[Part, ...]) -> tuple[Part, ...]:

@@ -41,9 +41,8 @@ class Tokenizer:
             if _is_control(piece):
                 self.control_pieces[piece.piece] = token_id
                 piece.type = UNKNOWN if piece.type == UNKNOWN else CONTROL
-        self._processor = sentencepiece.SentencePieceProcessor(
-            model_proto=model.SerializeToString()
-        )
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model.SerializeToString())
         self._markup = ControlPieces(self.control_pieces)
         self._control_ids = frozenset(self.control_pieces.values())
 
@@ -114,7 +113,7 @@ class Tokenizer:
         if isinstance(part, Control):
             return [self.control_pieces[part.piece]]
         try:
-            return self._processor.encode(part.text)
+            return self._processor.encode(part.text.encode())
         except UnicodeEncodeError as error:
             raise RecordError(
                 f"text: expected Unicode, got half of a surrogate pair at character {error.start}"
