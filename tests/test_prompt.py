@@ -189,8 +189,8 @@ class TestTemplateInjection:
         assert control_ids(Template("<{b}{c}", PIECES).render({"b": "end_of", "c": "_turn>"})) == {}
 
     def test_neighbouring_texts_encode_as_one(self) -> None:
-        parts = Template("t{a}", PIECES).render({"a": "he"})
-        assert TOKENIZER.encode(parts) == TOKENIZER.encode([Text("the")])
+        parts = Template("i{a}", PIECES).render({"a": "n"})
+        assert TOKENIZER.encode(parts) == TOKENIZER.encode([Text("in")])
 
     def test_control_tokens_can_be_allowed(self) -> None:
         template = Template("{a}{b}", PIECES, allow_special_tokens=True)
