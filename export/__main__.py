@@ -22,6 +22,7 @@ from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
 from beam_gemma.signature import Device, Signature, decoder_signature
 from export.checkpoint import Checkpoint, read_checkpoint
 from export.legal import write_legal
+from export.model import GemmaDecoder
 from export.to_onnx import trace
 from export.weights import WEIGHTS, WRITTEN, attach
 
@@ -38,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     LOGGER.setLevel(logging.INFO)
-    # PyTorch's exporter reports on optional packages that no Gemma needs.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # Exporter and optimizer report on optional packages and on weights that are attached later.
+    for name in ("torch.onnx", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         args = _parse(argv)
         export(
@@ -110,7 +112,7 @@ def export(
 
 
 def _write_graph(checkpoint: Checkpoint, signature: Signature, folder: Path) -> None:
-    model = trace(checkpoint.config, signature)
+    model = trace(lambda: GemmaDecoder(checkpoint.config, signature), signature)
     attach(model, checkpoint, signature, folder)
     ir.save(model, folder / graph_name(signature.head, signature.device))
 

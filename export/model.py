@@ -211,9 +211,8 @@ class GemmaDecoder(nn.Module):
             names = (f"key_cache.{i}", f"value_cache.{i}")
             x, *caches = layer(x, state[names[0]], state[names[1]], context)
             new_state.update(zip(names, caches, strict=True))
-        return self._head(x.index_select(0, step["logit_rows"])), {
-            name: new_state[name] for name in state
-        }
+        logits = self._logits(x.index_select(0, step["logit_rows"]))
+        return generate_head(logits, self.signature), {name: new_state[name] for name in state}
 
     def _contexts(self, step: Named, dtype: torch.dtype) -> dict[str, StepContext]:
         positions = sequence_positions(step)
@@ -235,20 +234,25 @@ class GemmaDecoder(nn.Module):
             )
         return contexts
 
-    def _head(self, x: Tensor) -> Named:
-        """Return the outputs of the `generate` head for x [R, D]."""
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return the logits [R, V] of x [R, D]."""
         logits = nn.functional.linear(self.norm(x), self.embed_tokens.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_logit_softcapping
         if cap:
             logits = torch.tanh(logits / cap) * cap
-        top = torch.topk(logits, self.signature.candidates)
-        return {
-            "topk_logits": top.values,
-            "topk_ids": top.indices,
-            "logsumexp": log_sum_exp(logits, top.values[:, :1]),
-            "logits": logits,
-        }
+        return logits
+
+
+def generate_head(logits: Tensor, signature: Signature) -> Named:
+    """Return the outputs of the `generate` head for logits [R, V]."""
+    top = torch.topk(logits, signature.candidates)
+    return {
+        "topk_logits": top.values,
+        "topk_ids": top.indices,
+        "logsumexp": log_sum_exp(logits, top.values[:, :1]),
+        "logits": logits,
+    }
 
 
 def log_sum_exp(logits: Tensor, largest: Tensor) -> Tensor:

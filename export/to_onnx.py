@@ -18,10 +18,9 @@ from onnxscript.optimizer import optimize
 from onnxscript.values import OnnxFunction, Op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beam_gemma.config import GemmaConfig
 from beam_gemma.signature import Signature, StateTensor, Tensor
 from export import lowering_cpu, lowering_cuda
-from export.model import GemmaDecoder, RMSNorm, Rotary
+from export.model import RMSNorm, Rotary
 from export.ops import NO_WINDOW
 
 OPSET = 23
@@ -35,15 +34,21 @@ TENSOR_TYPES = ["tensor(float)", "tensor(bfloat16)", "tensor(int32)", "tensor(in
 LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
 
 
-def trace(config: GemmaConfig, signature: Signature) -> ir.Model:
-    """Export the decoder of `config` as the graph that `signature` describes.
+def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Model:
+    """Export a module as the graph that `signature` describes.
 
-    Its parameters are initializers without a value, named as in `export.model`.
+    Args:
+        build: Makes a module with the `forward` of `export.model.GemmaDecoder`; called under fake
+            tensors.
+        signature: What goes in and out.
+
+    Returns:
+        A graph whose parameters are initializers without a value, named as in the module.
     """
     with FakeTensorMode(), warnings.catch_warnings():
         # Deprecations inside the exporter are not the caller's business.
         warnings.simplefilter("ignore")
-        module = typed(GemmaDecoder(config, signature), signature.dtype).eval()
+        module = _typed(build(), signature.dtype).eval()
         sizes = _Sizes()
         step = {t.name: sizes.example(t) for t in signature.step_inputs()}
         state = {t.input_name: sizes.example(t) for t in signature.state_tensors()}
@@ -88,7 +93,7 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
     return model
 
 
-def typed(module: GemmaDecoder, dtype: str) -> GemmaDecoder:
+def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
     """Give the module's matrices a dtype; norm weights and frequencies stay as they are."""
     for child in module.modules():
         if not isinstance(child, RMSNorm | Rotary):

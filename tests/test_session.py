@@ -1,0 +1,87 @@
+"""The session: capacity, refusals, and blocks that are really zeroed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.session import Capacity, Session, block_bytes, plan_capacity, require_device
+from tests.conftest import TinyModel
+from tests.ragged import Feeder
+
+
+def open_session(tiny: TinyModel, num_blocks: int = 60, **changes: object) -> Session:
+    signature = dataclasses.replace(tiny.artifact.signature("generate", "cpu"), **changes)
+    capacity = Capacity(
+        num_blocks={s.group: num_blocks for s in signature.paged_states}, num_state_slots=0
+    )
+    path = str(tiny.artifact.graph_path("generate", "cpu"))
+    return Session(path, signature, capacity, num_threads=1)
+
+
+def test_a_nan_does_not_outlive_its_row(tiny_gemma3: TinyModel) -> None:
+    """0 * NaN is NaN: the next user of a block that held one must find zeros."""
+    session = open_session(tiny_gemma3)
+    feeder = Feeder(session.signature, num_seqs=2, max_length=40)
+    ids = tiny_gemma3.sequences[2]
+    clean = session.run(feeder.feeds([(0, ids)])).logsumexp
+    blocks = sorted(set(feeder.tables[0].tolist()))
+    for name, array in session._state.items():
+        if name.startswith("value"):
+            array[:, blocks] = np.nan
+    feeder.past[0] = 0
+    assert np.isnan(session.run(feeder.feeds([(0, ids)])).logsumexp).any()
+    for state in session.signature.paged_states:
+        session.zero_blocks(state.group, blocks)
+    feeder.past[0] = 0
+    np.testing.assert_array_equal(session.run(feeder.feeds([(0, ids)])).logsumexp, clean)
+
+
+def test_logits_come_only_when_asked_for(tiny_gemma3: TinyModel) -> None:
+    session = open_session(tiny_gemma3)
+    feeder = Feeder(session.signature, num_seqs=3, max_length=150)
+    for count in (1, 3):  # other shapes than before must not meet old buffers
+        chunks = [(i, tiny_gemma3.sequences[i][:8]) for i in range(count)]
+        feeder.past = [0, 0, 0]
+        assert session.run(feeder.feeds(chunks)).logits is None
+        feeder.past = [0, 0, 0]
+        output = session.run(feeder.feeds(chunks), with_logits=True)
+        assert output.logits is not None
+        best = np.take_along_axis(output.logits, output.topk_ids, axis=1)
+        np.testing.assert_array_equal(best, output.topk_logits)
+
+
+def test_a_graph_of_another_signature_is_refused(tiny_gemma3: TinyModel) -> None:
+    with pytest.raises(ArtifactError, match=r"expected the inputs \['position_ids'\]"):
+        open_session(tiny_gemma3, optional_inputs=("position_ids",))
+
+
+def test_a_gpu_that_is_absent_is_an_error() -> None:
+    with pytest.raises(OptionsError, match=r"expected cuda, got an ONNX Runtime with .*CPU"):
+        require_device("cuda")
+
+
+def test_capacity_gives_windows_only_what_they_can_use(tiny_gemma3: TinyModel) -> None:
+    signature = dataclasses.replace(
+        tiny_gemma3.artifact.signature("generate", "cpu"), max_model_len=100_000
+    )
+    full, sliding = signature.paged_states
+    budget = 1 << 30
+    plan = plan_capacity(signature, num_bytes=budget, max_num_seqs=4, max_num_batched_tokens=64)
+    # 24 of the window, 64 new ones and two alignments of 128, in blocks of 16.
+    assert plan.num_blocks[sliding.group] == 4 * 22 + 1
+    used = sum(plan.num_blocks[s.group] * block_bytes(signature, s) for s in (full, sliding))
+    assert used <= budget
+    assert plan.num_blocks[full.group] == 4 * 6258 + 1
+    small = plan_capacity(
+        signature, num_bytes=budget >> 4, max_num_seqs=4, max_num_batched_tokens=64
+    )
+    used = sum(small.num_blocks[s.group] * block_bytes(signature, s) for s in (full, sliding))
+    assert 0.95 * (budget >> 4) < used <= budget >> 4
+
+
+def test_too_little_memory_is_an_error(tiny_gemma3: TinyModel) -> None:
+    signature = tiny_gemma3.artifact.signature("generate", "cpu")
+    with pytest.raises(OptionsError, match="expected memory for at least 2 blocks"):
+        plan_capacity(signature, num_bytes=10_000, max_num_seqs=4, max_num_batched_tokens=64)
