@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
+METRICS_NAMESPACE = "beam_gemma"
+"""Of all Beam metrics of this project."""
 BAR_SECS = 0.2
 """Between two refreshes of the bar on a terminal."""
 LINE_SECS = 10.0

@@ -1,0 +1,210 @@
+"""The generate task: rows to prompts, prompts to completions, one result for each row.
+
+What is wrong with one row ends as that row's `error`; its neighbours never see it.
+"""
+
+import functools
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from beam_gemma.engine import Engine
+from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.progress import Count
+from beam_gemma.prompt_encoder import Prompt, PromptEncoder, PromptSettings, Row
+from beam_gemma.sampling import SamplingParams
+from beam_gemma.sequence import Completion, Request
+from beam_gemma.tokenizer import StreamingDecoder, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateSettings(PromptSettings):
+    """What to ask the model of each row."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they are no part of it."""
+    key_column: str | None = None
+    """Column that identifies a row, for its random draws; rows without a key use their prompt."""
+    logprob: bool = False
+    """Whether to return the log-probability of the completion."""
+    token_ids: bool = False
+    """Whether to return the token ids of the completion."""
+
+    def __post_init__(self) -> None:
+        PromptSettings.__post_init__(self)
+        if "" in self.stop:
+            raise OptionsError("stop: expected texts that are not empty, got an empty one")
+
+    @property
+    def result_schema(self) -> pa.Schema:
+        """Columns that each row gains."""
+        columns = {
+            "completion": pa.string(),
+            "finish_reason": pa.string(),
+            "num_prompt_tokens": pa.int64(),
+            "num_completion_tokens": pa.int64(),
+            "logprob": pa.float64() if self.logprob else None,
+            "completion_token_ids": pa.list_(pa.int64()) if self.token_ids else None,
+            "truncated": pa.bool_() if self.truncate else None,
+            "error": pa.string(),
+        }
+        return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
+
+    def max_prompt(self, max_model_len: int) -> int:
+        """Return the longest prompt, in tokens, that leaves room for a completion.
+
+        Raises:
+            OptionsError: there is no room for a prompt.
+        """
+        room = max_model_len - self.sampling.max_tokens
+        if room < 1:
+            raise OptionsError(
+                f"max_tokens: expected less than the {max_model_len:,} tokens that the model "
+                f"takes in all, got {self.sampling.max_tokens:,}"
+            )
+        return room
+
+
+class _Stop:
+    """Watches a growing completion for the first of some texts."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
+        self.position: int | None = None
+        """Where the completion ends, in characters, once a text has occurred."""
+        self._decoder = StreamingDecoder(tokenizer)
+        self._texts = texts
+        self._reach = max(map(len, texts)) - 1
+        self._window = ""
+        self._start = 0
+
+    def __call__(self, token_id: int) -> bool:
+        """Take the next token and return whether the completion ends with it."""
+        self._window += self._decoder.add(token_id)
+        found = [at for text in self._texts if (at := self._window.find(text)) >= 0]
+        if found:
+            self.position = self._start + min(found)
+            return True
+        passed = max(len(self._window) - self._reach, 0)
+        self._window = self._window[passed:]
+        self._start += passed
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A row on its way through the engine."""
+
+    prompt: Prompt
+    request: Request
+    stop: _Stop | None
+
+
+class Generator:
+    """Completes rows on an engine that many threads share."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: PromptEncoder,
+        settings: GenerateSettings,
+        *,
+        on_result: Callable[[Count], None],
+    ) -> None:
+        """Join an engine and a way to make prompts.
+
+        Args:
+            engine: Runs the model.
+            encoder: Makes prompts of rows.
+            settings: What to ask.
+            on_result: Called for each row as soon as it is done, from any thread.
+        """
+        self._engine = engine
+        self._encoder = encoder
+        self._settings = settings
+        self._on_result = on_result
+        self._names = settings.result_schema.names
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row, in the order of the rows."""
+        tasks = [self._task(row) for row in rows]
+        sent = [task for task in tasks if isinstance(task, _Task)]
+        futures = self._engine.submit([task.request for task in sent])
+        for task, future in zip(sent, futures, strict=True):
+            future.add_done_callback(functools.partial(self._count, task))
+        completions = (future.result() for future in futures)
+        return [
+            self._failure(task) if isinstance(task, str) else self._result(task, next(completions))
+            for task in tasks
+        ]
+
+    def _task(self, row: Row) -> _Task | str:
+        """Return what the engine needs of a row, or the error that ends it here."""
+        try:
+            prompt = self._encoder(row)
+            key = self._sampling_key(row, prompt)
+        except RecordError as error:
+            return str(error)
+        except OptionsError:
+            raise
+        except Exception as error:  # A value that Python cannot represent, a template that trips.
+            return f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
+        stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
+        request = Request(
+            request_id=key,
+            prompt_token_ids=prompt.token_ids,
+            params=self._settings.sampling,
+            sampling_key=key,
+            should_stop=stop,
+        )
+        return _Task(prompt, request, stop)
+
+    def _sampling_key(self, row: Row, prompt: Prompt) -> str:
+        """Return what a row's random draws depend on, wherever and whenever it runs."""
+        column = self._settings.key_column
+        if column is not None and not isinstance(row, str) and row[column] is not None:
+            return str(row[column])
+        ids = array("q", prompt.token_ids).tobytes()
+        return hashlib.blake2b(ids, digest_size=16).hexdigest()
+
+    def _count(self, task: _Task, future: Future[Completion]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        completion = future.result()
+        self._on_result(
+            Count(
+                rows=1,
+                failed=int(completion.error is not None),
+                prompt_tokens=len(task.prompt.token_ids),
+                completion_tokens=len(completion.token_ids),
+            )
+        )
+
+    def _failure(self, error: str) -> dict[str, Any]:
+        self._on_result(Count(rows=1, failed=1))
+        return dict.fromkeys(self._names) | {"error": error}
+
+    def _result(self, task: _Task, completion: Completion) -> dict[str, Any]:
+        result = dict.fromkeys(self._names)
+        result["num_prompt_tokens"] = len(task.prompt.token_ids)
+        if "truncated" in result:
+            result["truncated"] = task.prompt.truncated
+        if completion.error is not None:
+            return result | {"error": completion.error}
+        result["completion"] = self._text(task, completion)
+        result["finish_reason"] = completion.finish_reason
+        result["num_completion_tokens"] = len(completion.token_ids)
+        if "logprob" in result:
+            result["logprob"] = completion.logprob
+        if "completion_token_ids" in result:
+            result["completion_token_ids"] = list(completion.token_ids)
+        return result
+
+    def _text(self, task: _Task, completion: Completion) -> str:
+        text = self._encoder.tokenizer.decode(completion.token_ids)
+        return text if task.stop is None else text[: task.stop.position]

@@ -1,0 +1,183 @@
+"""JSON lines as Arrow batches and back.
+
+The types of the columns are found once, over all lines, before a job starts; workers parse with
+them. Text that looks like a time stays text.
+"""
+
+import base64
+import datetime
+import decimal
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.json
+
+from beam_gemma.errors import OptionsError
+
+CHUNK_BYTES = 8 << 20
+"""Of lines that are looked at together while types are found."""
+
+
+def infer_schema(
+    lines: Iterable[bytes], name: str, *, limit: int | None = None
+) -> tuple[pa.Schema, int]:
+    """Return the types of all columns of a file and its number of rows.
+
+    Args:
+        lines: Of the file, in order.
+        name: Of the file, for errors.
+        limit: Rows to look at; None for all.
+
+    Raises:
+        OptionsError: a line is not a JSON object, or a column has values of several types.
+    """
+    schema = pa.schema([])
+    num_rows = 0
+    numbered = ((i, line) for i, line in enumerate(lines, start=1) if not line.isspace())
+    for chunk in _chunks(itertools.islice(numbered, limit)):
+        schema = unify_schemas(schema, _schema_of(chunk, name), name)
+        num_rows += len(chunk)
+    return schema, num_rows
+
+
+def unify_schemas(first: pa.Schema, second: pa.Schema, name: str) -> pa.Schema:
+    """Return the schema that holds both: integers become floats where some value is one.
+
+    Raises:
+        OptionsError: a column of the second has another type; the message says that `name` differs.
+    """
+    try:
+        return pa.unify_schemas([first, second], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise OptionsError(
+            f"{name}: expected the column types of the rows before it, got: {error}"
+        ) from error
+
+
+def parse_lines(lines: Sequence[bytes], schema: pa.Schema | None = None) -> pa.RecordBatch:
+    """Return one row for each line; without a schema, the types are found.
+
+    Raises:
+        pyarrow.ArrowInvalid: a line is not an object of that schema.
+    """
+    data = b"\n".join(lines)
+    data.decode()
+    table = pyarrow.json.read_json(
+        pa.BufferReader(data),
+        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+        parse_options=pyarrow.json.ParseOptions(
+            explicit_schema=schema,
+            unexpected_field_behavior="infer" if schema is None else "error",
+        ),
+    )
+    if table.num_rows != len(lines):
+        raise pa.ArrowInvalid(f"expected {len(lines)} objects, one on each line")
+    (batch,) = table.combine_chunks().to_batches()
+    return batch
+
+
+def format_rows(batch: pa.RecordBatch) -> bytes:
+    """Return one line for each row.
+
+    Times are written as in ISO 8601, decimals as text, bytes in base64; what JSON has no number
+    for (NaN, infinity) is null.
+    """
+    columns = pa.schema([pa.field(f.name, _representable(f.type)) for f in batch.schema])
+    rows = batch.cast(columns, safe=False).to_pylist(maps_as_pydicts="lossy")
+    return "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def content_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Return the lines of a file that hold something."""
+    return (line for line in stream if not line.isspace())
+
+
+def _chunks(numbered: Iterable[tuple[int, bytes]]) -> Iterator[dict[int, bytes]]:
+    """Return lines by their number, some at a time."""
+    chunk: dict[int, bytes] = {}
+    num_bytes = 0
+    for number, line in numbered:
+        chunk[number] = line
+        num_bytes += len(line)
+        if num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = {}, 0
+    if chunk:
+        yield chunk
+
+
+def _schema_of(chunk: dict[int, bytes], name: str) -> pa.Schema:
+    try:
+        batch = parse_lines(list(chunk.values()))
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        _refuse_malformed(chunk, name)
+        raise OptionsError(f"{name}: expected one type in each column, got: {error}") from error
+    return pa.schema([pa.field(f.name, _without_times(f.type)) for f in batch.schema])
+
+
+def _refuse_malformed(chunk: dict[int, bytes], name: str) -> None:
+    for number, line in chunk.items():
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise OptionsError(
+                f"{name}, line {number}: expected a JSON object, got an error: {error}"
+            ) from error
+        if not isinstance(value, dict):
+            raise OptionsError(
+                f"{name}, line {number}: expected a JSON object, got {type(value).__name__}"
+            )
+
+
+def _without_times(kind: pa.DataType) -> pa.DataType:
+    """Return a type with text wherever text was taken for a time."""
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    return _mapped(kind, _without_times)
+
+
+def _representable(kind: pa.DataType) -> pa.DataType:
+    """Return a type that Python has values for: its clock knows no nanoseconds."""
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_time64(kind):
+        return pa.time64("us")
+    if pa.types.is_duration(kind):
+        return pa.duration("us")
+    return _mapped(kind, _representable)
+
+
+def _mapped(kind: pa.DataType, change: Any) -> pa.DataType:
+    """Return a nested type with `change` applied to what it is made of."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(change(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(change(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(change(kind.value_type)))
+    return kind
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold."""
+    match value:
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return base64.b64encode(value).decode()
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case datetime.timedelta():
+            return value.total_seconds()
+        case decimal.Decimal():
+            return str(value)
+        case _:
+            return value

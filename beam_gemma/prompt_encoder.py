@@ -1,0 +1,221 @@
+"""Rows to token ids: which columns make a prompt, in which markup, and how long it may be.
+
+A row is a mapping of columns, or a string that is the prompt itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
+from beam_gemma.prompt import (
+    GEMMA_CHAT_TEMPLATE,
+    ChatTemplate,
+    Control,
+    Part,
+    Template,
+    Text,
+    format_value,
+)
+from beam_gemma.tokenizer import Tokenizer
+
+Row = Mapping[str, Any] | str
+PromptFormat = Literal["auto", "raw", "chat"]
+Side = Literal["left", "right"]
+MAX_CUTS = 4
+"""Attempts at cutting a prompt; each may leave a few tokens too many where pieces merge anew."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSettings:
+    """How a row becomes a prompt. At most one of its three sources is given."""
+
+    prompt: str | None = None
+    """Template with column names in braces."""
+    prompt_column: str | None = None
+    """Column that holds the prompt."""
+    messages_column: str | None = None
+    """Column that holds a conversation: a list of `role` and `content`."""
+    system: str | None = None
+    """System prompt of every row."""
+    prompt_format: PromptFormat = "auto"
+    """`chat` makes the prompt a user's turn, `raw` takes it as it stands; `auto` is `chat` where
+    there is a chat template."""
+    chat_template: str | None = None
+    """None for the model's own, `gemma` for the built-in one, or the text of a Jinja template."""
+    allow_special_tokens: bool = False
+    """Whether control pieces in the values of rows are control tokens."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; None for what the model takes beside its answer."""
+    truncate: Side | None = None
+    """Side where the longest text of a row is cut if its prompt is too long; None is an error."""
+
+    def __post_init__(self) -> None:
+        sources = ("prompt", "prompt_column", "messages_column")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionsError(f"prompt: expected one source, got {' and '.join(given)}")
+        if self.prompt_format == "raw" and (self.system is not None or self.messages_column):
+            raise OptionsError(
+                "prompt_format: expected chat for a system prompt or messages, got raw; "
+                "leave it at auto"
+            )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise OptionsError(
+                f"max_prompt_tokens: expected at least 1, got {self.max_prompt_tokens}"
+            )
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Columns that a prompt is made of."""
+        if self.prompt is not None:
+            return Template(self.prompt, ()).fields
+        return tuple(c for c in (self.prompt_column, self.messages_column) if c)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """What the model sees of one row."""
+
+    parts: tuple[Part, ...]
+    token_ids: tuple[int, ...]
+    truncated: bool = False
+
+    @property
+    def text(self) -> str:
+        """The prompt as a person reads it."""
+        return "".join(p.piece if isinstance(p, Control) else p.text for p in self.parts)
+
+
+class PromptEncoder:
+    """Makes prompts of rows, as the settings say; needs a tokenizer but no weights."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: PromptSettings,
+        *,
+        chat_template: str | None,
+        max_tokens: int,
+    ) -> None:
+        """Prepare the templates.
+
+        Args:
+            tokenizer: The model's.
+            settings: What to ask.
+            chat_template: The model's own, where it has one.
+            max_tokens: Longest prompt that the model takes.
+
+        Raises:
+            OptionsError: the model cannot be asked so.
+        """
+        self.tokenizer = tokenizer
+        self.settings = settings
+        source = _template_source(settings, chat_template)
+        pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
+        self._chat = source and ChatTemplate(source, pieces, allow_special_tokens=allow)
+        self._template = settings.prompt is not None and Template(
+            settings.prompt, pieces, allow_special_tokens=allow
+        )
+        self._max_tokens = min(max_tokens, settings.max_prompt_tokens or max_tokens)
+
+    def __call__(self, row: Row) -> Prompt:
+        """Return the prompt of one row.
+
+        Raises:
+            RecordError: the row makes no prompt, or one that is too long.
+        """
+        prompt = self._encode(row)
+        for _ in range(MAX_CUTS if self.settings.truncate else 0):
+            excess = len(prompt.token_ids) - self._max_tokens
+            if excess <= 0:
+                return prompt
+            row = self._cut(row, excess)
+            prompt = self._encode(row, truncated=True)
+        if len(prompt.token_ids) > self._max_tokens:
+            raise PromptTooLongError(
+                f"prompt: expected at most {self._max_tokens:,} tokens, got "
+                f"{len(prompt.token_ids):,}; shorten it or allow it to be cut by truncate"
+            )
+        return prompt
+
+    def _encode(self, row: Row, *, truncated: bool = False) -> Prompt:
+        parts = self._parts(row)
+        ids = tuple(self.tokenizer.encode(parts))
+        return Prompt(parts=parts, token_ids=ids, truncated=truncated)
+
+    def _parts(self, row: Row) -> tuple[Part, ...]:
+        system = self.settings.system
+        if self._chat and self.settings.messages_column and not isinstance(row, str):
+            return self._chat.render(_messages(row, self.settings.messages_column), system)
+        content = self._content(row)
+        if not self._chat:
+            return content
+        return self._chat.render([{"role": "user", "content": content}], system)
+
+    def _content(self, row: Row) -> tuple[Part, ...]:
+        """Return the prompt before it becomes a turn of a chat."""
+        if self._template and not isinstance(row, str):
+            return self._template.render(row)
+        text = row if isinstance(row, str) else self._column_text(row)
+        return self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
+
+    def _column_text(self, row: Mapping[str, Any]) -> str:
+        column = self.settings.prompt_column
+        if column is None:
+            raise OptionsError(
+                "settings: expected a prompt, prompt_column or messages_column for rows with "
+                "columns, got none"
+            )
+        if column not in row:
+            raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
+        return format_value(column, row[column])
+
+    def _cut(self, row: Row, num_tokens: int) -> Row:
+        """Return a row whose longest text is shorter by so many tokens; markup stays whole."""
+        if isinstance(row, str):
+            return self._cut_text(row, num_tokens)
+        if self.settings.messages_column:
+            column = self.settings.messages_column
+            messages = [dict(message) for message in _messages(row, column)]
+            longest = max(messages, key=lambda message: len(message["content"]))
+            longest["content"] = self._cut_text(longest["content"], num_tokens)
+            return {column: messages}
+        texts = {c: format_value(c, row[c]) for c in self.settings.prompt_columns}
+        if not texts:
+            return row
+        column = max(texts, key=lambda c: len(texts[c]))
+        return {**texts, column: self._cut_text(texts[column], num_tokens)}
+
+    def _cut_text(self, text: str, num_tokens: int) -> str:
+        parts = self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
+        ids = self.tokenizer.encode(parts, add_bos=False)
+        left = self.settings.truncate == "left"
+        return self.tokenizer.decode(ids[num_tokens:] if left else ids[:-num_tokens])
+
+
+def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:
+    """Return the chat template to use, or None for prompts that are no chat."""
+    if settings.prompt_format == "raw":
+        return None
+    own = GEMMA_CHAT_TEMPLATE if settings.chat_template == "gemma" else settings.chat_template
+    source = own or of_model
+    needs_chat = {
+        "a system prompt": settings.system is not None,
+        "messages": settings.messages_column,
+        "prompt_format chat": settings.prompt_format == "chat",
+    }
+    for need, is_asked in needs_chat.items():
+        if is_asked and source is None:
+            raise OptionsError(
+                f"chat template: expected one for {need}, got a model without; "
+                "pass --chat_template gemma"
+            )
+    return source
+
+
+def _messages(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]:
+    messages = row.get(column)
+    if messages is None:
+        raise RecordError(f"column {column!r}: expected a list of messages, got null")
+    return messages
