@@ -119,7 +119,7 @@ def _hf_config(checkpoint: Checkpoint) -> transformers.Gemma3TextConfig:
         max_position_embeddings=config.max_position_embeddings,
         layer_types=list(config.layer_types),
         sliding_window=config.sliding_window,
-        query_pre_attn_scalar=config.query_pre_attn_scalar,
+        query_pre_attn_scalar=int(config.query_pre_attn_scalar),
         rope_parameters={
             kind: {"rope_type": "default", "rope_theta": rope.rope_theta}
             for kind, rope in config.rope_parameters
