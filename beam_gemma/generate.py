@@ -150,10 +150,6 @@ class Generator:
             key = self._sampling_key(row, prompt)
         except RecordError as error:
             return str(error)
-        except OptionsError:
-            raise
-        except Exception as error:  # A value that Python cannot represent, a template that trips.
-            return f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
         stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
         request = Request(
             request_id=key,
@@ -167,8 +163,11 @@ class Generator:
     def _sampling_key(self, row: Row, prompt: Prompt) -> str:
         """Return what a row's random draws depend on, wherever and whenever it runs."""
         column = self._settings.key_column
-        if column is not None and not isinstance(row, str) and row[column] is not None:
-            return str(row[column])
+        if column is not None and not isinstance(row, str):
+            if column not in row:
+                raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
+            if row[column] is not None:
+                return str(row[column])
         ids = array("q", prompt.token_ids).tobytes()
         return hashlib.blake2b(ids, digest_size=16).hexdigest()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
+from beam_gemma.errors import BeamGemmaError, OptionsError, PromptTooLongError, RecordError
 from beam_gemma.prompt import (
     GEMMA_CHAT_TEMPLATE,
     ChatTemplate,
@@ -64,6 +64,12 @@ class PromptSettings:
             raise OptionsError(
                 f"max_prompt_tokens: expected at least 1, got {self.max_prompt_tokens}"
             )
+
+    @property
+    def has_source(self) -> bool:
+        """Whether rows with columns have a prompt; without a source, each example is a prompt."""
+        sources = (self.prompt, self.prompt_column, self.messages_column)
+        return any(source is not None for source in sources)
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
@@ -125,6 +131,18 @@ class PromptEncoder:
         Raises:
             RecordError: the row makes no prompt, or one that is too long.
         """
+        try:
+            return self._prompt(row)
+        except BeamGemmaError:
+            raise
+        except Exception as error:
+            # A row may hold anything; what trips over it costs that row alone.
+            raise RecordError(
+                f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
+            ) from error
+
+    def _prompt(self, row: Row) -> Prompt:
+        """Return the prompt of one row, cut where that is allowed."""
         prompt = self._encode(row)
         for _ in range(MAX_CUTS if self.settings.truncate else 0):
             excess = len(prompt.token_ids) - self._max_tokens

@@ -1,0 +1,98 @@
+"""The transforms that pipelines are made of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.ml.inference.base import PredictionResult, RunInference
+from apache_beam.pvalue import PCollection, Row
+from apache_beam.typehints.row_type import RowTypeConstraint
+
+from beam_gemma.errors import OptionsError
+from beam_gemma.handlers import GemmaModelHandler, as_mapping
+
+PYTHON_TYPES: dict[pa.DataType, Any] = {
+    pa.string(): str | None,
+    pa.int64(): int | None,
+    pa.float64(): float | None,
+    pa.bool_(): bool | None,
+    pa.list_(pa.int64()): list[int] | None,
+}
+"""Of the result columns, in the schema of Beam Rows."""
+
+
+class Generate(beam.PTransform[PCollection[Any], PCollection[Any]]):
+    """Completes every row with a Gemma model.
+
+    Takes rows as dicts, as Beam Rows or as Arrow record batches, and gives the same kind with the
+    result columns added: every row comes back, with its `error` where it failed. Rows are spread
+    over the workers first, and what has been generated is kept before it goes on, so that a later
+    step that fails never generates anew.
+
+    Args:
+        handler: The model, and what to ask of it.
+
+    Raises:
+        OptionsError: the settings do not say what the prompt is.
+    """
+
+    def __init__(self, handler: GemmaModelHandler) -> None:
+        super().__init__()
+        if not handler.settings.has_source:
+            raise OptionsError(
+                "settings: expected a prompt, prompt_column or messages_column, got none"
+            )
+        self._handler = handler
+
+    def expand(self, rows: PCollection[Any]) -> PCollection[Any]:
+        """Apply the transform."""
+        schema = self._handler.settings.result_schema
+        input_type, output_type = _types(rows.element_type, schema)
+        return (
+            rows
+            | "Check" >> beam.Map(_check, frozenset(schema.names)).with_output_types(input_type)
+            | "Spread" >> beam.Reshuffle()
+            | "Infer" >> RunInference(self._handler)
+            | "Merge" >> beam.Map(_merge).with_output_types(output_type)
+            | "Keep" >> beam.Reshuffle()
+        )
+
+
+def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
+    """Return the types of elements before and after; Rows and batches have coders of their own."""
+    if element_type is pa.RecordBatch:
+        return pa.RecordBatch, pa.RecordBatch
+    row = RowTypeConstraint.from_user_type(element_type) or element_type
+    if not isinstance(row, RowTypeConstraint):
+        return Any, Any
+    fields = [*row._fields, *((field.name, PYTHON_TYPES[field.type]) for field in results)]
+    return element_type, RowTypeConstraint.from_fields(fields)
+
+
+def _check(element: Any, result_names: frozenset[str]) -> Any:
+    """Refuse elements that are no rows, or that results would overwrite, before any is run."""
+    columns = element.schema.names if isinstance(element, pa.RecordBatch) else as_mapping(element)
+    if isinstance(columns, str) or not hasattr(columns, "__iter__"):
+        raise OptionsError(
+            f"row: expected a dict, a Beam Row or an Arrow record batch, got "
+            f"{type(element).__name__}; use RunInference with a GemmaModelHandler for others"
+        )
+    for name in columns:
+        if name in result_names:
+            raise OptionsError(
+                f"column {name!r}: expected rows without it, because a result has that name; "
+                "rename it in the input"
+            )
+    return element
+
+
+def _merge(prediction: PredictionResult) -> Any:
+    """Return an example with its inference, in the example's form."""
+    example: Any = prediction.example
+    inference: Any = prediction.inference
+    if isinstance(example, pa.RecordBatch):
+        schema = pa.schema([*example.schema, *inference.schema], example.schema.metadata)
+        return pa.RecordBatch.from_arrays([*example.columns, *inference.columns], schema=schema)
+    row = {**as_mapping(example), **inference}
+    return row if isinstance(example, Mapping) else Row(**row)
