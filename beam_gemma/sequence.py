@@ -1,0 +1,119 @@
+"""A request, the state of its sequence while it runs, and the completion that comes of it.
+
+All three are about token ids; text stays above the engine.
+"""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from beam_gemma.errors import OptionsError
+from beam_gemma.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class Status(enum.Enum):
+    """Where a sequence is on its way through the engine."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt to complete."""
+
+    request_id: str
+    """Named in errors; need not be unique."""
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    sampling_key: str = ""
+    """Names the row in draws: the same key, seed and prompt give the same completion."""
+    should_stop: Callable[[int], bool] | None = None
+    """Called with each new token id in order; True ends the sequence, which keeps that token."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Half-open ranges of the prompt, in order, that are attended both ways."""
+
+    def __post_init__(self) -> None:
+        end_before = 0
+        for start, end in self.spans:
+            if not end_before <= start < end <= len(self.prompt_token_ids):
+                raise OptionsError(
+                    f"request {self.request_id!r}: expected spans in order inside a prompt of "
+                    f"{len(self.prompt_token_ids)} tokens, got {self.spans}"
+                )
+            end_before = end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What a request gave."""
+
+    token_ids: tuple[int, ...]
+    """Without the end token; empty after an error."""
+    finish_reason: FinishReason
+    logprob: float
+    """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included."""
+    error: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request while the engine holds it."""
+
+    request: Request
+    end_token_ids: frozenset[int]
+    """Tokens that end the completion and stay out of it."""
+    token_ids: list[int] = field(init=False)
+    """The prompt, then the completion so far."""
+    num_computed_tokens: int = 0
+    """Leading tokens that the caches hold."""
+    logprob: float = 0.0
+    slot: int = -1
+    """Row of the block tables and of recurrent state, while the sequence runs."""
+    status: Status = Status.WAITING
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that are known but not computed; the step that takes all gives the next token."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether part of the prompt is not computed yet."""
+        return self.num_computed_tokens < len(self.request.prompt_token_ids)
+
+    def accept(self, token_id: int, logprob: float) -> FinishReason | None:
+        """Take the next token; return why the sequence ends with it, or None to go on."""
+        self.logprob += logprob
+        if token_id in self.end_token_ids:
+            return "stop"
+        self.token_ids.append(token_id)
+        if self.request.should_stop is not None and self.request.should_stop(token_id):
+            return "stop"
+        if len(self.token_ids) - self.num_prompt_tokens == self.request.params.max_tokens:
+            return "length"
+        return None
+
+    def completion(self, finish_reason: FinishReason) -> Completion:
+        """Return the tokens accepted so far as a completion."""
+        return Completion(
+            token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
+            finish_reason=finish_reason,
+            logprob=self.logprob,
+        )
+
+
+Step = tuple[tuple[Sequence, int], ...]
+"""Sequences that run together, each with its number of new tokens."""
