@@ -53,7 +53,7 @@ def ragged_attention(
         query: [T, N * H], rotated.
         key: [T, K * H], rotated.
         value: [T, K * H].
-        key_cache: In the layout of `signature.PagedState.shapes` for the device `layout`.
+        key_cache: Shaped as `signature.PagedState.shapes` says for the device `layout`.
         value_cache: Likewise.
         cu_seqlens: [B + 1], where each sequence's new tokens start.
         past_seqlens: [B], positions before the first new token.
@@ -71,31 +71,29 @@ def ragged_attention(
     """
     del attention_metadata
     head_dim = key.shape[1] // num_kv_heads
-    key_tokens = _token_view(key_cache, layout, num_kv_heads, head_dim)
-    value_tokens = _token_view(value_cache, layout, num_kv_heads, head_dim)
-    kept = slot_mapping >= 0
-    slots = slot_mapping[kept].long()
-    key_tokens[slots] = key.view(-1, num_kv_heads, head_dim)[kept]
-    value_tokens[slots] = value.view(-1, num_kv_heads, head_dim)[kept]
-    block_size = key_cache.shape[1] if layout == "cuda" else key_cache.shape[2]
+    shape = (-1, num_kv_heads, head_dim)
+    key_tokens = _stored(key_cache, key.view(shape), slot_mapping, layout)
+    value_tokens = _stored(value_cache, value.view(shape), slot_mapping, layout)
+    block_size = key_cache.shape[1 if layout == "cuda" else 2]
     outputs = []
     for b in range(past_seqlens.shape[0]):
         new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
         q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        context = (block_table[b].long()[:, None] * block_size + torch.arange(block_size)).flatten()
-        positions = int(past_seqlens[b]) + torch.arange(q.shape[0])
+        context = _slots(block_table[b], block_size)
+        queries = int(past_seqlens[b]) + torch.arange(q.shape[0])
         keys = int(context_starts[b]) + torch.arange(context.shape[0])
-        reach = keys <= last_keys[new, None].long()
-        reach &= keys > positions[:, None] - window
+        reach = (keys <= last_keys[new, None]) & (keys > queries[:, None] - window)
         outputs.append(
             _attend(q, key_tokens[context], value_tokens[context], reach, scale, softcap)
         )
     output = torch.cat(outputs).reshape(query.shape)
-    return (
-        output,
-        _cache_view(key_tokens, key_cache, layout),
-        _cache_view(value_tokens, value_cache, layout),
-    )
+    key_out = _cache_view(key_tokens, key_cache, layout)
+    return output, key_out, _cache_view(value_tokens, value_cache, layout)
+
+
+def _slots(blocks: Tensor, block_size: int) -> Tensor:
+    """Return the flat slots of a table row."""
+    return (blocks.long()[:, None] * block_size + torch.arange(block_size)).flatten()
 
 
 def _attend(
@@ -110,6 +108,14 @@ def _attend(
     # A slot out of reach may hold anything, but never contributes.
     values = values.masked_fill(~reach.any(0)[:, None, None], 0.0)
     return torch.einsum("kgsj,jkh->skgh", weights, values)
+
+
+def _stored(cache: Tensor, tokens: Tensor, slot_mapping: Tensor, layout: str) -> Tensor:
+    """Return a copy of the cache as [P * block, K, H], with tokens [T, K, H] written."""
+    copy = _token_view(cache, layout, tokens.shape[1], tokens.shape[2])
+    kept = slot_mapping >= 0
+    copy[slot_mapping[kept].long()] = tokens[kept]
+    return copy
 
 
 def _token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) -> Tensor:

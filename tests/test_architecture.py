@@ -1,0 +1,154 @@
+"""The house as its own source says it is: arrows, sizes, legends, no torch on a worker."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
+# Each module of beam_gemma may import only modules named on an earlier line.
+LAYERS = [
+    "errors progress",
+    "config prompt",
+    "signature tokenizer sampling",
+    "sequence kv_cache artifact prompt_encoder columns",
+    "scheduler packing session jsonl",
+    "engine",
+    "generate",
+    "handlers records",
+    "transforms",
+    "options",
+]
+LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
+EXPORT_MAY_USE = {"errors", "config", "signature", "tokenizer", "artifact"}
+NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+ANNOTATION = re.compile(r"(Float|Int|UInt|Bool|Shaped)\d*")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file imports, inside functions too."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def library_imports(path: Path) -> set[str]:
+    return {n.split(".")[1] for n in imports(path) if n.startswith("beam_gemma.")}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    return (n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef))
+
+
+def ids(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_every_module_has_its_layer() -> None:
+    modules = {p.stem for p in sources("beam_gemma")} - {"__init__"}
+    assert modules == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", sources("beam_gemma"), ids=ids)
+def test_library_imports_point_down(path: Path) -> None:
+    if path.stem == "__init__":
+        assert not list(imports(path))
+        return
+    upward = {m for m in library_imports(path) if LEVEL[m] >= LEVEL[path.stem]}
+    assert not upward, f"imports {sorted(upward)}"
+
+
+def test_export_uses_only_the_seams() -> None:
+    for path in sources("export"):
+        assert library_imports(path) <= EXPORT_MAY_USE | {"__version__"}, path
+    for path in sources("beam_gemma", "pipelines"):
+        assert not {n.split(".")[0] for n in imports(path)} & {"export", "pipelines"}, path
+
+
+@pytest.mark.parametrize(
+    ("package", "home"),
+    [
+        ("onnxruntime", {"session"}),
+        ("sentencepiece", {"tokenizer"}),
+        ("jinja2", {"prompt"}),
+        ("apache_beam", {"handlers", "transforms", "records", "options", "jsonl"}),
+    ],
+)
+def test_a_package_has_one_home(package: str, home: set[str]) -> None:
+    users = {
+        p.stem for p in sources("beam_gemma") if package in {n.split(".")[0] for n in imports(p)}
+    }
+    assert users <= home
+
+
+def test_the_library_imports_without_torch() -> None:
+    """In a process where what a worker lacks cannot be imported."""
+    code = "\n".join(
+        [
+            "import sys",
+            "class Block:",
+            "    def find_spec(self, name, path=None, target=None):",
+            f"        if name.split('.')[0] in {NOT_ON_A_WORKER | {'export', 'pipelines'}}:",
+            "            raise ModuleNotFoundError(name, name=name)",
+            "sys.meta_path.insert(0, Block())",
+            *(f"import beam_gemma.{module}" for module in LEVEL),
+        ]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES, "tests"), ids=ids)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for function in functions(path):
+        assert function.end_lineno is not None
+        length = function.end_lineno - function.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", sources("beam_gemma", "export", "pipelines"), ids=ids)
+def test_dimension_letters_are_in_the_legend(path: Path) -> None:
+    used = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Subscript) and ANNOTATION.fullmatch(ast.unparse(node.value)):
+            assert isinstance(node.slice, ast.Tuple)
+            used |= set(str(ast.literal_eval(node.slice.elts[1])).split())
+    docstring = ast.get_docstring(tree(path)) or ""
+    legend = re.search(r"Dimensions: (.*?)(\n\n|\Z)", docstring, re.DOTALL)
+    explained = set(re.findall(r"\b[A-Z]\b", legend[1])) if legend else set()
+    assert {letter for letter in used if letter.isalpha()} <= explained
+
+
+@pytest.mark.parametrize("path", sources("beam_gemma", "export", "pipelines"), ids=ids)
+def test_everything_is_caught_only_where_a_row_ends(path: Path) -> None:
+    """`except Exception` needs a comment that says why: the row boundary, or a waiting caller."""
+    lines = path.read_text().splitlines()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, "a bare except"
+            if ast.unparse(node.type) in ("Exception", "BaseException"):
+                assert "#" in lines[node.lineno - 1], f"line {node.lineno}"
+
+
+def test_no_open_ends() -> None:
+    words = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+    for path in sources(*PACKAGES, "tests"):
+        if path != Path(__file__):
+            assert not words.search(path.read_text()), path
