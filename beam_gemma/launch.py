@@ -1,0 +1,166 @@
+"""From flags to a finished job: every setting is checked before it starts, every row after it."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics.metric import MetricsFilter
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.runners.runner import PipelineResult
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.columns import check_columns
+from beam_gemma.errors import BeamGemmaError, OptionsError
+from beam_gemma.handlers import GemmaModelHandler, choose_device, prompt_encoder
+from beam_gemma.options import generate_parser, generate_settings, is_local, parse
+from beam_gemma.preview import preview
+from beam_gemma.progress import METRICS_NAMESPACE, Display
+from beam_gemma.records import Source, open_source
+from beam_gemma.sinks import Sink, open_sink
+
+SUCCESS, FAILURE, USAGE = 0, 1, 2
+"""Exit codes: rows balance; they do not, or the job broke; a setting is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A job whose settings have been checked."""
+
+    source: Source
+    sink: Sink
+    schema: pa.Schema
+    """Of the output."""
+    handler: GemmaModelHandler
+    options: PipelineOptions
+    overwrite: bool
+    """Whether an earlier output gives way to this one."""
+    preview: str | None
+    """The report that was asked for in place of a run."""
+
+
+def plan_generate(argv: Sequence[str] | None) -> Job:
+    """Return the job that the flags describe.
+
+    Raises:
+        BeamGemmaError: a setting is wrong; nothing has been written.
+    """
+    flags, options = parse(generate_parser(), argv)
+    logging.getLogger().setLevel(logging.INFO if flags.verbose else logging.WARNING)
+    settings = generate_settings(flags)
+    handler = GemmaModelHandler(
+        flags.model,
+        settings,
+        device=flags.device,
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+    )
+    artifact = Artifact.open(flags.model)
+    encoder = prompt_encoder(artifact, settings)
+    if is_local(options):
+        choose_device(artifact, flags.device)
+    elif flags.device != "auto":
+        artifact.signature("generate", flags.device)
+    source = open_source(flags.input, limit=flags.limit)
+    check_columns(settings, source.schema)
+    sink = open_sink(flags.output, num_shards=flags.num_shards)
+    if not flags.dry_run:
+        _check_output(sink, source, overwrite=flags.overwrite)
+    return Job(
+        source=source,
+        sink=sink,
+        schema=pa.schema([*source.schema, *settings.result_schema], source.schema.metadata),
+        handler=handler,
+        options=options,
+        overwrite=flags.overwrite,
+        preview=preview(source, encoder) if flags.dry_run else None,
+    )
+
+
+def run(pipeline: beam.Pipeline, job: Job) -> int:
+    """Run a job, show its progress and check that no row was lost; return the exit code.
+
+    A Dataflow job goes on alone: its state and counters are in its own console.
+    """
+    if job.overwrite:
+        job.sink.delete()
+    started = time.monotonic()
+    with _display(job):
+        result: Any = pipeline.run()
+        if not _goes_on_alone(job.options):
+            result.wait_until_finish()
+    if _goes_on_alone(job.options):
+        sys.stdout.write(f"submitted the job {result.job_id()}\n")
+        return SUCCESS
+    return report(counters(result), time.monotonic() - started)
+
+
+def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
+    """Write the line that balances a job's rows; return the exit code."""
+    read, ok, failed, written = (
+        counts.get(f"rows_{name}", 0) for name in ("read", "ok", "failed", "written")
+    )
+    prompt_tokens, completion_tokens = (
+        counts.get("prompt_tokens", 0),
+        counts.get("completion_tokens", 0),
+    )
+    sys.stdout.write(
+        f"read {read:,} = ok {ok:,} + failed {failed:,} = written {written:,} rows; "
+        f"{prompt_tokens:,} prompt + {completion_tokens:,} completion tokens "
+        f"in {elapsed_secs:,.1f} s ({completion_tokens / max(elapsed_secs, 1e-9):,.1f} tokens/s)\n"
+    )
+    if read == ok + failed == written:
+        return SUCCESS
+    sys.stderr.write(
+        "error: rows: expected the counts above to be equal; rows were lost or doubled\n"
+    )
+    return FAILURE
+
+
+def counters(result: PipelineResult) -> dict[str, int]:
+    """Return the sums of the project's counters over all steps of a job."""
+    counts: dict[str, int] = {}
+    query = MetricsFilter().with_namespace(METRICS_NAMESPACE)
+    for metric in result.metrics().query(query)["counters"]:
+        name = metric.key.metric.name
+        counts[name] = counts.get(name, 0) + metric.result
+    return counts
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run a command; an error of ours is one sentence and the exit code of a wrong setting."""
+    try:
+        return main()
+    except BeamGemmaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USAGE
+
+
+def _check_output(sink: Sink, source: Source, *, overwrite: bool) -> None:
+    existing = sink.shards()
+    if existing and not overwrite:
+        raise OptionsError(
+            f"--output: expected no earlier output, got {existing[0]}; choose another name or "
+            "pass --overwrite"
+        )
+    if both := sorted(set(existing) & set(source.files)):
+        raise OptionsError(
+            f"--output: expected other files than those of --input, got {both[0]} in both"
+        )
+
+
+def _display(job: Job) -> AbstractContextManager[object]:
+    """Return the display of a job whose rows go through this process."""
+    mode = job.options.view_as(DirectOptions).direct_running_mode
+    if is_local(job.options) and mode != "multi_processing":
+        return Display(job.source.num_rows)
+    return nullcontext()
+
+
+def _goes_on_alone(options: PipelineOptions) -> bool:
+    return options.view_as(StandardOptions).runner == "DataflowRunner"

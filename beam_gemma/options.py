@@ -1,0 +1,321 @@
+"""Flags: ours in groups with complete help, Beam's passed on, and nothing unknown accepted."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from apache_beam.options.pipeline_options import (
+    PipelineOptions,
+    StandardOptions,
+    _BeamArgumentParser,
+)
+
+from beam_gemma.engine import EngineConfig
+from beam_gemma.errors import OptionsError, nearest
+from beam_gemma.generate import GenerateSettings
+from beam_gemma.sampling import SamplingParams
+
+LOCAL_RUNNER = "DirectRunner"
+NO_PRISM = "--prism_location=/nonexistent"
+"""Without it, DirectRunner downloads another engine at each run and, failing that, falls back."""
+EXAMPLES = """\
+examples:
+  python -m pipelines.generate --model models/gemma-3-270m-it --input articles.parquet \\
+      --output out/summaries.parquet --prompt 'Summarize in one sentence: {text}' --max_tokens 64
+
+  python -m pipelines.generate --model models/gemma-3-270m-it --input 'chats/*.jsonl' \\
+      --output out/replies.jsonl --messages_column messages --temperature 0.7 --top_k 64
+
+Any other flag goes to Beam, such as --runner NAME (default: DirectRunner, in this process),
+--direct_running_mode multi_threading, --direct_num_workers N, --project NAME or --region NAME.
+"""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the flags.
+
+        Raises:
+            OptionsError: always.
+        """
+        raise OptionsError(message)
+
+
+class _BeamFlagParser(FlagParser, _BeamArgumentParser):
+    """All flags of Beam."""
+
+
+def generate_parser() -> FlagParser:
+    """Return the parser of `python -m pipelines.generate`."""
+    parser = FlagParser(
+        prog="python -m pipelines.generate",
+        description="Complete a prompt for every row of a table with a Gemma model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_files(parser)
+    _add_prompt(parser)
+    _add_sampling(parser)
+    _add_engine(parser)
+    _add_job(parser)
+    return parser
+
+
+def parse(
+    parser: FlagParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, PipelineOptions]:
+    """Return our flags and Beam's options.
+
+    Raises:
+        OptionsError: a flag is unknown, missing, or has a value of a wrong type.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    beam_parser = _BeamFlagParser(allow_abbrev=False, add_help=False)
+    for group in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
+        group._add_argparse_args(beam_parser)
+    # Before anything else: a flag that seems to be missing may only be misspelt.
+    _refuse_unknown(argv, [*parser._option_string_actions, *beam_parser._option_string_actions])
+    flags, rest = parser.parse_known_args(argv)
+    _, stray = beam_parser.parse_known_args(rest)
+    if stray:
+        raise OptionsError(f"{stray[0]!r}: expected a flag before it, got none")
+    options = PipelineOptions(rest)
+    if is_local(options) and not any(flag.startswith("--prism_location") for flag in rest):
+        options = PipelineOptions([*rest, NO_PRISM])
+    return flags, options
+
+
+def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if re.fullmatch(r"--\S+", name) and name not in known:
+            raise OptionsError(f"unknown flag {name}{nearest(name, known)}")
+
+
+def is_local(options: PipelineOptions) -> bool:
+    """Return whether a job runs on this machine, in the engine that comes with Beam."""
+    return options.view_as(StandardOptions).runner in (None, LOCAL_RUNNER)
+
+
+def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
+    """Return what the flags ask of each row.
+
+    Raises:
+        OptionsError: the flags contradict each other or are out of range.
+    """
+    fields = {field.name for field in dataclasses.fields(GenerateSettings)}
+    values = {name: value for name, value in vars(flags).items() if name in fields}
+    params = {field.name for field in dataclasses.fields(SamplingParams)}
+    sampling = SamplingParams(**{k: v for k, v in vars(flags).items() if k in params})
+    settings = GenerateSettings(
+        **{
+            **values,
+            "chat_template": _chat_template(flags.chat_template),
+            "sampling": sampling,
+            "stop": tuple(flags.stop),
+        }
+    )
+    if not settings.has_source:
+        raise OptionsError(
+            "prompt: expected one of --prompt, --prompt_column and --messages_column, got none"
+        )
+    return settings
+
+
+def _chat_template(name_or_file: str | None) -> str | None:
+    if name_or_file in (None, "gemma"):
+        return name_or_file
+    try:
+        return Path(name_or_file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionsError(
+            f"--chat_template {name_or_file}: expected gemma or a file that can be read, "
+            f"got an error: {error}"
+        ) from error
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("input and output").add_argument
+    add("--model", required=True, metavar="DIR", help="model folder that python -m export wrote")
+    add(
+        "--input",
+        required=True,
+        metavar="URI",
+        help="table to read: a .parquet or .jsonl file, a pattern, or a folder of Parquet files",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="URI",
+        help="table to write: dir/name.parquet becomes dir/name-00000-of-00004.parquet and so on; "
+        "all columns are kept",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier output (default: refuse)")
+    add(
+        "--num_shards",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="files to write (default: 0, the runner decides)",
+    )
+    add("--limit", type=_positive, metavar="N", help="rows to read, from the first (default: all)")
+    add(
+        "--key_column",
+        metavar="COLUMN",
+        help="identifies a row for its random draws (default: its prompt does)",
+    )
+    add("--logprob", action="store_true", help="add the column logprob (default: no)")
+    add("--token_ids", action="store_true", help="add completion_token_ids (default: no)")
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt", "one of the first three is required")
+    add = group.add_argument
+    add("--prompt", metavar="TEMPLATE", help="text with column names in braces (default: none)")
+    add("--prompt_column", metavar="COLUMN", help="holds the whole prompt (default: none)")
+    add(
+        "--messages_column",
+        metavar="COLUMN",
+        help="holds a conversation, a list of role and content (default: none)",
+    )
+    add("--system", metavar="TEXT", help="system prompt of every row (default: none)")
+    add(
+        "--prompt_format",
+        choices=("auto", "raw", "chat"),
+        default="auto",
+        help="raw takes the prompt as it stands, chat makes it a user's turn (default: auto, "
+        "which is chat where there is a chat template)",
+    )
+    add(
+        "--chat_template",
+        metavar="NAME_OR_FILE",
+        help="gemma, or a file with a Jinja template (default: the model's own)",
+    )
+    add(
+        "--allow_special_tokens",
+        action="store_true",
+        help="let text of rows become control tokens (default: no, it stays text)",
+    )
+    add(
+        "--max_prompt_tokens",
+        type=_positive,
+        metavar="N",
+        help="longest prompt (default: what the model takes beside --max_tokens, in tokens)",
+    )
+    add(
+        "--truncate",
+        choices=("left", "right"),
+        help="side on which a longer prompt loses text (default: such a row is an error)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    defaults = SamplingParams()
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--max_tokens",
+        type=int,
+        default=defaults.max_tokens,
+        metavar="N",
+        help="longest completion (default: %(default)s tokens)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="X",
+        help="divides the logits (default: %(default)s, which takes the most likely token)",
+    )
+    add(
+        "--top_k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="draw among the K most likely tokens (default: %(default)s, all)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="draw among the fewest tokens of this probability (default: %(default)s, all)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        metavar="S",
+        help="of all draws (default: %(default)s)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends a completion and is no part of it; may be repeated (default: none)",
+    )
+    add(
+        "--ignore_eos",
+        action="store_true",
+        help="go on where the model would end (default: no)",
+    )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    defaults = EngineConfig()
+    add = parser.add_argument_group("engine").add_argument
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model runs (default: auto, CUDA where model and machine have it)",
+    )
+    add(
+        "--max_num_seqs",
+        type=int,
+        default=defaults.max_num_seqs,
+        metavar="N",
+        help="rows that run at once (default: %(default)s rows)",
+    )
+    add(
+        "--max_num_batched_tokens",
+        type=int,
+        default=defaults.max_num_batched_tokens,
+        metavar="N",
+        help="new tokens of one step (default: %(default)s tokens)",
+    )
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("job").add_argument
+    add(
+        "--dry_run",
+        action="store_true",
+        help="read a sample, show its prompts and tokens, and do not load the model (default: no)",
+    )
+    add("--verbose", action="store_true", help="log what the job does (default: warnings only)")
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {minimum}, got {text!r}")
+    return value

@@ -1,0 +1,56 @@
+"""What a job would do: a sample of its rows as prompts, without a model run."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from beam_gemma.errors import RecordError
+from beam_gemma.handlers import BatchRow
+from beam_gemma.prompt_encoder import Prompt, PromptEncoder
+from beam_gemma.records import Source
+
+SAMPLE_ROWS = 1000
+"""Rows of the sample, from the first."""
+SHOWN_PROMPTS = 3
+SHOWN_REASONS = 3
+
+
+def preview(source: Source, encoder: PromptEncoder) -> str:
+    """Return a report: rows, prompt tokens, rows that would fail, the first prompts."""
+    prompts, reasons = _encode(source, encoder)
+    num_sampled = len(prompts) + reasons.total()
+    lines = [
+        f"rows: {source.num_rows:,}, of which {num_sampled:,} sampled",
+        f"prompt tokens: {_distribution([len(prompt.token_ids) for prompt in prompts])}",
+        f"rows that would fail: {reasons.total():,} of the sample",
+    ]
+    lines += [f"  {count:,} {reason}" for reason, count in reasons.most_common(SHOWN_REASONS)]
+    if num_cut := sum(prompt.truncated for prompt in prompts):
+        lines.append(f"prompts that would be cut: {num_cut:,} of the sample")
+    for number, prompt in enumerate(prompts[:SHOWN_PROMPTS], start=1):
+        lines += [f"prompt {number}, {len(prompt.token_ids):,} tokens:", prompt.text]
+    return "\n".join(lines) + "\n"
+
+
+def _encode(source: Source, encoder: PromptEncoder) -> tuple[list[Prompt], Counter[str]]:
+    """Return the prompts of the sample, and why rows have none."""
+    prompts = []
+    reasons: Counter[str] = Counter()
+    for batch in source.head(SAMPLE_ROWS):
+        for index in range(batch.num_rows):
+            try:
+                prompts.append(encoder(BatchRow(batch, index)))
+            except RecordError as error:
+                # Rows that fail alike differ in their figures.
+                reasons[re.sub(r"\d[\d,]*", "N", str(error))] += 1
+    return prompts, reasons
+
+
+def _distribution(lengths: Iterable[int]) -> str:
+    ordered = sorted(lengths)
+    if not ordered:
+        return "none"
+    mean = sum(ordered) / len(ordered)
+    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    return f"mean {mean:,.1f}, 95th percentile {p95:,}, most {ordered[-1]:,}"

@@ -1,0 +1,1 @@
+"""Command lines: one pipeline each, run from a checkout or an image."""

@@ -1,0 +1,33 @@
+"""Completes a prompt for every row of a table with a Gemma model.
+
+python -m pipelines.generate --help
+"""
+
+import sys
+
+import apache_beam as beam
+
+from beam_gemma import launch
+from beam_gemma.records import ReadRecords
+from beam_gemma.sinks import WriteRecords
+from beam_gemma.transforms import Generate
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    job = launch.plan_generate(sys.argv[1:])
+    if job.preview is not None:
+        sys.stdout.write(job.preview)
+        return launch.SUCCESS
+    pipeline = beam.Pipeline(options=job.options)
+    _ = (
+        pipeline
+        | "Read" >> ReadRecords(job.source)
+        | "Generate" >> Generate(job.handler)
+        | "Write" >> WriteRecords(job.sink, job.schema)
+    )
+    return launch.run(pipeline, job)
+
+
+if __name__ == "__main__":
+    sys.exit(launch.exit_code(main))
