@@ -51,7 +51,7 @@ def plan_generate(argv: Sequence[str] | None) -> Job:
         BeamGemmaError: a setting is wrong; nothing has been written.
     """
     flags, options = parse(generate_parser(), argv)
-    logging.getLogger().setLevel(logging.INFO if flags.verbose else logging.WARNING)
+    _set_up_logs(verbose=flags.verbose)
     settings = generate_settings(flags)
     handler = GemmaModelHandler(
         flags.model,
@@ -139,6 +139,17 @@ def exit_code(main: Callable[[], int]) -> int:
     except BeamGemmaError as error:
         sys.stderr.write(f"error: {error}\n")
         return USAGE
+
+
+def _set_up_logs(*, verbose: bool) -> None:
+    root = logging.getLogger()
+    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    root.addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Drop what Beam says at each load where torch is not installed, as on our workers."""
+    return not record.getMessage().startswith("Resource module is not available")
 
 
 def _check_output(sink: Sink, source: Source, *, overwrite: bool) -> None:

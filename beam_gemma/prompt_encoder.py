@@ -208,8 +208,10 @@ class PromptEncoder:
     def _cut_text(self, text: str, num_tokens: int) -> str:
         parts = self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
         ids = self.tokenizer.encode(parts, add_bos=False)
-        left = self.settings.truncate == "left"
-        return self.tokenizer.decode(ids[num_tokens:] if left else ids[:-num_tokens])
+        # A character of several byte tokens may be cut through; what is left of it goes too.
+        if self.settings.truncate == "left":
+            return self.tokenizer.decode(ids[num_tokens:]).lstrip("\ufffd")
+        return self.tokenizer.decode(ids[:-num_tokens]).rstrip("\ufffd")
 
 
 def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:
