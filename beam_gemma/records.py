@@ -81,7 +81,7 @@ class Source:
         for path, rows in zip(self.files, self.file_rows, strict=True):
             if num_rows <= 0:
                 return
-            yield from _read_first(path, min(rows, num_rows), self.format, self.schema)
+            yield from _read_first((path, min(rows, num_rows)), self.format, self.schema)
             num_rows -= rows
 
 
@@ -137,7 +137,7 @@ class ReadRecords(beam.PTransform[PBegin, PCollection[pa.RecordBatch]]):
                 pbegin
                 | "Files" >> beam.Create(files)
                 | "Spread" >> beam.Reshuffle()
-                | "ReadFirst" >> beam.FlatMapTuple(_read_first, source.format, source.schema)
+                | "ReadFirst" >> beam.FlatMap(_read_first, source.format, source.schema)
             )
         elif source.format == "parquet":
             batches = (
@@ -235,9 +235,10 @@ def _difference(schema: pa.Schema, found: pa.Schema) -> str:
 
 
 def _read_first(
-    path: str, num_rows: int, file_format: Format, schema: pa.Schema
+    file_rows: tuple[str, int], file_format: Format, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    """Return the first rows of a file, which has as many; no row group after them is read."""
+    """Return so many rows of a file, from the first; no row group after them is read."""
+    path, num_rows = file_rows
     with FileSystems.open(path) as stream:
         if file_format == "jsonl":
             lines = itertools.islice(jsonl.content_lines(stream), num_rows)

@@ -57,7 +57,7 @@ def open_sink(uri: str, *, num_shards: int = 0) -> Sink:
     """
     stem, _, suffix = uri.rpartition(".")
     for file_format in FORMATS:
-        if suffix == file_format and not stem.endswith("/"):
+        if suffix == file_format and stem.rpartition("/")[2]:
             return Sink(prefix=stem, format=file_format, num_shards=num_shards)
     raise OptionsError(f"{uri}: expected a name that ends in .parquet or .jsonl")
 

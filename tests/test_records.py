@@ -1,0 +1,208 @@
+"""Reading tables: what is there is found before the job, and every row of it is read once."""
+
+import json
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.io.filesystems import FileSystems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beam_gemma.errors import OptionsError
+from beam_gemma.records import ROWS_PER_BATCH, ReadRecords, RecordBatchCoder, open_source
+from tests.fake_models import local_pipeline
+from tests.tables import RICH, assert_same_schema, keys_of, rich_table, text_of, write_parquet
+
+pytestmark = pytest.mark.timeout(60)
+FOUND = []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three Parquet files of 250, 0 and 130 rows."""
+    write_parquet(tmp_path / "a.parquet", rich_table(range(250)))
+    write_parquet(tmp_path / "b.parquet", rich_table([]))
+    write_parquet(tmp_path / "c.parquet", rich_table(range(250, 380)))
+    return tmp_path
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(source, *flags):
+    """Return all batches that a pipeline reads."""
+    FOUND.clear()
+    with local_pipeline(*flags) as pipeline:
+        _ = pipeline | ReadRecords(source) | beam.Map(keep)
+    return list(FOUND)
+
+
+def keep(batch):
+    FOUND.append(batch)
+
+
+@pytest.mark.parametrize("name", ["", "/", "/*.parquet", "/[a-c].parquet"])
+def test_parquet_uris(folder, name):
+    source = open_source(f"{folder}{name}")
+    assert [path.rpartition("/")[2] for path in source.files] == [
+        "a.parquet",
+        "b.parquet",
+        "c.parquet",
+    ]
+    assert source.num_rows == 380
+    assert source.schema.equals(RICH, check_metadata=False)
+
+
+def test_parquet_rows_and_types_are_read_as_they_are(folder):
+    batches = read(open_source(str(folder)))
+    assert sorted(keys_of(batches)) == list(range(380))
+    assert max(batch.num_rows for batch in batches) == ROWS_PER_BATCH
+    table = pa.Table.from_batches(batches)
+    assert table.schema.equals(pq.read_schema(folder / "a.parquet"), check_metadata=True)
+    assert_same_schema(table.schema, RICH)
+    assert text_of(table) == text_of(rich_table(range(380)))
+
+
+def test_json_lines_are_read_with_types_of_all_files(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"key": i, "day": "2020-01-01"} for i in range(40)])
+    write_lines(tmp_path / "b.jsonl", [{"key": 40.5, "extra": [1]}, {"key": 41}])
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('\n  \n{"key": 42}')
+    source = open_source(f"{tmp_path}/*.jsonl")
+    assert source.num_rows == 43
+    assert source.schema == pa.schema(
+        [("key", pa.float64()), ("day", pa.string()), ("extra", pa.list_(pa.int64()))]
+    )
+    batches = read(source)
+    assert {batch.schema for batch in batches} == {source.schema}
+    assert sorted(keys_of(batches)) == [*range(40), 40.5, 41, 42]
+
+
+def test_empty_inputs(tmp_path):
+    write_parquet(tmp_path / "none.parquet", rich_table([]))
+    (tmp_path / "none.jsonl").write_text("")
+    for name in ("none.parquet", "none.jsonl"):
+        source = open_source(str(tmp_path / name))
+        assert source.num_rows == 0
+        assert read(source) == []
+
+
+@pytest.mark.parametrize("limit", [1, 16, 100, 101, 250, 251, 380, 1000])
+def test_limit_reads_the_first_rows_in_order(folder, limit):
+    source = open_source(str(folder), limit=limit)
+    assert source.num_rows == min(limit, 380)
+    assert keys_of(source.head(10**6)) == list(range(min(limit, 380)))
+    assert sorted(keys_of(read(source))) == list(range(min(limit, 380)))
+
+
+def test_limit_of_json_lines(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"key": i} for i in range(5)])
+    write_lines(tmp_path / "b.jsonl", [{"key": i} for i in range(5, 50)])
+    source = open_source(f"{tmp_path}/*.jsonl", limit=30)
+    assert keys_of(source.head(7)) == list(range(7))
+    assert sorted(keys_of(read(source))) == list(range(30))
+
+
+def test_head_and_limit_read_only_what_they_need(folder, monkeypatch):
+    opened, groups = [], []
+    open_file, iter_batches = FileSystems.open, pq.ParquetFile.iter_batches
+
+    def watch_open(path, *args, **kwargs):
+        opened.append(path.rpartition("/")[2])
+        return open_file(path, *args, **kwargs)
+
+    def watch_groups(self, *args, row_groups, **kwargs):
+        groups.append(row_groups)
+        return iter_batches(self, *args, row_groups=row_groups, **kwargs)
+
+    monkeypatch.setattr(FileSystems, "open", watch_open)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watch_groups)
+    source = open_source(str(folder), limit=101)
+    assert opened == ["a.parquet"]
+    list(source.head(100))
+    list(source.head(101))
+    assert opened == ["a.parquet"] * 3
+    assert groups == [[0], [0, 1]]
+
+
+def test_files_that_are_no_table_are_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", rich_table(range(3)))
+    write_parquet(tmp_path / "b.parquet", rich_table(range(3)).drop_columns(["text"]))
+    with pytest.raises(OptionsError, match=r"b\.parquet: .*another set of columns: text"):
+        open_source(str(tmp_path))
+    write_parquet(
+        tmp_path / "b.parquet",
+        rich_table(range(3)).set_column(1, "text", pa.array([1, 2, 3])),
+    )
+    with pytest.raises(OptionsError, match=r"b\.parquet: .*'text': int64 for string"):
+        open_source(str(tmp_path))
+    write_parquet(tmp_path / "b.parquet", rich_table(range(3)).select(RICH.names[::-1]))
+    with pytest.raises(OptionsError, match=r"b\.parquet: .*order of columns"):
+        open_source(str(tmp_path))
+    (tmp_path / "b.parquet").write_bytes(b"no table")
+    with pytest.raises(OptionsError, match=r"b\.parquet: expected a Parquet file"):
+        open_source(str(tmp_path))
+
+
+def test_json_files_that_are_no_table_are_named(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"a": 1}])
+    write_lines(tmp_path / "b.jsonl", [{"a": "x"}])
+    with pytest.raises(OptionsError, match=r"b\.jsonl: expected the column types"):
+        open_source(f"{tmp_path}/*.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"a": 2}\n{"a":\n')
+    with pytest.raises(OptionsError, match=r"b\.jsonl, line 2: expected a JSON object"):
+        open_source(f"{tmp_path}/*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("none.parquet", "at least one file, got none"),
+        ("none/", "at least one file, got none"),
+        ("table.csv", r"end in \.parquet or \.jsonl"),
+        ("*", r"end in \.parquet or \.jsonl"),
+        ("x.jsonl/", r"end in \.parquet or \.jsonl"),
+    ],
+)
+def test_inputs_that_are_not_there(tmp_path, name, match):
+    with pytest.raises(OptionsError, match=match):
+        open_source(f"{tmp_path}/{name}")
+
+
+def test_unknown_file_system():
+    with pytest.raises(OptionsError, match=r"nowhere://x\.parquet"):
+        open_source("nowhere://x.parquet")
+
+
+def test_coder_carries_a_slice_and_no_more():
+    batch = rich_table(range(4000)).combine_chunks().to_batches()[0]
+    coder = beam.coders.registry.get_coder(pa.RecordBatch)
+    assert isinstance(coder, RecordBatchCoder)
+    encoded = coder.encode(batch.slice(100, 16))
+    assert len(encoded) < 10_000
+    assert text_of(coder.decode(encoded)) == text_of(batch.slice(100, 16))
+    assert coder.decode(encoded).schema.equals(RICH, check_metadata=True)
+    assert coder.decode(coder.encode(batch.slice(0, 0))).num_rows == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=3), st.integers(1, 200)
+)
+def test_any_layout_of_files_has_the_same_first_rows(tmp_path_factory, layout, limit):
+    folder = tmp_path_factory.mktemp("layout")
+    keys = iter(range(1000))
+    schema = pa.schema([("key", pa.int64())])
+    for number, groups in enumerate(layout):
+        with pq.ParquetWriter(folder / f"{number}.parquet", schema) as writer:
+            for size in groups:
+                rows = [{"key": next(keys)} for _ in range(size)]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    total = next(keys)
+    source = open_source(str(folder), limit=limit)
+    assert source.num_rows == min(limit, total)
+    assert keys_of(source.head(limit)) == list(range(min(limit, total)))
