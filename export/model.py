@@ -263,8 +263,9 @@ def log_sum_exp(logits: Tensor, largest: Tensor) -> Tensor:
     """
     vocab = logits.shape[1]
     inner = next(n for n in range(math.isqrt(vocab), 0, -1) if vocab % n == 0)
-    parts = torch.exp(logits - largest).view(-1, inner, vocab // inner).sum(dim=-1)
-    return parts.sum(dim=-1).log() + largest[:, 0]
+    terms = torch.exp(logits - largest).view(logits.shape[0], inner, vocab // inner)
+    # Axes counted from the front: with R = 0 ONNX Runtime 1.31 leaves negative ones unreduced.
+    return terms.sum(dim=2).sum(dim=1).log() + largest[:, 0]
 
 
 def sequence_positions(step: Named) -> Tensor:

@@ -67,28 +67,26 @@ def ragged_attention(
         scale: Factor of query-key products.
         softcap: 0 for none.
         layout: `cpu` or `cuda`.
-        attention_metadata: [3], bounds for the CUDA kernel; no part of the mathematics.
+        attention_metadata: [3], bounds for the CUDA kernel; no part of the formula.
     """
     del attention_metadata
-    head_dim = key.shape[1] // num_kv_heads
-    shape = (-1, num_kv_heads, head_dim)
+    shape = (-1, num_kv_heads, key.shape[1] // num_kv_heads)
     key_tokens = _stored(key_cache, key.view(shape), slot_mapping, layout)
     value_tokens = _stored(value_cache, value.view(shape), slot_mapping, layout)
     block_size = key_cache.shape[1 if layout == "cuda" else 2]
     outputs = []
     for b in range(past_seqlens.shape[0]):
         new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
-        q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2])
         context = _slots(block_table[b], block_size)
         queries = int(past_seqlens[b]) + torch.arange(q.shape[0])
         keys = int(context_starts[b]) + torch.arange(context.shape[0])
         reach = (keys <= last_keys[new, None]) & (keys > queries[:, None] - window)
-        outputs.append(
-            _attend(q, key_tokens[context], value_tokens[context], reach, scale, softcap)
-        )
+        cached = key_tokens[context], value_tokens[context]
+        outputs.append(_attend(q, *cached, reach, scale, softcap))
     output = torch.cat(outputs).reshape(query.shape)
-    key_out = _cache_view(key_tokens, key_cache, layout)
-    return output, key_out, _cache_view(value_tokens, value_cache, layout)
+    key_cache = _cache_view(key_tokens, key_cache, layout)
+    return output, key_cache, _cache_view(value_tokens, value_cache, layout)
 
 
 def _slots(blocks: Tensor, block_size: int) -> Tensor:
