@@ -19,7 +19,8 @@ from beam_gemma.session import Session, require_device
 from beam_gemma.signature import Device
 from beam_gemma.tokenizer import Tokenizer
 
-Example: TypeAlias = str | Mapping[str, Any] | Row | pa.RecordBatch
+Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
+"""A Row that has been between two steps comes as a named tuple."""
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 ENGINE = EngineConfig()
 BATCH_ROWS = 4096

@@ -90,10 +90,14 @@ def run(pipeline: beam.Pipeline, job: Job) -> int:
     if job.overwrite:
         job.sink.delete()
     started = time.monotonic()
-    with _display(job):
-        result: Any = pipeline.run()
-        if not _goes_on_alone(job.options):
-            result.wait_until_finish()
+    try:
+        with _display(job):
+            result: Any = pipeline.run()
+            if not _goes_on_alone(job.options):
+                result.wait_until_finish()
+    except BeamGemmaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return FAILURE
     if _goes_on_alone(job.options):
         sys.stdout.write(f"submitted the job {result.job_id()}\n")
         return SUCCESS

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import (
     PipelineOptions,
@@ -45,6 +45,12 @@ class FlagParser(argparse.ArgumentParser):
             OptionsError: always.
         """
         raise OptionsError(message)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Take `--flag=--` at its word, where Python 3.11 makes an empty list of it."""
+        if action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
 
 class _BeamFlagParser(FlagParser, _BeamArgumentParser):

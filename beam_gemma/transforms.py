@@ -1,6 +1,6 @@
 """The transforms that pipelines are made of."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -66,6 +66,8 @@ def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
     row = RowTypeConstraint.from_user_type(element_type) or element_type
     if not isinstance(row, RowTypeConstraint):
         return Any, Any
+    for name, _ in row._fields:
+        _refuse_clash(name, results.names)
     fields = [*row._fields, *((field.name, PYTHON_TYPES[field.type]) for field in results)]
     return element_type, RowTypeConstraint.from_fields(fields)
 
@@ -79,12 +81,16 @@ def _check(element: Any, result_names: frozenset[str]) -> Any:
             f"{type(element).__name__}; use RunInference with a GemmaModelHandler for others"
         )
     for name in columns:
-        if name in result_names:
-            raise OptionsError(
-                f"column {name!r}: expected rows without it, because a result has that name; "
-                "rename it in the input"
-            )
+        _refuse_clash(name, result_names)
     return element
+
+
+def _refuse_clash(name: str, result_names: Collection[str]) -> None:
+    if name in result_names:
+        raise OptionsError(
+            f"column {name!r}: expected rows without it, because a result has that name; "
+            "rename it in the input"
+        )
 
 
 def _merge(prediction: PredictionResult) -> Any:
