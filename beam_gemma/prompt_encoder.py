@@ -135,8 +135,7 @@ class PromptEncoder:
             return self._prompt(row)
         except BeamGemmaError:
             raise
-        except Exception as error:
-            # A row may hold anything; what trips over it costs that row alone.
+        except Exception as error:  # a row may hold anything; what trips over it ends it alone
             raise RecordError(
                 f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
             ) from error
