@@ -78,6 +78,7 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
             OptionsError: the model cannot be asked so, or the device is absent.
         """
         artifact = Artifact.open(self._model)
+        artifact.verify()
         encoder = prompt_encoder(artifact, self.settings)
         config = EngineConfig(
             max_num_seqs=self._engine_config.max_num_seqs,
