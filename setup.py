@@ -1,4 +1,4 @@
-"""Package of what Beam workers import; `export`, `pipelines` and `templates` run from a checkout."""
+"""Packages what Beam workers import; `export` and `pipelines` run from a checkout."""
 
 import re
 from pathlib import Path

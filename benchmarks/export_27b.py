@@ -8,7 +8,6 @@ a few KB on disk), exports it for CUDA in a process of its own, and prints what 
 
 import argparse
 import json
-import os
 import resource
 import struct
 import subprocess
@@ -102,13 +101,13 @@ def main() -> None:
     )
     seconds = time.monotonic() - start
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    sizes = {os.stat(f).st_nlink > 1: 0 for f in output.rglob("*.*")}
+    sizes = {False: 0, True: 0}
     for file in output.rglob("*"):
         if file.is_file():
             sizes[file.stat().st_nlink > 1] += file.stat().st_size
     print(
         f"{seconds:.1f} s, {memory:.2f} GB of memory at most, "
-        f"{sizes[False] / 1e6:.1f} MB written, {sizes.get(True, 0) / 1e9:.1f} GB linked"
+        f"{sizes[False] / 1e6:.1f} MB written, {sizes[True] / 1e9:.1f} GB linked"
     )
 
 

@@ -4,7 +4,6 @@ They have no weights: tokens are one-hot vectors, so what comes out can be said 
 """
 
 import torch
-from torch import Tensor
 
 from beam_gemma.config import FULL
 from beam_gemma.signature import PagedState, RecurrentState, Signature
