@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,10 @@ from beam_gemma.artifact import Artifact
 from export.__main__ import export
 from export.checkpoint import Checkpoint, read_checkpoint
 from tests.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
+
+# The same examples in every run: a failure found once is found again.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 SEQUENCE_LENGTHS = [9, 150, 40]
 
