@@ -8,7 +8,7 @@ ends that request alone; an exception of the session ends the engine and everyth
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
@@ -17,9 +17,10 @@ import numpy as np
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.packing import pack
+from beam_gemma.progress import Count
 from beam_gemma.sampling import needs_logits, sample
 from beam_gemma.scheduler import Scheduler
-from beam_gemma.sequence import Completion, FinishReason, Request, Sequence
+from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Step
 from beam_gemma.session import StepOutput
 from beam_gemma.signature import Signature
 
@@ -88,8 +89,19 @@ class EngineStats:
 class Engine:
     """Completes requests of many threads in shared steps."""
 
-    def __init__(self, session: Runner, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        session: Runner,
+        config: EngineConfig,
+        *,
+        on_step: Callable[[Count], None] = lambda _: None,
+    ) -> None:
         """Start the thread.
+
+        Args:
+            session: Runs the steps.
+            config: How large they may be.
+            on_step: Called after each step with the tokens that it computed.
 
         Raises:
             OptionsError: the session keeps less recurrent state than the config needs.
@@ -102,6 +114,7 @@ class Engine:
             )
         self._session = session
         self._config = config
+        self._on_step = on_step
         self._cache = KVCache(
             self.signature,
             num_blocks=session.num_blocks,
@@ -251,15 +264,17 @@ class Engine:
             failure.__cause__ = error
             future.set_exception(failure)
 
-    def _count(self, step: tuple[tuple[Sequence, int], ...], num_rows: int) -> None:
+    def _count(self, step: Step, num_rows: int) -> None:
+        is_prefill = step[0][0].is_prefilling
+        num_prompt_tokens = sum(n for _, n in step) if is_prefill else 0
         with self._condition:
-            if step[0][0].is_prefilling:
-                self._stats.num_prefill_steps += 1
-                self._stats.num_prompt_tokens += sum(n for _, n in step)
-            else:
-                self._stats.num_decode_steps += 1
-                self._stats.num_decode_rows += len(step)
-            self._stats.num_completion_tokens += num_rows
+            stats = self._stats
+            stats.num_prefill_steps += is_prefill
+            stats.num_decode_steps += not is_prefill
+            stats.num_decode_rows += 0 if is_prefill else len(step)
+            stats.num_prompt_tokens += num_prompt_tokens
+            stats.num_completion_tokens += num_rows
+        self._on_step(Count(prompt_tokens=num_prompt_tokens, completion_tokens=num_rows))
 
     def _end_token_ids(self, request: Request) -> frozenset[int]:
         eos_token_ids = () if request.params.ignore_eos else self._config.eos_token_ids

@@ -3,7 +3,6 @@
 What is wrong with one row ends as that row's `error`; its neighbours never see it.
 """
 
-import functools
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -122,7 +121,8 @@ class Generator:
             engine: Runs the model.
             encoder: Makes prompts of rows.
             settings: What to ask.
-            on_result: Called for each row as soon as it is done, from any thread.
+            on_result: Called for each row as soon as it is done, from any thread; its tokens are
+                the engine's to count.
         """
         self._engine = engine
         self._encoder = encoder
@@ -135,8 +135,8 @@ class Generator:
         tasks = [self._task(row) for row in rows]
         sent = [task for task in tasks if isinstance(task, _Task)]
         futures = self._engine.submit([task.request for task in sent])
-        for task, future in zip(sent, futures, strict=True):
-            future.add_done_callback(functools.partial(self._count, task))
+        for future in futures:
+            future.add_done_callback(self._count)
         completions = (future.result() for future in futures)
         return [
             self._failure(task) if isinstance(task, str) else self._result(task, next(completions))
@@ -171,18 +171,10 @@ class Generator:
         ids = array("q", prompt.token_ids).tobytes()
         return hashlib.blake2b(ids, digest_size=16).hexdigest()
 
-    def _count(self, task: _Task, future: Future[Completion]) -> None:
+    def _count(self, future: Future[Completion]) -> None:
         if future.cancelled() or future.exception() is not None:
             return
-        completion = future.result()
-        self._on_result(
-            Count(
-                rows=1,
-                failed=int(completion.error is not None),
-                prompt_tokens=len(task.prompt.token_ids),
-                completion_tokens=len(completion.token_ids),
-            )
-        )
+        self._on_result(Count(rows=1, failed=int(future.result().error is not None)))
 
     def _failure(self, error: str) -> dict[str, Any]:
         self._on_result(Count(rows=1, failed=1))

@@ -91,7 +91,8 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        return Generator(Engine(session, config), encoder, self.settings, on_result=METER.add)
+        engine = Engine(session, config, on_step=METER.add)
+        return Generator(engine, encoder, self.settings, on_result=METER.add)
 
     def run_inference(
         self,

@@ -146,12 +146,15 @@ class Display:
 
 
 def describe(count: Count, total_rows: int | None, elapsed_secs: float) -> str:
-    """Return one line: rows, failures, completion tokens per second and the time left."""
+    """Return one line: rows, failures, tokens per second and the time left."""
     parts = [f"{count.rows:,} rows" if total_rows is None else _share(count.rows, total_rows)]
     if count.failed:
         parts.append(f"{count.failed:,} failed")
-    rate = count.completion_tokens / elapsed_secs if elapsed_secs > 0 else 0.0
-    parts.append(f"{rate:,.1f} completion tokens/s")
+    per_sec = 1 / elapsed_secs if elapsed_secs > 0 else 0.0
+    parts.append(
+        f"{count.prompt_tokens * per_sec:,.0f} prompt + "
+        f"{count.completion_tokens * per_sec:,.1f} completion tokens/s"
+    )
     if total_rows is not None and count.rows:
         left_secs = elapsed_secs * max(total_rows - count.rows, 0) / count.rows
         parts.append(f"{_duration(left_secs)} left")

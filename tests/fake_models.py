@@ -46,7 +46,8 @@ def fake_generator(settings, *, chat_template=None, session=None, on_result=METE
         max_tokens=settings.max_prompt(session.signature.max_model_len),
     )
     config = EngineConfig(eos_token_ids=(TOKENIZER.eos_token_id,))
-    return Generator(Engine(session, config), encoder, settings, on_result=on_result)
+    engine = Engine(session, config, on_step=on_result)
+    return Generator(engine, encoder, settings, on_result=on_result)
 
 
 class FakeHandler(GemmaModelHandler):

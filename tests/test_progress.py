@@ -35,14 +35,16 @@ def test_meter_adds_up_from_many_threads():
 
 
 def test_line_tells_rows_failures_rate_and_time_left():
-    count = Count(rows=1000, failed=2, prompt_tokens=9, completion_tokens=5000)
+    count = Count(rows=1000, failed=2, prompt_tokens=90_000, completion_tokens=5000)
     line = describe(count, 4000, 50.0)
-    assert line == "1,000/4,000 rows (25 %), 2 failed, 100.0 completion tokens/s, 2:30 left"
+    assert line == (
+        "1,000/4,000 rows (25 %), 2 failed, 1,800 prompt + 100.0 completion tokens/s, 2:30 left"
+    )
 
 
 def test_line_without_a_total_and_before_the_first_row():
-    assert describe(Count(), None, 0.0) == "0 rows, 0.0 completion tokens/s"
-    assert describe(Count(), 0, 1.0) == "0/0 rows (100 %), 0.0 completion tokens/s"
+    assert describe(Count(), None, 0.0) == "0 rows, 0 prompt + 0.0 completion tokens/s"
+    assert describe(Count(), 0, 1.0) == "0/0 rows (100 %), 0 prompt + 0.0 completion tokens/s"
     long = describe(Count(rows=1), 7201, 1.0)
     assert long.endswith("2:00:00 left")
 
@@ -87,4 +89,6 @@ def test_file_gets_plain_lines():
     with Display(2, meter=meter, stream=stream, clock=clock) as display:
         meter.add(Count(rows=2))
         display.show()
-    assert stream.getvalue() == "2/2 rows (100 %), 0.0 completion tokens/s, 0:00 left\n"
+    assert stream.getvalue() == (
+        "2/2 rows (100 %), 0 prompt + 0.0 completion tokens/s, 0:00 left\n"
+    )
