@@ -27,6 +27,8 @@ from beam_gemma.signature import (
 )
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+RUNNABLE: tuple[Device, ...] = ("cpu",)
+"""Devices whose state buffers a session can keep."""
 CACHE_FRACTION = 0.4
 """Share of the free memory that caches may fill once the weights are loaded."""
 LOGITS = "logits"
@@ -205,13 +207,18 @@ def require_device(device: Device) -> None:
     """Refuse a device that this machine's ONNX Runtime does not have.
 
     Raises:
-        OptionsError: always with the remedy; nothing falls back in silence.
+        OptionsError: with the remedy; nothing falls back in silence.
     """
     have = onnxruntime.get_available_providers()
     if PROVIDERS[device] not in have:
         raise OptionsError(
             f"device: expected {device}, got an ONNX Runtime with {', '.join(have)}; install "
             "onnxruntime-gpu on a machine with an NVIDIA GPU, or run with --device cpu"
+        )
+    if device not in RUNNABLE:
+        raise OptionsError(
+            f"device: expected {' or '.join(RUNNABLE)}, got {device}; this version exports graphs "
+            "for it and does not run them yet"
         )
 
 

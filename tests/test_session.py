@@ -62,6 +62,15 @@ def test_a_gpu_that_is_absent_is_an_error() -> None:
         require_device("cuda")
 
 
+def test_a_device_that_cannot_run_yet_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "beam_gemma.session.onnxruntime.get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    with pytest.raises(OptionsError, match="expected cpu, got cuda; this version exports"):
+        require_device("cuda")
+
+
 def test_capacity_gives_windows_only_what_they_can_use(tiny_gemma3: TinyModel) -> None:
     signature = dataclasses.replace(
         tiny_gemma3.artifact.signature("generate", "cpu"), max_model_len=100_000
