@@ -244,17 +244,16 @@ def _load(graph_path: str, device: Device, num_threads: int) -> onnxruntime.Infe
 def _check_names(session: onnxruntime.InferenceSession, signature: Signature) -> None:
     """Compare the graph's inputs and outputs with the signature."""
     state = signature.state_tensors()
-    wanted = [t.name for t in signature.step_inputs()] + [t.input_name for t in state]
-    have = [value.name for value in session.get_inputs()]
-    if set(wanted) != set(have):
-        raise ArtifactError(
-            f"graph: expected the inputs {sorted(set(wanted) - set(have))}, "
-            f"got {sorted(set(have) - set(wanted))} in their place; export the model again"
-        )
-    wanted = [t.name for t in signature.outputs()] + [t.output_name for t in state]
-    have = [value.name for value in session.get_outputs()]
-    if set(wanted) != set(have):
-        raise ArtifactError(
-            f"graph: expected the outputs {sorted(set(wanted) - set(have))}, "
-            f"got {sorted(set(have) - set(wanted))} in their place; export the model again"
-        )
+    inputs = [t.name for t in signature.step_inputs()] + [t.input_name for t in state]
+    outputs = [t.name for t in signature.outputs()] + [t.output_name for t in state]
+    for kind, names, values in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", outputs, session.get_outputs()),
+    ):
+        missing = sorted(set(names) - {value.name for value in values})
+        extra = sorted({value.name for value in values} - set(names))
+        if missing or extra:
+            raise ArtifactError(
+                f"graph: expected the {kind} {missing}, got {extra} in their place; "
+                "export the model again"
+            )

@@ -42,7 +42,7 @@ def main() -> None:
         say(f"Exported before: {MODEL}")
     else:
         run("export", "--checkpoint", CHECKPOINT, "--output", MODEL, "--overwrite")
-    template = (ROOT / "examples/keywords.txt").read_text()
+    template = (ROOT / "examples/keywords.txt").read_text().rstrip()
     run(
         "pipelines.generate",
         "--model", MODEL,
