@@ -149,6 +149,7 @@ def test_everything_is_caught_only_where_a_row_ends(path: Path) -> None:
 
 
 def test_no_open_ends() -> None:
-    words = re.compile(rf"\b({'|'.join(['TODO', 'FIXME', 'XXX', 'HACK'])})\b")
+    words = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
     for path in sources(*PACKAGES, "tests"):
-        assert not words.search(path.read_text()), path
+        if path != Path(__file__):
+            assert not words.search(path.read_text()), path
