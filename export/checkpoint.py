@@ -6,6 +6,7 @@ point at them where they lie.
 """
 
 import json
+import logging
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from beam_gemma.config import GemmaConfig
 from beam_gemma.errors import CheckpointError, nearest
 
+LOGGER = logging.getLogger("export")
 CHUNK_BYTES = 64 << 20
 """Tensors are converted in slices of about this size, so memory stays small."""
 NUMPY_DTYPES = {
@@ -25,6 +27,18 @@ NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+"""What stands before a decoder's names: in Gemma 3 with images, older and newer, and in text."""
+IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.")
+"""Parts of Gemma 3 with images that a text model leaves out, behind an optional `model.`."""
+TEXT_DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+"""What the published config.json of Gemma 3 4B to 27B leave to the defaults of their library."""
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -117,13 +131,17 @@ def check_names(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[
 
 def _read_folder(folder: Path) -> Checkpoint:
     raw = _read_json(folder / "config.json")
-    config = GemmaConfig.from_hf(raw)
+    has_images = raw.get("model_type") == "gemma3"
+    text = {**TEXT_DEFAULTS, **raw.get("text_config", {})} if has_images else raw
+    config = GemmaConfig.from_hf(text)
     tensors = {}
     for file in _safetensors_files(folder):
         for stored in read_safetensors(file):
-            name = _decoder_name(stored.name)
+            name = _decoder_name(stored.name, has_images=has_images)
             if name is not None:
                 tensors[name] = stored
+    if has_images:
+        LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
     return Checkpoint(
         name=folder.name,
         path=folder,
@@ -138,9 +156,15 @@ def _read_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _decoder_name(name: str) -> str | None:
-    """Map a Hugging Face tensor name to ours; None for the copy of a tied head."""
-    return None if name == "lm_head.weight" else name.removeprefix("model.")
+def _decoder_name(name: str, *, has_images: bool) -> str | None:
+    """Map a Hugging Face tensor name to ours; None for what a text model does not need."""
+    if name.removeprefix("language_model.") == "lm_head.weight":
+        return None  # the head is the embedding
+    if has_images and name.removeprefix("model.").startswith(IMAGE_PREFIXES):
+        return None
+    prefixes = DECODER_PREFIXES if has_images else DECODER_PREFIXES[-1:]
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

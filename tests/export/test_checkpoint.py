@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from beam_gemma.errors import CheckpointError, ConfigError
 from export.checkpoint import check_names, read_checkpoint, read_safetensors
 from tests.conftest import TinyModel
+from tests.reference import MODELS, SHAPE
 
 
 @pytest.fixture
@@ -121,3 +123,55 @@ def test_what_travels_with_the_weights(folder: Path) -> None:
     assert checkpoint.eos_token_ids == (1, 106)
     assert checkpoint.chat_template == "{{ messages }}"
     assert [file.name for file in checkpoint.legal_files] == ["LICENSE"]
+
+
+@pytest.mark.parametrize("layout", ["as saved", "language_model.model.", "model.language_model."])
+def test_gemma_3_with_images_gives_its_text_model(
+    tiny_gemma3: TinyModel, tmp_path: Path, layout: str
+) -> None:
+    """The published 4B to 27B, under the names of older files and of newer ones."""
+    text = transformers.Gemma3TextConfig(**SHAPE, **MODELS["gemma3_text"])
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 7}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(tiny_gemma3.reference.model.state_dict())
+    model.save_pretrained(tmp_path)
+    if layout != "as saved":
+        tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        renamed = {rename(name, layout): tensor for name, tensor in tensors.items()}
+        safetensors.torch.save_file(renamed, tmp_path / "model.safetensors")
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint.config == tiny_gemma3.checkpoint.config
+    assert checkpoint.tensors.keys() == tiny_gemma3.checkpoint.tensors.keys()
+    for name, stored in checkpoint.tensors.items():
+        expected = tiny_gemma3.checkpoint.tensors[name]
+        np.testing.assert_array_equal(stored.rows(0, 3), expected.rows(0, 3))
+
+
+def rename(name: str, layout: str) -> str:
+    for prefix in ("language_model.model.", "model.language_model."):
+        if name.startswith(prefix):
+            return layout + name.removeprefix(prefix)
+    return name
+
+
+def test_published_gemma_3_configs_name_few_sizes(folder: Path) -> None:
+    """The 4B's text_config as published; the rest are defaults of transformers 4.50."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024}  # fmt: skip
+    raw = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {},
+        "eos_token_id": [1, 106],
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "generation_config.json").unlink()
+    checkpoint = read_checkpoint(folder)
+    config = checkpoint.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.max_position_embeddings) == (262208, 131072)
+    assert config.rope("full_attention").factor == 8.0
+    assert checkpoint.eos_token_ids == (1, 106)
