@@ -8,6 +8,7 @@ folder). Only what changes is written: effective norm weights, rotary frequencie
 
 import errno
 import json
+import logging
 import os
 import shutil
 import struct
@@ -23,6 +24,7 @@ from beam_gemma.config import GemmaConfig
 from beam_gemma.signature import Signature
 from export.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor, check_names
 
+LOGGER = logging.getLogger("export")
 WEIGHTS = "weights"
 WRITTEN = f"{WEIGHTS}/written.safetensors"
 IR_DTYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
@@ -143,6 +145,7 @@ class _Links:
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
                     raise
+                LOGGER.warning("%s: cannot be linked into %s, so it is copied", file, target.parent)
                 shutil.copyfile(file, target)
             self._known[file] = relative
         return self._known[file]

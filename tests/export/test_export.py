@@ -1,5 +1,6 @@
 """The export command: what it links, what it writes, and what it refuses."""
 
+import errno
 import json
 import os
 import shutil
@@ -61,6 +62,23 @@ def test_a_bfloat16_checkpoint_links_for_cuda_and_converts_for_the_cpu(tmp_path:
     attention = [n for n in graph.graph.node if n.op_type == "RaggedAttention"]
     assert len(attention) == 3
     assert len([n for n in graph.graph.node if n.op_type == "MatMul"]) == 0
+
+
+def test_another_file_system_gets_a_copy_and_says_so(
+    tiny_gemma3: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another device")
+
+    monkeypatch.setattr("export.weights.os.link", refuse)
+    export(tiny_gemma3.checkpoint.path, tmp_path / "model")
+    copy = tmp_path / "model" / "weights" / "model.safetensors"
+    assert copy.read_bytes() == (tiny_gemma3.checkpoint.path / "model.safetensors").read_bytes()
+    assert "cannot be linked" in caplog.text
+    assert Artifact.open(tmp_path / "model").digest == tiny_gemma3.artifact.digest
 
 
 def test_symbolic_dimensions_carry_the_signature(tiny_gemma3: TinyModel) -> None:
