@@ -50,6 +50,9 @@ def test_logits_come_only_when_asked_for(tiny_gemma3: TinyModel) -> None:
         assert output.logits is not None
         best = np.take_along_axis(output.logits, output.topk_ids, axis=1)
         np.testing.assert_array_equal(best, output.topk_logits)
+        exact = np.log(np.exp(output.logits.astype(np.float64)).sum(axis=1))
+        # float32, logits of order 10.
+        np.testing.assert_allclose(output.logsumexp, exact, rtol=0, atol=4e-6)
 
 
 def test_a_graph_of_another_signature_is_refused(tiny_gemma3: TinyModel) -> None:

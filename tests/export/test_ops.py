@@ -112,6 +112,17 @@ def test_negative_slots_are_not_written() -> None:
     assert not np.array_equal(inputs["key_cache"], key_cache)
 
 
+def test_what_is_not_written_poisons_nobody() -> None:
+    """Every table is padded with block 0, so a skipped NaN must not end up there."""
+    case = Case()
+    inputs = case.inputs()
+    inputs["slot_mapping"][2] = -1
+    inputs["key"][2] = inputs["value"][2] = np.nan
+    output, key_cache, value_cache = run_lowering(case, inputs, threads=1)
+    for array in (output, key_cache, value_cache):
+        assert np.isfinite(array).all()
+
+
 @pytest.mark.parametrize(
     ("window", "last_keys", "reach"),
     [
