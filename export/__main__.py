@@ -20,9 +20,10 @@ from beam_gemma.artifact import (
 )
 from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
 from beam_gemma.signature import Device, Signature, decoder_signature
-from export.checkpoint import Checkpoint, read_checkpoint
+from export.checkpoint import read_checkpoint
 from export.legal import write_legal
 from export.model import GemmaDecoder
+from export.tensors import Checkpoint
 from export.to_onnx import trace
 from export.weights import WEIGHTS, WRITTEN, attach
 

@@ -1,32 +1,21 @@
 """Reading a checkpoint: its architecture and its tensors, under the names of `export.model`.
 
 A checkpoint is a Hugging Face folder with safetensors files, sharded or not, or one GGUF file.
-Tensors are described, not read: where raw bytes already are what a graph needs, the graph will
-point at them where they lie.
 """
 
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from beam_gemma.config import GemmaConfig
 from beam_gemma.errors import CheckpointError, nearest
+from export.gguf_file import read_gguf
+from export.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
 
 LOGGER = logging.getLogger("export")
-CHUNK_BYTES = 64 << 20
-"""Tensors are converted in slices of about this size, so memory stays small."""
-NUMPY_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 """What stands before a decoder's names: in Gemma 3 with images, older and newer, and in text."""
 IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.")
@@ -42,55 +31,6 @@ TEXT_DEFAULTS = {
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RawBytes:
-    """Where a tensor lies as plain little-endian numbers."""
-
-    file: Path
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """One tensor of a checkpoint, not read yet."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """`float32`, `bfloat16`, `float16`, or a GGUF quantization."""
-    raw: RawBytes | None
-    """None where the bytes need decoding."""
-    rows: Callable[[int, int], np.ndarray]
-    """Decodes rows [start, stop) of the first dimension."""
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Yield the tensor in slices of its first dimension."""
-        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
-        step = max(1, CHUNK_BYTES // row_bytes)
-        for start in range(0, self.shape[0], step):
-            yield self.rows(start, min(start + step, self.shape[0]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """An architecture, its tensors and what else travels with a model."""
-
-    name: str
-    path: Path
-    format: str
-    """`safetensors` or `gguf`."""
-    config: GemmaConfig
-    tensors: Mapping[str, StoredTensor]
-    norm_offset: float
-    """Added to stored norm weights to get the effective ones: 1 where a file stores w of 1 + w."""
-    tokenizer_model: Callable[[], bytes]
-    eos_token_ids: tuple[int, ...]
-    chat_template: str | None
-    legal_files: tuple[Path, ...] = field(default=())
-    """Licence, terms and notices found beside the weights."""
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face folder or a GGUF file.
 
@@ -98,8 +38,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: the path holds neither, or tensors are missing or left over.
         ConfigError: the architecture is not supported.
     """
-    from export.gguf_file import read_gguf
-
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".gguf" and path.is_file():
@@ -201,19 +139,6 @@ def read_safetensors(file: Path) -> Iterator[StoredTensor]:
         if raw.offset + raw.length > file.stat().st_size:
             raise CheckpointError(f"{file}: the file ends inside the tensor {name}; copy it again")
         yield raw_tensor(name, tuple(entry["shape"]), dtype, raw)
-
-
-def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:
-    """Describe a tensor that lies in a file as plain numbers."""
-    row = int(np.prod(shape[1:]))
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        kind = NUMPY_DTYPES[dtype]
-        offset = raw.offset + start * row * kind.itemsize
-        values = np.fromfile(raw.file, kind, count=(stop - start) * row, offset=offset)
-        return values.reshape(stop - start, *shape[1:])
-
-    return StoredTensor(name=name, shape=shape, dtype=dtype, raw=raw, rows=rows)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

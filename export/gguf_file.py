@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 
 from beam_gemma.config import FULL, SLIDING, GemmaConfig
 from beam_gemma.errors import CheckpointError
-from export.checkpoint import Checkpoint, RawBytes, StoredTensor, raw_tensor
+from export.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
 from export.tokenizer_model import sentencepiece_from_gguf
 
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from export.checkpoint import Checkpoint
+from export.tensors import Checkpoint
 
 NOTICE = """Model weights in this folder: {name}
 

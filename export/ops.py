@@ -23,7 +23,6 @@ from torch import Tensor
 
 NO_WINDOW = 1 << 30
 """Window of a layer that reaches every earlier token."""
-NAMESPACE = "beam_gemma"
 
 
 @torch.library.custom_op("beam_gemma::ragged_attention", mutates_args=())

@@ -22,7 +22,8 @@ import torch
 
 from beam_gemma.config import GemmaConfig
 from beam_gemma.signature import Signature
-from export.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor, check_names
+from export.checkpoint import check_names
+from export.tensors import NUMPY_DTYPES, Checkpoint, StoredTensor
 
 LOGGER = logging.getLogger("export")
 WEIGHTS = "weights"

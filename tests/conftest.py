@@ -10,7 +10,8 @@ import torch
 
 from beam_gemma.artifact import Artifact
 from export.__main__ import export
-from export.checkpoint import Checkpoint, read_checkpoint
+from export.checkpoint import read_checkpoint
+from export.tensors import Checkpoint
 from tests.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
 
 # The same examples in every run: a failure found once is found again.

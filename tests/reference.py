@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import transformers
 
-from export.checkpoint import Checkpoint, read_checkpoint
+from export.checkpoint import read_checkpoint
+from export.tensors import Checkpoint
 from tests.tiny_tokenizer import tiny_tokenizer_model
 
 VOCAB = 300

@@ -8,8 +8,9 @@ import pytest
 
 from beam_gemma.config import FULL, SLIDING
 from beam_gemma.errors import CheckpointError
-from export.checkpoint import Checkpoint, read_checkpoint
+from export.checkpoint import read_checkpoint
 from export.gguf_file import LAYER_NAMES, MODEL_TYPES, NORM_NAMES
+from export.tensors import Checkpoint
 from tests.conftest import TinyModel
 
 ARCHITECTURES = {model_type: arch for arch, model_type in MODEL_TYPES.items()}
