@@ -64,6 +64,8 @@ attention adds up 128-token chunks; where chunks begin must not depend on the re
 """
 KEY_SLICE = 128
 """CPU: most channels of a head that one query-key product contracts, for the same reason."""
+QUERY_TILE = 64
+"""CPU: most new tokens of one sequence that attend together; attention pads only to whole tiles."""
 TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
 OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "position_ids")
