@@ -4,7 +4,9 @@ What is wrong with one row ends as that row's `error`; its neighbours never see 
 """
 
 import hashlib
+import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from beam_gemma.engine import Engine
+from beam_gemma.engine import Engine, EngineStats
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.progress import Count
 from beam_gemma.prompt_encoder import Prompt, PromptEncoder, PromptSettings, Row
@@ -129,6 +131,8 @@ class Generator:
         self._settings = settings
         self._on_result = on_result
         self._names = settings.result_schema.names
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()  # guarded by the lock
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
@@ -142,6 +146,14 @@ class Generator:
             self._failure(task) if isinstance(task, str) else self._result(task, next(completions))
             for task in tasks
         ]
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what the engine has counted and no call has returned yet."""
+        with self._lock:
+            totals = _counts(self._engine.stats)
+            new = totals - self._taken
+            self._taken = totals
+        return dict(new)
 
     def _task(self, row: Row) -> _Task | str:
         """Return what the engine needs of a row, or the error that ends it here."""
@@ -199,3 +211,10 @@ class Generator:
     def _text(self, task: _Task, completion: Completion) -> str:
         text = self._encoder.tokenizer.decode(completion.token_ids)
         return text if task.stop is None else text[: task.stop.position]
+
+
+def _counts(stats: EngineStats) -> Counter[str]:
+    return Counter(
+        decode_rows=stats.num_decode_rows,
+        decode_slots=stats.num_decode_steps * stats.max_num_seqs,
+    )

@@ -1,38 +1,49 @@
 """Gemma as a Beam model handler: what RunInference needs to know of the generate task."""
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
-from apache_beam.pvalue import Row
 
+from beam_gemma import owner
 from beam_gemma.artifact import Artifact
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.errors import EngineError, OptionsError
+from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
 from beam_gemma.generate import GenerateSettings, Generator
 from beam_gemma.progress import METER, METRICS_NAMESPACE
-from beam_gemma.prompt_encoder import PromptEncoder
-from beam_gemma.prompt_encoder import Row as Columns
+from beam_gemma.prompt_encoder import PromptEncoder, Row
 from beam_gemma.session import Session, require_device
 from beam_gemma.signature import Device
 from beam_gemma.tokenizer import Tokenizer
 
-Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
-"""A Row that has been between two steps comes as a named tuple."""
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 ENGINE = EngineConfig()
 BATCH_ROWS = 4096
 """Rows that go to the engine together: enough that few steps run with slots left empty."""
 
 
-class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
+@runtime_checkable
+class Model(Protocol):
+    """A generator, in this process or behind a proxy."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row."""
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what has been counted and not been returned yet."""
+
+
+class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
     """Completes examples with a Gemma model.
 
     An example is a prompt (a string), a row (a mapping or a Beam Row) or several rows (an Arrow
     record batch). Its inference holds the result columns in the same form: a dict for one row, a
-    record batch for several. All threads of a process share one engine.
+    record batch for several. All threads and processes of a machine share one engine, which lives
+    in the process that was first to need it.
     """
 
     def __init__(
@@ -43,6 +54,7 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
         device: DeviceChoice = "auto",
         max_num_seqs: int = ENGINE.max_num_seqs,
         max_num_batched_tokens: int = ENGINE.max_num_batched_tokens,
+        large_model: bool = True,
     ) -> None:
         """Describe a model and what to ask of it; nothing is loaded yet.
 
@@ -52,10 +64,16 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
             max_num_seqs: Sequences that run at once.
             max_num_batched_tokens: New tokens of one step.
+            large_model: Whether the processes of a machine share one model. Without it each
+                process loads its own, which is right where there is only one.
         """
         super().__init__(
-            min_batch_size=BATCH_ROWS, max_batch_size=BATCH_ROWS, element_size_fn=num_rows
+            min_batch_size=BATCH_ROWS,
+            max_batch_size=BATCH_ROWS,
+            element_size_fn=num_rows,
+            large_model=large_model,
         )
+        self._key = uuid.uuid4().hex
         self.settings = settings or GenerateSettings()
         self._model = model
         self._device = device
@@ -77,6 +95,8 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
             ArtifactError: the folder is missing or damaged.
             OptionsError: the model cannot be asked so, or the device is absent.
         """
+        if self.share_model_across_processes():
+            owner.claim(self._key)
         artifact = Artifact.open(self._model)
         artifact.verify()
         encoder = prompt_encoder(artifact, self.settings)
@@ -97,20 +117,31 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
     def run_inference(
         self,
         batch: Sequence[Example],
-        model: Generator,
+        model: Model,
         inference_args: dict[str, Any] | None = None,
     ) -> list[PredictionResult]:
-        """Return one result for each example, in order."""
+        """Return one result for each example, in order.
+
+        Raises:
+            EngineError: the engine stopped, or the process that runs it has died.
+        """
         self.validate_inference_args(inference_args)
-        rows = [row for example in batch for row in _rows(example)]
-        results = model(rows)
-        _report(results)
+        rows = [row for example in batch for row in rows_of(example)]
+        try:
+            results, steps = model(rows), model.take_counts()
+        except (ConnectionError, EOFError) as error:
+            raise EngineError(
+                "engine: expected an answer from the process that runs it for this machine, got "
+                f"{type(error).__name__}, so it has died, for want of memory perhaps; these rows "
+                "are lost unless the runner retries their bundle"
+            ) from error
+        _report(results, steps)
         remaining = iter(results)
         return [PredictionResult(example, self._inference(example, remaining)) for example in batch]
 
     def get_num_bytes(self, batch: Sequence[Example]) -> int:
         """Return the bytes of the examples themselves."""
-        return sum(map(_num_bytes, batch))
+        return sum(map(num_bytes, batch))
 
     def get_metrics_namespace(self) -> str:
         """Return the namespace of RunInference's own metrics, the same as of ours."""
@@ -135,34 +166,6 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Generator]):
             return next(results)
         own = [next(results) for _ in range(example.num_rows)]
         return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
-
-
-class BatchRow(Mapping[str, Any]):
-    """One row of a record batch; a value becomes a Python object when it is asked for."""
-
-    def __init__(self, batch: pa.RecordBatch, index: int) -> None:
-        self._batch = batch
-        self._index = index
-
-    def __getitem__(self, column: str) -> Any:
-        position = self._batch.schema.get_field_index(column)
-        if position < 0:
-            raise KeyError(column)
-        try:
-            return self._batch.column(position)[self._index].as_py()
-        except (ValueError, OverflowError) as error:
-            raise RecordError(
-                f"column {column!r}: expected a value that Python can hold, got an error: {error}"
-            ) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._batch.schema.names)
-
-    def __len__(self) -> int:
-        return self._batch.num_columns
-
-    def __contains__(self, column: object) -> bool:
-        return column in self._batch.schema.names
 
 
 def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEncoder:
@@ -200,50 +203,11 @@ def choose_device(artifact: Artifact, device: DeviceChoice) -> Device:
     return "cpu"
 
 
-def num_rows(example: Any) -> int:
-    """Return the rows of an example; KeyedModelHandler puts its key before it."""
-    if isinstance(example, tuple) and len(example) == 2 and not hasattr(example, "_fields"):
-        example = example[1]
-    return example.num_rows if isinstance(example, pa.RecordBatch) else 1
-
-
-def as_mapping(row: Any) -> Any:
-    """Return a Beam Row, or the named tuple that its coder makes of it, as a mapping."""
-    if isinstance(row, Row):
-        return row.as_dict()
-    return row._asdict() if hasattr(row, "_asdict") else row
-
-
-def _rows(example: Example) -> list[Columns]:
-    if isinstance(example, pa.RecordBatch):
-        return [BatchRow(example, index) for index in range(example.num_rows)]
-    return [as_mapping(example)]
-
-
-def _num_bytes(value: Any) -> int:
-    """Return the bytes of a value's content; a number counts as eight."""
-    match as_mapping(value):
-        case pa.RecordBatch():
-            return value.nbytes
-        case str():
-            return len(value.encode(errors="surrogatepass"))
-        case bytes():
-            return len(value)
-        case Mapping() as mapping:
-            return sum(map(_num_bytes, mapping.values()))
-        case list() | tuple() as items:
-            return sum(map(_num_bytes, items))
-        case None:
-            return 0
-        case _:
-            return 8
-
-
-def _report(results: Sequence[Mapping[str, Any]]) -> None:
-    """Add a batch's counts to Beam's metrics."""
+def _report(results: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> None:
+    """Add a batch's counts, and those of the engine's latest steps, to Beam's metrics."""
     failed = sum(result["error"] is not None for result in results)
-    counts = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
-    for name, count in counts.items():
+    rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
+    for name, count in (rows | steps).items():
         Metrics.counter(METRICS_NAMESPACE, name).inc(count)
     for kind in ("prompt", "completion"):
         column = f"num_{kind}_tokens"

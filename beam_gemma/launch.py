@@ -11,14 +11,14 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics.metric import MetricsFilter
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.columns import check_columns
 from beam_gemma.errors import BeamGemmaError, OptionsError
 from beam_gemma.handlers import GemmaModelHandler, choose_device, prompt_encoder
-from beam_gemma.options import generate_parser, generate_settings, is_local, parse
+from beam_gemma.options import generate_parser, generate_settings, in_one_process, is_local, parse
 from beam_gemma.preview import preview
 from beam_gemma.progress import METRICS_NAMESPACE, Display
 from beam_gemma.records import Source, open_source
@@ -59,6 +59,7 @@ def plan_generate(argv: Sequence[str] | None) -> Job:
         device=flags.device,
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens,
+        large_model=not in_one_process(options),
     )
     artifact = Artifact.open(flags.model)
     encoder = prompt_encoder(artifact, settings)
@@ -171,8 +172,7 @@ def _check_output(sink: Sink, source: Source, *, overwrite: bool) -> None:
 
 def _display(job: Job) -> AbstractContextManager[object]:
     """Return the display of a job whose rows go through this process."""
-    mode = job.options.view_as(DirectOptions).direct_running_mode
-    if is_local(job.options) and mode != "multi_processing":
+    if in_one_process(job.options):
         return Display(job.source.num_rows)
     return nullcontext()
 

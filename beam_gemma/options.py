@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import (
+    DirectOptions,
     PipelineOptions,
     StandardOptions,
     _BeamArgumentParser,
@@ -108,6 +109,12 @@ def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
 def is_local(options: PipelineOptions) -> bool:
     """Return whether a job runs on this machine, in the engine that comes with Beam."""
     return options.view_as(StandardOptions).runner in (None, LOCAL_RUNNER)
+
+
+def in_one_process(options: PipelineOptions) -> bool:
+    """Return whether a job runs in this process alone."""
+    mode = options.view_as(DirectOptions).direct_running_mode
+    return is_local(options) and mode != "multi_processing"
 
 
 def generate_settings(flags: argparse.Namespace) -> GenerateSettings:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from beam_gemma.errors import RecordError
-from beam_gemma.handlers import BatchRow
+from beam_gemma.examples import rows_of
 from beam_gemma.prompt_encoder import Prompt, PromptEncoder
 from beam_gemma.records import Source
 
@@ -38,9 +38,9 @@ def _encode(source: Source, encoder: PromptEncoder) -> tuple[list[Prompt], Count
     prompts = []
     reasons: Counter[str] = Counter()
     for batch in source.head(SAMPLE_ROWS):
-        for index in range(batch.num_rows):
+        for row in rows_of(batch):
             try:
-                prompts.append(encoder(BatchRow(batch, index)))
+                prompts.append(encoder(row))
             except RecordError as error:
                 # Rows that fail alike differ in their figures.
                 reasons[re.sub(r"\d[\d,]*", "N", str(error))] += 1

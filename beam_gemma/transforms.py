@@ -10,7 +10,8 @@ from apache_beam.pvalue import PCollection, Row
 from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.handlers import GemmaModelHandler, as_mapping
+from beam_gemma.examples import as_mapping
+from beam_gemma.handlers import GemmaModelHandler
 
 PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.string(): str | None,

@@ -11,8 +11,9 @@ from apache_beam.ml.inference.base import KeyedModelHandler, PredictionResult, R
 from apache_beam.testing.util import assert_that
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.examples import num_rows, rows_of
 from beam_gemma.generate import GenerateSettings
-from beam_gemma.handlers import BATCH_ROWS, BatchRow, GemmaModelHandler, num_rows
+from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler
 from beam_gemma.sampling import SamplingParams
 from tests.fake_models import FakeHandler, completion_of, local_pipeline
 
@@ -133,7 +134,7 @@ def test_unknown_arguments_are_refused():
 
 
 def test_row_of_a_batch_is_a_mapping():
-    row = BatchRow(pa.record_batch({"text": ["a", "b"], "n": [1, 2]}), 1)
+    _, row = rows_of(pa.record_batch({"text": ["a", "b"], "n": [1, 2]}))
     assert dict(row) == {"text": "b", "n": 2}
     assert len(row) == 2
     assert "n" in row
