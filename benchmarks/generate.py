@@ -1,111 +1,194 @@
-"""Generation on the CPU against the floor: seconds beside what the matrix products alone must take.
+"""Generation on the CPU: our engine and our pipeline beside transformers and llama.cpp.
 
-    python -m benchmarks.generate --model models/gemma-3-270m
+    python -m benchmarks.generate --model models/gemma-3-270m --checkpoint models/gemma-3-270m.gguf
 
-Runs the engine on the 64 prompts of the parity test, 48 new tokens each, and compares prefill and
-decode with the floating-point operations of the model's matrices at the rate that ONNX Runtime
-reaches on one large float32 product of this machine, measured in the same run.
+All systems complete the same prompts greedily, with the same float32 weights and the same number
+of new tokens for each row; end tokens are ignored, so that the work is equal. Each run has a
+process of its own, so peak memory is its own; the systems take turns, `--repeats` times, and the
+best run of each is shown with the spread of its repetitions. In the first turn transformers and
+llama.cpp run with every batch size, afterwards with the one that was fastest; the regimes after the
+first begin with that one. The machine's rate at one large float32 product is measured before and
+after.
+
+- `prompt tok/s`, `new tok/s`: in steps with and without prompt tokens.
+- `of rate`: operations of the model's matrices for the useful tokens, per second, divided by the
+  rate of the large product; in decode steps and in all.
+- `work s`: first prompt to last token; apart from it, start (loading, a warm-up row) and tail.
+- `occupancy`: useful tokens of decode steps, of the slots. `while waiting`: while rows wait.
+- `same rows`: rows whose tokens are all equal to our engine's.
+
+The pipeline has one `--max_tokens` for all rows, so it runs where the regime has too. Its steady
+state is what follows its first step, compared with the engine's own after the first step.
+
+llama.cpp needs `pip install -e '.[benchmarks]'`, which compiles for about 15 minutes.
 """
 
 import argparse
 import json
-import time
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnxruntime
-
 from beam_gemma.artifact import Artifact
-from beam_gemma.config import GemmaConfig
-from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.progress import Count
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Request
-from beam_gemma.session import Session
+from beam_gemma.tokenizer import Tokenizer
+from benchmarks.comparison import Comparison, bar_lines
+from benchmarks.rate import Operations, matrix_rate
+from benchmarks.runs import Job, Run, run_system
+from benchmarks.workload import REGIMES, Regime, Row, draw_rows
 
-PROMPTS = Path(__file__).parent.parent / "tests/data/greedy64.json"
-NUM_NEW_TOKENS = 48
+MODULES = {
+    "engine": "benchmarks.run_engine",
+    "pipeline": "benchmarks.run_pipeline",
+    "transformers": "benchmarks.run_transformers",
+    "llama.cpp": "benchmarks.run_llama_cpp",
+}
+OURS = ("engine", "pipeline")
+SLOTS = 64
+"""Of our engine, by default."""
 
 
-def matrix_rate() -> float:
-    """Return the float32 operations per second of a large product in ONNX Runtime."""
-    rows, inner, columns = 512, 2048, 2048
-    names = [("x", (rows, inner)), ("w", (columns, inner)), ("y", (rows, columns))]
-    x, w, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in names)
-    weight = onnx.numpy_helper.from_array(np.ones((columns, inner), np.float32), "w")
-    node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
-    graph = onnx.helper.make_graph([node], "rate", [x], [y], [weight], value_info=[w])
-    opset = onnx.helper.make_opsetid("", 23)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+class Bench:
+    """Runs systems in turn and remembers which batch size suits whom."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self._flags = flags
+        self._weights = weights_of(flags)
+        self._sizes = {
+            system: [SLOTS] if system in OURS else list(flags.batch_sizes)
+            for system in flags.systems
+        }
+
+    def measure(self, regime: Regime, rows: list[Row]) -> dict[str, list[Run]]:
+        """Return all runs of a regime, by system."""
+        systems = [s for s in self._flags.systems if fits(s, regime)]
+        runs: dict[str, list[Run]] = {system: [] for system in systems}
+        for _ in range(self._flags.repeats):
+            for system in systems:
+                runs[system] += [
+                    self._run(system, size, rows, regime) for size in self._sizes[system]
+                ]
+                best = min(runs[system], key=lambda run: run.work_secs)
+                self._sizes[system] = [best.batch_size]
+        return runs
+
+    def _run(self, system: str, batch_size: int, rows: list[Row], regime: Regime) -> Run:
+        weights = self._weights.get(system, "")
+        job = Job(model=self._flags.model, weights=weights, rows=rows, batch_size=batch_size)
+        run = run_system(MODULES[system], job)
+        sys.stderr.write(
+            f"{regime.name}: {system}, batch {batch_size}: {run.work_secs:.1f} s of work, "
+            f"{run.decode_rate:.0f} new tok/s\n"
+        )
+        return run
+
+
+def fits(system: str, regime: Regime) -> bool:
+    """Return whether a system takes part in a regime."""
+    if system == "pipeline":
+        fewest, most = regime.new_tokens
+        return fewest == most
+    return system in OURS or regime.name != "table"
+
+
+def weights_of(flags: argparse.Namespace) -> dict[str, str]:
+    """Return the weights in the form of each system that needs its own."""
+    if set(flags.systems) <= set(OURS):
+        return {}
+    # Only here: transformers and torch need not be installed to measure ourselves.
+    from benchmarks.weights import f32_gguf, transformers_folder
+
+    forms = {"transformers": transformers_folder, "llama.cpp": f32_gguf}
+    model = Path(flags.model)
+    return {
+        system: str(form(flags.checkpoint, model))
+        for system, form in forms.items()
+        if system in flags.systems
+    }
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    feeds = {"x": np.ones((rows, inner), np.float32)}
-    session.run(None, feeds)
-    best = min(_seconds(lambda: session.run(None, feeds)) for _ in range(20))
-    return 2 * rows * inner * columns / best
-
-
-def operations(config: GemmaConfig) -> tuple[int, int]:
-    """Return the operations of the layers' matrices for a token, and of the head for a row."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    attention = config.hidden_size * config.head_dim * (2 * heads + 2 * kv_heads)
-    feed_forward = 3 * config.hidden_size * config.intermediate_size
-    layers = 2 * config.num_hidden_layers * (attention + feed_forward)
-    return layers, 2 * config.hidden_size * config.vocab_size
+    add = parser.add_argument
+    add("--model", required=True, help="exported model folder")
+    add("--checkpoint", type=Path, help="GGUF file that it was exported from")
+    add("--regimes", type=_listed(REGIMES), default=["fixed", "natural"], help=", ".join(REGIMES))
+    add("--systems", type=_listed(MODULES), default=list(MODULES), help=", ".join(MODULES))
+    add("--repeats", type=int, default=3, help="turns of each system")
+    add("--rows", type=int, help="only the first rows of each regime, to try it")
+    add("--batch_sizes", type=_numbers, default=[16, 32, 64], help="of the other systems")
+    add("--record", type=Path, help="JSON file for every run with all its steps")
+    flags = parser.parse_args(argv)
+    if flags.checkpoint is None and not set(flags.systems) <= set(OURS):
+        parser.error("--checkpoint: expected a GGUF file for the other systems, got none")
+    return flags
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="Exported model folder.")
-    artifact = Artifact.open(parser.parse_args().model)
-    layer_ops, head_ops = operations(artifact.config)
-    rate = matrix_rate()
-    start = time.perf_counter()
-    config = EngineConfig()
-    session = Session.of(
-        artifact,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
-    loaded = time.perf_counter() - start
-    seconds = {True: 0.0, False: 0.0}
-    last = time.perf_counter()
-
-    def on_step(count: Count) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        seconds[count.prompt_tokens > 0] += now - last
-        last = now
-
-    engine = Engine(session, config, on_step=on_step)
-    params = SamplingParams(max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
-    prompts = [row["prompt_token_ids"] for row in json.loads(PROMPTS.read_text())]
-    last = time.perf_counter()
-    engine.generate(
-        Request(request_id=str(i), prompt_token_ids=tuple(ids), params=params)
-        for i, ids in enumerate(prompts)
-    )
-    stats = engine.stats
-    prefill_ops = stats.num_prompt_tokens * layer_ops + len(prompts) * head_ops
-    decode_ops = stats.num_decode_rows * (layer_ops + head_ops)
-    print(f"load {loaded:.1f} s; one float32 product {rate / 1e9:.0f} GFLOP/s")
-    for name, tokens, ops, taken in (
-        ("prefill", stats.num_prompt_tokens, prefill_ops, seconds[True]),
-        ("decode", stats.num_decode_rows, decode_ops, seconds[False]),
-    ):
-        print(
-            f"{name}: {tokens:,} tokens in {taken:.1f} s = {tokens / taken:.0f} tokens/s; "
-            f"matrices alone {ops / rate:.1f} s ({ops / rate / taken:.0%} of the time)"
+    flags = parse()
+    artifact = Artifact.open(flags.model)
+    tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+    bench = Bench(flags)
+    before = matrix_rate()
+    runs, descriptions = {}, {}
+    for name in flags.regimes:
+        rows = draw_rows(REGIMES[name], tokenizer, flags.rows)
+        descriptions[name] = describe(name, rows)
+        runs[name] = bench.measure(REGIMES[name], rows)
+    after = matrix_rate()
+    print(f"one float32 product: {before / 1e9:.0f} GFLOP/s before, {after / 1e9:.0f} after")
+    for name, by_system in runs.items():
+        comparison = Comparison(
+            regime=name,
+            runs=by_system,
+            operations=Operations.of(artifact.config),
+            rate=max(before, after),
         )
+        print(f"\n{descriptions[name]}\n\n{comparison.lines()}")
+        if bars := comparison.bars():
+            print(f"\n{bar_lines(bars)}")
+    if flags.record:
+        write_record(flags.record, {"matrix_rate": [before, after]}, runs)
 
 
-def _seconds(run: object) -> float:
-    start = time.perf_counter()
-    run()  # type: ignore[operator]
-    return time.perf_counter() - start
+def describe(name: str, rows: Sequence[Row]) -> str:
+    """Return one line on a workload."""
+    lengths = [len(row.prompt_token_ids) for row in rows]
+    new = [row.max_tokens for row in rows]
+    return (
+        f"{name}: {len(rows)} rows, prompts of {min(lengths)} to {max(lengths)} tokens "
+        f"({sum(lengths):,} in all), {min(new)} to {max(new)} new ones ({sum(new):,})"
+    )
+
+
+def write_record(path: Path, facts: dict, runs: dict[str, dict[str, list[Run]]]) -> None:
+    """Write every run with all its steps."""
+    as_dicts = {
+        regime: {system: [asdict(run) for run in many] for system, many in by_system.items()}
+        for regime, by_system in runs.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | {"runs": as_dicts}) + "\n")
+
+
+def _listed(known: Sequence[str] | dict) -> object:
+    """Return a parser of names between commas."""
+
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"expected {', '.join(known)}, got {unknown[0]}")
+        return chosen
+
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""The floor: what a model's matrix products alone must take on this machine."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from beam_gemma.config import GemmaConfig
+
+ROWS, INNER, COLUMNS = 512, 2048, 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operations:
+    """Floating-point operations of a model's matrices; attention over the context is left out."""
+
+    layers: int
+    """Of all layers, for each token that passes them."""
+    head: int
+    """Of the output matrix, for each token that is chosen."""
+
+    @classmethod
+    def of(cls, config: GemmaConfig) -> "Operations":
+        """Count from the shapes of the matrices."""
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        attention = config.hidden_size * config.head_dim * (2 * heads + 2 * kv_heads)
+        feed_forward = 3 * config.hidden_size * config.intermediate_size
+        return cls(
+            layers=2 * config.num_hidden_layers * (attention + feed_forward),
+            head=2 * config.hidden_size * config.vocab_size,
+        )
+
+
+def matrix_rate() -> float:
+    """Return the float32 operations per second of a large product in ONNX Runtime."""
+    session = onnxruntime.InferenceSession(_product(), providers=["CPUExecutionProvider"])
+    feeds = {"x": np.ones((ROWS, INNER), np.float32)}
+    session.run(None, feeds)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        session.run(None, feeds)
+        seconds.append(time.perf_counter() - start)
+    return 2 * ROWS * INNER * COLUMNS / min(seconds)
+
+
+def _product() -> bytes:
+    """Return a graph of one product with constant weights."""
+    shapes = {"x": (ROWS, INNER), "y": (ROWS, COLUMNS)}
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    )
+    weight = onnx.numpy_helper.from_array(np.ones((COLUMNS, INNER), np.float32), "w")
+    node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
+    graph = onnx.helper.make_graph([node], "rate", [x], [y], [weight])
+    opset = onnx.helper.make_opsetid("", 23)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    return model.SerializeToString()

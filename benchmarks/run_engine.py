@@ -1,0 +1,50 @@
+"""Our engine alone: token ids in, token ids out."""
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.engine import Engine, EngineConfig
+from beam_gemma.sampling import SamplingParams
+from beam_gemma.sequence import Request
+from beam_gemma.session import Session
+from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
+
+WARM_UP = Request(
+    request_id="warm-up",
+    prompt_token_ids=(2, 5, 6, 7),
+    params=SamplingParams(max_tokens=2, ignore_eos=True),
+)
+
+
+def run(job: Job) -> Run:
+    """Complete all rows, submitted at once."""
+    config = EngineConfig(max_num_seqs=job.batch_size)
+    session = Session.of(
+        Artifact.open(job.model),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+    timeline = Timeline()
+    engine = Engine(session, config, on_step=timeline.add)
+    engine.generate([WARM_UP])
+    startup_secs = secs_since_process_start()
+    timeline.restart()
+    completions = engine.generate(
+        Request(
+            request_id=str(i),
+            prompt_token_ids=row.prompt_token_ids,
+            params=SamplingParams(max_tokens=row.max_tokens, ignore_eos=True),
+        )
+        for i, row in enumerate(job.rows)
+    )
+    return Run(
+        batch_size=job.batch_size,
+        token_ids=[list(completion.token_ids) for completion in completions],
+        steps=timeline.steps,
+        startup_secs=startup_secs,
+        work_secs=timeline.work_secs,
+        tail_secs=0.0,
+        peak_bytes=peak_bytes(),
+    )
+
+
+if __name__ == "__main__":
+    serve(run)

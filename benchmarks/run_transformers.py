@@ -1,0 +1,90 @@
+"""transformers' own `generate`: float32, PyTorch's fused attention, its default cache.
+
+Rows are sorted by prompt length, so that a batch is padded little. All rows of a batch run until
+its longest is done; tokens beyond what a row asked for are not counted as work.
+"""
+
+import time
+
+import torch
+import transformers
+
+from benchmarks.runs import Job, Run, Step, peak_bytes, secs_since_process_start, serve
+from benchmarks.workload import Row
+
+PAD = 0
+
+
+class Clock(transformers.StoppingCriteria):
+    """Notes when each step of a batch ends; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        """Note the time."""
+        del scores
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def run(job: Job) -> Run:
+    """Complete all rows, batch after batch."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    warm_up = Row(text="", prompt_token_ids=(2, 5, 6, 7), max_tokens=2)
+    _generate(model, [warm_up])
+    startup_secs = secs_since_process_start()
+    start = time.perf_counter()
+    order = sorted(range(len(job.rows)), key=lambda i: -len(job.rows[i].prompt_token_ids))
+    token_ids: list[list[int]] = [[] for _ in job.rows]
+    steps = []
+    for first in range(0, len(order), job.batch_size):
+        batch = order[first : first + job.batch_size]
+        completions, batch_steps = _generate(model, [job.rows[i] for i in batch])
+        steps += batch_steps
+        for i, completion in zip(batch, completions, strict=True):
+            token_ids[i] = completion
+    return Run(
+        batch_size=job.batch_size,
+        token_ids=token_ids,
+        steps=steps,
+        startup_secs=startup_secs,
+        work_secs=time.perf_counter() - start,
+        tail_secs=0.0,
+        peak_bytes=peak_bytes(),
+    )
+
+
+@torch.inference_mode()
+def _generate(
+    model: transformers.PreTrainedModel, rows: list[Row]
+) -> tuple[list[list[int]], list[Step]]:
+    """Return the new tokens of a batch, and its steps."""
+    width = max(len(row.prompt_token_ids) for row in rows)
+    longest = max(row.max_tokens for row in rows)
+    padding = [width - len(row.prompt_token_ids) for row in rows]
+    clock = Clock()
+    output = model.generate(
+        torch.tensor(
+            [[PAD] * n + list(r.prompt_token_ids) for n, r in zip(padding, rows, strict=True)]
+        ),
+        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding]),
+        max_new_tokens=longest,
+        do_sample=False,
+        stopping_criteria=transformers.StoppingCriteriaList([clock]),
+    )
+    steps = []
+    for step, (before, now) in enumerate(zip(clock.times, clock.times[1:], strict=False)):
+        prompt_tokens = sum(len(row.prompt_token_ids) for row in rows) if step == 0 else 0
+        new_tokens = sum(row.max_tokens > step for row in rows)
+        steps.append(Step(now - before, prompt_tokens, new_tokens))
+    completions = [
+        ids[width : width + row.max_tokens] for row, ids in zip(rows, output.tolist(), strict=True)
+    ]
+    return completions, steps
+
+
+if __name__ == "__main__":
+    serve(run)
