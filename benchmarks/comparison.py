@@ -86,7 +86,7 @@ class Comparison:
         spread = (max(same_size) - min(same_size)) / min(same_size)
         reference = self.best("engine" if "engine" in self.runs else system)
         pairs = zip(run.token_ids, reference.token_ids, strict=True)
-        waiting = run.steady_occupancy
+        waiting = run.backlog_occupancy
         return [
             system,
             str(run.batch_size),

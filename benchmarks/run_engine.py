@@ -35,6 +35,7 @@ def run(job: Job) -> Run:
         )
         for i, row in enumerate(job.rows)
     )
+    stats = engine.stats
     return Run(
         batch_size=job.batch_size,
         token_ids=[list(completion.token_ids) for completion in completions],
@@ -43,6 +44,7 @@ def run(job: Job) -> Run:
         work_secs=timeline.work_secs,
         tail_secs=0.0,
         peak_bytes=peak_bytes(),
+        backlog_occupancy=stats.backlog_occupancy if stats.num_backlog_decode_steps else None,
     )
 
 

@@ -63,7 +63,7 @@ class Run:
     """From then until the results are where they belong."""
     peak_bytes: int
     """Largest resident memory of the process, loading included."""
-    steady_occupancy: float | None = None
+    backlog_occupancy: float | None = None
     """Share of the slots in use while rows wait, where the system keeps that count."""
 
     @property

@@ -1,0 +1,187 @@
+"""The conditions under which a row must give the same bits, and the process that runs one of them.
+
+python -m benchmarks.conditions shuffled --model DIR --rows 2000 --output FILE
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.engine import Engine, EngineConfig, EngineStats
+from beam_gemma.prompt import Text
+from beam_gemma.sampling import SamplingParams
+from beam_gemma.sequence import Completion, Request
+from beam_gemma.session import Capacity, Session
+from beam_gemma.tokenizer import Tokenizer
+from benchmarks.workload import SEED, Passages
+
+SHARED_TOKENS = 64
+SHORT, LONG, NEW = (8, 24), (150, 200), (4, 8)
+"""Bounds of prompts and of completions, in tokens."""
+SMALL_CACHE = 48
+"""Blocks of each group: some twenty rows fit, and those that outgrow a block push others out."""
+NUM_ALONE = 200
+"""Rows that run alone: all 2,000 would take as long as everything else together."""
+Outcome = tuple[list[int], str, str]
+"""Token ids, finish reason and the bits of the log-probability."""
+
+
+def anything(_: EngineStats) -> bool:
+    """Ask nothing of a run."""
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """One way to run the rows; what is not said is as in the base run."""
+
+    config: EngineConfig = field(default_factory=EngineConfig)
+    num_blocks: int | None = None
+    """Cache blocks of each group; None for what the memory allows."""
+    num_threads: int = 0
+    """Of one operator; 0 for one per core."""
+    num_processes: int = 1
+    """Which share the rows and run at once."""
+    shuffled: bool = False
+    alone: bool = False
+    sampled: bool = False
+    holds: Callable[[EngineStats], bool] = anything
+    """Whether a run really was what the condition says."""
+
+
+CONDITIONS = {
+    "base": Condition(holds=lambda stats: stats.num_cached_tokens > 0),
+    "alone": Condition(alone=True, config=EngineConfig(enable_prefix_caching=False)),
+    "shuffled": Condition(shuffled=True),
+    "small-cache": Condition(num_blocks=SMALL_CACHE, holds=lambda stats: stats.num_preemptions > 0),
+    "chunk-16": Condition(config=EngineConfig(max_num_seqs=16, max_num_batched_tokens=16)),
+    "chunk-512": Condition(config=EngineConfig(max_num_batched_tokens=512)),
+    "no-reuse": Condition(
+        config=EngineConfig(enable_prefix_caching=False),
+        holds=lambda stats: stats.num_cached_tokens == 0,
+    ),
+    "threads-1": Condition(num_threads=1),
+    "threads-2": Condition(num_threads=2),
+    "threads-16": Condition(num_threads=16),
+    "two-processes": Condition(num_processes=2, num_threads=1),
+    "sampled-base": Condition(sampled=True),
+    "sampled-shuffled": Condition(sampled=True, shuffled=True),
+    "sampled-chunk-512": Condition(
+        sampled=True, config=EngineConfig(max_num_seqs=32, max_num_batched_tokens=512)
+    ),
+}
+
+
+def base_of(name: str) -> str:
+    """Return the condition whose outcomes a condition must repeat."""
+    return "sampled-base" if CONDITIONS[name].sampled else "base"
+
+
+def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list[Request]:
+    """Return rows: a third behind a shared prefix, two in a hundred long, the others short."""
+    rng = random.Random(f"{SEED} invariance")
+    passages = Passages(tokenizer, rng)
+    shared = passages.draw(SHARED_TOKENS)[1]
+    marks = tuple(tokenizer.encode([Text(mark)], add_bos=False)[0] for mark in ".,")
+    requests = []
+    for i in range(num_rows):
+        length = rng.randint(*(LONG if i % 50 == 1 else SHORT))
+        ids = passages.draw(length)[1]
+        params = SamplingParams(
+            max_tokens=rng.randint(*NEW),
+            # So that some rows stop early, whatever the model says.
+            stop_token_ids=marks if i % 4 == 0 else (),
+            **(draw_settings(i) if sampled else {}),
+        )
+        requests.append(
+            Request(
+                request_id=str(i),
+                prompt_token_ids=shared + ids[1:] if i % 3 == 0 else ids,
+                params=params,
+                sampling_key=str(i),
+            )
+        )
+    return requests
+
+
+def draw_settings(i: int) -> dict[str, float]:
+    """Return how a row draws: among a few candidates, in a nucleus, or from all."""
+    return {"temperature": 0.8, "seed": 7} | [{"top_k": 40}, {"top_p": 0.9}, {}][i % 3]
+
+
+def outcome(completion: Completion) -> Outcome:
+    """Return what must be equal, to the bit."""
+    return list(completion.token_ids), completion.finish_reason, completion.logprob.hex()
+
+
+def chosen(condition: Condition, num_rows: int, part: int) -> list[int]:
+    """Return the rows of one process, in the order in which they are submitted."""
+    if condition.alone:
+        return list(range(0, num_rows, max(1, num_rows // NUM_ALONE)))
+    order = list(range(part, num_rows, condition.num_processes))
+    if condition.shuffled:
+        random.Random(SEED).shuffle(order)
+    return order
+
+
+def open_session(artifact: Artifact, condition: Condition) -> Session:
+    """Load the model as the condition asks."""
+    if condition.num_blocks is None:
+        return Session.of(
+            artifact,
+            max_num_seqs=condition.config.max_num_seqs,
+            max_num_batched_tokens=condition.config.max_num_batched_tokens,
+            num_threads=condition.num_threads,
+        )
+    signature = artifact.signature("generate", "cpu")
+    capacity = Capacity(
+        num_blocks={state.group: condition.num_blocks for state in signature.paged_states},
+        num_state_slots=condition.config.max_num_seqs,
+    )
+    return Session(
+        str(artifact.graph_path("generate", "cpu")),
+        signature,
+        capacity,
+        num_threads=condition.num_threads,
+    )
+
+
+def main() -> None:
+    """Run one part of one condition."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("condition", choices=CONDITIONS)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    flags = parser.parse_args()
+    condition, artifact = CONDITIONS[flags.condition], Artifact.open(flags.model)
+    tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+    requests = draw_requests(tokenizer, flags.rows, sampled=condition.sampled)
+    order = chosen(condition, flags.rows, flags.part)
+    engine = Engine(open_session(artifact, condition), condition.config)
+    start = time.perf_counter()
+    batches = [[i] for i in order] if condition.alone else [order]
+    outcomes = {
+        i: outcome(completion)
+        for batch in batches
+        for i, completion in zip(batch, engine.generate(requests[i] for i in batch), strict=True)
+    }
+    stats = engine.stats
+    answer = {
+        "outcomes": outcomes,
+        "seconds": time.perf_counter() - start,
+        "preemptions": stats.num_preemptions,
+        "cached_tokens": stats.num_cached_tokens,
+        "holds": condition.holds(stats),
+    }
+    flags.output.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The record of row independence: the same bits for a row wherever and with whomever it runs.
+
+    python -m benchmarks.invariance --model models/gemma-3-270m --rows 2000
+
+Every condition has processes of its own. Of each row, token ids, finish reason and the bits of the
+log-probability are compared with the base run: all rows at once, greedy, 64 slots, steps of 1,024
+tokens, prefix reuse, one thread per core. Sampled conditions have a sampled base run.
+
+What has been run is kept in `--record`, so a record can be made in parts (`--only`); it is refused
+for another model, ONNX Runtime, processor or number of rows. Exit code 1: a row differs, or a run
+was not what its condition says (no preemption with a small cache, say).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from beam_gemma.artifact import Artifact
+from benchmarks.conditions import CONDITIONS, Outcome, base_of
+from benchmarks.table import table
+
+HEADER = ("condition", "rows", "differ", "preemptions", "reused tokens", "seconds", "as meant")
+
+
+class Record:
+    """Outcomes of the base runs, and what each condition gave beside them."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        """Continue the record at a path, or begin one.
+
+        Raises:
+            ValueError: the record there is of something else.
+        """
+        self._path = path
+        self._content: dict[str, Any] = {"facts": facts, "bases": {}, "results": {}}
+        if path.exists():
+            self._content = json.loads(path.read_text())
+            if self._content["facts"] != facts:
+                raise ValueError(
+                    f"{path}: expected a record of {facts}, got one of {self._content['facts']}; "
+                    "choose another --record or delete it"
+                )
+
+    def base(self, name: str) -> dict[str, Outcome] | None:
+        """Return the outcomes of a base run by row number, if it has been made."""
+        return self._content["bases"].get(name)
+
+    def add(self, name: str, answer: dict[str, Any]) -> None:
+        """Compare a run with its base, which must be there already unless this is it."""
+        outcomes = answer.pop("outcomes")
+        if name == base_of(name):
+            self._content["bases"][name] = outcomes
+        base = self._content["bases"][base_of(name)]
+        differing = sorted((i for i in outcomes if outcomes[i] != base[i]), key=int)
+        self._content["results"][name] = answer | {
+            "rows": len(outcomes),
+            "differ": len(differing),
+            "first_differing": differing[:20],
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._content) + "\n")
+
+    def is_clean(self) -> bool:
+        """Return whether no row differs and every run was what it should be."""
+        results = self._content["results"].values()
+        return all(result["differ"] == 0 and result["holds"] for result in results)
+
+    def lines(self) -> str:
+        """Return the table."""
+        results = self._content["results"]
+        return table(HEADER, [_line(name, results[name]) for name in CONDITIONS if name in results])
+
+
+def _line(name: str, result: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        f"{result['rows']:,}",
+        f"{result['differ']:,}",
+        f"{result['preemptions']:,}",
+        f"{result['cached_tokens']:,}",
+        f"{result['seconds']:.0f}",
+        "yes" if result["holds"] else "NO",
+    ]
+
+
+def run_condition(name: str, model: str, num_rows: int) -> dict[str, Any]:
+    """Run a condition in its processes, at once; return the sum of their answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(i)) for i in range(CONDITIONS[name].num_processes)]
+        command = [sys.executable, "-m", "benchmarks.conditions", name, "--model", model]
+        command += ["--rows", str(num_rows)]
+        processes = [
+            subprocess.Popen([*command, "--part", str(part), "--output", output])
+            for part, output in enumerate(outputs)
+        ]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise RuntimeError(f"{name}: expected exit codes of 0, got {codes}")
+        answers = [json.loads(output.read_text()) for output in outputs]
+    return {
+        "outcomes": {i: o for answer in answers for i, o in answer["outcomes"].items()},
+        "seconds": max(answer["seconds"] for answer in answers),
+        "preemptions": sum(answer["preemptions"] for answer in answers),
+        "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
+        "holds": all(answer["holds"] for answer in answers),
+    }
+
+
+def facts_of(model: str, num_rows: int) -> dict[str, Any]:
+    """Return what the bits may depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "model": Artifact.open(model).digest,
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "processor": names[0] if names else platform.machine(),
+        "rows": num_rows,
+    }
+
+
+def main() -> int:
+    """Run what is asked for and not there yet; print the whole record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="exported model folder")
+    add("--rows", type=int, default=2000, help="rows (default: 2000)")
+    add("--only", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="conditions to run")
+    add("--record", type=Path, default=Path("out/invariance.json"), help="JSON file")
+    flags = parser.parse_args()
+    record = Record(flags.record, facts_of(flags.model, flags.rows))
+    bases = [base for base in dict.fromkeys(map(base_of, flags.only)) if record.base(base) is None]
+    for name in dict.fromkeys([*bases, *flags.only]):
+        if name != base_of(name) or name in bases:
+            record.add(name, run_condition(name, flags.model, flags.rows))
+            sys.stderr.write(f"{name}: done\n")
+    print(record.lines())
+    return int(not record.is_clean())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
