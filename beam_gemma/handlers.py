@@ -97,22 +97,7 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
         """
         if self.share_model_across_processes():
             owner.claim(self._key)
-        artifact = Artifact.open(self._model)
-        artifact.verify()
-        encoder = prompt_encoder(artifact, self.settings)
-        config = EngineConfig(
-            max_num_seqs=self._engine_config.max_num_seqs,
-            max_num_batched_tokens=self._engine_config.max_num_batched_tokens,
-            eos_token_ids=artifact.eos_token_ids,
-        )
-        session = Session.of(
-            artifact,
-            device=choose_device(artifact, self._device),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
-        engine = Engine(session, config, on_step=METER.add)
-        return Generator(engine, encoder, self.settings, on_result=METER.add)
+        return self._start()
 
     def run_inference(
         self,
@@ -158,6 +143,24 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
                 f"inference_args: expected none, got {', '.join(inference_args)}; "
                 "use GenerateSettings"
             )
+
+    def _start(self) -> Generator:
+        artifact = Artifact.open(self._model)
+        artifact.verify()
+        encoder = prompt_encoder(artifact, self.settings)
+        config = EngineConfig(
+            max_num_seqs=self._engine_config.max_num_seqs,
+            max_num_batched_tokens=self._engine_config.max_num_batched_tokens,
+            eos_token_ids=artifact.eos_token_ids,
+        )
+        session = Session.of(
+            artifact,
+            device=choose_device(artifact, self._device),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        engine = Engine(session, config, on_step=METER.add)
+        return Generator(engine, encoder, self.settings, on_result=METER.add)
 
     def _inference(
         self, example: Example, results: Iterator[dict[str, Any]]

@@ -1,6 +1,7 @@
 """From flags to a finished job: every setting is checked before it starts, every row after it."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -96,8 +97,10 @@ def run(pipeline: beam.Pipeline, job: Job) -> int:
             result: Any = pipeline.run()
             if not _goes_on_alone(job.options):
                 result.wait_until_finish()
-    except BeamGemmaError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (BeamGemmaError, RuntimeError) as error:
+        if (sentence := _sentence(error)) is None:
+            raise
+        sys.stderr.write(f"error: {sentence}\n")
         return FAILURE
     if _goes_on_alone(job.options):
         sys.stdout.write(f"submitted the job {result.job_id()}\n")
@@ -114,11 +117,14 @@ def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
         counts.get("prompt_tokens", 0),
         counts.get("completion_tokens", 0),
     )
-    sys.stdout.write(
+    line = (
         f"read {read:,} = ok {ok:,} + failed {failed:,} = written {written:,} rows; "
         f"{prompt_tokens:,} prompt + {completion_tokens:,} completion tokens "
-        f"in {elapsed_secs:,.1f} s ({completion_tokens / max(elapsed_secs, 1e-9):,.1f} tokens/s)\n"
+        f"in {elapsed_secs:,.1f} s ({completion_tokens / max(elapsed_secs, 1e-9):,.1f} tokens/s)"
     )
+    if slots := counts.get("decode_slots", 0):
+        line += f"; steps {100 * counts['decode_rows'] / slots:.0f} % full"
+    sys.stdout.write(line + "\n")
     if read == ok + failed == written:
         return SUCCESS
     sys.stderr.write(
@@ -144,6 +150,14 @@ def exit_code(main: Callable[[], int]) -> int:
     except BeamGemmaError as error:
         sys.stderr.write(f"error: {error}\n")
         return USAGE
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return an error of ours in its own words; workers send theirs as the text of a traceback."""
+    if isinstance(error, BeamGemmaError):
+        return str(error)
+    sentences = re.findall(r"^beam_gemma\.errors\.\w+: (.*)$", str(error), re.MULTILINE)
+    return sentences[-1] if sentences else None
 
 
 def _set_up_logs(*, verbose: bool) -> None:

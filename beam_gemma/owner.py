@@ -13,10 +13,10 @@ def claim(key: str) -> None:
     Beam lets one process of a machine load at a time.
     """
     note = Path(tempfile.gettempdir()) / f"beam-gemma-{key}.pid"
-    former = int(note.read_text()) if note.exists() else None
-    if former is not None and not _is_alive(former):
+    former = note.read_text() if note.exists() else ""
+    if former and not _is_alive(int(former)):
         logging.getLogger(__name__).warning(
-            "engine: process %d, which ran it for this machine, has died; process %d loads the "
+            "engine: process %s, which ran it for this machine, has died; process %d loads the "
             "model anew",
             former,
             os.getpid(),
@@ -31,4 +31,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except PermissionError:  # of another user, so there is one
+        return True
     return True

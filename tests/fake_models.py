@@ -1,11 +1,13 @@
 """A model handler without a model: the real engine over a session that computes a function."""
 
+import time
+
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.generate import GenerateSettings, Generator
-from beam_gemma.handlers import GemmaModelHandler
+from beam_gemma.generate import Generator
+from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler
 from beam_gemma.progress import METER
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder
@@ -17,11 +19,24 @@ from tests.tiny_tokenizer import tiny_tokenizer_model
 TOKENIZER = Tokenizer(tiny_tokenizer_model())
 A_ID = TOKENIZER.encode([Text("a")], add_bos=False)[0]
 STATES = (PagedState(group=FULL, layers=(0,), num_key_value_heads=1, head_dim=8),)
+SIGNATURE = fake_signature(
+    states=STATES, optional_inputs=(), vocab_size=TOKENIZER.vocab_size, max_model_len=200
+)
+NEWLINE_ID = TOKENIZER.encode([Text("\n")], add_bos=False)[0]
+SLOTS = 16
+STEP_SECS, START_SECS = 0.004, 1.0
 
 
 def next_letter(tokens):
     """Return the id of a letter that follows from all tokens so far."""
     return A_ID + sum(tokens) % 26
+
+
+def uneven_letter(tokens):
+    """Return a letter, or the end once a completion has the length that its prompt asks for."""
+    start = tokens.index(NEWLINE_ID) + 1
+    length = 4 + 7 * sum(tokens[:start]) % 33
+    return next_letter(tokens) if len(tokens) - start < length else TOKENIZER.eos_token_id
 
 
 def completion_of(prompt, max_tokens=3):
@@ -33,31 +48,54 @@ def completion_of(prompt, max_tokens=3):
     return TOKENIZER.decode(ids[start:])
 
 
-def fake_generator(settings, *, chat_template=None, session=None, on_result=METER.add):
+def fake_generator(
+    settings, *, chat_template=None, session=None, on_result=METER.add, **engine_options
+):
     """Return a generator over the fake model."""
-    signature = fake_signature(
-        states=STATES, optional_inputs=(), vocab_size=TOKENIZER.vocab_size, max_model_len=200
-    )
-    session = session or FakeSession(signature, num_blocks=2000, next_token=next_letter)
+    session = session or FakeSession(SIGNATURE, num_blocks=2000, next_token=next_letter)
     encoder = PromptEncoder(
         TOKENIZER,
         settings,
         chat_template=chat_template,
         max_tokens=settings.max_prompt(session.signature.max_model_len),
     )
-    config = EngineConfig(eos_token_ids=(TOKENIZER.eos_token_id,))
+    config = EngineConfig(eos_token_ids=(TOKENIZER.eos_token_id,), **engine_options)
     engine = Engine(session, config, on_step=on_result)
     return Generator(engine, encoder, settings, on_result=on_result)
 
 
 class FakeHandler(GemmaModelHandler):
-    """Loads the fake model."""
+    """Starts an engine over the fake model."""
 
-    def __init__(self, settings: GenerateSettings) -> None:
-        super().__init__("fake", settings)
+    def __init__(self, settings, **options) -> None:
+        super().__init__("fake", settings, **options)
 
-    def load_model(self) -> Generator:
+    def _start(self) -> Generator:
         return fake_generator(self.settings)
+
+
+class SlowSession(FakeSession):
+    """Computes in milliseconds, and not before other callers had time to come."""
+
+    def run(self, feeds, *, with_logits=False):
+        time.sleep(STEP_SECS if self.steps else START_SECS)
+        return super().run(feeds, with_logits=with_logits)
+
+
+class UnevenHandler(FakeHandler):
+    """Completes prompts that end with a newline, each to a length of its own, slowly."""
+
+    def __init__(self, settings, *, batch_rows=BATCH_ROWS, **options) -> None:
+        super().__init__(settings, max_num_seqs=SLOTS, **options)
+        self._batch_rows = batch_rows
+
+    def batch_elements_kwargs(self):
+        sizes = {"min_batch_size": self._batch_rows, "max_batch_size": self._batch_rows}
+        return {**super().batch_elements_kwargs(), **sizes}
+
+    def _start(self) -> Generator:
+        session = SlowSession(SIGNATURE, num_blocks=2000, next_token=uneven_letter)
+        return fake_generator(self.settings, session=session, max_num_seqs=SLOTS)
 
 
 def local_pipeline(*flags):

@@ -1,6 +1,7 @@
 """The generate task: every row comes back, in order, and is worth the same in any company."""
 
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -164,6 +165,24 @@ def test_results_are_counted_as_they_come():
     generate = fake_generator(settings_of(), on_result=meter.add)
     generate([{"text": "abc"}, {"text": None}, {"text": "de"}])
     assert meter.read() == Count(rows=3, failed=1, prompt_tokens=7, completion_tokens=6)
+
+
+def test_every_count_of_the_engine_is_given_once():
+    generate = fake_generator(settings_of(4), max_num_seqs=2)
+    assert generate.take_counts() == {}
+    generate([{"text": "a"}, {"text": "b"}, {"text": "c"}])
+    # The first token of each row is its prefill step's.
+    assert generate.take_counts() == {"decode_rows": 9, "decode_slots": 12}
+    assert generate.take_counts() == {}
+    rows = [{"text": f"row {i}"} for i in range(20)]
+
+    def complete_and_take(part):
+        generate(part)
+        return Counter(generate.take_counts())
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = sum(pool.map(complete_and_take, [rows[i::4] for i in range(4)]), Counter())
+    assert taken["decode_rows"] == 3 * 20
 
 
 def test_engine_that_stops_is_nobodys_row_error():

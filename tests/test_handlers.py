@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import tempfile
 
 import apache_beam as beam
 import pyarrow as pa
@@ -16,6 +17,7 @@ from beam_gemma.generate import GenerateSettings
 from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler
 from beam_gemma.sampling import SamplingParams
 from tests.fake_models import FakeHandler, completion_of, local_pipeline
+from tests.tables import rich_table
 
 SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=3))
 pytestmark = pytest.mark.timeout(60)
@@ -143,6 +145,28 @@ def test_row_of_a_batch_is_a_mapping():
         row["other"]
 
 
+def test_rows_of_a_slice_are_sent_without_what_it_is_cut_of():
+    batch = batch_of(*("x" * 100 for _ in range(10_000))).slice(500, 16)
+    sent = pickle.dumps(rows_of(batch))
+    assert len(sent) < 16 * 100 + 2000
+    assert [dict(row) for row in pickle.loads(sent)] == batch.to_pylist()
+
+
+def test_rows_of_any_column_can_be_sent():
+    (batch,) = rich_table(range(10)).drop_columns("nanos").to_batches()
+    received = pickle.loads(pickle.dumps(rows_of(batch.slice(3, 5))))
+    assert list(map(str, map(dict, received))) == list(map(str, batch.slice(3, 5).to_pylist()))
+
+
+@pytest.mark.parametrize("large_model", [True, False])
+def test_one_model_for_a_machine_or_for_each_process(large_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handler = FakeHandler(SETTINGS, large_model=large_model)
+    assert handler.share_model_across_processes() is large_model
+    handler.load_model()
+    assert len(list(tmp_path.iterdir())) == large_model
+
+
 def test_value_that_python_cannot_hold_fails_its_row_alone():
     days = pa.array([0, 10**8], pa.int32()).cast(pa.date32())
     batch = pa.record_batch({"day": days})
@@ -166,5 +190,7 @@ def test_metrics_count_rows_and_tokens():
     assert counters["rows_ok"] == 2
     assert counters["rows_failed"] == 1
     assert counters["completion_tokens"] == 6
+    assert counters["decode_rows"] == 4
+    assert counters["decode_slots"] == 2 * 64
     distributions = {m.key.metric.name: m.result for m in metrics["distributions"]}
     assert distributions["num_prompt_tokens"].sum == counters["prompt_tokens"] > 0

@@ -32,6 +32,12 @@ def test_job_that_does_not_balance_fails(name, by, capsys):
     assert "error: rows: expected the counts above to be equal" in capsys.readouterr().err
 
 
+def test_summary_tells_how_full_the_steps_were(capsys):
+    counts = BALANCED | {"decode_rows": 6016, "decode_slots": 6400}
+    assert report(counts, 41.2) == SUCCESS
+    assert capsys.readouterr().out.endswith("(74.6 tokens/s); steps 94 % full\n")
+
+
 def test_job_without_rows(capsys):
     assert report({}, 0.0) == SUCCESS
     assert capsys.readouterr().out.startswith("read 0 = ok 0 + failed 0 = written 0 rows")

@@ -12,7 +12,13 @@ from apache_beam.options.pipeline_options import (
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.generate import GenerateSettings
-from beam_gemma.options import generate_parser, generate_settings, is_local, parse
+from beam_gemma.options import (
+    generate_parser,
+    generate_settings,
+    in_one_process,
+    is_local,
+    parse,
+)
 from beam_gemma.sampling import SamplingParams
 
 FILES = ["--model=m", "--input=a.jsonl", "--output=b.jsonl"]
@@ -144,3 +150,17 @@ def test_help_has_groups_and_examples_of_known_flags():
     used = set(re.findall(r"--\w+", examples))
     assert len(re.findall("python -m pipelines.generate", examples)) == 2
     assert used <= set(generate_parser()._option_string_actions)
+
+
+@pytest.mark.parametrize(
+    ("flags", "one"),
+    [
+        ([], True),
+        (["--direct_running_mode=multi_threading", "--direct_num_workers=3"], True),
+        (["--direct_running_mode=multi_processing", "--direct_num_workers=3"], False),
+        (["--runner=DataflowRunner"], False),
+    ],
+)
+def test_processes_of_a_job(flags, one):
+    _, options = parse(generate_parser(), [*FILES, "--prompt=x", *flags])
+    assert in_one_process(options) is one
