@@ -1,6 +1,6 @@
 """The conditions under which a row must give the same bits, and the process that runs one of them.
 
-python -m benchmarks.conditions shuffled --model DIR --rows 2000 --output FILE
+python -m benchmarks.conditions shuffled --model DIR --rows 2000 --sample 200 --output FILE
 """
 
 import argparse
@@ -21,12 +21,12 @@ from beam_gemma.tokenizer import Tokenizer
 from benchmarks.workload import SEED, Passages
 
 SHARED_TOKENS = 64
-SHORT, LONG, NEW = (8, 24), (150, 200), (4, 8)
-"""Bounds of prompts and of completions, in tokens."""
-SMALL_CACHE = 48
-"""Blocks of each group: some twenty rows fit, and those that outgrow a block push others out."""
-NUM_ALONE = 200
-"""Rows that run alone: all 2,000 would take as long as everything else together."""
+SHORT, LONG = (6, 20), (150, 200)
+"""Bounds of prompts, in tokens."""
+BRIEF, WORDY = (3, 6), (40, 48)
+"""Bounds of completions, in tokens."""
+SMALL_CACHE = 96
+"""Blocks of each group: too few for the wordy rows to grow, so they push one another out."""
 Outcome = tuple[list[int], str, str]
 """Token ids, finish reason and the bits of the log-probability."""
 
@@ -49,6 +49,9 @@ class Condition:
     """Which share the rows and run at once."""
     shuffled: bool = False
     alone: bool = False
+    """Whether each row waits for the one before it to end."""
+    slow: bool = False
+    """Whether it takes so long that only a sample of the rows runs."""
     sampled: bool = False
     holds: Callable[[EngineStats], bool] = anything
     """Whether a run really was what the condition says."""
@@ -56,7 +59,7 @@ class Condition:
 
 CONDITIONS = {
     "base": Condition(holds=lambda stats: stats.num_cached_tokens > 0),
-    "alone": Condition(alone=True, config=EngineConfig(enable_prefix_caching=False)),
+    "alone": Condition(alone=True, slow=True, config=EngineConfig(enable_prefix_caching=False)),
     "shuffled": Condition(shuffled=True),
     "small-cache": Condition(num_blocks=SMALL_CACHE, holds=lambda stats: stats.num_preemptions > 0),
     "chunk-16": Condition(config=EngineConfig(max_num_seqs=16, max_num_batched_tokens=16)),
@@ -67,7 +70,8 @@ CONDITIONS = {
     ),
     "threads-1": Condition(num_threads=1),
     "threads-2": Condition(num_threads=2),
-    "threads-16": Condition(num_threads=16),
+    # More threads than cores spin for one another: ten times slower than two.
+    "threads-16": Condition(num_threads=16, slow=True),
     "two-processes": Condition(num_processes=2, num_threads=1),
     "sampled-base": Condition(sampled=True),
     "sampled-shuffled": Condition(sampled=True, shuffled=True),
@@ -83,17 +87,17 @@ def base_of(name: str) -> str:
 
 
 def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list[Request]:
-    """Return rows: a third behind a shared prefix, two in a hundred long, the others short."""
+    """Return rows: a third behind a shared prefix, few long or wordy, most short."""
     rng = random.Random(f"{SEED} invariance")
     passages = Passages(tokenizer, rng)
     shared = passages.draw(SHARED_TOKENS)[1]
     marks = tuple(tokenizer.encode([Text(mark)], add_bos=False)[0] for mark in ".,")
     requests = []
     for i in range(num_rows):
-        length = rng.randint(*(LONG if i % 50 == 1 else SHORT))
+        length = rng.randint(*(LONG if i % 100 == 1 else SHORT))
         ids = passages.draw(length)[1]
         params = SamplingParams(
-            max_tokens=rng.randint(*NEW),
+            max_tokens=rng.randint(*(WORDY if i % 20 == 2 else BRIEF)),
             # So that some rows stop early, whatever the model says.
             stop_token_ids=marks if i % 4 == 0 else (),
             **(draw_settings(i) if sampled else {}),
@@ -119,14 +123,16 @@ def outcome(completion: Completion) -> Outcome:
     return list(completion.token_ids), completion.finish_reason, completion.logprob.hex()
 
 
-def chosen(condition: Condition, num_rows: int, part: int) -> list[int]:
+def chosen(condition: Condition, num_rows: int, *, sample: int, part: int) -> list[int]:
     """Return the rows of one process, in the order in which they are submitted."""
-    if condition.alone:
-        return list(range(0, num_rows, max(1, num_rows // NUM_ALONE)))
-    order = list(range(part, num_rows, condition.num_processes))
+    rng = random.Random(SEED)
+    rows = list(range(num_rows))
+    if condition.slow and sample < num_rows:
+        rows = sorted(rng.sample(rows, sample))
+    rows = rows[part :: condition.num_processes]
     if condition.shuffled:
-        random.Random(SEED).shuffle(order)
-    return order
+        rng.shuffle(rows)
+    return rows
 
 
 def open_session(artifact: Artifact, condition: Condition) -> Session:
@@ -157,13 +163,14 @@ def main() -> None:
     parser.add_argument("condition", choices=CONDITIONS)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--sample", type=int, required=True)
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()
     condition, artifact = CONDITIONS[flags.condition], Artifact.open(flags.model)
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     requests = draw_requests(tokenizer, flags.rows, sampled=condition.sampled)
-    order = chosen(condition, flags.rows, flags.part)
+    order = chosen(condition, flags.rows, sample=flags.sample, part=flags.part)
     engine = Engine(open_session(artifact, condition), condition.config)
     start = time.perf_counter()
     batches = [[i] for i in order] if condition.alone else [order]

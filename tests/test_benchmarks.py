@@ -176,11 +176,14 @@ def test_runs_survive_the_way_between_processes() -> None:
 
 
 def test_conditions_cover_every_row_once() -> None:
-    both = [chosen(CONDITIONS["two-processes"], 11, part) for part in (0, 1)]
-    assert sorted(both[0] + both[1]) == list(range(11))
-    shuffled = chosen(CONDITIONS["shuffled"], 11, 0)
-    assert sorted(shuffled) == list(range(11)) != shuffled
-    assert len(chosen(CONDITIONS["alone"], 2000, 0)) == 200
+    def rows(name: str, num_rows: int = 11, part: int = 0) -> list[int]:
+        return chosen(CONDITIONS[name], num_rows, sample=5, part=part)
+
+    both = rows("two-processes") + rows("two-processes", part=1)
+    assert sorted(both) == rows("base") == list(range(11))
+    assert sorted(rows("shuffled")) == list(range(11)) != rows("shuffled")
+    assert len(set(rows("alone"))) == 5
+    assert rows("alone", num_rows=4) == list(range(4))
     assert base_of("sampled-shuffled") == "sampled-base"
 
 
