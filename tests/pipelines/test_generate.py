@@ -86,6 +86,7 @@ def test_a_row_is_worth_the_same_however_it_is_run(run, model, rows, tmp_path):
         "plain": [],
         "alone": ["--max_num_seqs=1", "--max_num_batched_tokens=64"],
         "threads": ["--direct_running_mode=multi_threading", "--direct_num_workers=3"],
+        "processes": ["--direct_running_mode=multi_processing", "--direct_num_workers=2"],
         "shards": ["--num_shards=3"],
     }
     for name, more in ways.items():
