@@ -84,8 +84,6 @@ class Comparison:
         run = self.best(system)
         same_size = [r.work_secs for r in self.runs[system] if r.batch_size == run.batch_size]
         spread = (max(same_size) - min(same_size)) / min(same_size)
-        reference = self.best("engine" if "engine" in self.runs else system)
-        pairs = zip(run.token_ids, reference.token_ids, strict=True)
         waiting = run.backlog_occupancy
         return [
             system,
@@ -102,8 +100,14 @@ class Comparison:
             f"{run.occupancy:.2f}",
             "" if waiting is None else f"{waiting:.2f}",
             f"{spread:.0%} of {len(same_size)}",
-            f"{sum(ours == theirs for ours, theirs in pairs)}/{len(run.token_ids)}",
+            self._same_rows(run),
         ]
+
+    def _same_rows(self, run: Run) -> str:
+        if "engine" not in self.runs:
+            return ""
+        pairs = zip(run.token_ids, self.best("engine").token_ids, strict=True)
+        return f"{sum(theirs == ours for theirs, ours in pairs)}/{len(run.token_ids)}"
 
 
 def bar_lines(bars: Sequence[Bar]) -> str:

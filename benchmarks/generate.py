@@ -74,7 +74,13 @@ class Bench:
 
     def _run(self, system: str, batch_size: int, rows: list[Row], regime: Regime) -> Run:
         weights = self._weights.get(system, "")
-        job = Job(model=self._flags.model, weights=weights, rows=rows, batch_size=batch_size)
+        job = Job(
+            model=self._flags.model,
+            weights=weights,
+            rows=rows,
+            batch_size=batch_size,
+            sort_by=self._flags.sort_by,
+        )
         run = run_system(MODULES[system], job)
         sys.stderr.write(
             f"{regime.name}: {system}, batch {batch_size}: {run.work_secs:.1f} s of work, "
@@ -120,6 +126,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="turns of each system")
     add("--rows", type=int, help="only the first rows of each regime, to try it")
     add("--batch_sizes", type=_numbers, default=[16, 32, 64], help="of the other systems")
+    add(
+        "--sort_by",
+        choices=["prompt_tokens", "max_tokens"],
+        default="prompt_tokens",
+        help="order of transformers' rows (default: prompt_tokens)",
+    )
     add("--record", type=Path, help="JSON file for every run with all its steps")
     flags = parser.parse_args(argv)
     if flags.checkpoint is None and not set(flags.systems) <= set(OURS):

@@ -90,7 +90,8 @@ class Batcher:
 
     def complete(self, rows: list[Row]) -> tuple[list[list[int]], list[Step]]:
         """Return the new tokens of each row, and the steps."""
-        waiting = deque(enumerate(rows))
+        # Longest completion first, as our engine orders them: the slots stay full to the end.
+        waiting = deque(sorted(enumerate(rows), key=lambda item: -item[1].max_tokens))
         self._done: list[list[int]] = [[] for _ in rows]
         steps, before = [], time.perf_counter()
         while waiting or self._running:

@@ -1,7 +1,8 @@
 """transformers' own `generate`: float32, PyTorch's fused attention, its default cache.
 
-Rows are sorted by prompt length, so that a batch is padded little. All rows of a batch run until
-its longest is done; tokens beyond what a row asked for are not counted as work.
+Rows are sorted by prompt length, so that a batch is padded little, or by the number of tokens that
+they ask for, so that they end together. All rows of a batch run until its longest is done; tokens
+beyond what a row asked for are not counted as work.
 """
 
 import time
@@ -37,7 +38,7 @@ def run(job: Job) -> Run:
     _generate(model, [warm_up])
     startup_secs = secs_since_process_start()
     start = time.perf_counter()
-    order = sorted(range(len(job.rows)), key=lambda i: -len(job.rows[i].prompt_token_ids))
+    order = sorted(range(len(job.rows)), key=lambda i: _length(job.rows[i], job.sort_by))[::-1]
     token_ids: list[list[int]] = [[] for _ in job.rows]
     steps = []
     for first in range(0, len(order), job.batch_size):
@@ -55,6 +56,11 @@ def run(job: Job) -> Run:
         tail_secs=0.0,
         peak_bytes=peak_bytes(),
     )
+
+
+def _length(row: Row, sort_by: str) -> tuple[int, int]:
+    lengths = len(row.prompt_token_ids), row.max_tokens
+    return lengths if sort_by == "prompt_tokens" else lengths[::-1]
 
 
 @torch.inference_mode()

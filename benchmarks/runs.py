@@ -34,6 +34,8 @@ class Job:
     rows: list[Row]
     batch_size: int
     """Rows that run at once."""
+    sort_by: str = "prompt_tokens"
+    """What a system without a scheduler sorts rows by: `prompt_tokens` or `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
