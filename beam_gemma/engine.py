@@ -1,43 +1,23 @@
 """The step loop: token ids in, token ids out.
 
 One engine runs one session. Any number of threads submit requests and wait; one daemon thread
-schedules, packs, runs and samples, so requests of all callers share steps. A submission is seen
-whole or not at all, so the first step of a batch is as full as any. What is wrong with a request
-ends that request alone; an exception of the session ends the engine and everything it holds.
+schedules and executes steps, so requests of all callers share them. A submission is seen whole or
+not at all, so the first step of a batch is as full as any. What is wrong with a request ends that
+request alone; what is wrong with the device, or with this code, ends the engine and everything it
+holds.
 """
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Protocol, runtime_checkable
-
-import numpy as np
 
 from beam_gemma.errors import EngineError, OptionsError, RecordError
+from beam_gemma.executor import Executor, Runner, failure
 from beam_gemma.kv_cache import KVCache
-from beam_gemma.packing import pack
 from beam_gemma.progress import Count
-from beam_gemma.sampling import needs_logits, sample
 from beam_gemma.scheduler import Scheduler
-from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Step
-from beam_gemma.session import StepOutput
-from beam_gemma.signature import Signature
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """What an engine asks of a session."""
-
-    signature: Signature
-    num_blocks: dict[str, int]
-    num_state_slots: int
-
-    def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
-        """Run one step."""
-
-    def zero_blocks(self, group: str, blocks: list[int]) -> None:
-        """Overwrite cache blocks with zeros."""
+from beam_gemma.sequence import Completion, Request, Sequence, Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +30,8 @@ class EngineConfig:
     """New tokens of one step."""
     eos_token_ids: tuple[int, ...] = ()
     """The model's own end tokens; they end a completion unless its request ignores them."""
+    enable_prefix_caching: bool = True
+    """Whether prompts with the same first tokens share what the caches hold of them."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -72,18 +54,34 @@ class EngineStats:
     """Of these, failed ones included."""
     num_failed: int = 0
     num_prefill_steps: int = 0
+    """With part of a prompt, whatever else runs beside it."""
     num_decode_steps: int = 0
+    """With one token of each sequence."""
     num_prompt_tokens: int = 0
-    """Computed by prefill steps."""
+    """Computed by prefill; again after a preemption."""
+    num_cached_tokens: int = 0
+    """Of prompts, not computed because the cache had them; again after a preemption."""
     num_completion_tokens: int = 0
     """Chosen, end tokens included."""
+    num_preemptions: int = 0
+    """Sequences put back to make room, or after a failure, and computed again."""
     num_decode_rows: int = 0
     """Sequences of all decode steps."""
+    num_backlog_decode_steps: int = 0
+    """Decode steps while other requests waited."""
+    num_backlog_decode_rows: int = 0
+    """Sequences of those steps."""
 
     @property
     def occupancy(self) -> float:
         """Mean share of the slots that a decode step used."""
         return self.num_decode_rows / max(1, self.num_decode_steps * self.max_num_seqs)
+
+    @property
+    def backlog_occupancy(self) -> float:
+        """The same while other requests waited: what the end of the work has no part in."""
+        num_slots = self.num_backlog_decode_steps * self.max_num_seqs
+        return self.num_backlog_decode_rows / max(1, num_slots)
 
 
 class Engine:
@@ -112,18 +110,21 @@ class Engine:
                 f"max_num_seqs: expected at most the session's {session.num_state_slots} state "
                 f"slots, got {config.max_num_seqs}"
             )
-        self._session = session
         self._config = config
         self._on_step = on_step
-        self._cache = KVCache(
+        cache = KVCache(
             self.signature,
             num_blocks=session.num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._scheduler = Scheduler(
-            self._cache, self.signature, max_num_batched_tokens=config.max_num_batched_tokens
+            cache,
+            self.signature,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
+        self._executor = Executor(session, cache, self._scheduler, on_run=self._count)
         self._stats = EngineStats(max_num_seqs=config.max_num_seqs)
         self._futures: dict[Sequence, Future[Completion]] = {}
         self._inbox: list[list[Sequence]] = []
@@ -156,7 +157,7 @@ class Engine:
             try:
                 self._scheduler.check(request)
             except RecordError as error:
-                refused.append((future, _failure(str(error))))
+                refused.append((future, failure(str(error))))
             else:
                 batch[Sequence(request, self._end_token_ids(request))] = future
         with self._condition:
@@ -204,52 +205,12 @@ class Engine:
 
     def _step(self) -> None:
         step = self._scheduler.schedule()
-        for group, blocks in self._cache.take_unclean().items():
-            self._session.zero_blocks(group, blocks)
-        rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
-        candidates = self.signature.candidates
-        output = self._session.run(
-            pack(step, self.signature, self._cache),
-            with_logits=any(needs_logits(s.request.params, candidates) for s in rows),
-        )
-        self._count(step, len(rows))
-        for sequence, num_new_tokens in step:
-            sequence.num_computed_tokens += num_new_tokens
-        if rows:
-            self._choose(rows, output)
-
-    def _choose(self, rows: list[Sequence], output: StepOutput) -> None:
-        """Give each row its next token."""
-        finite = np.isfinite(output.logsumexp) & np.isfinite(output.topk_logits[:, 0])
-        best_ids = output.topk_ids[:, 0].tolist()
-        best_logprobs = (output.topk_logits[:, 0] - output.logsumexp).tolist()
-        for row, (sequence, is_finite) in enumerate(zip(rows, finite.tolist(), strict=True)):
-            if not is_finite:
-                self._finish(sequence, _failure(_not_finite(sequence)), clean=False)
-                continue
-            token_id, logprob = best_ids[row], best_logprobs[row]
-            if sequence.request.params.temperature > 0:
-                token_id, logprob = _draw(sequence, output, row)
-            self._accept(sequence, token_id, logprob)
-
-    def _accept(self, sequence: Sequence, token_id: int, logprob: float) -> None:
-        """Append a token, and finish the sequence if it ends with it."""
-        try:
-            finish_reason: FinishReason | None = sequence.accept(token_id, logprob)
-        except Exception as error:  # the record boundary: should_stop belongs to one request
-            message = f"should_stop: {type(error).__name__}: {error}"
-            self._finish(sequence, _failure(message))
-            return
-        if finish_reason is not None:
-            self._finish(sequence, sequence.completion(finish_reason))
-
-    def _finish(self, sequence: Sequence, completion: Completion, *, clean: bool = True) -> None:
-        self._scheduler.finish(sequence, clean=clean)
-        with self._condition:
-            future = self._futures.pop(sequence)
-            self._stats.num_finished += 1
-            self._stats.num_failed += completion.error is not None
-        future.set_result(completion)
+        for sequence, completion in self._executor.execute(step):
+            with self._condition:
+                future = self._futures.pop(sequence)
+                self._stats.num_finished += 1
+                self._stats.num_failed += completion.error is not None
+            future.set_result(completion)
 
     def _fail(self, error: Exception) -> None:
         """Stop for good: everything held fails with the error, and submissions are refused."""
@@ -264,43 +225,23 @@ class Engine:
             failure.__cause__ = error
             future.set_exception(failure)
 
-    def _count(self, step: Step, num_rows: int) -> None:
-        is_prefill = step[0][0].is_prefilling
-        num_prompt_tokens = sum(n for _, n in step) if is_prefill else 0
+    def _count(self, step: Step, num_new_tokens: int) -> None:
+        num_prompt_tokens = sum(n for sequence, n in step if sequence.is_prefilling)
+        is_decode = not num_prompt_tokens
+        has_backlog = is_decode and self._scheduler.num_waiting > 0
         with self._condition:
             stats = self._stats
-            stats.num_prefill_steps += is_prefill
-            stats.num_decode_steps += not is_prefill
-            stats.num_decode_rows += 0 if is_prefill else len(step)
+            stats.num_prefill_steps += not is_decode
+            stats.num_decode_steps += is_decode
+            stats.num_decode_rows += len(step) if is_decode else 0
+            stats.num_backlog_decode_steps += has_backlog
+            stats.num_backlog_decode_rows += len(step) if has_backlog else 0
             stats.num_prompt_tokens += num_prompt_tokens
-            stats.num_completion_tokens += num_rows
-        self._on_step(Count(prompt_tokens=num_prompt_tokens, completion_tokens=num_rows))
+            stats.num_cached_tokens = self._scheduler.num_cached_tokens
+            stats.num_preemptions = self._scheduler.num_preemptions
+            stats.num_completion_tokens += num_new_tokens
+        self._on_step(Count(prompt_tokens=num_prompt_tokens, completion_tokens=num_new_tokens))
 
     def _end_token_ids(self, request: Request) -> frozenset[int]:
         eos_token_ids = () if request.params.ignore_eos else self._config.eos_token_ids
         return frozenset((*eos_token_ids, *request.params.stop_token_ids))
-
-
-def _draw(sequence: Sequence, output: StepOutput, row: int) -> tuple[int, float]:
-    """Return a sampled row's next token and its log-probability at temperature 1."""
-    request = sequence.request
-    logits, ids = output.topk_logits[row], output.topk_ids[row]
-    if needs_logits(request.params, len(ids)):
-        assert output.logits is not None
-        logits, ids = output.logits[row], np.arange(output.logits.shape[1])
-    position = len(sequence.token_ids)
-    token_id = sample(request.params, logits, ids, key=request.sampling_key, position=position)
-    logit = logits[np.flatnonzero(ids == token_id)[0]]
-    return token_id, float(logit - output.logsumexp[row])
-
-
-def _failure(message: str) -> Completion:
-    return Completion(token_ids=(), finish_reason="error", logprob=0.0, error=message)
-
-
-def _not_finite(sequence: Sequence) -> str:
-    num_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
-    return (
-        f"model: expected finite logits, got NaN or infinity after {num_tokens} tokens of the "
-        "completion; a precision of wider range may help"
-    )

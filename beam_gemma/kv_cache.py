@@ -1,15 +1,19 @@
 """Which sequence holds which cache blocks. Integers only: the tensors are the session's.
 
-Each group of layers has its own pool of blocks. Admission is exact: a sequence gets a slot only
-when every group can set aside the most blocks that the sequence can ever hold at once, so a running
-sequence never runs out. The blocks themselves are taken step by step; those that a window has left
-behind go back to the pool while the sequence runs on. For each group, always:
+Each group of layers has a pool of blocks (block_pool.py) and a table: a row for each running
+sequence, which names the blocks of its tokens in order. A sequence takes blocks step by step and
+gives back those that a window has left behind. Sequences whose first tokens are equal hold the same
+blocks for them. For each group, always:
 
-    free + held = pool          no block is lost or shared
-    held by a slot <= reserved by that slot
-    reserved in all <= pool     so free blocks suffice for every reservation
+    holders of a block = rows of the table that name it
+    a block has two holders only if their tokens are equal up to its end
+    a sequence writes only to blocks that it allocated itself
 
-Block 0 is in no pool: unused entries of a table point at it, and it stays zero.
+Each layer of a graph writes the new tokens of a step before any sequence reads, so a block may be
+shared from the step that computes it on: its digest is registered when that step is scheduled. In
+the step, the sequence that computes a block stands before those that share it.
+
+Unused entries of a table point at block 0, which stays zero.
 
 Dimensions: S slots, M blocks in a table row.
 """
@@ -20,7 +24,22 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
+from beam_gemma.block_pool import BlockPool
+from beam_gemma.prefix import PrefixChain
 from beam_gemma.signature import CONTEXT_ALIGNMENT, PagedState, Signature, blocks_for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefix:
+    """The leading tokens of a sequence that caches hold already, perhaps none."""
+
+    chain: PrefixChain | None
+    """Of the sequence; None if it shares no blocks."""
+    num_known_tokens: int
+    """All tokens of the sequence; the step that computes the last one gives the next."""
+    num_tokens: int
+    blocks: Mapping[str, list[int]]
+    """For each group, those that the next token or a later one reads."""
 
 
 class KVCache:
@@ -48,8 +67,9 @@ class KVCache:
             )
             for state in signature.paged_states
         }
+        self._block_size = signature.block_size
+        self._prefixes: dict[int, Prefix] = {}
         self._free_slots = list(range(max_num_seqs))[::-1]
-        self._unclean: dict[str, list[int]] = {}
 
     @property
     def num_free_slots(self) -> int:
@@ -58,47 +78,102 @@ class KVCache:
 
     def num_free_blocks(self, group: str) -> int:
         """Return how many blocks of a group no sequence holds."""
-        return self._groups[group].num_free
+        return self._groups[group].pool.num_free
 
     def shortage(self, num_prompt_tokens: int, max_tokens: int) -> str | None:
         """Return which group can never hold such a sequence and why, or None."""
+        num_tokens = num_prompt_tokens + max_tokens - 1  # the last token is never an input
         for name, group in self._groups.items():
-            peak = group.peak_blocks(num_prompt_tokens, max_tokens)
-            if peak > group.num_blocks:
-                return f"{peak} cache blocks of {name}, the cache has {group.num_blocks}"
+            peak = group.peak_blocks(num_tokens)
+            if peak > group.pool.num_blocks:
+                return f"{peak} cache blocks of {name}, the cache has {group.pool.num_blocks}"
         return None
 
-    def admit(self, num_prompt_tokens: int, max_tokens: int) -> int | None:
-        """Reserve all that a sequence can ever need; return its slot, or None if it must wait."""
-        peaks = [g.peak_blocks(num_prompt_tokens, max_tokens) for g in self._groups.values()]
+    def find_prefix(self, chain: PrefixChain | None, num_known_tokens: int) -> Prefix:
+        """Return the longest prefix in full blocks that leaves a token to compute."""
+        num_blocks = (num_known_tokens - 1) // self._block_size
+        digests = [] if chain is None else chain.digests(0, num_blocks)
+        # Where a prefix lacks a block, all shorter ones that go past the gap lack it too.
+        while gaps := [g for group in self._groups.values() if (g := group.gap(digests)) >= 0]:
+            digests = digests[: min(gaps)]
+        return Prefix(
+            chain=chain,
+            num_known_tokens=num_known_tokens,
+            num_tokens=len(digests) * self._block_size,
+            blocks={name: group.find(digests) for name, group in self._groups.items()},
+        )
+
+    def admit(self, prefix: Prefix, num_new_tokens: int, *, num_spare_blocks: int) -> int | None:
+        """Give a sequence a slot and the blocks of its first step; None if it must wait.
+
+        Blocks must be free for all of its known tokens, or a long prompt could be cut off and begun
+        again for ever.
+
+        Args:
+            prefix: What `find_prefix` found for it.
+            num_new_tokens: Tokens after the prefix that the step computes.
+            num_spare_blocks: Further blocks of each group that must be free.
+        """
         if not self._free_slots or any(
-            peak > group.num_unreserved
-            for peak, group in zip(peaks, self._groups.values(), strict=True)
+            group.num_needed(prefix) + num_spare_blocks > group.pool.num_free
+            for group in self._groups.values()
         ):
             return None
         slot = self._free_slots.pop()
-        for peak, group in zip(peaks, self._groups.values(), strict=True):
-            group.open(slot, num_prompt_tokens, peak)
+        self._prefixes[slot] = prefix
+        for group in self._groups.values():
+            group.open(slot, prefix)
+        extended = self.extend(slot, prefix.num_tokens, num_new_tokens)
+        assert extended
         return slot
 
-    def extend(self, slot: int, num_computed_tokens: int, num_new_tokens: int) -> None:
-        """Fit a slot's tables to its next step: give back what a window left, take what is new."""
-        for name, group in self._groups.items():
-            self._mark_unclean(name, group.give_back(slot, num_computed_tokens))
-            group.take(slot, num_computed_tokens + num_new_tokens)
+    def extend(self, slot: int, num_computed_tokens: int, num_new_tokens: int) -> bool:
+        """Fit a slot's tables to its next step; return False if blocks are short.
 
-    def release(self, slot: int, *, clean: bool = True) -> None:
-        """Return a slot and all of its blocks; `clean=False` if they may hold a NaN."""
-        for name, group in self._groups.items():
-            blocks = group.close(slot)
-            if not clean:
-                self._mark_unclean(name, blocks)
+        What a window has left behind is given back in any case.
+        """
+        num_tokens = num_computed_tokens + num_new_tokens
+        for group in self._groups.values():
+            group.give_back(slot, num_computed_tokens)
+        for group in self._groups.values():
+            if group.num_missing(slot, num_tokens) > group.pool.num_free:
+                return False
+        for group in self._groups.values():
+            group.take(slot, num_tokens)
+        begin, end = num_computed_tokens // self._block_size, num_tokens // self._block_size
+        chain = self._prefixes[slot].chain
+        if chain is not None and begin < end:
+            digests = chain.digests(begin, end)
+            for group in self._groups.values():
+                group.register(slot, begin, digests)
+        return True
+
+    def release(self, slot: int, *, num_computed_tokens: int, clean: bool = True) -> None:
+        """Return a slot and all of its blocks.
+
+        Args:
+            slot: Of the sequence that leaves.
+            num_computed_tokens: How far it has come.
+            clean: False if blocks may hold a NaN or were not computed: no one finds them again.
+        """
+        prefix = self._prefixes.pop(slot)
+        proven = clean and num_computed_tokens >= prefix.num_known_tokens
+        for group in self._groups.values():
+            group.close(slot, keep_digests=clean, proven=proven)
         self._free_slots.append(slot)
+
+    def sharers(self, slot: int, num_computed_tokens: int) -> list[int]:
+        """Return the other slots that count on blocks which this one has not computed yet."""
+        first = num_computed_tokens // self._block_size
+        slots: set[int] = set()
+        for group in self._groups.values():
+            slots |= group.holders(group.blocks(slot, first))
+        return sorted(slots - {slot})
 
     def take_unclean(self) -> dict[str, list[int]]:
         """Return the blocks of each group that must be zeroed before the next step, once."""
-        unclean, self._unclean = self._unclean, {}
-        return unclean
+        unclean = {name: group.pool.take_unclean() for name, group in self._groups.items()}
+        return {name: blocks for name, blocks in unclean.items() if blocks}
 
     def block_table(self, group: str) -> Int32[np.ndarray, "S M"]:
         """Return the live table of a group; a slot's row ends in zeros."""
@@ -108,27 +183,23 @@ class KVCache:
         """Return the position of the first token of each row of a group's table."""
         return self._groups[group].starts
 
-    def _mark_unclean(self, group: str, blocks: list[int]) -> None:
-        if blocks:
-            self._unclean.setdefault(group, []).extend(blocks)
-
 
 @dataclass(slots=True)
-class _Slot:
+class _Held:
     """The blocks of one sequence in one group, by their place in the sequence."""
 
-    reserved: int
-    num_prompt_blocks: int
-    begin: int = 0
-    end: int = 0
+    begin: int
+    end: int
+    first_proven: int
+    """Blocks before this one may be out of reach of the first token that the model gives."""
 
 
 class _Group:
-    """The pool and the tables of one group of layers.
+    """The pool and the table of one group of layers.
 
     On the CPU a row of the table starts at the first block in reach, at a multiple of
-    CONTEXT_ALIGNMENT tokens. On CUDA it starts at the start of the sequence, and entries that were
-    given back are 0.
+    CONTEXT_ALIGNMENT tokens. On CUDA it starts at the start of the sequence, and entries that are
+    out of reach are 0.
     """
 
     def __init__(
@@ -139,10 +210,9 @@ class _Group:
         max_num_seqs: int,
         max_num_batched_tokens: int,
     ) -> None:
-        self.num_blocks = num_blocks - 1
-        self.num_unreserved = self.num_blocks
-        self._free = list(range(1, num_blocks))[::-1]
-        self._slots: dict[int, _Slot] = {}
+        self.pool = BlockPool(num_blocks)
+        self._name = state.group
+        self._held: dict[int, _Held] = {}
         self._block_size = signature.block_size
         self._window = state.sliding_window
         self._max_new = max_num_batched_tokens
@@ -150,67 +220,112 @@ class _Group:
         self._shifts = signature.takes_context_starts(state)
         widest = signature.max_model_len
         if self._shifts:
-            widest = self._peak_tokens(signature.max_model_len, widest)
+            widest = self._peak_tokens(widest)
         width = blocks_for(widest, self._alignment) * self._alignment // self._block_size
         self.table = np.zeros((max_num_seqs, width), np.int32)
         self.starts = np.zeros(max_num_seqs, np.int32)
 
-    @property
-    def num_free(self) -> int:
-        """Blocks that no slot holds."""
-        return len(self._free)
+    def peak_blocks(self, num_tokens: int) -> int:
+        """Return the most blocks that a sequence of so many tokens holds at once."""
+        return blocks_for(self._peak_tokens(num_tokens), self._block_size)
 
-    def peak_blocks(self, num_prompt_tokens: int, max_tokens: int) -> int:
-        """Return the most blocks that such a sequence holds at once."""
-        num_tokens = num_prompt_tokens + max_tokens - 1  # the last token is never an input
-        return blocks_for(self._peak_tokens(num_prompt_tokens, num_tokens), self._block_size)
+    def gap(self, digests: list[bytes]) -> int:
+        """Return the first block that a sequence after this prefix needs and is not here, or -1."""
+        first = self._first_in_reach(len(digests) * self._block_size)
+        missing = (i for i in range(first, len(digests)) if self.pool.find(digests[i]) is None)
+        return next(missing, -1)
 
-    def open(self, slot: int, num_prompt_tokens: int, peak: int) -> None:
-        """Reserve blocks for a slot."""
-        self._slots[slot] = _Slot(peak, blocks_for(num_prompt_tokens, self._block_size))
-        self.num_unreserved -= peak
+    def find(self, digests: list[bytes]) -> list[int]:
+        """Return the blocks that a sequence after this prefix needs, which are all here."""
+        first = self._first_in_reach(len(digests) * self._block_size)
+        found = (self.pool.find(digest) for digest in digests[first:])
+        return [block for block in found if block is not None]
 
-    def give_back(self, slot: int, num_computed_tokens: int) -> list[int]:
-        """Free what the window has left behind; return those of the freed blocks to zero.
+    def num_needed(self, prefix: Prefix) -> int:
+        """Return how many free blocks a new sequence takes until all it knows is computed."""
+        num_blocks = blocks_for(prefix.num_known_tokens, self._block_size)
+        num_own = num_blocks - prefix.num_tokens // self._block_size
+        num_idle = sum(not self.pool.num_holders(b) for b in prefix.blocks[self._name])
+        return min(num_own + num_idle, self.peak_blocks(prefix.num_known_tokens))
 
-        A finite next token proves that all blocks it read are finite. A prompt's first blocks may
-        leave the window before any token is chosen, so what the prompt wrote is not trusted.
-        """
-        held = self._slots[slot]
+    def open(self, slot: int, prefix: Prefix) -> None:
+        """Start a slot's row with the blocks of a prefix."""
+        blocks = prefix.blocks[self._name]
+        end = prefix.num_tokens // self._block_size
+        begin = end - len(blocks)
+        window = prefix.num_known_tokens if self._window is None else self._window
+        unread = max(0, prefix.num_known_tokens - window)
+        self._held[slot] = _Held(begin, end, blocks_for(unread, self._block_size))
+        if self._shifts:
+            self.starts[slot] = begin * self._block_size
+        for block in blocks:
+            self.pool.share(block)
+        self.table[slot, self._columns(begin, end, slot)] = blocks
+
+    def give_back(self, slot: int, num_computed_tokens: int) -> None:
+        """Let go of the blocks that the window has left behind."""
+        held = self._held[slot]
         first = self._first_in_reach(num_computed_tokens)
         if first == held.begin:
-            return []
+            return
         row = self.table[slot]
-        freed = row[self._columns(held.begin, first, slot)].tolist()
+        left = row[self._columns(held.begin, first, slot)].tolist()
         if self._shifts:
             row[: held.end - first] = row[self._columns(first, held.end, slot)]
             row[held.end - first : held.end - held.begin] = 0
             self.starts[slot] = first * self._block_size
         else:
             row[held.begin : first] = 0
-        self._free += freed
-        unproven = freed[: max(0, held.num_prompt_blocks - held.begin)]
+        self._release(left, held, proven=True)
         held.begin = first
-        return unproven
+
+    def num_missing(self, slot: int, num_tokens: int) -> int:
+        """Return how many blocks a slot lacks for so many tokens of its sequence."""
+        return blocks_for(num_tokens, self._block_size) - self._held[slot].end
 
     def take(self, slot: int, num_tokens: int) -> None:
-        """Take free blocks until the slot's table holds so many tokens of the sequence."""
-        held = self._slots[slot]
+        """Take free blocks until the slot's row holds so many tokens of the sequence."""
+        held = self._held[slot]
         end = blocks_for(num_tokens, self._block_size)
         if end > held.end:
-            taken = [self._free.pop() for _ in range(end - held.end)]
+            taken = [self.pool.allocate() for _ in range(end - held.end)]
             self.table[slot, self._columns(held.end, end, slot)] = taken
             held.end = end
 
-    def close(self, slot: int) -> list[int]:
-        """Free a slot's blocks and reservation; return the blocks."""
-        held = self._slots.pop(slot)
-        freed = self.table[slot, self._columns(held.begin, held.end, slot)].tolist()
-        self._free += freed
-        self.num_unreserved += held.reserved
+    def register(self, slot: int, begin: int, digests: list[bytes]) -> None:
+        """Name a slot's blocks from `begin` on."""
+        blocks = self.table[slot, self._columns(begin, begin + len(digests), slot)].tolist()
+        for block, digest in zip(blocks, digests, strict=True):
+            self.pool.register(block, digest)
+
+    def blocks(self, slot: int, first: int = 0) -> list[int]:
+        """Return the blocks that a slot holds, from the `first` of its sequence on."""
+        held = self._held[slot]
+        return self.table[slot, self._columns(max(first, held.begin), held.end, slot)].tolist()
+
+    def holders(self, blocks: list[int]) -> set[int]:
+        """Return the slots whose rows name any of these blocks."""
+        return set(np.flatnonzero(np.isin(self.table, blocks).any(axis=1)).tolist())
+
+    def close(self, slot: int, *, keep_digests: bool, proven: bool) -> None:
+        """Let go of all of a slot's blocks."""
+        blocks = self.blocks(slot)
+        if not keep_digests:
+            for block in blocks:
+                self.pool.forget(block)
+        self._release(blocks, self._held.pop(slot), proven=proven)
         self.table[slot] = 0
         self.starts[slot] = 0
-        return freed
+
+    def _release(self, blocks: list[int], held: _Held, *, proven: bool) -> None:
+        """Release blocks that start a slot's row, the last one first: heads are worth more.
+
+        A token that is finite proves that what it reads is. So the first token that the model gives
+        vouches for the blocks in its reach, and each later one for what was added since.
+        """
+        for place in reversed(range(len(blocks))):
+            is_proven = proven and held.begin + place >= held.first_proven
+            self.pool.release(blocks[place], proven=is_proven)
 
     def _columns(self, begin: int, end: int, slot: int) -> slice:
         """Return where blocks of a sequence stand in the slot's row."""
@@ -224,9 +339,11 @@ class _Group:
         reach = max(0, num_computed_tokens - self._window + 1)
         return reach // self._alignment * self._alignment // self._block_size
 
-    def _peak_tokens(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        """Return the most tokens in one table: a step's new ones and the aligned window before."""
+    def _peak_tokens(self, num_tokens: int) -> int:
+        """Return the most tokens in one row: a step's new ones and the aligned window before.
+
+        A step may bring a full chunk late in a sequence: one that was preempted is recomputed so.
+        """
         if self._window is None:
             return num_tokens
-        most_new = min(num_prompt_tokens, self._max_new)
-        return min(num_tokens, most_new + self._window - 1 + self._alignment - 1)
+        return min(num_tokens, self._max_new + self._window - 1 + self._alignment - 1)

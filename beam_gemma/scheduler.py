@@ -1,43 +1,73 @@
 """Which sequences run in the next step, and how many tokens of each.
 
-A step is either prefill (parts of prompts) or decode (one token of every running sequence), never
-both: attention pads a step to sequences x longest chunk, so one prompt beside many single tokens
-would compute mostly padding. Prefill comes first while a slot is free, which keeps decode full.
+Order. What arrives while others wait makes up the next generation, which is put in order as a whole
+once the present one has been admitted: rows with a common prefix together, then longest first, so
+that what starts last has the least left to do and the end of a job keeps its slots full.
 
-Why every request ends: a request that the empty cache could hold is the only kind that is queued; a
-running sequence never lacks blocks (kv_cache.py), so each decode step brings all of them closer to
-`max_tokens`; submissions are served in order, so the head of the queue is admitted at the latest
-when nothing runs; and the first sequence of a prefill step always gets at least one token.
+Steps. Prefill (parts of prompts) comes first while a slot is free, which keeps decode (one token of
+every running sequence) full. On the CPU, attention pads each sequence to whole tiles, so rows join
+a step only while most of its area is real. Decode rows seldom meet that beside a prompt; where they
+do, and on CUDA, they run with it.
+
+Memory. A sequence is admitted when blocks are free for all tokens that it has, and one more for
+each running sequence. Where a running sequence finds none for its next token, the newest one is
+preempted: it lets go of its blocks, waits in front of all others, and is computed again.
+
+Why every request ends. What the empty cache cannot hold is refused, so a sequence that runs alone
+never lacks a block; and as the newest is preempted first, the oldest is only when it is alone, that
+is, never. Blocks run short only where decode took some, and prefill steps with no decode between
+them are finite: each admits to a free slot or shortens a prompt. So the oldest goes on to its last
+token. The queue is served in order, its head is admitted at the latest when nothing runs, and
+generations are finite. What failures add is finite too (executor.py).
 """
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 
 from beam_gemma.errors import PromptTooLongError, RecordError
 from beam_gemma.kv_cache import KVCache
+from beam_gemma.prefix import PrefixChain
 from beam_gemma.sequence import Request, Sequence, Status, Step
-from beam_gemma.signature import Signature
+from beam_gemma.signature import QUERY_TILE, Signature
 
 MAX_PADDED_SHARE = 1.5
-"""Limit of a prefill step's padded area, relative to its real tokens."""
+"""Limit of a step's padded area, relative to its real tokens."""
 
 
 class Scheduler:
     """The queue of waiting sequences and the set of running ones."""
 
     def __init__(
-        self, cache: KVCache, signature: Signature, *, max_num_batched_tokens: int
+        self,
+        cache: KVCache,
+        signature: Signature,
+        *,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool,
     ) -> None:
+        self.num_cached_tokens = 0
+        """Tokens that admitted sequences found in the cache."""
+        self.num_preemptions = 0
         self._cache = cache
         self._signature = signature
         self._max_num_batched_tokens = max_num_batched_tokens
+        all_paged = 0 < len(signature.paged_states) == len(signature.states)
+        self._reuses_blocks = enable_prefix_caching and all_paged
+        self._tile = QUERY_TILE if signature.device == "cpu" else 1
         self._waiting: deque[Sequence] = deque()
+        self._arrived: list[Sequence] = []
         self._running: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not run yet, or not at present."""
+        return len(self._waiting) + len(self._arrived)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._arrived or self._running)
 
     def check(self, request: Request) -> None:
         """Refuse what could never run, or would bring others down.
@@ -58,26 +88,40 @@ class Scheduler:
             raise PromptTooLongError(f"{wanted}: needs {shortage}; shorten either")
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue one submission behind earlier ones; its longest prompts run first.
-
-        What starts last has the least left to do, so the end of a job keeps its slots full. Order
-        holds within a submission only, else short prompts could wait behind newer ones for ever.
-        """
-        self._waiting += sorted(sequences, key=lambda s: -s.num_prompt_tokens)
+        """Queue sequences for the next generation."""
+        for sequence in sequences:
+            if self._reuses_blocks and not sequence.request.spans:
+                sequence.chain = PrefixChain(sequence.token_ids, self._signature.block_size)
+            self._arrived.append(sequence)
 
     def schedule(self) -> Step:
         """Return the next step, with cache blocks in place; empty if nothing is left to run."""
-        step = self._prefill() or tuple((sequence, 1) for sequence in self._running)
-        for sequence, num_new_tokens in step:
-            self._cache.extend(sequence.slot, sequence.num_computed_tokens, num_new_tokens)
-        return step
+        step = self._go_on_with_prompts()
+        decoding = [s for s in self._running if not s.is_prefilling]
+        self._admit_into(step)
+        if not step or self._may_decode_beside(step, len(decoding)):
+            step += [(s, 1) for s in decoding if self._extend(s, 1)]
+        return tuple(step)
 
     def finish(self, sequence: Sequence, *, clean: bool = True) -> None:
-        """Release what a running sequence holds; `clean=False` if it may have stored a NaN."""
-        self._running.remove(sequence)
-        self._cache.release(sequence.slot, clean=clean)
-        sequence.slot = -1
+        """End a running sequence; `clean=False` if its blocks may not be what they should be."""
+        self._release(sequence, clean=clean)
         sequence.status = Status.FINISHED
+
+    def preempt(self, sequence: Sequence, *, clean: bool = True, isolated: bool = False) -> None:
+        """Put a running sequence before all that wait, to be computed again from its tokens.
+
+        Args:
+            sequence: What to put back.
+            clean: False if its blocks may not be what they should be.
+            isolated: Whether to compute it alone then, on blocks of its own.
+        """
+        self._release(sequence, clean=clean)
+        sequence.status = Status.WAITING
+        sequence.isolated |= isolated
+        sequence.num_computed_tokens = 0
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1
 
     def _check_prompt(self, request: Request) -> None:
         ids, vocab_size = request.prompt_token_ids, self._signature.vocab_size
@@ -97,47 +141,103 @@ class Scheduler:
                 "(max_num_batched_tokens), since a span is never split over steps"
             )
 
-    def _prefill(self) -> Step:
-        """Return chunks of unfinished prompts, first of a running sequence, then of new ones.
+    def _go_on_with_prompts(self) -> list[tuple[Sequence, int]]:
+        """Start a step with the next chunk of a running prompt; at most one is unfinished."""
+        step = []
+        for sequence in [s for s in self._running if s.is_prefilling]:
+            chunk = sequence.chunk(sequence.num_computed_tokens, self._max_num_batched_tokens)
+            if self._extend(sequence, chunk):
+                step.append((sequence, chunk))
+        return step
 
-        A prompt joins others only whole, so at most one running prompt is unfinished at a time.
-        """
-        step = [(s, self._chunk(s)) for s in self._running if s.is_prefilling]
-        num_tokens = sum(n for _, n in step)
-        longest = num_tokens
-        while self._waiting:
-            sequence = self._waiting[0]
-            chunk = sequence.num_pending_tokens if step else self._chunk(sequence)
-            num_tokens += chunk
-            longest = max(longest, chunk)
-            padded = (len(step) + 1) * longest
-            if num_tokens > self._max_num_batched_tokens or padded > MAX_PADDED_SHARE * num_tokens:
-                break
-            if not self._admit(sequence):
-                break
-            step.append((self._waiting.popleft(), chunk))
-        return tuple(step)
+    def _admit_into(self, step: list[tuple[Sequence, int]]) -> None:
+        """Add waiting sequences to a step while they fit; beside others, only whole."""
+        while self._cache.num_free_slots and (sequence := self._next_waiting()):
+            prefix = self._cache.find_prefix(
+                None if sequence.isolated else sequence.chain, len(sequence.token_ids)
+            )
+            chunk = len(sequence.token_ids) - prefix.num_tokens
+            if not step:
+                chunk = sequence.chunk(prefix.num_tokens, self._max_num_batched_tokens)
+            elif sequence.isolated or step[0][0].isolated:
+                return
+            if not self._fits([*(n for _, n in step), chunk]):
+                return
+            slot = self._cache.admit(prefix, chunk, num_spare_blocks=len(self._running))
+            if slot is None:
+                return
+            self._start(sequence, slot, prefix.num_tokens)
+            step.append((sequence, chunk))
 
-    def _admit(self, sequence: Sequence) -> bool:
-        slot = self._cache.admit(sequence.num_prompt_tokens, sequence.request.params.max_tokens)
-        if slot is None:
-            return False
-        sequence.slot = slot
-        sequence.status = Status.RUNNING
+    def _start(self, sequence: Sequence, slot: int, num_cached_tokens: int) -> None:
+        self._waiting.popleft()
         self._running.append(sequence)
-        return True
+        sequence.status = Status.RUNNING
+        sequence.slot = slot
+        sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached_tokens
+        self.num_cached_tokens += num_cached_tokens
 
-    def _chunk(self, sequence: Sequence) -> int:
-        """Return how much of the rest of a prompt to compute in one step.
+    def _next_waiting(self) -> Sequence | None:
+        """Return the head of the queue; when a generation is through, the next one takes over."""
+        if not self._waiting:
+            self._waiting.extend(_in_order(self._arrived))
+            self._arrived = []
+        return self._waiting[0] if self._waiting else None
 
-        The rest is cut evenly, so that no step is left with a few tokens. Where the cut would fall
-        into a span it moves to the span's end, or to its start if the step cannot hold that.
+    def _may_decode_beside(self, step: list[tuple[Sequence, int]], num_decoding: int) -> bool:
+        """Return whether all decode rows fit beside prompts, and no one has to make room."""
+        have_blocks = all(
+            self._cache.num_free_blocks(state.group) >= num_decoding
+            for state in self._signature.paged_states
+        )
+        lengths = [n for _, n in step] + [1] * num_decoding
+        return have_blocks and self._fits(lengths) and not step[0][0].isolated
+
+    def _fits(self, lengths: list[int]) -> bool:
+        """Return whether chunks of these lengths make a step: few enough, and not mostly padding.
+
+        A sequence alone always does, if few enough.
         """
-        budget = self._max_num_batched_tokens
-        num_chunks = -(-sequence.num_pending_tokens // budget)
-        chunk = -(-sequence.num_pending_tokens // num_chunks)
-        start = sequence.num_computed_tokens
-        for span_start, span_end in sequence.request.spans:
-            if span_start < start + chunk < span_end:
-                return (span_end if span_end - start <= budget else span_start) - start
-        return chunk
+        longest, num_tokens = max(lengths), sum(lengths)
+        tile = -(-longest // -(-longest // self._tile))
+        padded = tile * sum(-(-n // tile) for n in lengths)
+        return (
+            num_tokens <= self._max_num_batched_tokens and padded <= MAX_PADDED_SHARE * num_tokens
+        )
+
+    def _extend(self, sequence: Sequence, num_new_tokens: int) -> bool:
+        """Get a sequence its blocks, at the cost of newer ones; False if it was preempted."""
+        while sequence.status is Status.RUNNING:
+            if self._cache.extend(sequence.slot, sequence.num_computed_tokens, num_new_tokens):
+                return True
+            self.preempt(self._running[-1])
+        return False
+
+    def _release(self, sequence: Sequence, *, clean: bool) -> None:
+        """Take a sequence's slot; whoever counts on blocks that it will not compute starts anew."""
+        self._running.remove(sequence)
+        slot, sequence.slot = sequence.slot, -1
+        num_computed_tokens = sequence.num_computed_tokens
+        sharers = [] if clean else self._cache.sharers(slot, num_computed_tokens)
+        self._cache.release(slot, num_computed_tokens=num_computed_tokens, clean=clean)
+        for other in [s for s in reversed(self._running) if s.slot in sharers]:
+            if other.status is Status.RUNNING:
+                self.preempt(other, clean=False)
+
+
+def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
+    """Return sequences with the most steps first, then those that share their first block."""
+    by_length = sorted(
+        sequences, key=lambda s: (-s.request.params.max_tokens, -s.num_prompt_tokens)
+    )
+    groups: dict[bytes | Sequence, list[Sequence]] = {}
+    for sequence in by_length:
+        groups.setdefault(_first_block(sequence), []).append(sequence)
+    return chain.from_iterable(groups.values())
+
+
+def _first_block(sequence: Sequence) -> bytes | Sequence:
+    """Return what the first block of a sequence holds, or the sequence if it shares none."""
+    if sequence.chain is None or sequence.chain.block_size > sequence.num_prompt_tokens:
+        return sequence
+    return sequence.chain.digests(0, 1)[0]

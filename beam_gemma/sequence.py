@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.prefix import PrefixChain
 from beam_gemma.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
@@ -69,8 +70,14 @@ class Sequence:
     """Tokens that end the completion and stay out of it."""
     token_ids: list[int] = field(init=False)
     """The prompt, then the completion so far."""
+    chain: PrefixChain | None = None
+    """Names the blocks that it shares with other sequences; None if it shares none."""
+    num_cached_tokens: int = 0
+    """Leading tokens that other sequences have computed, or will in the same step."""
     num_computed_tokens: int = 0
-    """Leading tokens that the caches hold."""
+    """Leading tokens that the caches hold, those included."""
+    isolated: bool = False
+    """Whether it runs in steps of its own, on blocks of its own, until it has its next token."""
     logprob: float = 0.0
     slot: int = -1
     """Row of the block tables and of recurrent state, while the sequence runs."""
@@ -91,8 +98,25 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt is not computed yet."""
-        return self.num_computed_tokens < len(self.request.prompt_token_ids)
+        """Whether part of the prompt, or of what a preemption undid, is not computed yet."""
+        return self.num_computed_tokens < max(self.num_prompt_tokens, len(self.token_ids) - 1)
+
+    def chunk(self, start: int, limit: int) -> int:
+        """Return how much of the tokens from `start` on to compute in one step, at most `limit`.
+
+        They are cut evenly, so that no step is left with a few. Where the cut would fall into a
+        span it moves to the span's end, or to its start if the step cannot hold that.
+        """
+        num_tokens = len(self.token_ids) - start
+        end = start + -(-num_tokens // -(-num_tokens // limit))
+        a, b = self._span_around(end)
+        return (b if b - start <= limit else a) - start
+
+    def middle(self, num_new_tokens: int) -> int:
+        """Return where to cut the next tokens in two, outside of spans; at an end if nowhere."""
+        start = self.num_computed_tokens
+        a, b = self._span_around(start + num_new_tokens // 2)
+        return (a if a > start else b) - start
 
     def accept(self, token_id: int, logprob: float) -> FinishReason | None:
         """Take the next token; return why the sequence ends with it, or None to go on."""
@@ -105,6 +129,11 @@ class Sequence:
         if len(self.token_ids) - self.num_prompt_tokens == self.request.params.max_tokens:
             return "length"
         return None
+
+    def _span_around(self, position: int) -> tuple[int, int]:
+        """Return the span that a cut at a position would split, or the position twice."""
+        spans = self.request.spans
+        return next((s for s in spans if s[0] < position < s[1]), (position, position))
 
     def completion(self, finish_reason: FinishReason) -> Completion:
         """Return the tokens accepted so far as a completion."""

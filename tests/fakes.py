@@ -4,7 +4,8 @@
 them back through block tables, context starts and past lengths, so wrong bookkeeping or packing
 changes what comes out. A group with a window shows the function only the tokens in the window. What
 former owners left in a block never shows, except for a NaN: it spreads to every row whose table
-holds its block, in use or not, as 0 * NaN does in a product.
+holds its block, in use or not, as 0 * NaN does in a product. Whatever the session is not allowed to
+be given is kept in `faults`, since an engine answers for exceptions of its session.
 
 `expected` computes the same completion from the request alone.
 """
@@ -30,6 +31,7 @@ from beam_gemma.signature import (
 VOCAB_SIZE = 97
 RAREST = VOCAB_SIZE - 1
 """The last token of a vocabulary is never chosen."""
+NEVER_WRITTEN = -1.0
 STATES = (
     PagedState(group="full", layers=(1,), num_key_value_heads=1, head_dim=8),
     PagedState(group="sliding", layers=(0,), num_key_value_heads=1, head_dim=8, sliding_window=40),
@@ -87,40 +89,56 @@ class FakeSession:
         self.num_state_slots = num_state_slots
         self.steps: list[list[tuple[int, int]]] = []
         """(tokens before, new tokens) of each sequence of each step."""
-        self.zeroed: list[tuple[str, tuple[int, ...]]] = []
-        self.fail_at_step: int | None = None
+        self.faults: list[AssertionError] = []
+        """What was wrong with the steps that came; must stay empty."""
+        self.fails: Callable[[int, list[int]], bool] = lambda _, __: False
+        """Whether a step raises, by its number (from 1) and its new tokens."""
         self.go = threading.Event()
         """Steps wait for it, so that a test can submit before the first."""
         self.go.set()
         self._poison = poison
         self._next_token = next_token
         size = self.signature.block_size
-        self._cache = {g: np.full(n * size, -1.0) for g, n in self.num_blocks.items()}
+        self._cache = {g: np.full(n * size, NEVER_WRITTEN) for g, n in self.num_blocks.items()}
         self._recurrent = np.zeros(num_state_slots, np.uint64)
 
     def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
         """Write the new tokens, read each row's context, and return logits made of it."""
         assert self.go.wait(timeout=60)
+        try:
+            return self._run(feeds, with_logits=with_logits)
+        except AssertionError as fault:
+            self.faults.append(fault)
+            raise
+
+    def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
+        """Forget what blocks hold."""
+        assert all(blocks), "block 0 belongs to nobody"
+        self._cache[group].reshape(-1, self.signature.block_size)[list(blocks)] = NEVER_WRITTEN
+
+    def _run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool) -> StepOutput:
         self._check_names(feeds)
         num_new_tokens = np.diff(feeds["cu_seqlens"])
         self.steps.append(
             list(zip(feeds["past_seqlens"].tolist(), num_new_tokens.tolist(), strict=True))
         )
-        if self.fail_at_step is not None and len(self.steps) > self.fail_at_step:
-            raise RuntimeError("the device is gone")
         for state in self.signature.paged_states:
             self._write(state, feeds)
+        if self.fails(len(self.steps), feeds["input_ids"].tolist()):
+            self._spoil(feeds)
+            raise RuntimeError("the device is gone")
         rows = [self._logits(feeds, b) for b in range(len(feeds["past_seqlens"]))]
         ends = (feeds["cu_seqlens"][1:] - 1).tolist()
         rows = [rows[ends.index(row)] for row in feeds["logit_rows"].tolist()]
         logits = np.array(rows, np.float32).reshape(len(rows), self.signature.vocab_size)
         return step_output(logits, self.signature.candidates, with_logits=with_logits)
 
-    def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
-        """Forget what blocks hold."""
-        assert all(blocks), "block 0 belongs to nobody"
-        self.zeroed.append((group, tuple(blocks)))
-        self._cache[group].reshape(-1, self.signature.block_size)[list(blocks)] = -1
+    def _spoil(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Leave behind the worst that a step can which ended halfway."""
+        for group, cache in self._cache.items():
+            cache[feeds[f"slot_mapping.{group}"]] = np.nan
+        if self.signature.has_recurrent_state:
+            self._recurrent[feeds["state_slots"]] += np.uint64(1)
 
     def _check_names(self, feeds: Mapping[str, np.ndarray]) -> None:
         tensors = self.signature.step_inputs()
@@ -162,6 +180,7 @@ class FakeSession:
             first = 0 if state.sliding_window is None else max(0, last - state.sliding_window + 1)
             assert first >= start or self.signature.device == "cuda"
             histories.append(context[first - start : last + 1 - start])
+            assert not (histories[-1] == NEVER_WRITTEN).any(), "a token is read that nobody wrote"
         if poisoned:
             for group, cache in self._cache.items():
                 cache[feeds[f"slot_mapping.{group}"][begin:end]] = np.nan
@@ -241,7 +260,7 @@ def recur(summary: int, ids: Sequence[int]) -> int:
 
 
 def logsumexp(logits: np.ndarray) -> np.ndarray:
-    return np.log(np.exp(logits.astype(np.float64)).sum(axis=1)).astype(np.float32)
+    return np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
 
 
 def step_output(logits: np.ndarray, candidates: int, *, with_logits: bool) -> StepOutput:

@@ -15,9 +15,10 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 LAYERS = [
     "errors owner progress",
     "config prompt",
-    "signature tokenizer sampling jsonl",
+    "signature tokenizer sampling jsonl prefix block_pool",
     "sequence kv_cache artifact prompt_encoder records",
     "scheduler packing session examples",
+    "executor",
     "engine",
     "generate",
     "handlers columns",

@@ -37,7 +37,9 @@ def make_request(num_prompt_tokens, seed=0, *, spans=(), should_stop=None, **par
 
 def run(session, requests, **config):
     with closing(Engine(session, EngineConfig(eos_token_ids=EOS, **config))) as engine:
-        return engine.generate(requests)
+        completions = engine.generate(requests)
+    assert session.faults == []
+    return completions
 
 
 def assert_as_expected(completions, requests, signature):
@@ -133,10 +135,10 @@ def test_threads_share_steps():
         mine = requests[8 * caller : 8 * caller + 8]
         for completion, request in zip(results[caller], mine, strict=True):
             assert completion.token_ids == expected(session.signature, request).token_ids
-    # The first caller's prompts may run alone; everything else runs together.
+    # The first caller's prompts may run alone, and its first tokens beside the others' prompts.
     assert stats.num_decode_steps == 29
     assert stats.num_prefill_steps <= 2
-    assert stats.occupancy == 1.0
+    assert stats.occupancy > 0.99
 
 
 def test_requests_join_a_running_batch():
@@ -230,7 +232,7 @@ def test_a_nan_stays_in_its_row(device, group, place):
 
 def test_an_exception_of_the_session_fails_all_and_closes_the_engine():
     session = FakeSession()
-    session.fail_at_step = 3
+    session.fails = lambda step, _: step > 3
     engine = Engine(session, EngineConfig(max_num_seqs=2))
     futures = engine.submit([make_request(10, s, ignore_eos=True) for s in range(5)])
     for future in futures:

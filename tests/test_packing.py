@@ -30,10 +30,9 @@ def admit(cache, prompt, *, computed=0, spans=()):
         spans=spans,
     )
     sequence = Sequence(request, frozenset())
-    sequence.slot = cache.admit(len(prompt), 9)
-    if computed:
-        cache.extend(sequence.slot, 0, computed)
-        sequence.num_computed_tokens = computed
+    prefix = cache.find_prefix(None, len(prompt))
+    sequence.slot = cache.admit(prefix, computed, num_spare_blocks=0)
+    sequence.num_computed_tokens = computed
     return sequence
 
 

@@ -1,0 +1,220 @@
+"""Runs steps and gives each sequence its next token; what goes wrong ends only the rows at fault.
+
+An exception of the session. Nothing of the step counts as computed. The step is cut in two parts,
+which are tried in order, so that whoever computes a shared block still comes before those that read
+it; and so on, down to a part of a prompt, since half a chunk needs half the memory. A single token
+that still fails ends its row. Recurrent state is not what it was before the step, so there all
+sequences of the step are preempted, and computed anew one at a time: what fails alone is at fault.
+
+A row that is not finite. Its values follow from its own tokens, unless it has read blocks of other
+sequences, which a NaN may have reached from what came later there. So a row with such blocks is
+computed once more, alone and on blocks of its own; without them, it ends.
+
+A failed row is an error only once a later step has proven that the device is alive; where no work
+is left, a step of one token for nobody. Where several rows fail with no success between them, it is
+the device that failed, and the engine must stop.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from beam_gemma.kv_cache import KVCache
+from beam_gemma.packing import pack
+from beam_gemma.sampling import SamplingParams, needs_logits, sample
+from beam_gemma.scheduler import Scheduler
+from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Status, Step
+from beam_gemma.session import StepOutput
+from beam_gemma.signature import Signature
+
+MAX_FAILURES_IN_A_ROW = 3
+"""Rows that may fail one after another, with no step between them that succeeds."""
+PROBE = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1))
+Finished = tuple[Sequence, Completion]
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """What an engine asks of a session."""
+
+    signature: Signature
+    num_blocks: dict[str, int]
+    num_state_slots: int
+
+    def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
+        """Run one step."""
+
+    def zero_blocks(self, group: str, blocks: list[int]) -> None:
+        """Overwrite cache blocks with zeros."""
+
+
+class Executor:
+    """Takes scheduled steps through the session."""
+
+    def __init__(
+        self,
+        session: Runner,
+        cache: KVCache,
+        scheduler: Scheduler,
+        *,
+        on_run: Callable[[Step, int], None],
+    ) -> None:
+        """Join what a step needs.
+
+        Args:
+            session: Runs the steps.
+            cache: Has the blocks of each step in place.
+            scheduler: Made the steps; hears which sequences end or must start anew.
+            on_run: Called after each run with what it computed and the number of new tokens.
+        """
+        self._session = session
+        self._cache = cache
+        self._scheduler = scheduler
+        self._on_run = on_run
+        self._finished: list[Finished] = []
+        self._failed: list[Finished] = []  # since a run last succeeded
+
+    def execute(self, step: Step) -> list[Finished]:
+        """Run a step, in parts if need be; return the sequences that ended.
+
+        Raises:
+            Exception: the session's own, once it fails whatever it is given.
+        """
+        self._zero_unclean()
+        self._run(step)
+        if self._failed and not self._scheduler.has_unfinished:
+            self._prove_alive()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _prove_alive(self) -> None:
+        """Compute one token for nobody; the session's exception if it cannot even do that."""
+        probe = Sequence(PROBE, frozenset())
+        self._scheduler.add([probe])
+        step = self._scheduler.schedule()
+        self._zero_unclean()
+        self._session.run(pack(step, self._session.signature, self._cache))
+        self._scheduler.finish(probe, clean=False)
+        self._settle()
+
+    def _zero_unclean(self) -> None:
+        for group, blocks in self._cache.take_unclean().items():
+            self._session.zero_blocks(group, blocks)
+
+    def _run(self, step: Step) -> None:
+        # A part that failed may have ended sequences of this one, or made them start anew.
+        step = tuple(item for item in step if item[0].status is Status.RUNNING)
+        if not step:
+            return
+        signature = self._session.signature
+        rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
+        with_logits = any(needs_logits(s.request.params, signature.candidates) for s in rows)
+        feeds = pack(step, signature, self._cache)
+        try:
+            output = self._session.run(feeds, with_logits=with_logits)
+        except Exception as error:  # a device may raise anything; only the rows at fault may end
+            self._recover(step, error)
+            return
+        self._settle()
+        self._on_run(step, len(rows))
+        for sequence, num_new_tokens in step:
+            sequence.num_computed_tokens += num_new_tokens
+        if rows:
+            self._choose(rows, output)
+
+    def _settle(self) -> None:
+        """Let go of failed rows: they were at fault, not the device."""
+        self._finished += self._failed
+        self._failed = []
+
+    def _recover(self, step: Step, error: Exception) -> None:
+        """Go on after a step that failed."""
+        if self._session.signature.has_recurrent_state and len(step) > 1:
+            for sequence, _ in reversed(step):
+                self._scheduler.preempt(sequence, clean=False, isolated=True)
+            return
+        parts = self._halves(step)
+        for part in parts:
+            self._run(part)
+        if not parts:
+            sequence = step[0][0]
+            self._scheduler.finish(sequence, clean=False)
+            message = f"model: step failed: {type(error).__name__}: {error}"
+            self._failed.append((sequence, failure(message)))
+            if len(self._failed) == MAX_FAILURES_IN_A_ROW:
+                raise error
+
+    def _halves(self, step: Step) -> tuple[Step, ...]:
+        """Return a step in two parts, or nothing if it cannot be cut."""
+        if len(step) > 1:
+            return step[: len(step) // 2], step[len(step) // 2 :]
+        sequence, num_new_tokens = step[0]
+        middle = sequence.middle(num_new_tokens)
+        if self._session.signature.has_recurrent_state or middle in (0, num_new_tokens):
+            return ()
+        return ((sequence, middle),), ((sequence, num_new_tokens - middle),)
+
+    def _choose(self, rows: list[Sequence], output: StepOutput) -> None:
+        """Give each row its next token."""
+        assert output.logsumexp is not None
+        finite = np.isfinite(output.logsumexp) & np.isfinite(output.topk_logits[:, 0])
+        best_ids = output.topk_ids[:, 0].tolist()
+        best_logprobs = (output.topk_logits[:, 0] - output.logsumexp).tolist()
+        for row, (sequence, is_finite) in enumerate(zip(rows, finite.tolist(), strict=True)):
+            if not is_finite:
+                self._refuse(sequence)
+                continue
+            sequence.isolated = False
+            token_id, logprob = best_ids[row], best_logprobs[row]
+            if sequence.request.params.temperature > 0:
+                token_id, logprob = _draw(sequence, output, row)
+            self._accept(sequence, token_id, logprob)
+
+    def _refuse(self, sequence: Sequence) -> None:
+        """End a row that is not finite, or find out whether it is by itself."""
+        if sequence.num_cached_tokens:
+            self._scheduler.preempt(sequence, clean=False, isolated=True)
+            return
+        num_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
+        self._finish(
+            sequence,
+            failure(
+                f"model: expected finite logits, got NaN or infinity after {num_tokens} tokens of "
+                "the completion; a precision of wider range may help"
+            ),
+            clean=False,
+        )
+
+    def _accept(self, sequence: Sequence, token_id: int, logprob: float) -> None:
+        """Append a token, and finish the sequence if it ends with it."""
+        try:
+            finish_reason: FinishReason | None = sequence.accept(token_id, logprob)
+        except Exception as error:  # the record boundary: should_stop belongs to one request
+            self._finish(sequence, failure(f"should_stop: {type(error).__name__}: {error}"))
+            return
+        if finish_reason is not None:
+            self._finish(sequence, sequence.completion(finish_reason))
+
+    def _finish(self, sequence: Sequence, completion: Completion, *, clean: bool = True) -> None:
+        self._scheduler.finish(sequence, clean=clean)
+        self._finished.append((sequence, completion))
+
+
+def failure(message: str) -> Completion:
+    """Return the completion of a row that ends with an error."""
+    return Completion(token_ids=(), finish_reason="error", logprob=0.0, error=message)
+
+
+def _draw(sequence: Sequence, output: StepOutput, row: int) -> tuple[int, float]:
+    """Return a sampled row's next token and its log-probability at temperature 1."""
+    assert output.logsumexp is not None
+    request = sequence.request
+    logits, ids = output.topk_logits[row], output.topk_ids[row]
+    if needs_logits(request.params, len(ids)):
+        assert output.logits is not None
+        logits, ids = output.logits[row], np.arange(output.logits.shape[1])
+    position = len(sequence.token_ids)
+    token_id = sample(request.params, logits, ids, key=request.sampling_key, position=position)
+    logit = logits[np.flatnonzero(ids == token_id)[0]]
+    return token_id, float(logit - output.logsumexp[row])
