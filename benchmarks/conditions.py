@@ -7,7 +7,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,6 +123,11 @@ def outcome(completion: Completion) -> Outcome:
     return list(completion.token_ids), completion.finish_reason, completion.logprob.hex()
 
 
+def has_logprobs(outcomes: Iterable[Outcome]) -> bool:
+    """Return whether log-probabilities were computed: zeros would be equal for nothing."""
+    return any(float.fromhex(bits) for _, _, bits in outcomes)
+
+
 def chosen(condition: Condition, num_rows: int, *, sample: int, part: int) -> list[int]:
     """Return the rows of one process, in the order in which they are submitted."""
     rng = random.Random(SEED)
@@ -185,7 +190,7 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
         "preemptions": stats.num_preemptions,
         "cached_tokens": stats.num_cached_tokens,
-        "holds": condition.holds(stats),
+        "holds": condition.holds(stats) and has_logprobs(outcomes.values()),
     }
     flags.output.write_text(json.dumps(answer))
 

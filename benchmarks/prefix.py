@@ -11,6 +11,7 @@ import argparse
 import random
 import sys
 import time
+from dataclasses import dataclass
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.engine import Engine, EngineConfig
@@ -34,7 +35,7 @@ def requests(tokenizer: Tokenizer, num_rows: int) -> list[Request]:
     return [
         Request(
             request_id=str(i),
-            # The passage's own <bos> makes room for nothing: it is left out.
+            # Without the <bos> that the passage begins with.
             prompt_token_ids=prefix + passages.draw(OWN_TOKENS + 1)[1][1:],
             params=PARAMS,
         )
@@ -42,17 +43,52 @@ def requests(tokenizer: Tokenizer, num_rows: int) -> list[Request]:
     ]
 
 
-def measure(
-    session: Session, rows: list[Request], *, reuse: bool
-) -> tuple[float, int, int, list[Completion]]:
-    """Return seconds, prompt tokens computed and reused, and the completions."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One run over all rows."""
+
+    secs: float
+    num_computed: int
+    """Prompt tokens."""
+    num_reused: int
+    """Prompt tokens."""
+    completions: list[Completion]
+
+
+def measure(session: Session, rows: list[Request], *, reuse: bool) -> Turn:
+    """Run all rows on a fresh engine."""
     engine = Engine(session, EngineConfig(enable_prefix_caching=reuse))
     start = time.perf_counter()
     completions = engine.generate(rows)
-    seconds = time.perf_counter() - start
-    stats = engine.stats
+    secs = time.perf_counter() - start
     engine.close()
-    return seconds, stats.num_prompt_tokens, stats.num_cached_tokens, completions
+    return Turn(
+        secs=secs,
+        num_computed=engine.stats.num_prompt_tokens,
+        num_reused=engine.stats.num_cached_tokens,
+        completions=completions,
+    )
+
+
+def report(on: list[Turn], off: list[Turn]) -> str:
+    """Return the table of both, the ratio beside its bar, and how many rows differ."""
+    lines, best = [], []
+    for name, turns in (("on", on), ("off", off)):
+        secs = [turn.secs for turn in turns]
+        best.append(turns[secs.index(min(secs))])
+        rate = len(best[-1].completions) / min(secs)
+        counts = f"{best[-1].num_computed:,}", f"{best[-1].num_reused:,}"
+        lines.append((name, f"{rate:.2f}", f"{min(secs):.1f}", f"{max(secs):.1f}", *counts))
+    header = ("reuse", "rows/s", "best s", "worst s", "prompt tokens computed", "reused")
+    bar = Bar(name="rows/s on / off", value=best[1].secs / best[0].secs, least=BAR)
+    num_rows = len(best[0].completions)
+    differing = f"rows that differ: {num_differing(*best)} of {num_rows}"
+    return "\n\n".join([table(header, lines), bar_lines([bar]), differing])
+
+
+def num_differing(one: Turn, other: Turn) -> int:
+    """Return how many completions are not the same to the last bit."""
+    return sum(a != b for a, b in zip(one.completions, other.completions, strict=True))
 
 
 def main() -> int:
@@ -72,24 +108,12 @@ def main() -> int:
     )
     rows = requests(Tokenizer.from_file(artifact.tokenizer_path), flags.rows)
     measure(session, rows[:1], reuse=False)
-    runs = {True: [], False: []}
+    on, off = [], []
     for _ in range(flags.repeats):
-        for reuse in runs:
-            runs[reuse].append(measure(session, rows, reuse=reuse))
-    best = {reuse: min(turns, key=lambda turn: turn[0]) for reuse, turns in runs.items()}
-    lines = [
-        ("on" if reuse else "off", f"{flags.rows / seconds:.2f}", f"{seconds:.1f}",
-         f"{max(turn[0] for turn in runs[reuse]):.1f}", f"{computed:,}", f"{reused:,}")
-        for reuse, (seconds, computed, reused, _) in best.items()
-    ]  # fmt: skip
-    header = ("reuse", "rows/s", "best s", "worst s", "prompt tokens computed", "reused")
-    print(table(header, lines))
-    bar = Bar(name="rows/s on / off", value=best[False][0] / best[True][0], least=BAR)
-    print(f"\n{bar_lines([bar])}")
-    pairs = zip(best[True][3], best[False][3], strict=True)
-    differing = sum(ours != theirs for ours, theirs in pairs)
-    print(f"\nrows that differ: {differing} of {flags.rows}")
-    return int(differing > 0)
+        on.append(measure(session, rows, reuse=True))
+        off.append(measure(session, rows, reuse=False))
+    print(report(on, off))
+    return int(num_differing(on[0], off[0]) > 0)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import pytest
 from beam_gemma.config import GemmaConfig
 from beam_gemma.progress import Count
 from beam_gemma.prompt import Text
+from beam_gemma.sequence import Completion
 from benchmarks import generate, run_engine, run_transformers
 from benchmarks.comparison import Comparison
-from benchmarks.conditions import CONDITIONS, base_of, chosen, draw_requests
+from benchmarks.conditions import CONDITIONS, base_of, chosen, draw_requests, has_logprobs
 from benchmarks.invariance import Record
-from benchmarks.prefix import requests
+from benchmarks.prefix import Turn, report, requests
 from benchmarks.rate import Operations
 from benchmarks.runs import Job, Run, Step, Timeline, run_from_json, run_system
 from benchmarks.table import table
@@ -120,6 +121,17 @@ def test_prefix_rows_share_their_prefix_alone() -> None:
     assert len({prompt[500:] for prompt in prompts}) == 5
 
 
+def test_prefix_report_compares_best_turns_and_bits() -> None:
+    done = Completion(token_ids=(1,), finish_reason="length", logprob=-0.5)
+    other = dataclasses.replace(done, logprob=-0.5 - 2**-53)
+    on = [Turn(secs=s, num_computed=9, num_reused=8, completions=[done, done]) for s in (3.0, 2.0)]
+    off = [Turn(secs=11.0, num_computed=17, num_reused=0, completions=[done, other])]
+    text = report(on, off)
+    assert "5.50" in text
+    assert "| on    |   1.00 |    2.0 |     3.0 |" in text
+    assert text.endswith("rows that differ: 1 of 2")
+
+
 def test_systems_take_part_where_they_can() -> None:
     assert not generate.fits("pipeline", REGIMES["natural"])
     assert generate.fits("pipeline", REGIMES["fixed"])
@@ -200,6 +212,12 @@ def test_rows_of_the_record_share_prefixes_and_are_repeatable() -> None:
     greedy = draw_requests(TOKENIZER, 60, sampled=False)
     assert [row.prompt_token_ids for row in greedy] == [row.prompt_token_ids for row in rows]
     assert {row.params.temperature for row in greedy} == {0.0}
+
+
+def test_zeros_are_no_log_probabilities() -> None:
+    none, some = ([1], "length", (0.0).hex()), ([1], "length", (-0.5).hex())
+    assert not has_logprobs([none, none])
+    assert has_logprobs([none, some])
 
 
 def answer_of(*, differing=0, holds=True):
