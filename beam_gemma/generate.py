@@ -217,4 +217,8 @@ def _counts(stats: EngineStats) -> Counter[str]:
     return Counter(
         decode_rows=stats.num_decode_rows,
         decode_slots=stats.num_decode_steps * stats.max_num_seqs,
+        backlog_decode_rows=stats.num_backlog_decode_rows,
+        backlog_decode_slots=stats.num_backlog_decode_steps * stats.max_num_seqs,
+        cached_tokens=stats.num_cached_tokens,
+        preemptions=stats.num_preemptions,
     )

@@ -1,5 +1,7 @@
 """A model handler without a model: the real engine over a session that computes a function."""
 
+import os
+import threading
 import time
 
 import apache_beam as beam
@@ -23,8 +25,8 @@ SIGNATURE = fake_signature(
     states=STATES, optional_inputs=(), vocab_size=TOKENIZER.vocab_size, max_model_len=200
 )
 NEWLINE_ID = TOKENIZER.encode([Text("\n")], add_bos=False)[0]
-SLOTS = 16
-STEP_SECS, START_SECS = 0.004, 1.0
+SLOTS = 20
+STEP_SECS, START_SECS = 0.005, 0.5
 
 
 def next_letter(tokens):
@@ -75,7 +77,7 @@ class FakeHandler(GemmaModelHandler):
 
 
 class SlowSession(FakeSession):
-    """Computes in milliseconds, and not before other callers had time to come."""
+    """Computes in milliseconds, and the first time not before all who have met have submitted."""
 
     def run(self, feeds, *, with_logits=False):
         time.sleep(STEP_SECS if self.steps else START_SECS)
@@ -85,17 +87,31 @@ class SlowSession(FakeSession):
 class UnevenHandler(FakeHandler):
     """Completes prompts that end with a newline, each to a length of its own, slowly."""
 
-    def __init__(self, settings, *, batch_rows=BATCH_ROWS, **options) -> None:
-        super().__init__(settings, max_num_seqs=SLOTS, **options)
+    def __init__(self, settings, *, batch_rows=BATCH_ROWS, callers=None) -> None:
+        """Describe the batches; `callers` is a folder and how many threads meet there to begin."""
+        super().__init__(settings, max_num_seqs=SLOTS)
         self._batch_rows = batch_rows
+        self._callers = callers
 
     def batch_elements_kwargs(self):
         sizes = {"min_batch_size": self._batch_rows, "max_batch_size": self._batch_rows}
         return {**super().batch_elements_kwargs(), **sizes}
 
+    def run_inference(self, batch, model, inference_args=None):
+        if self._callers is not None:
+            meet(*self._callers)
+        return super().run_inference(batch, model, inference_args)
+
     def _start(self) -> Generator:
         session = SlowSession(SIGNATURE, num_blocks=2000, next_token=uneven_letter)
         return fake_generator(self.settings, session=session, max_num_seqs=SLOTS)
+
+
+def meet(folder, num_callers):
+    """Wait until so many threads of this machine have come; processes start seconds apart."""
+    (folder / f"{os.getpid()}-{threading.get_ident()}").touch()
+    while len(list(folder.iterdir())) < num_callers:
+        time.sleep(0.01)
 
 
 def local_pipeline(*flags):

@@ -171,8 +171,10 @@ def test_every_count_of_the_engine_is_given_once():
     generate = fake_generator(settings_of(4), max_num_seqs=2)
     assert generate.take_counts() == {}
     generate([{"text": "a"}, {"text": "b"}, {"text": "c"}])
-    # The first token of each row is its prefill step's.
-    assert generate.take_counts() == {"decode_rows": 9, "decode_slots": 12}
+    # The first token of each row is its prefill step's; the third row waits for the others.
+    assert generate.take_counts() == {
+        "decode_rows": 9, "decode_slots": 12, "backlog_decode_rows": 6, "backlog_decode_slots": 6
+    }  # fmt: skip
     assert generate.take_counts() == {}
     rows = [{"text": f"row {i}"} for i in range(20)]
 

@@ -27,16 +27,16 @@ from tests.fake_models import SLOTS, UnevenHandler, local_pipeline
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=40))
-NUM_ROWS = 400
-SMALL = 25
-"""Rows of a Beam batch that is as small beside 16 slots as 100 rows are beside 64."""
+NUM_ROWS = 512
+SMALL = 32
+"""Rows of a Beam batch that is as small beside 20 slots as 100 rows are beside 64."""
 pytestmark = pytest.mark.timeout(120)
 
 
 def run_job(folder, handler, *flags):
     """Complete a Parquet file; return the job's counters and how often a model was loaded."""
     texts = [f"row {i}\n" for i in range(NUM_ROWS)]
-    pq.write_table(pa.table({"text": texts}), folder / "in.parquet", row_group_size=SMALL)
+    pq.write_table(pa.table({"text": texts}), folder / "in.parquet", row_group_size=NUM_ROWS)
     pipeline = local_pipeline(*flags)
     _ = pipeline | ReadRecords(open_source(f"{folder}/in.parquet")) | Generate(handler)
     result = pipeline.run()
@@ -52,18 +52,17 @@ def occupancy(counts):
 
 
 @pytest.mark.parametrize(
-    ("batch_rows", "flags"),
-    [
-        (4096, []),
-        (SMALL, ["--direct_running_mode=multi_threading", "--direct_num_workers=4"]),
-        (SMALL, ["--direct_running_mode=multi_processing", "--direct_num_workers=4"]),
-    ],
+    ("mode", "num_workers", "batch_rows"),
+    [("in_memory", 1, 4096), ("multi_threading", 4, SMALL), ("multi_processing", 4, SMALL)],
     ids=["in process", "threads", "processes"],
 )
-def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, batch_rows, flags):
+def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, mode, num_workers, batch_rows):
     """Of all steps, those of the end included, where fewer rows are left than slots."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    handler = UnevenHandler(SETTINGS, batch_rows=batch_rows)
+    (tmp_path / "callers").mkdir()
+    callers = (tmp_path / "callers", num_workers)
+    handler = UnevenHandler(SETTINGS, batch_rows=batch_rows, callers=callers)
+    flags = [f"--direct_running_mode={mode}", f"--direct_num_workers={num_workers}"]
     counts, num_loads = run_job(tmp_path, handler, *flags)
     assert counts["rows_ok"] == NUM_ROWS
     assert num_loads == 1

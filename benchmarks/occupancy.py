@@ -1,0 +1,160 @@
+"""How full the steps of whole jobs are, however small the bundles and whatever runs them.
+
+    python -m benchmarks.occupancy
+
+Every job reads the same Parquet file and completes its rows on 64 slots with a tiny Gemma of random
+weights, which the script exports. Rows end unevenly: tokens are drawn almost uniformly from 300, of
+which ten end a row, so lengths are geometric, cut at 64: one row in nine runs that far, one in
+three ends before the twelfth token.
+
+A Beam batch never spans bundles, so batches of at most 100 rows stand for bundles of 100 rows: each
+thread or process has one at the engine and waits for its slowest row. The local runners take at
+most as many bundles at once as they have workers, and cut a step's input into no more bundles.
+
+`full` is the share of slots that all decode steps used, the job's end included, where fewer rows
+are left than slots; `full, rows waiting` counts the steps at which the engine held rows that had no
+slot. Both come from Beam's counters, as a job's closing line does. A rate spans the first call of
+the model to the last answer: starting processes and reading are no part of it.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.metrics.cells import DistributionResult
+from apache_beam.metrics.metric import Metrics, MetricsFilter
+from apache_beam.ml.inference.base import PredictionResult
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineResult
+
+from beam_gemma.engine import EngineConfig
+from beam_gemma.examples import Example
+from beam_gemma.generate import GenerateSettings
+from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler, Model
+from beam_gemma.launch import counters
+from beam_gemma.options import NO_PRISM
+from beam_gemma.records import ReadRecords, open_source
+from beam_gemma.sampling import SamplingParams
+from beam_gemma.transforms import Generate
+from benchmarks.table import table
+from export.__main__ import export
+from tests.reference import save_checkpoint, tiny_model
+
+SLOTS = EngineConfig().max_num_seqs
+BUNDLE_ROWS = 100
+JOBS = [
+    ("in_memory", 1, BATCH_ROWS),
+    ("in_memory", 1, BUNDLE_ROWS),
+    ("multi_threading", 2, BUNDLE_ROWS),
+    ("multi_threading", 4, BUNDLE_ROWS),
+    ("multi_threading", 12, BUNDLE_ROWS),
+    ("multi_processing", 4, BUNDLE_ROWS),
+]
+SETTINGS = GenerateSettings(
+    prompt_column="text",
+    key_column="number",
+    sampling=SamplingParams(
+        max_tokens=64,
+        temperature=30.0,
+        ignore_eos=True,
+        stop_token_ids=tuple(range(20, 300, 28)),
+    ),
+)
+CLOCK = Metrics.distribution("occupancy", "clock_ms")
+
+
+class BundledHandler(GemmaModelHandler):
+    """A handler whose Beam batches are as small as a bundle, and whose calls are timed."""
+
+    def __init__(self, model: str, batch_rows: int, *, large_model: bool) -> None:
+        """Describe a model and the rows of a batch."""
+        super().__init__(model, SETTINGS, large_model=large_model)
+        self._batch_rows = batch_rows
+
+    def batch_elements_kwargs(self) -> Mapping[str, Any]:
+        """Return what Beam's batching is told."""
+        sizes = {"min_batch_size": self._batch_rows, "max_batch_size": self._batch_rows}
+        return {**super().batch_elements_kwargs(), **sizes}
+
+    def run_inference(
+        self,
+        batch: Sequence[Example],
+        model: Model,
+        inference_args: dict[str, Any] | None = None,
+    ) -> list[PredictionResult]:
+        """Complete a batch, and report when."""
+        CLOCK.update(round(time.time() * 1000))
+        results = super().run_inference(batch, model, inference_args)
+        CLOCK.update(round(time.time() * 1000))
+        return results
+
+
+def run(folder: Path, mode: str, num_workers: int, batch_rows: int) -> list[str]:
+    """Run a job and return its line of the table."""
+    options = PipelineOptions(
+        [
+            "--runner=DirectRunner",
+            NO_PRISM,
+            f"--direct_running_mode={mode}",
+            f"--direct_num_workers={num_workers}",
+        ]
+    )
+    handler = BundledHandler(f"{folder}/model", batch_rows, large_model=mode == "multi_processing")
+    pipeline = beam.Pipeline(options=options)
+    _ = pipeline | ReadRecords(open_source(f"{folder}/in.parquet")) | Generate(handler)
+    result = pipeline.run()
+    result.wait_until_finish()
+    counts = counters(result)
+    clock = distribution(result, CLOCK.metric_name.name)
+    num_loads = distribution(result, "load_model_latency_milli_secs").count
+    secs = (clock.max - clock.min) / 1000
+    return [
+        mode,
+        str(num_workers),
+        f"{batch_rows:,}",
+        str(num_loads),
+        _share(counts["decode_rows"], counts["decode_slots"]),
+        _share(counts["backlog_decode_rows"], counts["backlog_decode_slots"]),
+        f"{counts['decode_slots'] // SLOTS:,}",
+        f"{counts['rows_ok'] / secs:,.1f}",
+    ]
+
+
+def distribution(result: PipelineResult, name: str) -> DistributionResult:
+    """Return the one distribution of a job that has a name."""
+    (metric,) = result.metrics().query(MetricsFilter().with_name(name))["distributions"]
+    return metric.result
+
+
+def main() -> None:
+    """Run the jobs and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=2400, help="rows of the file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export(save_checkpoint(tiny_model("gemma_mha"), folder / "checkpoint"), folder / "model")
+        rows = {
+            "number": range(args.rows),
+            "text": [f"row {i} " + "the hat " * (i % 7) for i in range(args.rows)],
+        }
+        pq.write_table(pa.table(rows), folder / "in.parquet", row_group_size=BUNDLE_ROWS)
+        lines = [run(folder, *job) for job in JOBS]
+    header = ["mode", "workers", "batch rows", "loads", "full", "full, rows waiting"]
+    print(table([*header, "decode steps", "rows/s"], lines))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / max(1, whole):.3f}"
+
+
+if __name__ == "__main__":
+    main()
