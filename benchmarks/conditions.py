@@ -20,7 +20,9 @@ from beam_gemma.session import Capacity, Session
 from beam_gemma.tokenizer import Tokenizer
 from benchmarks.workload import SEED, Passages
 
-SHARED_TOKENS = 64
+SHARED_TOKENS, DEEP_TOKENS = 64, 500
+"""Of two shared prefixes; rows behind the second outgrow a window of 512 tokens."""
+OWN_TOKENS = 40
 SHORT, LONG = (6, 20), (150, 200)
 """Bounds of prompts, in tokens."""
 BRIEF, WORDY = (3, 6), (40, 48)
@@ -90,12 +92,15 @@ def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list
     """Return rows: a third behind a shared prefix, few long or wordy, most short."""
     rng = random.Random(f"{SEED} invariance")
     passages = Passages(tokenizer, rng)
-    shared = passages.draw(SHARED_TOKENS)[1]
+    shared, deep = (passages.draw(num_tokens)[1] for num_tokens in (SHARED_TOKENS, DEEP_TOKENS))
     marks = tuple(tokenizer.encode([Text(mark)], add_bos=False)[0] for mark in ".,")
     requests = []
     for i in range(num_rows):
-        length = rng.randint(*(LONG if i % 100 == 1 else SHORT))
-        ids = passages.draw(length)[1]
+        ids = passages.draw(rng.randint(*(LONG if i % 100 == 1 else SHORT)))[1]
+        if i % 100 == 51:
+            ids = deep + passages.draw(OWN_TOKENS)[1][1:]
+        elif i % 3 == 0:
+            ids = shared + ids[1:]
         params = SamplingParams(
             max_tokens=rng.randint(*(WORDY if i % 20 == 2 else BRIEF)),
             # So that some rows stop early, whatever the model says.
@@ -105,7 +110,7 @@ def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list
         requests.append(
             Request(
                 request_id=str(i),
-                prompt_token_ids=shared + ids[1:] if i % 3 == 0 else ids,
+                prompt_token_ids=ids,
                 params=params,
                 sampling_key=str(i),
             )

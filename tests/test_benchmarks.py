@@ -207,7 +207,8 @@ def test_conditions_cover_every_row_once() -> None:
 def test_rows_of_the_record_share_prefixes_and_are_repeatable() -> None:
     rows = draw_requests(TOKENIZER, 60, sampled=True)
     assert rows == draw_requests(TOKENIZER, 60, sampled=True)
-    assert len({row.prompt_token_ids[:64] for row in rows[::3]}) == 1
+    assert len({row.prompt_token_ids[:64] for row in rows[:51:3]}) == 1
+    assert len(rows[51].prompt_token_ids) == 539
     assert {row.params.top_k for row in rows} == {0, 40}
     greedy = draw_requests(TOKENIZER, 60, sampled=False)
     assert [row.prompt_token_ids for row in greedy] == [row.prompt_token_ids for row in rows]
