@@ -192,7 +192,7 @@ def test_engine_that_stops_is_nobodys_row_error():
         states=STATES, optional_inputs=(), vocab_size=TOKENIZER.vocab_size, max_model_len=200
     )
     session = FakeSession(signature, next_token=next_letter)
-    session.fails = lambda step, _: True
+    session.fails = lambda *_: True
     with pytest.raises(EngineError):
         fake_generator(settings_of(), session=session)([{"text": "a"}])
 
