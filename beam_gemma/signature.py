@@ -36,8 +36,8 @@ Optional inputs, where a model declares them
 
 Outputs of the `generate` head
     topk_logits [R, k] float32, topk_ids [R, k] int64    highest first; equal logits by id
-    logsumexp [R] float32
-    logits [R, V] float32          fetched only when a row needs the whole distribution
+    top_probability [R] float32    of the first candidate; computed only when asked for
+    logits [R, V] float32          likewise
 
 CUDA graphs also take attention_metadata [3] int32 in host memory: upper bounds that let kernels be
 chosen without waiting for the stream.
@@ -56,14 +56,14 @@ Head = Literal["generate"]
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 16}
 """Tokens of one cache block."""
-CONTEXT_ALIGNMENT = 128
+CONTEXT_ALIGNMENT = 64
 """CPU: tables start and end at multiples of this many tokens.
 
-A product that contracts at most 128 elements gives the same bits whatever the shapes around it, so
-attention adds up 128-token chunks; where chunks begin must not depend on the rest of the step.
+Attention adds up chunks of this size, since products of that shape give the same bits in any
+company (`export.lowering_cpu`); where chunks begin must not depend on the rest of the step.
 """
-KEY_SLICE = 128
-"""CPU: most channels of a head that one query-key product contracts, for the same reason."""
+MAX_HEAD_DIM = 256
+"""CPU: most channels that one query-key product sums in one go, for the same reason."""
 QUERY_TILE = 64
 """CPU: most new tokens of one sequence that attend together; attention pads only to whole tiles."""
 TOP_K = 64
@@ -94,19 +94,15 @@ class PagedState:
     sliding_window: int | None = None
     """Tokens that a query reaches, itself included; None for all."""
 
-    def shapes(self, device: Device, block_size: int) -> tuple[tuple[int | str, ...], ...]:
-        """Return the shapes of a layer's key cache and value cache.
+    def shape(self, device: Device, block_size: int) -> tuple[int | str, ...]:
+        """Return the shape of a layer's key cache, which is that of its value cache.
 
-        CUDA takes [P, block, K, H]. On the CPU blocks are gathered along the second axis, and keys
-        lie in slices of C channels: [K*H/C, P, block, C] and [K, P, block, H].
+        CUDA takes [P, block, K, H]; on the CPU heads come first: [K, P, block, H].
         """
-        heads, dim = self.num_key_value_heads, self.head_dim
+        heads, blocks = self.num_key_value_heads, "P_" + self.group
         if device == "cuda":
-            shape = ("P_" + self.group, block_size, heads, dim)
-            return shape, shape
-        width = min(KEY_SLICE, dim)
-        blocks = "P_" + self.group
-        return (heads * dim // width, blocks, block_size, width), (heads, blocks, block_size, dim)
+            return blocks, block_size, heads, self.head_dim
+        return heads, blocks, block_size, self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,7 +218,7 @@ class Signature:
         return (
             Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
             Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
-            Tensor(name="logsumexp", dtype="float32", shape=("R",)),
+            Tensor(name="top_probability", dtype="float32", shape=("R",)),
             Tensor(name="logits", dtype="float32", shape=("R", self.vocab_size)),
         )
 
@@ -274,20 +270,19 @@ class Signature:
                 num_key_value_heads=state.num_key_value_heads,
                 head_dim=state.head_dim,
             )
-        key_shape, value_shape = state.shapes(self.device, self.block_size)
+        shape = state.shape(self.device, self.block_size)
         return [
             _state_tensor(f"{prefix}{kind}_cache.{layer}", self.dtype, shape)
             for layer in state.layers
-            for kind, shape in (("key", key_shape), ("value", value_shape))
+            for kind in ("key", "value")
         ]
 
 
 def decoder_signature(config: GemmaConfig, *, device: Device, dtype: str) -> Signature:
     """Return the signature of a text decoder: one group of paged layers for each layer type."""
-    width = min(KEY_SLICE, config.head_dim)
-    if device == "cpu" and config.head_dim % width:
+    if device == "cpu" and config.head_dim > MAX_HEAD_DIM:
         raise ArtifactError(
-            f"head_dim: expected a multiple of {KEY_SLICE} on the CPU, got {config.head_dim}"
+            f"head_dim: expected at most {MAX_HEAD_DIM} on the CPU, got {config.head_dim}"
         )
     states = tuple(
         PagedState(

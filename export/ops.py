@@ -52,7 +52,7 @@ def ragged_attention(
         query: [T, N * H], rotated.
         key: [T, K * H], rotated.
         value: [T, K * H].
-        key_cache: Shaped as `signature.PagedState.shapes` says for the device `layout`.
+        key_cache: Shaped as `signature.PagedState.shape` says for the device `layout`.
         value_cache: Likewise.
         cu_seqlens: [B + 1], where each sequence's new tokens start.
         past_seqlens: [B], positions before the first new token.
@@ -119,17 +119,15 @@ def _token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) ->
     """Return a copy of the cache as [P * block, K, H]."""
     if layout == "cuda":
         return cache.clone().view(-1, num_kv_heads, head_dim)
-    slices, blocks, block_size, width = cache.shape
-    tokens = cache.permute(1, 2, 0, 3).reshape(blocks * block_size, slices * width)
-    return tokens.clone().view(-1, num_kv_heads, head_dim)
+    return cache.permute(1, 2, 0, 3).reshape(-1, num_kv_heads, head_dim).clone()
 
 
 def _cache_view(tokens: Tensor, cache: Tensor, layout: str) -> Tensor:
     """Return what `_token_view` made in the layout of the cache."""
     if layout == "cuda":
         return tokens.reshape(cache.shape)
-    slices, blocks, block_size, width = cache.shape
-    return tokens.reshape(blocks, block_size, slices, width).permute(2, 0, 1, 3).contiguous()
+    heads, blocks, block_size, dim = cache.shape
+    return tokens.reshape(blocks, block_size, heads, dim).permute(2, 0, 1, 3).contiguous()
 
 
 @ragged_attention.register_fake

@@ -18,7 +18,7 @@ from onnxscript.optimizer import optimize
 from onnxscript.values import OnnxFunction, Op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beam_gemma.signature import Signature, StateTensor, Tensor
+from beam_gemma.signature import QUERY_TILE, Signature, StateTensor, Tensor
 from export import lowering_cpu, lowering_cuda
 from export.model import RMSNorm, Rotary
 from export.ops import NO_WINDOW
@@ -205,7 +205,11 @@ def _attention_cpu(  # type: ignore[no-untyped-def]
         query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
         slot_mapping, context_starts, last_keys,
     )  # fmt: skip
-    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "window": window, "scale": scale}
+    _, _, block_size, head_dim = key_cache.shape
+    shape = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+        "block_size": block_size, "query_tile": QUERY_TILE, "window": window, "scale": scale,
+    }  # fmt: skip
     if softcap:
         return _node(lowering_cpu.RaggedAttentionSoftcap)(*inputs, **shape, softcap=softcap)
     return _node(lowering_cpu.RaggedAttention)(*inputs, **shape)

@@ -59,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": ROPE,
     },
 }
-"""One of each architecture: MQA, MHA and GQA; both softcaps; heads of one and of two key slices."""
+"""One of each architecture: MQA, MHA and GQA; both softcaps; heads of several widths."""
 CLASSES = {
     "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),

@@ -58,7 +58,7 @@ def test_prefill_of_three_sequences():
     table = feeds["block_table.full"]
     assert table[:, :4].tolist() == [[1, 2, 3, 0], [4, 0, 0, 0], [5, 0, 0, 0]]
     assert not table[:, 4:].any()
-    assert table.shape == (3, 8), "128 tokens"
+    assert table.shape == (3, 4), "64 tokens"
     places = [3 * 16 + 6, 3 * 16 + 7, *range(64, 67), *range(80, 84)]
     assert feeds["slot_mapping.full"].tolist() == places
     assert feeds["context_starts.sliding"].tolist() == [0, 0, 0]

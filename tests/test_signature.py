@@ -61,13 +61,8 @@ def test_the_device_decides_layout_and_bounds() -> None:
     cuda = dataclasses.replace(EVERYTHING, device="cuda", dtype="bfloat16")
     assert "attention_metadata" in names(cuda)
     assert "context_starts.sliding_attention" not in names(cuda)
-    key, value = PAGED.shapes("cuda", 16)
-    assert key == value == ("P_sliding_attention", 16, 4, 256)
-    # On the CPU keys lie in slices of 128 channels.
-    assert PAGED.shapes("cpu", 16) == (
-        (8, "P_sliding_attention", 16, 128),
-        (4, "P_sliding_attention", 16, 256),
-    )
+    assert PAGED.shape("cuda", 16) == ("P_sliding_attention", 16, 4, 256)
+    assert PAGED.shape("cpu", 16) == (4, "P_sliding_attention", 16, 256)
 
 
 def test_the_manifest_form_says_everything() -> None:
@@ -83,9 +78,9 @@ def test_a_decoder_has_a_group_for_each_layer_type(tiny_gemma3: TinyModel) -> No
     ]
 
 
-def test_a_head_that_cannot_be_sliced_is_refused(tiny_gemma3: TinyModel) -> None:
-    config = dataclasses.replace(tiny_gemma3.checkpoint.config, head_dim=200)
-    with pytest.raises(ArtifactError, match="head_dim: expected a multiple of 128"):
+def test_a_head_too_wide_for_one_sum_is_refused(tiny_gemma3: TinyModel) -> None:
+    config = dataclasses.replace(tiny_gemma3.checkpoint.config, head_dim=257)
+    with pytest.raises(ArtifactError, match="head_dim: expected at most 256"):
         decoder_signature(config, device="cpu", dtype="float32")
 
 

@@ -61,7 +61,9 @@ def test_a_bfloat16_checkpoint_links_for_cuda_and_converts_for_the_cpu(tmp_path:
     ]
     attention = [n for n in graph.graph.node if n.op_type == "RaggedAttention"]
     assert len(attention) == 3
-    assert len([n for n in graph.graph.node if n.op_type == "MatMul"]) == 0
+    weights = {i.name for i in graph.graph.initializer if i.data_location}
+    # A MatMul would need its weight transposed, and so copied.
+    assert not [n for n in graph.graph.node if n.op_type == "MatMul" and weights & set(n.input)]
 
 
 def test_another_file_system_gets_a_copy_and_says_so(

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
+from beam_gemma.signature import CONTEXT_ALIGNMENT
 from export import lowering_cpu, lowering_cuda
 from export.ops import NO_WINDOW, ragged_attention, rms_norm
 
@@ -28,17 +29,18 @@ class Case:
     past: tuple[int, ...] = (0, 140, 20)
     starts: tuple[int, ...] = (0, 0, 0)
     spans: bool = False
+    query_tile: int = 64
 
     def inputs(self) -> dict[str, np.ndarray]:
         """Return random inputs in the CPU's cache layout."""
         rng = np.random.default_rng(3)
-        total, width = sum(self.new), min(128, self.head_dim)
-        slices = self.num_kv_heads * self.head_dim // width
+        total, align = sum(self.new), CONTEXT_ALIGNMENT
+        cache = (self.num_kv_heads, 64, BLOCK, self.head_dim)
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
         positions = [np.arange(p, p + n) for p, n in zip(self.past, self.new, strict=True)]
         last = [np.full_like(p, p[-1]) if self.spans else p for p in positions]
         reach = [p[-1] + 1 - s for p, s in zip(positions, self.starts, strict=True)]
-        table = np.zeros((len(self.new), -(-max(reach) // 128) * 8), np.int32)
+        table = np.zeros((len(self.new), -(-max(reach) // align) * align // BLOCK), np.int32)
         free = iter(rng.permutation(np.arange(1, 64)))
         slots = []
         for row, (count, start, p) in enumerate(zip(reach, self.starts, positions, strict=True)):
@@ -49,8 +51,8 @@ class Case:
             "query": normal(total, self.num_heads * self.head_dim),
             "key": normal(total, self.num_kv_heads * self.head_dim),
             "value": normal(total, self.num_kv_heads * self.head_dim),
-            "key_cache": normal(slices, 64, BLOCK, width),
-            "value_cache": normal(self.num_kv_heads, 64, BLOCK, self.head_dim),
+            "key_cache": normal(*cache),
+            "value_cache": normal(*cache),
             "cu_seqlens": np.cumsum([0, *self.new]).astype(np.int32),
             "past_seqlens": np.array(self.past, np.int32),
             "block_table": table,
@@ -74,7 +76,7 @@ CASES = {
     "grouped queries": Case(num_heads=8, num_kv_heads=4),
     "one query head for each key head": Case(num_heads=4, num_kv_heads=4),
     "one key head": Case(),
-    "heads of two slices": Case(head_dim=256),
+    "widest heads": Case(head_dim=256),
     "window": Case(window=8),
     "window of one token": Case(window=1),
     "softcap": Case(softcap=0.7),
@@ -163,9 +165,7 @@ def test_cuda_layout_holds_the_same_numbers() -> None:
     output, keys, _ = case.eager(inputs)
     tensors = {name: torch.from_numpy(a) for name, a in inputs.items()}
     for name in ("key_cache", "value_cache"):
-        slices, blocks, block, width = tensors[name].shape
-        per_token = tensors[name].permute(1, 2, 0, 3).reshape(blocks, block, slices * width)
-        tensors[name] = per_token.reshape(blocks, block, 4, 256)
+        tensors[name] = tensors[name].permute(1, 2, 0, 3).contiguous()
     floats = [t.double() if t.is_floating_point() else t for t in tensors.values()]
     cuda = ragged_attention(*floats, 8, 4, 30, 256**-0.5, 0.0, "cuda")
     np.testing.assert_array_equal(cuda[0].numpy(), output)
@@ -219,6 +219,9 @@ def run_lowering(case: Case, inputs: dict[str, np.ndarray], threads: int) -> lis
     attributes = {
         "num_heads": case.num_heads,
         "num_kv_heads": case.num_kv_heads,
+        "head_dim": case.head_dim,
+        "block_size": BLOCK,
+        "query_tile": case.query_tile,
         "window": case.window,
         "scale": case.head_dim**-0.5,
     }
@@ -242,7 +245,10 @@ def run_node(node: onnx.NodeProto, feeds: dict[str, np.ndarray], threads: int) -
     model = onnx.helper.make_model(
         graph,
         functions=[f.to_function_proto() for f in lowering_cpu.FUNCTIONS],
-        opset_imports=[onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("beam_gemma", 1)],
+        opset_imports=[
+            onnx.helper.make_opsetid(*opset)
+            for opset in (("", 23), ("beam_gemma", 1), ("com.microsoft", 1))
+        ],
         ir_version=10,
     )
     options = onnxruntime.SessionOptions()
