@@ -90,7 +90,11 @@ class BlockPool:
         if digest is not None:
             del self._blocks[digest]
 
+    def wipe(self, blocks: list[int]) -> None:
+        """Have held blocks zeroed, since something other than their tokens may be in them."""
+        self._unclean += blocks
+
     def take_unclean(self) -> list[int]:
-        """Return the allocated blocks that must be zeroed before the next step, once."""
+        """Return the held blocks that must be zeroed before the next run, once."""
         unclean, self._unclean = self._unclean, []
         return unclean

@@ -2,9 +2,10 @@
 
 An exception of the session. Nothing of the step counts as computed. The step is cut in two parts,
 which are tried in order, so that whoever computes a shared block still comes before those that read
-it; and so on, down to a part of a prompt, since half a chunk needs half the memory. A single token
-that still fails ends its row. Recurrent state is not what it was before the step, so there all
-sequences of the step are preempted, and computed anew one at a time: what fails alone is at fault.
+it; and so on, down to a block of a prompt, since half a chunk needs half the memory. What can be
+cut no smaller and fails twice ends its row. Recurrent state is not what it was before the step, so
+there all sequences of the step are preempted, and computed anew one at a time: what fails alone is
+at fault.
 
 A row that is not finite. Its values follow from its own tokens, unless it has read blocks of other
 sequences, which a NaN may have reached from what came later there. So a row with such blocks is
@@ -81,8 +82,7 @@ class Executor:
         Raises:
             Exception: the session's own, once it fails whatever it is given.
         """
-        self._zero_unclean()
-        self._run(step)
+        self._run(step, is_retry=False)
         if self._failed and not self._scheduler.has_unfinished:
             self._prove_alive()
         finished, self._finished = self._finished, []
@@ -92,17 +92,11 @@ class Executor:
         """Compute one token for nobody; the session's exception if it cannot even do that."""
         probe = Sequence(PROBE, frozenset())
         self._scheduler.add([probe])
-        step = self._scheduler.schedule()
-        self._zero_unclean()
-        self._session.run(pack(step, self._session.signature, self._cache))
+        self._session.run(self._feeds(self._scheduler.schedule()))
         self._scheduler.finish(probe, clean=False)
         self._settle()
 
-    def _zero_unclean(self) -> None:
-        for group, blocks in self._cache.take_unclean().items():
-            self._session.zero_blocks(group, blocks)
-
-    def _run(self, step: Step) -> None:
+    def _run(self, step: Step, *, is_retry: bool) -> None:
         # A part that failed may have ended sequences of this one, or made them start anew.
         step = tuple(item for item in step if item[0].status is Status.RUNNING)
         if not step:
@@ -110,11 +104,11 @@ class Executor:
         signature = self._session.signature
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
         with_logits = any(needs_logits(s.request.params, signature.candidates) for s in rows)
-        feeds = pack(step, signature, self._cache)
+        feeds = self._feeds(step)
         try:
             output = self._session.run(feeds, with_logits=with_logits)
         except Exception as error:  # a device may raise anything; only the rows at fault may end
-            self._recover(step, error)
+            self._recover(step, error, is_retry=is_retry)
             return
         self._settle()
         self._on_run(step, len(rows))
@@ -123,37 +117,46 @@ class Executor:
         if rows:
             self._choose(rows, output)
 
+    def _feeds(self, step: Step) -> dict[str, np.ndarray]:
+        """Return the inputs of a step, all blocks of which are finite from here on."""
+        for group, blocks in self._cache.take_unclean().items():
+            self._session.zero_blocks(group, blocks)
+        return pack(step, self._session.signature, self._cache)
+
     def _settle(self) -> None:
         """Let go of failed rows: they were at fault, not the device."""
         self._finished += self._failed
         self._failed = []
 
-    def _recover(self, step: Step, error: Exception) -> None:
-        """Go on after a step that failed."""
-        if self._session.signature.has_recurrent_state and len(step) > 1:
-            for sequence, _ in reversed(step):
-                self._scheduler.preempt(sequence, clean=False, isolated=True)
+    def _recover(self, step: Step, error: Exception, *, is_retry: bool) -> None:
+        """Try again what failed, in parts; end a row that can fail no smaller."""
+        if self._session.signature.has_recurrent_state:
+            if not step[0][0].isolated:
+                for sequence, _ in reversed(step):
+                    self._scheduler.preempt(sequence, clean=False, isolated=True)
+                return
+        elif parts := self._halves(step) or ([] if is_retry else [step]):
+            for part in parts:
+                self._run(part, is_retry=True)
             return
-        parts = self._halves(step)
-        for part in parts:
-            self._run(part)
-        if not parts:
-            sequence = step[0][0]
-            self._scheduler.finish(sequence, clean=False)
-            message = f"model: step failed: {type(error).__name__}: {error}"
-            self._failed.append((sequence, failure(message)))
-            if len(self._failed) == MAX_FAILURES_IN_A_ROW:
-                raise error
+        sequence = step[0][0]
+        self._scheduler.finish(sequence, clean=False)
+        message = f"model: step failed: {type(error).__name__}: {error}"
+        self._failed.append((sequence, failure(message)))
+        if len(self._failed) == MAX_FAILURES_IN_A_ROW:
+            raise error
 
-    def _halves(self, step: Step) -> tuple[Step, ...]:
+    def _halves(self, step: Step) -> list[Step]:
         """Return a step in two parts, or nothing if it cannot be cut."""
         if len(step) > 1:
-            return step[: len(step) // 2], step[len(step) // 2 :]
+            return [step[: len(step) // 2], step[len(step) // 2 :]]
         sequence, num_new_tokens = step[0]
-        middle = sequence.middle(num_new_tokens)
-        if self._session.signature.has_recurrent_state or middle in (0, num_new_tokens):
-            return ()
-        return ((sequence, middle),), ((sequence, num_new_tokens - middle),)
+        middle = sequence.middle(num_new_tokens, self._session.signature.block_size)
+        if not middle:
+            return []
+        # The first part's tables name the blocks of the second, where the failed run may have been.
+        self._cache.wipe(sequence.slot, sequence.num_computed_tokens + middle)
+        return [((sequence, middle),), ((sequence, num_new_tokens - middle),)]
 
     def _choose(self, rows: list[Sequence], output: StepOutput) -> None:
         """Give each row its next token."""

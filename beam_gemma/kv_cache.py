@@ -162,6 +162,11 @@ class KVCache:
             group.close(slot, keep_digests=clean, proven=proven)
         self._free_slots.append(slot)
 
+    def wipe(self, slot: int, num_tokens: int) -> None:
+        """Have a slot's blocks after so many tokens, a whole number of blocks, zeroed."""
+        for group in self._groups.values():
+            group.pool.wipe(group.blocks(slot, num_tokens // self._block_size))
+
     def sharers(self, slot: int, num_computed_tokens: int) -> list[int]:
         """Return the other slots that count on blocks which this one has not computed yet."""
         first = num_computed_tokens // self._block_size
@@ -171,7 +176,7 @@ class KVCache:
         return sorted(slots - {slot})
 
     def take_unclean(self) -> dict[str, list[int]]:
-        """Return the blocks of each group that must be zeroed before the next step, once."""
+        """Return the blocks of each group that must be zeroed before the next run, once."""
         unclean = {name: group.pool.take_unclean() for name, group in self._groups.items()}
         return {name: blocks for name, blocks in unclean.items() if blocks}
 

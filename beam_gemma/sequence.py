@@ -99,7 +99,8 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """Whether part of the prompt, or of what a preemption undid, is not computed yet."""
-        return self.num_computed_tokens < max(self.num_prompt_tokens, len(self.token_ids) - 1)
+        num_given = max(self.num_prompt_tokens, len(self.token_ids) - 1)
+        return self.isolated or self.num_computed_tokens < num_given
 
     def chunk(self, start: int, limit: int) -> int:
         """Return how much of the tokens from `start` on to compute in one step, at most `limit`.
@@ -112,11 +113,18 @@ class Sequence:
         a, b = self._span_around(end)
         return (b if b - start <= limit else a) - start
 
-    def middle(self, num_new_tokens: int) -> int:
-        """Return where to cut the next tokens in two, outside of spans; at an end if nowhere."""
+    def middle(self, num_new_tokens: int, block_size: int) -> int:
+        """Return how many of the next tokens to compute first if all together are too many.
+
+        The cut is at the start of a block and outside of spans; 0 if there is no such place.
+        """
         start = self.num_computed_tokens
-        a, b = self._span_around(start + num_new_tokens // 2)
-        return (a if a > start else b) - start
+        places = range(
+            -(-(start + 1) // block_size) * block_size, start + num_new_tokens, block_size
+        )
+        halfway = start + num_new_tokens / 2
+        cuts = [place for place in places if self._span_around(place) == (place, place)]
+        return min(cuts, key=lambda place: abs(place - halfway), default=start) - start
 
     def accept(self, token_id: int, logprob: float) -> FinishReason | None:
         """Take the next token; return why the sequence ends with it, or None to go on."""

@@ -62,6 +62,13 @@ MIXED = [
     make_request(77, max_tokens=1),
     make_request(200, 3, max_tokens=150, temperature=1.0, top_k=3),
 ]
+# Rows that begin as others do: a part of one, all of one and more, all of one.
+MIXED += [
+    replace(MIXED[5], prompt_token_ids=MIXED[1].prompt_token_ids[:280]),
+    replace(MIXED[4], prompt_token_ids=MIXED[9].prompt_token_ids + MIXED[8].prompt_token_ids),
+    replace(MIXED[1], sampling_key="twin"),
+]
+PAGED = STATES[:2]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -74,25 +81,34 @@ def test_completions_are_those_of_the_definition(device, states):
 
 
 @functools.cache
-def mixed_alone():
+def mixed_alone(states):
     """Return each completion of a row that runs alone and in one chunk."""
-    return run(FakeSession(), MIXED, max_num_seqs=1, max_num_batched_tokens=500)
+    session = FakeSession(fake_signature(states=states))
+    config = {"max_num_seqs": 1, "max_num_batched_tokens": 500, "enable_prefix_caching": False}
+    return run(session, MIXED, **config)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     order=st.permutations(range(len(MIXED))),
     cuts=st.lists(st.integers(0, len(MIXED)), max_size=3),
     max_num_seqs=st.integers(1, 8),
     budget=st.integers(70, 400),
-    num_blocks=st.integers(30, 200),
+    num_blocks=st.integers(31, 200),
     device=st.sampled_from(["cpu", "cuda"]),
+    states=st.sampled_from([PAGED, PAGED, STATES]),
+    enable_prefix_caching=st.booleans(),
 )
-def test_results_depend_on_the_row_alone(order, cuts, max_num_seqs, budget, num_blocks, device):
+def test_results_depend_on_the_row_alone(
+    order, cuts, max_num_seqs, budget, num_blocks, device, states, enable_prefix_caching
+):
     """Any arrival order, pools and chunks give the same tokens and the same bits of logprob."""
-    session = FakeSession(fake_signature(device=device), num_blocks=num_blocks)
+    session = FakeSession(fake_signature(device=device, states=states), num_blocks=num_blocks)
     config = EngineConfig(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, eos_token_ids=EOS
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        eos_token_ids=EOS,
+        enable_prefix_caching=enable_prefix_caching,
     )
     borders = [0, *sorted(cuts), len(order)]
     with closing(Engine(session, config)) as engine:
@@ -100,7 +116,41 @@ def test_results_depend_on_the_row_alone(order, cuts, max_num_seqs, budget, num_
         for start, end in itertools.pairwise(borders):
             futures += engine.submit([MIXED[i] for i in order[start:end]])
         completions = dict(zip(order, (f.result() for f in futures), strict=True))
-    assert [completions[i] for i in range(len(MIXED))] == mixed_alone()
+    assert [completions[i] for i in range(len(MIXED))] == mixed_alone(states)
+    assert session.faults == []
+
+
+def test_a_small_cache_preempts_and_changes_nothing():
+    """Six rows that need 19 blocks each, in 40."""
+    requests = [make_request(160, seed, max_tokens=140, ignore_eos=True) for seed in range(6)]
+    for states in (PAGED, STATES):
+        signature = fake_signature(states=states)
+        session = FakeSession(signature, num_blocks=41)
+        engine = Engine(session, EngineConfig(max_num_seqs=8))
+        completions = engine.generate(requests)
+        engine.close()
+        assert engine.stats.num_preemptions > 0
+        assert_as_expected(completions, requests, signature)
+        assert session.faults == []
+
+
+def test_a_common_prefix_is_computed_once():
+    """One row computes 500 tokens and its own 40; the other 31 the four left over and their own."""
+    common = make_request(500, 99).prompt_token_ids
+    rows = [make_request(40, seed, ignore_eos=True) for seed in range(32)]
+    requests = [replace(r, prompt_token_ids=common + r.prompt_token_ids) for r in rows]
+    prompt_tokens = {}
+    for enabled in (True, False):
+        session = FakeSession(fake_signature(states=PAGED), num_blocks=2000)
+        config = EngineConfig(max_num_seqs=8, enable_prefix_caching=enabled)
+        engine = Engine(session, config)
+        completions = engine.generate(requests)
+        engine.close()
+        assert_as_expected(completions, requests, session.signature)
+        stats = engine.stats
+        assert stats.num_prompt_tokens + stats.num_cached_tokens == 32 * 540
+        prompt_tokens[enabled] = stats.num_prompt_tokens
+    assert prompt_tokens == {True: 540 + 31 * 44, False: 32 * 540}
 
 
 def test_the_first_step_is_full():
@@ -268,6 +318,18 @@ def test_stats_count_what_ran():
     assert (stats.num_prefill_steps, stats.num_decode_steps) == (1, 3)
     assert (stats.num_prompt_tokens, stats.num_completion_tokens) == (55, 8)
     assert stats.occupancy == 0.5
+    assert stats.backlog_occupancy == 0, "nobody waited"
+
+
+def test_occupancy_under_backlog_leaves_out_the_end():
+    requests = [make_request(9, seed, max_tokens=4, ignore_eos=True) for seed in range(5)]
+    engine = Engine(FakeSession(), EngineConfig(max_num_seqs=2))
+    engine.generate(requests)
+    engine.close()
+    stats = engine.stats
+    assert (stats.num_decode_steps, stats.num_decode_rows) == (9, 15)
+    assert (stats.num_backlog_decode_steps, stats.num_backlog_decode_rows) == (6, 12)
+    assert stats.backlog_occupancy == 1
 
 
 def test_nothing_to_do_is_nothing():

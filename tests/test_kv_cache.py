@@ -254,9 +254,13 @@ def test_admission_needs_blocks_for_what_is_known_and_those_to_spare():
 
 
 def test_a_prompt_longer_than_a_window_needs_no_more_than_its_peak():
-    cache = make_cache(window=40, num_blocks={"full": 400, "sliding": 31})
-    assert cache.shortage(1100, 1) is None, "300 new, 39 + 127 before them: 30 blocks"
+    num_tokens = 300 + 39 + CONTEXT_ALIGNMENT - 1  # a chunk, the window before it, its alignment
+    num_blocks = {"full": 400, "sliding": 1 - -num_tokens // BLOCK}
+    cache = make_cache(window=40, num_blocks=num_blocks)
+    assert cache.shortage(1100, 1) is None
     assert admit(cache, 1100, 300) is not None
+    num_blocks["sliding"] -= 1
+    assert make_cache(window=40, num_blocks=num_blocks).shortage(1100, 1)
 
 
 def test_extend_says_so_when_blocks_are_short_and_changes_nothing():

@@ -159,15 +159,18 @@ def test_a_chunk_never_ends_inside_a_span(cuts, tail, budget):
 
 
 @settings(max_examples=80, deadline=None)
-@given(data=st.data(), length=st.integers(1, 100))
-def test_a_chunk_is_halved_outside_of_spans(data, length):
-    borders = sorted(data.draw(st.sets(st.integers(0, length), max_size=8)))
+@given(data=st.data(), length=st.integers(1, 100), start=st.integers(0, 40))
+def test_a_chunk_is_halved_between_blocks_and_outside_of_spans(data, length, start):
+    borders = sorted(data.draw(st.sets(st.integers(start, start + length), max_size=8)))
     spans = tuple(itertools.islice(itertools.pairwise(borders), 0, None, 2))
-    sequence = make_sequence(length, spans=spans)
-    middle = sequence.middle(length)
-    assert not any(a < middle < b for a, b in spans)
-    if middle in (0, length):
-        assert length == 1 or spans == ((0, length),)
+    sequence = make_sequence(start + length, spans=spans)
+    sequence.num_computed_tokens = start
+    cut = start + sequence.middle(length, 16)
+    places = [p for p in range(start + 1, start + length) if p % 16 == 0]
+    places = [p for p in places if not any(a < p < b for a, b in spans)]
+    halfway = start + length / 2
+    assert cut in places or (not places and cut == start)
+    assert all(abs(cut - halfway) <= abs(p - halfway) for p in places)
 
 
 def first_steps(scheduler):
