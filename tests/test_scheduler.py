@@ -68,6 +68,7 @@ def run_all(scheduler, limit=10_000):
     while scheduler.has_unfinished:
         step = scheduler.schedule()
         assert step, "a step does nothing"
+        assert all(s.status is Status.RUNNING for s, _ in step)
         assert len({s.slot for s, _ in step}) == len(step)
         steps.append(
             [(s.num_prompt_tokens, s.num_computed_tokens, n, s.is_prefilling) for s, n in step]
@@ -180,7 +181,7 @@ def first_steps(scheduler):
 
 def test_the_rows_with_most_steps_run_first():
     scheduler = make_scheduler(max_num_seqs=1)
-    scheduler.add([make_sequence(n, m) for n, m in ((10, 2), (30, 1), (20, 2), (40, 1))])
+    scheduler.add([make_sequence(*shape) for shape in ((10, 2), (30, 1), (20, 2), (40, 1))])
     assert first_steps(scheduler) == [20, 10, 40, 30]
 
 
@@ -289,25 +290,60 @@ def test_rows_with_spans_share_nothing():
 
 def test_admission_reserves_nothing_and_the_newest_makes_room():
     scheduler = make_scheduler(num_blocks=11, max_num_batched_tokens=200)  # 160 tokens
-    older, newer = make_sequence(60, 90), make_sequence(60, 80)
+    older, newer = make_sequence(60, 90), make_sequence(59, 80)
     scheduler.add([older, newer])
     steps = run_all(scheduler)
-    assert [p for p, *_ in steps[0]] == [60, 60], "both start, though both cannot end"
+    assert [p for p, *_ in steps[0]] == [60, 59], "both start, though both cannot end"
     assert scheduler.num_preemptions == 1
     assert older.status is newer.status is Status.FINISHED
-    recomputed = [(new, past) for step in steps[1:] for _, past, new, _ in step if new > 1]
-    assert recomputed == [(81, 0)], "all that it had when the 21st token found no block"
+    recomputed = [row[:3] for step in steps[1:] for row in step if row[2] > 1]
+    assert recomputed == [(59, 0, 80)], "all that it had when the older one found no block"
+
+
+def test_a_row_waits_where_a_running_one_would_soon_push_it_out():
+    scheduler = make_scheduler(num_blocks=11)
+    scheduler.add([make_sequence(64, 10), make_sequence(96, 9)])  # 4 blocks and soon 5, and 6
+    steps = run_all(scheduler)
+    assert scheduler.num_preemptions == 0
+    assert all(len(step) == 1 for step in steps)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", range(1, 17))
+def test_decode_beside_a_prompt_never_takes_a_block_from_it(num_prompt_tokens):
+    """Each of twenty chunks leaves less; whatever the place in its block where decode starts."""
+    scheduler = make_scheduler(
+        device="cuda", num_blocks=16, max_num_seqs=2, max_num_batched_tokens=11
+    )
+    scheduler.add([make_sequence(num_prompt_tokens, 100)])
+    apply(scheduler, scheduler.schedule())
+    scheduler.add([make_sequence(200, 3)])
+    steps = run_all(scheduler)
+    assert any(len(step) == 2 and step[0][2] > 1 for step in steps), "they do run together"
+
+
+def test_an_isolated_row_is_alone_until_it_has_its_next_token():
+    """Also in a last chunk of one token, which would pass for decode."""
+    scheduler = make_scheduler(max_num_seqs=2, max_num_batched_tokens=2, device="cuda")
+    rows = [make_sequence(2, 9), make_sequence(2, 9)]
+    scheduler.add(rows)
+    for _ in range(2):
+        apply(scheduler, scheduler.schedule())
+    scheduler.preempt(rows[1], clean=False, isolated=True)
+    assert len(rows[1].token_ids) == 3
+    steps = [scheduler.schedule()]
+    apply(scheduler, steps[0])
+    steps.append(scheduler.schedule())
+    assert steps == [((rows[1], 2),), ((rows[1], 1),)]
 
 
 def test_what_was_preempted_runs_before_all_that_waits():
-    scheduler = make_scheduler(num_blocks=11, max_num_seqs=2)
-    rows = [make_sequence(n, m) for n, m in ((60, 90), (60, 80), (100, 20))]
+    scheduler = make_scheduler(num_blocks=11, max_num_seqs=2, max_num_batched_tokens=200)
+    rows = [make_sequence(*shape) for shape in ((60, 90), (60, 80), (100, 20))]
     scheduler.add(rows)
-    order = [rows[2].num_computed_tokens, rows[1].status]
     while rows[1].status is not Status.FINISHED:
         apply(scheduler, scheduler.schedule())
-        assert rows[2].status is Status.WAITING or rows[1].status is not Status.WAITING
-    assert order == [0, Status.WAITING]
+        assert rows[2].num_computed_tokens == 0 or rows[1].status is not Status.WAITING
+    assert scheduler.num_preemptions == 1
 
 
 def test_a_preempted_row_takes_up_its_own_blocks_again():
