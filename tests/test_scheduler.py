@@ -310,13 +310,13 @@ def test_a_row_waits_where_a_running_one_would_soon_push_it_out():
 
 @pytest.mark.parametrize("num_prompt_tokens", range(1, 17))
 def test_decode_beside_a_prompt_never_takes_a_block_from_it(num_prompt_tokens):
-    """Each of twenty chunks leaves less; whatever the place in its block where decode starts."""
+    """Each chunk leaves less; one of these lengths needs a block when the last one has gone."""
     scheduler = make_scheduler(
-        device="cuda", num_blocks=16, max_num_seqs=2, max_num_batched_tokens=11
+        device="cuda", num_blocks=54, max_num_seqs=2, max_num_batched_tokens=30
     )
     scheduler.add([make_sequence(num_prompt_tokens, 100)])
     apply(scheduler, scheduler.schedule())
-    scheduler.add([make_sequence(200, 3)])
+    scheduler.add([make_sequence(811, 3)])  # 27 chunks of 29 tokens and one of 28
     steps = run_all(scheduler)
     assert any(len(step) == 2 and step[0][2] > 1 for step in steps), "they do run together"
 
