@@ -16,6 +16,7 @@ is left, a step of one token for nobody. Where several rows fail with no success
 the device that failed, and the engine must stop.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -160,19 +161,18 @@ class Executor:
 
     def _choose(self, rows: list[Sequence], output: StepOutput) -> None:
         """Give each row its next token."""
-        assert output.logsumexp is not None
-        finite = np.isfinite(output.logsumexp) & np.isfinite(output.topk_logits[:, 0])
-        best_ids = output.topk_ids[:, 0].tolist()
-        best_logprobs = (output.topk_logits[:, 0] - output.logsumexp).tolist()
-        for row, (sequence, is_finite) in enumerate(zip(rows, finite.tolist(), strict=True)):
-            if not is_finite:
+        best = zip(output.topk_ids[:, 0].tolist(), output.topk_logits[:, 0].tolist(), strict=True)
+        probabilities = iter(output.top_probability.tolist())
+        for row, (sequence, (token_id, top_logit)) in enumerate(zip(rows, best, strict=True)):
+            probability = next(probabilities) if sequence.request.logprob else 1.0
+            if not (math.isfinite(top_logit) and probability > 0):
                 self._refuse(sequence)
                 continue
             sequence.isolated = False
-            token_id, logprob = best_ids[row], best_logprobs[row]
+            logit = top_logit
             if sequence.request.params.temperature > 0:
-                token_id, logprob = _draw(sequence, output, row)
-            self._accept(sequence, token_id, logprob)
+                token_id, logit = _draw(sequence, output, row)
+            self._accept(sequence, token_id, logit - top_logit + math.log(probability))
 
     def _refuse(self, sequence: Sequence) -> None:
         """End a row that is not finite, or find out whether it is by itself."""
@@ -206,12 +206,11 @@ class Executor:
 
 def failure(message: str) -> Completion:
     """Return the completion of a row that ends with an error."""
-    return Completion(token_ids=(), finish_reason="error", logprob=0.0, error=message)
+    return Completion(token_ids=(), finish_reason="error", logprob=None, error=message)
 
 
 def _draw(sequence: Sequence, output: StepOutput, row: int) -> tuple[int, float]:
-    """Return a sampled row's next token and its log-probability at temperature 1."""
-    assert output.logsumexp is not None
+    """Return a sampled row's next token and its logit."""
     request = sequence.request
     logits, ids = output.topk_logits[row], output.topk_ids[row]
     if needs_logits(request.params, len(ids)):
@@ -220,4 +219,4 @@ def _draw(sequence: Sequence, output: StepOutput, row: int) -> tuple[int, float]
     position = len(sequence.token_ids)
     token_id = sample(request.params, logits, ids, key=request.sampling_key, position=position)
     logit = logits[np.flatnonzero(ids == token_id)[0]]
-    return token_id, float(logit - output.logsumexp[row])
+    return token_id, float(logit)

@@ -169,6 +169,7 @@ class Generator:
             params=self._settings.sampling,
             sampling_key=key,
             should_stop=stop,
+            logprob=self._settings.logprob,
         )
         return _Task(prompt, request, stop)
 

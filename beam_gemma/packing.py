@@ -19,6 +19,7 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
         "cu_seqlens": layout.cu_seqlens,
         "past_seqlens": layout.past_seqlens,
         "logit_rows": layout.logit_rows,
+        "probability_rows": layout.probability_rows,
     }
     for state in signature.paged_states:
         feeds |= _tables(layout, signature, cache, state)
@@ -63,6 +64,8 @@ class _Layout:
         self.positions = np.arange(len(self.rows), dtype=np.int32) + shift[self.rows]
         done = np.array([s.num_pending_tokens == n for s, n in step], bool)
         self.logit_rows = self.cu_seqlens[1:][done].astype(np.int64) - 1
+        wanted = np.array([s.request.logprob for s, _ in step], bool)
+        self.probability_rows = np.flatnonzero(wanted[done])
 
     @property
     def seqlens(self) -> Int32[np.ndarray, " B"]:

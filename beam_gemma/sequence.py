@@ -35,6 +35,8 @@ class Request:
     """Names the row in draws: the same key, seed and prompt give the same completion."""
     should_stop: Callable[[int], bool] | None = None
     """Called with each new token id in order; True ends the sequence, which keeps that token."""
+    logprob: bool = False
+    """Whether to sum up the completion's log-probabilities."""
     spans: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of the prompt, in order, that are attended both ways."""
 
@@ -56,8 +58,9 @@ class Completion:
     token_ids: tuple[int, ...]
     """Without the end token; empty after an error."""
     finish_reason: FinishReason
-    logprob: float
-    """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included."""
+    logprob: float | None
+    """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included; None
+    unless the request asked for it."""
     error: str | None = None
 
 
@@ -148,7 +151,7 @@ class Sequence:
         return Completion(
             token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
             finish_reason=finish_reason,
-            logprob=self.logprob,
+            logprob=self.logprob if self.request.logprob else None,
         )
 
 

@@ -3,17 +3,17 @@
 A session owns the loaded graph and the state buffers, which are bound once, as input and as output
 of every step, so that a step updates them in place.
 
-Dimensions: R packed positions that need a head, V vocabulary, C candidates.
+Dimensions: R packed positions that need a head, Q of these that need a probability, V vocabulary,
+C candidates.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
 import psutil
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Int64
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.errors import ArtifactError, OptionsError
@@ -32,7 +32,7 @@ RUNNABLE: tuple[Device, ...] = ("cpu",)
 """Devices whose state buffers a session can keep."""
 CACHE_FRACTION = 0.4
 """Share of the free memory that caches may fill once the weights are loaded."""
-LOGITS, TOP_PROBABILITY = "logits", "top_probability"
+LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class StepOutput:
 
     topk_logits: Float32[np.ndarray, "R C"]
     topk_ids: Int64[np.ndarray, "R C"]
-    logsumexp: Float64[np.ndarray, " R"] | None
+    top_probability: Float32[np.ndarray, " Q"]
     logits: Float32[np.ndarray, "R V"] | None
 
 
@@ -86,10 +86,8 @@ class Session:
         sizes = {"S": capacity.num_state_slots}
         sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
         self._state = {t.input_name: _zeros(t, sizes) for t in signature.state_tensors()}
-        self._options = onnxruntime.RunOptions()
-        self._options.only_execute_path_to_fetches = True
         # What a binding has returned once it would fill again, so each set of outputs has its own.
-        self._bindings: dict[frozenset[str], onnxruntime.IOBinding] = {}
+        self._bindings = {with_logits: self._bind() for with_logits in (False, True)}
 
     @classmethod
     def of(
@@ -118,39 +116,26 @@ class Session:
         )
         return cls(graph_path, signature, capacity, num_threads=num_threads)
 
-    def run(
-        self,
-        feeds: Mapping[str, np.ndarray],
-        *,
-        with_logits: bool = False,
-        with_logsumexp: bool = True,
-    ) -> StepOutput:
+    def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
         """Run one step and update the state in place.
 
         Args:
             feeds: Exactly the arrays of `Signature.step_inputs`.
             with_logits: Whether to return the whole distribution of each row.
-            with_logsumexp: Whether to return what turns logits into log-probabilities.
         """
-        unwanted = {LOGITS: not with_logits, TOP_PROBABILITY: not with_logsumexp}
-        names = [t.name for t in self.signature.outputs() if not unwanted.get(t.name)]
-        if frozenset(names) not in self._bindings:
-            self._bindings[frozenset(names)] = self._bind()
-        binding = self._bindings[frozenset(names)]
+        binding = self._bindings[with_logits]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        names = [t.name for t in self.signature.outputs() if with_logits or t.name != LOGITS]
         for name in names:
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding, self._options)
+        self._session.run_with_iobinding(binding)
         # State was bound first and comes first.
         fresh = binding.get_outputs()[len(self._state) :]
         arrays = {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
         # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
         ids = arrays["topk_ids"].view(np.int64)
-        top_logits, logsumexp = arrays["topk_logits"], None
-        if with_logsumexp:
-            logsumexp = _logsumexp(top_logits[:, 0], arrays[TOP_PROBABILITY])
-        return StepOutput(top_logits, ids, logsumexp, arrays.get(LOGITS))
+        return StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
         """Overwrite cache blocks with zeros, so that no NaN outlives its row."""
@@ -204,14 +189,6 @@ def plan_capacity(
             f"got {num_bytes:,} bytes in all; free memory or run on a larger machine"
         )
     return Capacity(num_blocks=num_blocks, num_state_slots=max_num_seqs)
-
-
-def _logsumexp(
-    top_logit: Float32[np.ndarray, " R"], top_probability: Float32[np.ndarray, " R"]
-) -> Float64[np.ndarray, " R"]:
-    """Return log(sum(exp(logits))), one row at a time: numpy's log may differ within an array."""
-    pairs = zip(top_logit.tolist(), top_probability.tolist(), strict=True)
-    return np.array([logit - math.log(p) if p > 0 else math.nan for logit, p in pairs], np.float64)
 
 
 def block_bytes(signature: Signature, state: PagedState) -> int:

@@ -13,6 +13,7 @@ Inputs of every graph
     cu_seqlens [B+1] int32         where each sequence's new tokens start
     past_seqlens [B] int32         tokens of each sequence that earlier steps have seen
     logit_rows [R] int64           the packed positions that need a head
+    probability_rows [Q] int64     of these R rows, those that need a probability
 
 For each kind of state that a model keeps
     PagedState (keys and values of each token, one group of layers)
@@ -36,8 +37,8 @@ Optional inputs, where a model declares them
 
 Outputs of the `generate` head
     topk_logits [R, k] float32, topk_ids [R, k] int64    highest first; equal logits by id
-    top_probability [R] float32    of the first candidate; computed only when asked for
-    logits [R, V] float32          likewise
+    top_probability [Q] float32    of the first candidate
+    logits [R, V] float32          fetched only when a row needs the whole distribution
 
 CUDA graphs also take attention_metadata [3] int32 in host memory: upper bounds that let kernels be
 chosen without waiting for the stream.
@@ -184,6 +185,7 @@ class Signature:
             Tensor(name="cu_seqlens", dtype="int32", shape=("B1",)),
             Tensor(name="past_seqlens", dtype="int32", shape=("B",)),
             Tensor(name="logit_rows", dtype="int64", shape=("R",)),
+            Tensor(name="probability_rows", dtype="int64", shape=("Q",)),
         ]
         for state in self.paged_states:
             tensors += self._paged_inputs(state)
@@ -218,7 +220,7 @@ class Signature:
         return (
             Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
             Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
-            Tensor(name="top_probability", dtype="float32", shape=("R",)),
+            Tensor(name="top_probability", dtype="float32", shape=("Q",)),
             Tensor(name="logits", dtype="float32", shape=("R", self.vocab_size)),
         )
 

@@ -38,6 +38,7 @@ def requests(tokenizer: Tokenizer, num_rows: int) -> list[Request]:
             # Without the <bos> that the passage begins with.
             prompt_token_ids=prefix + passages.draw(OWN_TOKENS + 1)[1][1:],
             params=PARAMS,
+            logprob=True,
         )
         for i in range(num_rows)
     ]

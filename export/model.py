@@ -4,8 +4,9 @@ Parameters carry the names of Hugging Face checkpoints without the leading `mode
 weight is the effective one (1 + w). The formulas follow `models/gemma*/modeling_*.py` of
 transformers 5.23.
 
-Dimensions: T new tokens, R packed positions that need a head, V vocabulary, D hidden,
-F feed-forward, N query heads, K key-value heads, H head dimension, L layers.
+Dimensions: T new tokens, R packed positions that need a head, Q of these that need a probability,
+V vocabulary, D hidden, F feed-forward, N query heads, K key-value heads, H head dimension,
+L layers.
 """
 
 import math
@@ -212,7 +213,8 @@ class GemmaDecoder(nn.Module):
             x, *caches = layer(x, state[names[0]], state[names[1]], context)
             new_state.update(zip(names, caches, strict=True))
         logits = self._logits(x.index_select(0, step["logit_rows"]))
-        return generate_head(logits, self.signature), {name: new_state[name] for name in state}
+        outputs = generate_head(logits, step["probability_rows"], self.signature)
+        return outputs, {name: new_state[name] for name in state}
 
     def _contexts(self, step: Named, dtype: torch.dtype) -> dict[str, StepContext]:
         positions = sequence_positions(step)
@@ -244,19 +246,19 @@ class GemmaDecoder(nn.Module):
         return logits
 
 
-def generate_head(logits: Tensor, signature: Signature) -> Named:
-    """Return the outputs of the `generate` head for logits [R, V]."""
+def generate_head(logits: Tensor, probability_rows: Tensor, signature: Signature) -> Named:
+    """Return the outputs of the `generate` head for logits [R, V]; probability_rows is [Q]."""
     top = torch.topk(logits, signature.candidates)
     return {
         "topk_logits": top.values,
         "topk_ids": top.indices,
-        "top_probability": top_probability(logits),
+        "top_probability": top_probability(logits.index_select(0, probability_rows)),
         "logits": logits,
     }
 
 
 def top_probability(logits: Tensor) -> Tensor:
-    """Return the largest probability of each row of logits [R, V], as [R].
+    """Return the largest probability of each row of logits [Q, V], as [Q].
 
     Taken in two levels of about sqrt(V) terms: one pass over 262,144 float32 terms is off by 6e-5.
     Of exponentials and sums in ONNX Runtime, only those of a softmax over whole rows and of a

@@ -13,6 +13,7 @@ be given is kept in `faults`, since an engine answers for exceptions of its sess
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -131,7 +132,8 @@ class FakeSession:
         ends = (feeds["cu_seqlens"][1:] - 1).tolist()
         rows = [rows[ends.index(row)] for row in feeds["logit_rows"].tolist()]
         logits = np.array(rows, np.float32).reshape(len(rows), self.signature.vocab_size)
-        return step_output(logits, self.signature.candidates, with_logits=with_logits)
+        output = step_output(logits, self.signature.candidates, with_logits=with_logits)
+        return replace(output, top_probability=output.top_probability[feeds["probability_rows"]])
 
     def _spoil(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Leave behind the worst that a step can which ended halfway."""
@@ -232,7 +234,11 @@ def expected(
         if request.should_stop is not None and request.should_stop(token):
             finish_reason = "stop"
             break
-    return Completion(token_ids=tuple(completion), finish_reason=finish_reason, logprob=logprob)
+    return Completion(
+        token_ids=tuple(completion),
+        finish_reason=finish_reason,
+        logprob=logprob if request.logprob else None,
+    )
 
 
 def logits_of(
@@ -267,4 +273,5 @@ def step_output(logits: np.ndarray, candidates: int, *, with_logits: bool) -> St
     """Return what the `generate` head makes of logits."""
     order = np.argsort(-logits, axis=1, kind="stable")[:, :candidates]
     top = np.take_along_axis(logits, order, axis=1)
-    return StepOutput(top, order, logsumexp(logits), logits if with_logits else None)
+    probability = np.exp(top[:, 0] - logsumexp(logits)).astype(np.float32)
+    return StepOutput(top, order, probability, logits if with_logits else None)

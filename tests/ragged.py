@@ -43,6 +43,7 @@ class Feeder:
             "past_seqlens": past,
             "logit_rows": np.arange(ends[-1]) if all_rows else ends - 1,
         }
+        feeds["probability_rows"] = np.arange(len(feeds["logit_rows"]))
         for state in self.signature.paged_states:
             feeds[f"block_table.{state.group}"] = self.tables[[s for s, _ in chunks], :width]
             feeds[f"slot_mapping.{state.group}"] = slots.astype(np.int32)

@@ -12,7 +12,7 @@ from beam_gemma.prompt import Text
 from beam_gemma.sequence import Completion
 from benchmarks import generate, run_engine, run_transformers
 from benchmarks.comparison import Comparison
-from benchmarks.conditions import CONDITIONS, base_of, chosen, draw_requests, has_logprobs
+from benchmarks.conditions import CONDITIONS, base_of, chosen, draw_requests
 from benchmarks.invariance import Record
 from benchmarks.prefix import Turn, report, requests
 from benchmarks.rate import Operations
@@ -213,12 +213,6 @@ def test_rows_of_the_record_share_prefixes_and_are_repeatable() -> None:
     greedy = draw_requests(TOKENIZER, 60, sampled=False)
     assert [row.prompt_token_ids for row in greedy] == [row.prompt_token_ids for row in rows]
     assert {row.params.temperature for row in greedy} == {0.0}
-
-
-def test_zeros_are_no_log_probabilities() -> None:
-    none, some = ([1], "length", (0.0).hex()), ([1], "length", (-0.5).hex())
-    assert not has_logprobs([none, none])
-    assert has_logprobs([none, some])
 
 
 def answer_of(*, differing=0, holds=True):

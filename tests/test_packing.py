@@ -22,12 +22,13 @@ def make_cache(signature, max_num_seqs=4):
     )
 
 
-def admit(cache, prompt, *, computed=0, spans=()):
+def admit(cache, prompt, *, computed=0, spans=(), logprob=False):
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(max_tokens=9),
         spans=spans,
+        logprob=logprob,
     )
     sequence = Sequence(request, frozenset())
     prefix = cache.find_prefix(None, len(prompt))
@@ -63,6 +64,16 @@ def test_prefill_of_three_sequences():
     assert feeds["slot_mapping.full"].tolist() == places
     assert feeds["context_starts.sliding"].tolist() == [0, 0, 0]
     assert feeds["span_ends"].tolist() == [38, 39, 0, 1, 2, 0, 1, 2, 3]
+
+
+def test_of_the_complete_rows_those_that_ask_get_a_probability():
+    signature = fake_signature()
+    cache = make_cache(signature, max_num_seqs=5)
+    asks = [False, True, True, True, False]
+    rows = [admit(cache, range(5), logprob=ask) for ask in asks]
+    feeds = pack_step(list(zip(rows, (5, 4, 5, 5, 5), strict=True)), signature, cache)
+    assert feeds["logit_rows"].tolist() == [4, 13, 18, 23], "the second prompt is not complete"
+    assert feeds["probability_rows"].tolist() == [1, 2]
 
 
 def test_tables_of_a_window_start_where_the_cache_says():

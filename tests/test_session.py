@@ -25,17 +25,17 @@ def test_a_nan_does_not_outlive_its_row(tiny_gemma3: TinyModel) -> None:
     session = open_session(tiny_gemma3)
     feeder = Feeder(session.signature, num_seqs=2, max_length=40)
     ids = tiny_gemma3.sequences[2]
-    clean = session.run(feeder.feeds([(0, ids)])).logsumexp
+    clean = session.run(feeder.feeds([(0, ids)])).top_probability
     blocks = sorted(set(feeder.tables[0].tolist()))
     for name, array in session._state.items():
         if name.startswith("value"):
             array[:, blocks] = np.nan
     feeder.past[0] = 0
-    assert np.isnan(session.run(feeder.feeds([(0, ids)])).logsumexp).any()
+    assert np.isnan(session.run(feeder.feeds([(0, ids)])).top_probability).any()
     for state in session.signature.paged_states:
         session.zero_blocks(state.group, blocks)
     feeder.past[0] = 0
-    np.testing.assert_array_equal(session.run(feeder.feeds([(0, ids)])).logsumexp, clean)
+    np.testing.assert_array_equal(session.run(feeder.feeds([(0, ids)])).top_probability, clean)
 
 
 def test_logits_come_only_when_asked_for(tiny_gemma3: TinyModel) -> None:
@@ -50,9 +50,20 @@ def test_logits_come_only_when_asked_for(tiny_gemma3: TinyModel) -> None:
         assert output.logits is not None
         best = np.take_along_axis(output.logits, output.topk_ids, axis=1)
         np.testing.assert_array_equal(best, output.topk_logits)
-        exact = np.log(np.exp(output.logits.astype(np.float64)).sum(axis=1))
-        # float32, logits of order 10.
-        np.testing.assert_allclose(output.logsumexp, exact, rtol=0, atol=4e-6)
+        exact = 1 / np.exp(output.logits - output.topk_logits[:, :1], dtype=np.float64).sum(axis=1)
+        # float32.
+        np.testing.assert_allclose(output.top_probability, exact, rtol=1e-6, atol=0)
+
+
+def test_probabilities_are_of_the_rows_that_ask(tiny_gemma3: TinyModel) -> None:
+    session = open_session(tiny_gemma3)
+    feeder = Feeder(session.signature, num_seqs=3, max_length=150)
+    feeds = feeder.feeds([(i, tiny_gemma3.sequences[i][:8]) for i in range(3)])
+    every = session.run(feeds).top_probability
+    assert len(set(every.tolist())) == len(every) == 24
+    for rows in ([], [5], [3, 20]):
+        some = session.run(feeds | {"probability_rows": np.array(rows, np.int64)}).top_probability
+        np.testing.assert_array_equal(some, every[rows])
 
 
 def test_a_graph_of_another_signature_is_refused(tiny_gemma3: TinyModel) -> None:

@@ -39,7 +39,8 @@ def names(signature: Signature) -> list[str]:
 
 def test_every_kind_of_state_and_input_has_a_name() -> None:
     assert names(EVERYTHING) == [
-        "input_ids", "cu_seqlens", "past_seqlens", "logit_rows", "block_table.sliding_attention",
+        "input_ids", "cu_seqlens", "past_seqlens", "logit_rows", "probability_rows",
+        "block_table.sliding_attention",
         "slot_mapping.sliding_attention", "context_starts.sliding_attention", "state_slots",
         "block_table.cross_attention", "source_seqlens", "inputs_embeds", "embeds_rows",
         "span_ends", "position_ids",

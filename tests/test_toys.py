@@ -89,6 +89,7 @@ def test_a_token_sees_to_the_end_of_its_span_and_no_further(span: str) -> None:
         "cu_seqlens": np.array([0, 5], np.int32),
         "past_seqlens": np.array([0], np.int32),
         "logit_rows": np.arange(5),
+        "probability_rows": np.arange(0),
         "block_table.full_attention": np.arange(1, 9, dtype=np.int32)[None],
         "slot_mapping.full_attention": np.arange(16, 21, dtype=np.int32),
         "span_ends": np.array([0, 3, 3, 3, 4], np.int32),

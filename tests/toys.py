@@ -53,9 +53,9 @@ class RecurrentToy(torch.nn.Module):
         hidden = weights @ x + DECAY ** steps[:, None] * memory.index_select(0, owner)
         last = hidden.index_select(0, starts[1:] - 1)
         updated = torch.index_put(state["memory.0"], (slots,), last)
-        return generate_head(hidden.index_select(0, step["logit_rows"]), RECURRENT), {
-            "memory.0": updated
-        }
+        return generate_head(
+            hidden.index_select(0, step["logit_rows"]), step["probability_rows"], RECURRENT
+        ), {"memory.0": updated}
 
 
 class SpanToy(torch.nn.Module):
@@ -83,7 +83,9 @@ class SpanToy(torch.nn.Module):
             0.0,
             "cpu",
         )
-        return generate_head(output.index_select(0, step["logit_rows"]), SPAN), {
+        return generate_head(
+            output.index_select(0, step["logit_rows"]), step["probability_rows"], SPAN
+        ), {
             "key_cache.0": keys,
             "value_cache.0": cached,
         }
