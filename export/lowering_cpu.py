@@ -62,9 +62,10 @@ def StoreTokens(cache, tokens, slot_mapping, num_kv_heads, block_size):
 
 
 @script(DOMAIN, default_opset=op)
-def GatherContext(cache, item_blocks, num_kv_heads, head_dim):
+def GatherContext(cache, item_blocks):
     """Read the chunk of each item: [K, P, block, H] by [I, 64 / block] -> [K, I, 64, H]."""
-    shape = op.Concat(num_kv_heads, op.Constant(value_ints=[-1, 64]), head_dim, axis=0)
+    head = op.Concat(op.Shape(cache, start=0, end=1), op.Shape(item_blocks, start=0, end=1), axis=0)
+    shape = op.Concat(head, op.Constant(value_ints=[64]), op.Shape(cache, start=3, end=4), axis=0)
     return op.Reshape(op.Gather(cache, item_blocks, axis=1), shape)
 
 
@@ -210,14 +211,13 @@ def WeightedValues(weights, values, reached, item_of_place, num_groups):
 @script(DOMAIN, default_opset=op)
 def StoreAndScore(
     query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
-    query_tile: int, window: int, scale: float,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
+    window: int, scale: float,
 ):  # fmt: skip
     """Write the new tokens, list the step's items, read the context of each and score it."""
     one = op.Constant(value_ints=[1])
     kv_heads = op.Reshape(op.Constant(value_int=num_kv_heads), one)
     groups = op.Reshape(op.Constant(value_int=num_heads), one) / kv_heads
-    dim = op.Reshape(op.Constant(value_int=head_dim), one)
     block = op.Reshape(op.Constant(value_int=block_size), one)
     key_out = DOMAIN.StoreTokens(key_cache, key, slot_mapping, kv_heads, block)
     value_out = DOMAIN.StoreTokens(value_cache, value, slot_mapping, kv_heads, block)
@@ -233,17 +233,20 @@ def StoreAndScore(
         past_seqlens, context_starts, last_keys, rows, owner, first, num_chunks, window=window
     )
     tiles, places, blocks, items = DOMAIN.Items(reached, owner, block_table, num_chunks)
-    keys = DOMAIN.GatherContext(key_out, blocks, kv_heads, dim)
-    values = DOMAIN.GatherContext(value_out, blocks, kv_heads, dim)
+    keys = DOMAIN.GatherContext(key_out, blocks)
     item_rows = op.Gather(rows, tiles)
     scores = DOMAIN.Scores(query, keys, item_rows, kv_heads, groups, scale=scale)
-    return scores, mask, values, reached, items, places, token_places, groups, key_out, value_out
+    return scores, mask, blocks, reached, items, places, token_places, groups, key_out, value_out
 
 
 @script(DOMAIN, default_opset=op)
-def Attend(scores, mask, values, reached, items, places, token_places, groups):
+def Attend(scores, mask, value_cache, blocks, reached, items, places, token_places, groups):
     """Return [T, N * H]: softmax of masked scores, times values, packed again."""
     weights = DOMAIN.Weights(scores, mask, items, places)
+    # Zero, but known only now: values are read when the memory of the keys is free, and still warm.
+    nothing = op.Shape(weights, start=1, end=2) - op.Shape(blocks, start=0, end=1)
+    late_blocks = blocks + op.CastLike(nothing, blocks)
+    values = DOMAIN.GatherContext(value_cache, late_blocks)
     padded = DOMAIN.WeightedValues(weights, values, reached, items, groups)
     return op.Gather(padded, token_places)
 
@@ -251,38 +254,42 @@ def Attend(scores, mask, values, reached, items, places, token_places, groups):
 @script(DOMAIN, default_opset=op)
 def RaggedAttention(
     query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
-    query_tile: int, window: int, scale: float,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
+    window: int, scale: float,
 ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
-    scores, mask, values, reached, items, places, token_places, groups, key_out, value_out = (
+    scores, mask, blocks, reached, items, places, token_places, groups, key_out, value_out = (
         DOMAIN.StoreAndScore(
             query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
             slot_mapping, context_starts, last_keys, num_heads=num_heads,
-            num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-            query_tile=query_tile, window=window, scale=scale,
+            num_kv_heads=num_kv_heads, block_size=block_size, query_tile=query_tile,
+            window=window, scale=scale,
         )
     )  # fmt: skip
-    output = DOMAIN.Attend(scores, mask, values, reached, items, places, token_places, groups)
+    output = DOMAIN.Attend(
+        scores, mask, value_out, blocks, reached, items, places, token_places, groups
+    )
     return output, key_out, value_out
 
 
 @script(DOMAIN, default_opset=op)
 def RaggedAttentionSoftcap(
     query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
-    query_tile: int, window: int, scale: float, softcap: float,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
+    window: int, scale: float, softcap: float,
 ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
-    scores, mask, values, reached, items, places, token_places, groups, key_out, value_out = (
+    scores, mask, blocks, reached, items, places, token_places, groups, key_out, value_out = (
         DOMAIN.StoreAndScore(
             query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
             slot_mapping, context_starts, last_keys, num_heads=num_heads,
-            num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-            query_tile=query_tile, window=window, scale=scale,
+            num_kv_heads=num_kv_heads, block_size=block_size, query_tile=query_tile,
+            window=window, scale=scale,
         )
     )  # fmt: skip
     cap = op.Constant(value_float=softcap)
     capped = op.Tanh(scores / cap) * cap
-    output = DOMAIN.Attend(capped, mask, values, reached, items, places, token_places, groups)
+    output = DOMAIN.Attend(
+        capped, mask, value_out, blocks, reached, items, places, token_places, groups
+    )
     return output, key_out, value_out
 
 

@@ -205,10 +205,9 @@ def _attention_cpu(  # type: ignore[no-untyped-def]
         query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
         slot_mapping, context_starts, last_keys,
     )  # fmt: skip
-    _, _, block_size, head_dim = key_cache.shape
     shape = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-        "block_size": block_size, "query_tile": QUERY_TILE, "window": window, "scale": scale,
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "block_size": key_cache.shape[2],
+        "query_tile": QUERY_TILE, "window": window, "scale": scale,
     }  # fmt: skip
     if softcap:
         return _node(lowering_cpu.RaggedAttentionSoftcap)(*inputs, **shape, softcap=softcap)

@@ -219,7 +219,6 @@ def run_lowering(case: Case, inputs: dict[str, np.ndarray], threads: int) -> lis
     attributes = {
         "num_heads": case.num_heads,
         "num_kv_heads": case.num_kv_heads,
-        "head_dim": case.head_dim,
         "block_size": BLOCK,
         "query_tile": case.query_tile,
         "window": case.window,
