@@ -52,6 +52,7 @@ class Comparison:
                 return [
                     self._bar("engine", "transformers", "new tok/s", 2.2),
                     self._bar("engine", "llama.cpp", "new tok/s", 1.4),
+                    self._bar("engine", "llama.cpp-gguf", "new tok/s", 1.4),
                     rate,
                     self._bar("pipeline", "engine", "steady state", 0.93),
                 ]

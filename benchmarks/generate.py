@@ -2,8 +2,9 @@
 
     python -m benchmarks.generate --model models/gemma-3-270m --checkpoint models/gemma-3-270m.gguf
 
-All systems complete the same prompts greedily, with the same float32 weights and the same number
-of new tokens for each row; end tokens are ignored, so that the work is equal. Each run has a
+All systems complete the same prompts greedily, with the same weights in float32 (`llama.cpp-gguf`:
+as the file has them, quantized) and the same number of new tokens for each row; end tokens are
+ignored, so that the work is equal. Each run has a
 process of its own, so peak memory is its own; the systems take turns, `--repeats` times, and the
 best run of each is shown with the spread of its repetitions. In the first turn transformers and
 llama.cpp run with every batch size, afterwards with the one that was fastest; the regimes after the
@@ -42,6 +43,7 @@ MODULES = {
     "pipeline": "benchmarks.run_pipeline",
     "transformers": "benchmarks.run_transformers",
     "llama.cpp": "benchmarks.run_llama_cpp",
+    "llama.cpp-gguf": "benchmarks.run_llama_cpp",
 }
 OURS = ("engine", "pipeline")
 SLOTS = 64
@@ -104,7 +106,11 @@ def weights_of(flags: argparse.Namespace) -> dict[str, str]:
     # Only here: transformers and torch need not be installed to measure ourselves.
     from benchmarks.weights import f32_gguf, transformers_folder
 
-    forms = {"transformers": transformers_folder, "llama.cpp": f32_gguf}
+    forms = {
+        "transformers": transformers_folder,
+        "llama.cpp": f32_gguf,
+        "llama.cpp-gguf": lambda checkpoint, _: checkpoint,
+    }
     model = Path(flags.model)
     return {
         system: str(form(flags.checkpoint, model))
