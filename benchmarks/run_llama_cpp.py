@@ -1,9 +1,9 @@
 """llama.cpp through llama-cpp-python: batched decode over its low-level interface.
 
-Weights are the same numbers, in float32 or quantized as the GGUF file has them, where llama.cpp also
-rounds activations to eight bits. The cache is float16 and attention is chosen by llama.cpp itself,
-which is its default and its fastest. A slot that falls free is filled at once; prompts are computed
-in batches of their own, several at a time, before decoding goes on.
+Weights are the same numbers, in float32 or quantized as the GGUF file has them, where llama.cpp
+also rounds activations to eight bits. The cache is float16 and attention is chosen by llama.cpp
+itself, which is its default and its fastest. A slot that falls free is filled at once; prompts are
+computed in batches of their own, several at a time, before decoding goes on.
 """
 
 import ctypes
