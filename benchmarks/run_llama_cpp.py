@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import llama_cpp
 import numpy as np
 
-from benchmarks.runs import Job, Run, Step, peak_bytes, secs_since_process_start, serve
+from benchmarks.runs import Job, Run, Step, serve, timed_run
 from benchmarks.workload import Row
 
 MAX_BATCH_TOKENS = 2048
@@ -139,20 +139,7 @@ def run(job: Job) -> Run:
     """Complete all rows."""
     longest = max(len(row.prompt_token_ids) + row.max_tokens for row in job.rows)
     model = Model(job.weights, num_sequences=job.batch_size, longest=longest)
-    batcher = Batcher(model, job.batch_size)
-    batcher.complete([Row(text="", prompt_token_ids=(2, 5, 6, 7), max_tokens=2)])
-    startup_secs = secs_since_process_start()
-    start = time.perf_counter()
-    token_ids, steps = batcher.complete(job.rows)
-    return Run(
-        batch_size=job.batch_size,
-        token_ids=token_ids,
-        steps=steps,
-        startup_secs=startup_secs,
-        work_secs=time.perf_counter() - start,
-        tail_secs=0.0,
-        peak_bytes=peak_bytes(),
-    )
+    return timed_run(job, Batcher(model, job.batch_size).complete)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 import torch
 import transformers
 
-from benchmarks.runs import Job, Run, Step, peak_bytes, secs_since_process_start, serve
+from benchmarks.runs import Job, Run, Step, serve, timed_run
 from benchmarks.workload import Row
 
 PAD = 0
@@ -34,28 +34,23 @@ def run(job: Job) -> Run:
     model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    warm_up = Row(text="", prompt_token_ids=(2, 5, 6, 7), max_tokens=2)
-    _generate(model, [warm_up])
-    startup_secs = secs_since_process_start()
-    start = time.perf_counter()
-    order = sorted(range(len(job.rows)), key=lambda i: _length(job.rows[i], job.sort_by))[::-1]
-    token_ids: list[list[int]] = [[] for _ in job.rows]
+    return timed_run(job, lambda rows: _complete(model, rows, job))
+
+
+def _complete(
+    model: transformers.PreTrainedModel, rows: list[Row], job: Job
+) -> tuple[list[list[int]], list[Step]]:
+    """Return the new tokens of each row, and the steps of all batches."""
+    order = sorted(range(len(rows)), key=lambda i: _length(rows[i], job.sort_by))[::-1]
+    token_ids: list[list[int]] = [[] for _ in rows]
     steps = []
     for first in range(0, len(order), job.batch_size):
         batch = order[first : first + job.batch_size]
-        completions, batch_steps = _generate(model, [job.rows[i] for i in batch])
+        completions, batch_steps = _generate(model, [rows[i] for i in batch])
         steps += batch_steps
         for i, completion in zip(batch, completions, strict=True):
             token_ids[i] = completion
-    return Run(
-        batch_size=job.batch_size,
-        token_ids=token_ids,
-        steps=steps,
-        startup_secs=startup_secs,
-        work_secs=time.perf_counter() - start,
-        tail_secs=0.0,
-        peak_bytes=peak_bytes(),
-    )
+    return token_ids, steps
 
 
 def _length(row: Row, sort_by: str) -> tuple[int, int]:

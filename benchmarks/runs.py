@@ -165,6 +165,28 @@ def serve(system: Callable[[Job], Run]) -> None:
     answered.write_text(json.dumps(asdict(run)))
 
 
+def timed_run(job: Job, complete: Callable[[list[Row]], tuple[list[list[int]], list[Step]]]) -> Run:
+    """Complete a short row to warm up, then all rows of a job.
+
+    Args:
+        job: What is asked.
+        complete: Returns the new tokens of each row, and the steps that they took.
+    """
+    complete([Row(text="", prompt_token_ids=(2, 5, 6, 7), max_tokens=2)])
+    startup_secs = secs_since_process_start()
+    start = time.perf_counter()
+    token_ids, steps = complete(job.rows)
+    return Run(
+        batch_size=job.batch_size,
+        token_ids=token_ids,
+        steps=steps,
+        startup_secs=startup_secs,
+        work_secs=time.perf_counter() - start,
+        tail_secs=0.0,
+        peak_bytes=peak_bytes(),
+    )
+
+
 def secs_since_process_start() -> float:
     """Return the age of this process, the interpreter's own start included."""
     return time.time() - psutil.Process().create_time()
