@@ -1,7 +1,8 @@
 """One checkpoint's architecture, under the names of Hugging Face's `config.json`.
 
-Covers the decoders of Gemma 1, 2 and 3: one block with switches. Facts and defaults follow the
-configuration classes of transformers 5.23 (`models/gemma*/configuration_*.py`).
+Covers the text models of Gemma 1, 2 and 3 and what is made of them: one block with switches. Facts
+and defaults follow the configuration classes of transformers 5.23
+(`models/*gemma*/configuration_*.py`).
 """
 
 import math
@@ -13,7 +14,7 @@ from beam_gemma.errors import ConfigError, nearest
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 
 # Keys of config.json that do not change what this project computes: training, generation, library.
 IGNORED_KEYS = frozenset({
@@ -41,7 +42,7 @@ class GemmaConfig:
     """A Gemma decoder; derived sizes are properties."""
 
     model_type: str
-    """`gemma`, `gemma2` or `gemma3_text`: decides norms, query-key norm and post norms."""
+    """One of `MODEL_TYPES`: decides query-key norm and post norms."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -54,7 +55,7 @@ class GemmaConfig:
     layer_types: tuple[str, ...]
     """`full_attention` or `sliding_attention`, for each layer."""
     sliding_window: int | None
-    """Tokens that a query of a sliding layer reaches, itself included."""
+    """Tokens that a query of a sliding layer reaches, itself included; see `window`."""
     rope_parameters: tuple[tuple[str, RopeParameters], ...]
     """Rotary parameters for each layer type in use."""
     query_pre_attn_scalar: float
@@ -63,6 +64,8 @@ class GemmaConfig:
     final_logit_softcapping: float | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    use_bidirectional_attention: bool = False
+    """Whether tokens see what comes after them as well: EmbeddingGemma, which is no decoder."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -87,6 +90,23 @@ class GemmaConfig:
             )
         if not self.tie_word_embeddings:
             raise ConfigError("tie_word_embeddings: expected true for a Gemma model, got false")
+        if self.use_bidirectional_attention:
+            self._check_two_sided()
+
+    def _check_two_sided(self) -> None:
+        if self.model_type != "gemma3_text":
+            raise ConfigError(
+                f"use_bidirectional_attention: expected false in a {self.model_type} model, "
+                "got true"
+            )
+        # Before transformers 5.23 a model that was loaded and saved kept half of its window, plus
+        # 1, and the next reader halved that again. Released windows are even.
+        if self.sliding_window and self.sliding_window % 2:
+            raise ConfigError(
+                f"sliding_window: expected an even number in a two-sided model, got "
+                f"{self.sliding_window}, as older releases of transformers save half of it; "
+                f"put {2 * (self.sliding_window - 1)} where that is what the model was trained with"
+            )
 
     @property
     def attention_scale(self) -> float:
@@ -101,7 +121,7 @@ class GemmaConfig:
     @property
     def has_post_norms(self) -> bool:
         """Whether attention and feed-forward outputs are normalized before the residual sum."""
-        return self.model_type != "gemma"
+        return self.model_type in ("gemma2", "gemma3_text")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -109,7 +129,11 @@ class GemmaConfig:
         return tuple(dict.fromkeys(self.layer_types))
 
     def window(self, layer_type: str) -> int | None:
-        """Return how many tokens a query of such a layer reaches, or None for all."""
+        """Return how many tokens a query of such a layer reaches, or None for all.
+
+        With `use_bidirectional_attention` it reaches half as many to each side:
+        abs(distance) <= window // 2.
+        """
         return self.sliding_window if layer_type == SLIDING else None
 
     def rope(self, layer_type: str) -> RopeParameters:
@@ -136,7 +160,6 @@ class GemmaConfig:
         reader.require("hidden_activation", ("gelu_pytorch_tanh", "gelu", None))
         reader.require("hidden_act", ("gelu_pytorch_tanh", "gelu", None))
         reader.require("attention_bias", (False, None))
-        reader.require("use_bidirectional_attention", (False, None))
         num_layers = reader.take("num_hidden_layers")
         head_dim = reader.take("head_dim", 256)
         layer_types = _layer_types(reader, model_type, num_layers, raw)
@@ -160,6 +183,7 @@ class GemmaConfig:
             final_logit_softcapping=_softcap(reader, "final_logit_softcapping", model_type),
             rms_norm_eps=reader.take("rms_norm_eps", 1e-6),
             tie_word_embeddings=reader.take("tie_word_embeddings", True),
+            use_bidirectional_attention=bool(reader.take("use_bidirectional_attention", False)),
         )
         reader.finish()
         return config
@@ -197,7 +221,8 @@ def _layer_types(
     """Return the published layer pattern where config.json does not spell it out.
 
     Gemma 1 has no windows; Gemma 2 starts with a sliding layer and alternates; Gemma 3 makes every
-    sixth layer full. Older Gemma 3 files say so by `sliding_window_pattern`.
+    sixth layer full. Older Gemma 3 files say so by `sliding_window_pattern`. VaultGemma's file
+    names every layer; its class alternates.
     """
     given = reader.take("layer_types", None)
     if given is not None:
@@ -205,7 +230,7 @@ def _layer_types(
     if model_type == "gemma":
         return (FULL,) * num_layers
     period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern")
-    period = period or (2 if model_type == "gemma2" else 6)
+    period = period or (6 if model_type == "gemma3_text" else 2)
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
 
 
@@ -241,7 +266,7 @@ def _rope(kind: str, raw: Mapping[str, Any]) -> RopeParameters:
 def _softcap(reader: _Reader, key: str, model_type: str) -> float | None:
     """Return a softcap; a Gemma 3 config may name one that its reference never applies."""
     default = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}[key]
-    value = reader.take(key, default if model_type == "gemma2" else None)
+    value = reader.take(key, default if model_type in ("gemma2", "vaultgemma") else None)
     if value is not None and model_type == "gemma":
         raise ConfigError(f"{key}: expected none in a gemma model, got {value}")
     if key == "attn_logit_softcapping" and model_type == "gemma3_text":

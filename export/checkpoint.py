@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from beam_gemma.config import GemmaConfig
-from beam_gemma.errors import CheckpointError, nearest
+from beam_gemma.config import IGNORED_KEYS, GemmaConfig
+from beam_gemma.errors import CheckpointError, ConfigError, nearest
 from export.gguf_file import read_gguf
 from export.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
 
@@ -20,6 +20,12 @@ DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 """What stands before a decoder's names: in Gemma 3 with images, older and newer, and in text."""
 IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.")
 """Parts of Gemma 3 with images that a text model leaves out, behind an optional `model.`."""
+IMAGE_KEYS = frozenset({
+    "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
+    "image_token_index", "mm_tokens_per_image", "text_config", "tie_word_embeddings",
+    "vision_config",
+})  # fmt: skip
+"""What a config.json of Gemma 3 with images holds around its `text_config`."""
 TEXT_DEFAULTS = {
     "vocab_size": 262208,
     "num_attention_heads": 8,
@@ -70,12 +76,11 @@ def check_names(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[
 def _read_folder(folder: Path) -> Checkpoint:
     raw = _read_json(folder / "config.json")
     has_images = raw.get("model_type") == "gemma3"
-    text = {**TEXT_DEFAULTS, **raw.get("text_config", {})} if has_images else raw
-    config = GemmaConfig.from_hf(text)
+    config = GemmaConfig.from_hf(_text_config(raw) if has_images else raw)
     tensors = {}
     for file in _safetensors_files(folder):
         for stored in read_safetensors(file):
-            name = _decoder_name(stored.name, has_images=has_images)
+            name = _decoder_name(stored.name, config, has_images=has_images)
             if name is not None:
                 tensors[name] = stored
     if has_images:
@@ -94,7 +99,15 @@ def _read_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _decoder_name(name: str, *, has_images: bool) -> str | None:
+def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the text model's part of a Gemma 3 with images; what stands around it is checked."""
+    known = IMAGE_KEYS | IGNORED_KEYS
+    for key in sorted(set(raw) - known):
+        raise ConfigError(f"config.json: the key {key!r} is not known{nearest(key, known)}")
+    return {**TEXT_DEFAULTS, **raw.get("text_config", {})}
+
+
+def _decoder_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
     """Map a Hugging Face tensor name to ours; None for what a text model does not need."""
     if name.removeprefix("language_model.") == "lm_head.weight":
         return None  # the head is the embedding
@@ -102,6 +115,8 @@ def _decoder_name(name: str, *, has_images: bool) -> str | None:
         return None
     prefixes = DECODER_PREFIXES if has_images else DECODER_PREFIXES[-1:]
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    if config.model_type == "vaultgemma":  # Gemma 1's block under the names of later ones
+        name = name.replace("pre_feedforward_layernorm", "post_attention_layernorm")
     return name.removeprefix(prefix)
 
 

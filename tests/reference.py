@@ -49,6 +49,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 2.0,
     },
+    "vaultgemma": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "layer_types": [FULL] * 2,
+        "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
     "gemma3_text": {
         "num_hidden_layers": 7,
         "num_key_value_heads": 1,
@@ -64,6 +73,7 @@ CLASSES = {
     "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "vaultgemma": (transformers.VaultGemmaConfig, transformers.VaultGemmaForCausalLM),
 }
 
 

@@ -1,6 +1,7 @@
 """Reading config.json: published spellings, defaults, and refusals."""
 
 import pytest
+import transformers
 
 from beam_gemma.config import FULL, SLIDING, GemmaConfig
 from beam_gemma.errors import ConfigError
@@ -67,13 +68,47 @@ def test_a_softcap_that_the_gemma_3_reference_ignores_is_ignored() -> None:
     assert config.attn_logit_softcapping is None
 
 
+def test_embedding_gemma_keeps_the_window_of_its_file() -> None:
+    """As released, and as transformers 5.23 writes what it has loaded: it halves in between."""
+    released = {**GEMMA3_4B_TEXT, "use_bidirectional_attention": True, "sliding_window": 512}
+    loaded = transformers.Gemma3TextConfig(**released)
+    assert loaded.sliding_window == 257
+    for raw in (released, loaded.to_dict()):
+        config = GemmaConfig.from_hf(raw)
+        assert config.use_bidirectional_attention
+        assert config.window(SLIDING) == 512
+
+
+def test_vaultgemma_has_the_softcaps_and_layers_that_its_file_says() -> None:
+    base = {**GEMMA2_27B, "model_type": "vaultgemma"}
+    released = {
+        **base,
+        "layer_types": [FULL] * 46,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+    config = GemmaConfig.from_hf(released)
+    assert config.groups == (FULL,)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, None)
+    assert not config.has_post_norms
+    for key in ("layer_types", "attn_logit_softcapping", "final_logit_softcapping"):
+        released.pop(key)
+    # What a file leaves out is what the class of transformers says.
+    config = GemmaConfig.from_hf(released)
+    theirs = transformers.VaultGemmaConfig(num_hidden_layers=46)
+    assert config.layer_types == tuple(theirs.layer_types)
+    assert config.attn_logit_softcapping == theirs.attn_logit_softcapping
+    assert config.final_logit_softcapping == theirs.final_logit_softcapping
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"slidng_window": 1}, "'slidng_window' is not known; did you mean sliding_window"),
-        ({"model_type": "gemma4"}, "expected one of gemma, gemma2, gemma3_text, got 'gemma4'"),
+        ({"model_type": "gemma4"}, "gemma, gemma2, gemma3_text, vaultgemma, got 'gemma4'"),
         ({"hidden_activation": "relu"}, "hidden_activation: expected one of"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"use_bidirectional_attention": True, "sliding_window": 257}, "even number .* put 512"),
+        ({"use_bidirectional_attention": True, "model_type": "gemma2"}, "expected false in a gem"),
         ({"num_attention_heads": 7}, "expected a multiple of num_key_value_heads"),
         ({"layer_types": ["full_attention"]}, "expected 34 entries"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "expected default or linear"),

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from beam_gemma.errors import CheckpointError, ConfigError
+from export.__main__ import export
 from export.checkpoint import check_names, read_checkpoint, read_safetensors
 from tests.conftest import TinyModel
 from tests.reference import MODELS, SHAPE
@@ -113,6 +114,34 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="got 'llama'"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3n", "gemma4", "recurrent_gemma", "t5gemma", "paligemma", "shieldgemma2"]
+)
+def test_another_architecture_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, model_type: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(
+        ConfigError, match=rf"expected one of gemma, gemma2, .*, got '{model_type}'"
+    ):
+        export(folder, tmp_path / "exported")
+    assert not list(tmp_path.glob("exported*"))
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+def test_an_unknown_key_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, *, has_images: bool
+) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    if has_images:
+        raw = {"model_type": "gemma3", "text_config": raw}
+    raw["quantization_config"] = {"bits": 4}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match="the key 'quantization_config' is not known"):
+        export(folder, tmp_path / "exported")
+    assert not list(tmp_path.glob("exported*"))
 
 
 def test_what_travels_with_the_weights(folder: Path) -> None:

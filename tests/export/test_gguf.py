@@ -56,6 +56,8 @@ def write_gguf(path: Path, checkpoint: Checkpoint, *, skip: str = "", rename: st
 
 def test_a_gguf_says_what_the_safetensors_say(tiny: TinyModel, tmp_path: Path) -> None:
     expected = tiny.checkpoint
+    if expected.config.model_type not in ARCHITECTURES:
+        pytest.skip("GGUF knows no such architecture")
     found = read_checkpoint(write_gguf(tmp_path / "tiny.gguf", expected))
     assert found.tensors.keys() == expected.tensors.keys()
     for name, stored in found.tensors.items():
@@ -73,10 +75,12 @@ def test_a_gguf_says_what_the_safetensors_say(tiny: TinyModel, tmp_path: Path) -
         assert (config.rope(SLIDING).rope_theta, config.rope(SLIDING).factor) == (1e4, 1.0)
 
 
-def test_quantized_blocks_are_decoded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "tolerance"), [("Q8_0", 0.02), ("Q4_0", 0.3)])
+def test_quantized_blocks_are_decoded(tmp_path: Path, name: str, tolerance: float) -> None:
+    """Q4_0 is what the releases trained for quantization hold."""
     writer = gguf.GGUFWriter(tmp_path / "q.gguf", "gemma3")
     rows = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q8_0
+    kind = gguf.GGMLQuantizationType[name]
     packed = gguf.quants.quantize(rows, kind)
     writer.add_tensor("token_embd.weight", packed, raw_dtype=kind)
     for key, value in (("block_count", 6), ("context_length", 64), ("embedding_length", 64),
@@ -89,12 +93,12 @@ def test_quantized_blocks_are_decoded(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     stored = read_checkpoint(tmp_path / "q.gguf").tensors["embed_tokens.weight"]
-    assert (stored.shape, stored.dtype, stored.raw) == ((300, 64), "Q8_0", None)
+    assert (stored.shape, stored.dtype, stored.raw) == ((300, 64), name, None)
     np.testing.assert_array_equal(
         stored.rows(100, 200), gguf.quants.dequantize(packed, kind)[100:200]
     )
-    # One step of an 8-bit scale over values of order 1.
-    np.testing.assert_allclose(stored.rows(0, 300), rows, rtol=0, atol=0.02)
+    # Half a step of the scale over values of up to 4.
+    np.testing.assert_allclose(stored.rows(0, 300), rows, rtol=0, atol=tolerance)
 
 
 def test_a_tensor_without_a_place_keeps_its_name(tiny_gemma3: TinyModel, tmp_path: Path) -> None:
