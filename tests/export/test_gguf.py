@@ -75,7 +75,7 @@ def test_a_gguf_says_what_the_safetensors_say(tiny: TinyModel, tmp_path: Path) -
         assert (config.rope(SLIDING).rope_theta, config.rope(SLIDING).factor) == (1e4, 1.0)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("Q8_0", 0.02), ("Q4_0", 0.3)])
+@pytest.mark.parametrize(("name", "tolerance"), [("Q8_0", 0.02), ("Q4_0", 0.6)])
 def test_quantized_blocks_are_decoded(tmp_path: Path, name: str, tolerance: float) -> None:
     """Q4_0 is what the releases trained for quantization hold."""
     writer = gguf.GGUFWriter(tmp_path / "q.gguf", "gemma3")
@@ -97,7 +97,7 @@ def test_quantized_blocks_are_decoded(tmp_path: Path, name: str, tolerance: floa
     np.testing.assert_array_equal(
         stored.rows(100, 200), gguf.quants.dequantize(packed, kind)[100:200]
     )
-    # Half a step of the scale over values of up to 4.
+    # At most a step of the scale over values of up to 4: 0.03 in 8 bits, 0.5 in 4.
     np.testing.assert_allclose(stored.rows(0, 300), rows, rtol=0, atol=tolerance)
 
 
