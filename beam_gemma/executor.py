@@ -16,6 +16,7 @@ is left, a step of one token for nobody. Where several rows fail with no success
 the device that failed, and the engine must stop.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
@@ -27,7 +28,7 @@ from beam_gemma.packing import pack
 from beam_gemma.sampling import SamplingParams, needs_logits, sample
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Status, Step
-from beam_gemma.session import StepOutput
+from beam_gemma.session import ScoreOutput, StepOutput
 from beam_gemma.signature import Signature
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -44,7 +45,9 @@ class Runner(Protocol):
     num_blocks: dict[str, int]
     num_state_slots: int
 
-    def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
+    ) -> StepOutput | ScoreOutput:
         """Run one step."""
 
     def zero_blocks(self, group: str, blocks: list[int]) -> None:
@@ -112,6 +115,10 @@ class Executor:
             self._recover(step, error, is_retry=is_retry)
             return
         self._settle()
+        if isinstance(output, ScoreOutput):
+            self._on_run(step, 0)
+            self._score(step, _scores(feeds, output))
+            return
         self._on_run(step, len(rows))
         for sequence, num_new_tokens in step:
             sequence.num_computed_tokens += num_new_tokens
@@ -174,6 +181,22 @@ class Executor:
                 token_id, logit = _draw(sequence, output, row)
             self._accept(sequence, token_id, logit - top_logit + math.log(probability))
 
+    def _score(self, step: Step, scores: list[float]) -> None:
+        """Hand each sequence the scores of its targets, and finish what has all of them."""
+        rest = iter(scores)
+        finite = {}
+        for sequence, num_new_tokens in step:
+            places = sequence.targets_within(num_new_tokens)
+            own = list(itertools.islice(rest, len(places)))
+            sequence.scores[places.start : places.stop] = own
+            sequence.num_computed_tokens += num_new_tokens
+            finite[sequence] = all(map(math.isfinite, own))
+        for sequence, is_finite in finite.items():
+            if not is_finite:
+                self._refuse(sequence)
+            elif sequence.num_pending_tokens == 0:
+                self._finish(sequence, sequence.completion("stop"))
+
     def _refuse(self, sequence: Sequence) -> None:
         """End a row that is not finite, or find out whether it is by itself."""
         if sequence.num_cached_tokens:
@@ -207,6 +230,18 @@ class Executor:
 def failure(message: str) -> Completion:
     """Return the completion of a row that ends with an error."""
     return Completion(token_ids=(), finish_reason="error", logprob=None, error=message)
+
+
+def _scores(feeds: Mapping[str, np.ndarray], output: ScoreOutput) -> list[float]:
+    """Return the score of each target of a step; NaN where the model gave no finite one."""
+    normalizers = np.zeros(len(feeds["logit_rows"]))
+    tops = zip(output.top_logits.tolist(), output.top_probability.tolist(), strict=True)
+    # One by one: a vectorized logarithm may differ in a bit with the place in its array.
+    normalizers[feeds["probability_rows"]] = [
+        logit - math.log(probability) if probability > 0 else math.nan
+        for logit, probability in tops
+    ]
+    return (output.target_logits - normalizers[feeds["target_rows"]]).tolist()
 
 
 def _draw(sequence: Sequence, output: StepOutput, row: int) -> tuple[int, float]:

@@ -89,9 +89,11 @@ class KVCache:
                 return f"{peak} cache blocks of {name}, the cache has {group.pool.num_blocks}"
         return None
 
-    def find_prefix(self, chain: PrefixChain | None, num_known_tokens: int) -> Prefix:
-        """Return the longest prefix in full blocks that leaves a token to compute."""
-        num_blocks = (num_known_tokens - 1) // self._block_size
+    def find_prefix(
+        self, chain: PrefixChain | None, num_known_tokens: int, *, num_reusable_tokens: int
+    ) -> Prefix:
+        """Return the longest prefix in full blocks, of the tokens that may be reused."""
+        num_blocks = num_reusable_tokens // self._block_size
         digests = [] if chain is None else chain.digests(0, num_blocks)
         # Where a prefix lacks a block, all shorter ones that go past the gap lack it too.
         while gaps := [g for group in self._groups.values() if (g := group.gap(digests)) >= 0]:

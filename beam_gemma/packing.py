@@ -18,8 +18,7 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
         "input_ids": layout.input_ids,
         "cu_seqlens": layout.cu_seqlens,
         "past_seqlens": layout.past_seqlens,
-        "logit_rows": layout.logit_rows,
-        "probability_rows": layout.probability_rows,
+        **(_targets(step, layout) if signature.head == "score" else _last_tokens(step, layout)),
     }
     for state in signature.paged_states:
         feeds |= _tables(layout, signature, cache, state)
@@ -62,15 +61,39 @@ class _Layout:
         self.rows = np.repeat(np.arange(len(step)), self.num_new_tokens)
         shift = self.past_seqlens - self.cu_seqlens[:-1]
         self.positions = np.arange(len(self.rows), dtype=np.int32) + shift[self.rows]
-        done = np.array([s.num_pending_tokens == n for s, n in step], bool)
-        self.logit_rows = self.cu_seqlens[1:][done].astype(np.int64) - 1
-        wanted = np.array([s.request.logprob for s, _ in step], bool)
-        self.probability_rows = np.flatnonzero(wanted[done])
 
     @property
     def seqlens(self) -> Int32[np.ndarray, " B"]:
         """Tokens of each sequence after the step."""
         return self.past_seqlens + self.num_new_tokens
+
+
+def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
+    """Return the rows of sequences that get a next token."""
+    done = np.array([s.num_pending_tokens == n for s, n in step], bool)
+    wanted = np.array([s.request.logprob for s, _ in step], bool)
+    return {
+        "logit_rows": layout.cu_seqlens[1:][done].astype(np.int64) - 1,
+        "probability_rows": np.flatnonzero(wanted[done]),
+    }
+
+
+def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
+    """Return the targets of the step, and the rows before them, each once."""
+    rows, ids, wanted = [], [], []
+    for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
+        for i in sequence.targets_within(num_new_tokens):
+            position, token_id = sequence.request.targets[i]
+            rows.append(begin + position - sequence.num_computed_tokens)
+            ids.append(token_id)
+            wanted.append(sequence.request.normalized)
+    logit_rows, target_rows = np.unique(np.array(rows, np.int64), return_inverse=True)
+    return {
+        "logit_rows": logit_rows,
+        "probability_rows": np.unique(target_rows[np.array(wanted, bool)]),
+        "target_rows": target_rows,
+        "target_ids": np.array(ids, np.int64),
+    }
 
 
 def _tables(

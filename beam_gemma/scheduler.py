@@ -134,6 +134,17 @@ class Scheduler:
             )
         if request.spans and "span_ends" not in self._signature.optional_inputs:
             raise RecordError("spans: expected none, since the model attends one way only")
+        wants_targets = self._signature.head == "score"
+        if wants_targets != bool(request.targets):
+            raise RecordError(
+                f"targets: expected {'some' if wants_targets else 'none'} for the head "
+                f"{self._signature.head}, got {len(request.targets)}"
+            )
+        for _, token_id in request.targets:
+            if not 0 <= token_id < vocab_size:
+                raise RecordError(
+                    f"targets: expected token ids from 0 to {vocab_size - 1}, got {token_id}"
+                )
         longest = max((end - start for start, end in request.spans), default=0)
         if longest > self._max_num_batched_tokens:
             raise RecordError(
@@ -154,7 +165,9 @@ class Scheduler:
         """Add waiting sequences to a step while they fit; beside others, only whole."""
         while self._cache.num_free_slots and (sequence := self._next_waiting()):
             prefix = self._cache.find_prefix(
-                None if sequence.isolated else sequence.chain, len(sequence.token_ids)
+                None if sequence.isolated else sequence.chain,
+                len(sequence.token_ids),
+                num_reusable_tokens=sequence.num_reusable_tokens,
             )
             chunk = len(sequence.token_ids) - prefix.num_tokens
             if not step:
@@ -227,8 +240,9 @@ class Scheduler:
 
 def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
     """Return sequences with the most steps first, then those that share their first block."""
+    # Requests that score several continuations of one prompt stay neighbours.
     by_length = sorted(
-        sequences, key=lambda s: (-s.request.params.max_tokens, -s.num_prompt_tokens)
+        sequences, key=lambda s: (-s.request.params.max_tokens, -s.num_reusable_tokens)
     )
     groups: dict[bytes | Sequence, list[Sequence]] = {}
     for sequence in by_length:

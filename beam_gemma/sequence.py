@@ -3,6 +3,7 @@
 All three are about token ids; text stays above the engine.
 """
 
+import bisect
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt to complete."""
+    """One prompt to complete, or to score."""
 
     request_id: str
     """Named in errors; need not be unique."""
@@ -39,8 +40,22 @@ class Request:
     """Whether to sum up the completion's log-probabilities."""
     spans: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of the prompt, in order, that are attended both ways."""
+    targets: tuple[tuple[int, int], ...] = ()
+    """To score in place of completing: a position of the prompt, and a token that may come next;
+    in the order of positions, up to the last one."""
+    normalized: bool = True
+    """Whether scores are log-probabilities; else they are logits, which take less work."""
 
     def __post_init__(self) -> None:
+        positions = [position for position, _ in self.targets]
+        last = len(self.prompt_token_ids) - 1
+        if positions and not (
+            positions == sorted(positions) and 0 <= positions[0] <= last == positions[-1]
+        ):
+            raise OptionsError(
+                f"request {self.request_id!r}: expected targets in order up to position {last}, "
+                f"got {positions}"
+            )
         end_before = 0
         for start, end in self.spans:
             if not end_before <= start < end <= len(self.prompt_token_ids):
@@ -62,6 +77,8 @@ class Completion:
     """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included; None
     unless the request asked for it."""
     error: str | None = None
+    scores: tuple[float, ...] = ()
+    """Log-probability of each target, or its logit where the request asked for no more."""
 
 
 @dataclass(eq=False, slots=True)
@@ -82,6 +99,8 @@ class Sequence:
     isolated: bool = False
     """Whether it runs in steps of its own, on blocks of its own, until it has its next token."""
     logprob: float = 0.0
+    scores: list[float] = field(default_factory=list)
+    """Of the targets so far; those of a preempted sequence are written again."""
     slot: int = -1
     """Row of the block tables and of recurrent state, while the sequence runs."""
     status: Status = Status.WAITING
@@ -93,6 +112,12 @@ class Sequence:
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Leading tokens whose outputs nobody needs, so that others may have computed them."""
+        targets = self.request.targets
+        return targets[0][0] if targets else len(self.token_ids) - 1
 
     @property
     def num_pending_tokens(self) -> int:
@@ -129,6 +154,15 @@ class Sequence:
         cuts = [place for place in places if self._span_around(place) == (place, place)]
         return min(cuts, key=lambda place: abs(place - halfway), default=start) - start
 
+    def targets_within(self, num_new_tokens: int) -> range:
+        """Return which targets the next tokens give scores for."""
+        start = self.num_computed_tokens
+        bounds = (
+            bisect.bisect_left(self.request.targets, place, key=lambda target: target[0])
+            for place in (start, start + num_new_tokens)
+        )
+        return range(*bounds)
+
     def accept(self, token_id: int, logprob: float) -> FinishReason | None:
         """Take the next token; return why the sequence ends with it, or None to go on."""
         self.logprob += logprob
@@ -152,6 +186,7 @@ class Sequence:
             token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
             finish_reason=finish_reason,
             logprob=self.logprob if self.request.logprob else None,
+            scores=tuple(self.scores),
         )
 
 

@@ -3,8 +3,8 @@
 A session owns the loaded graph and the state buffers, which are bound once, as input and as output
 of every step, so that a step updates them in place.
 
-Dimensions: R packed positions that need a head, Q of these that need a probability, V vocabulary,
-C candidates.
+Dimensions: R packed positions that need a head, Q of these that need a probability, Y targets,
+V vocabulary, C candidates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,6 +43,15 @@ class StepOutput:
     topk_ids: Int64[np.ndarray, "R C"]
     top_probability: Float32[np.ndarray, " Q"]
     logits: Float32[np.ndarray, "R V"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """What the `score` head says of targets, and of the rows of `probability_rows`."""
+
+    target_logits: Float32[np.ndarray, " Y"]
+    top_logits: Float32[np.ndarray, " Q"]
+    top_probability: Float32[np.ndarray, " Q"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +125,9 @@ class Session:
         )
         return cls(graph_path, signature, capacity, num_threads=num_threads)
 
-    def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
+    ) -> StepOutput | ScoreOutput:
         """Run one step and update the state in place.
 
         Args:
@@ -133,6 +144,8 @@ class Session:
         # State was bound first and comes first.
         fresh = binding.get_outputs()[len(self._state) :]
         arrays = {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
+        if self.signature.head == "score":
+            return ScoreOutput(**arrays)
         # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
         ids = arrays["topk_ids"].view(np.int64)
         return StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))

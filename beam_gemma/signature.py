@@ -5,12 +5,14 @@ module names every input and output, with dtype and symbolic shape, for each dev
 the exporter nor the engine writes a name as a literal.
 
 Dimensions: B sequences of the step, T new tokens, R packed positions that need a head,
-V vocabulary, D hidden, K key-value heads, H head dimension, C channels of a key slice, P cache
-blocks, M blocks in a table row, S state slots, E positions with given embeddings.
+Y targets, V vocabulary, D hidden, K key-value heads, H head dimension, P cache blocks, M blocks in
+a table row, S state slots, E positions with given embeddings, W width of an embedding.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
     cu_seqlens [B+1] int32         where each sequence's new tokens start
+
+Inputs of decoders, heads `generate` and `score`
     past_seqlens [B] int32         tokens of each sequence that earlier steps have seen
     logit_rows [R] int64           the packed positions that need a head
     probability_rows [Q] int64     of these R rows, those that need a probability
@@ -40,8 +42,18 @@ Outputs of the `generate` head
     top_probability [Q] float32    of the first candidate
     logits [R, V] float32          fetched only when a row needs the whole distribution
 
-CUDA graphs also take attention_metadata [3] int32 in host memory: upper bounds that let kernels be
-chosen without waiting for the stream.
+Head `score`: the logits of given tokens alone, and what normalizes them
+    target_rows [Y] int64          of the R rows, the one before each target
+    target_ids [Y] int64           the targets
+    target_logits [Y] float32      output
+    top_logits [Q] float32         output, of the most likely token; with its probability,
+    top_probability [Q] float32    log(sum(exp(logits))) = top_logits - log(top_probability)
+
+Head `embed`: no state, since every text is computed whole in one step
+    embedding [B, W] float32       output: of each sequence
+
+CUDA decoders also take attention_metadata [3] int32 in host memory: upper bounds that let kernels
+be chosen without waiting for the stream.
 """
 
 import math
@@ -53,8 +65,10 @@ from beam_gemma.config import FULL, SLIDING, GemmaConfig
 from beam_gemma.errors import ArtifactError
 
 Device = Literal["cpu", "cuda"]
-Head = Literal["generate"]
+Head = Literal["generate", "score", "embed"]
 
+HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
+"""The head of each task."""
 BLOCK_SIZE = {"cpu": 16, "cuda": 16}
 """Tokens of one cache block."""
 CONTEXT_ALIGNMENT = 64
@@ -156,6 +170,8 @@ class Signature:
     block_size: int = 16
     optional_inputs: tuple[str, ...] = ()
     top_k: int = TOP_K
+    embedding_size: int = 0
+    """Width of an embedding, for the head `embed`."""
 
     def __post_init__(self) -> None:
         unknown = set(self.optional_inputs) - set(OPTIONAL_INPUTS)
@@ -183,10 +199,19 @@ class Signature:
         tensors = [
             Tensor(name="input_ids", dtype="int64", shape=("T",)),
             Tensor(name="cu_seqlens", dtype="int32", shape=("B1",)),
+        ]
+        if self.head == "embed":
+            return tuple(tensors)
+        tensors += [
             Tensor(name="past_seqlens", dtype="int32", shape=("B",)),
             Tensor(name="logit_rows", dtype="int64", shape=("R",)),
             Tensor(name="probability_rows", dtype="int64", shape=("Q",)),
         ]
+        if self.head == "score":
+            tensors += [
+                Tensor(name="target_rows", dtype="int64", shape=("Y",)),
+                Tensor(name="target_ids", dtype="int64", shape=("Y",)),
+            ]
         for state in self.paged_states:
             tensors += self._paged_inputs(state)
         if self.has_recurrent_state:
@@ -217,6 +242,14 @@ class Signature:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """Return the outputs that are not state."""
+        if self.head == "embed":
+            return (Tensor(name="embedding", dtype="float32", shape=("B", self.embedding_size)),)
+        if self.head == "score":
+            return (
+                Tensor(name="target_logits", dtype="float32", shape=("Y",)),
+                Tensor(name="top_logits", dtype="float32", shape=("Q",)),
+                Tensor(name="top_probability", dtype="float32", shape=("Q",)),
+            )
         return (
             Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
             Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
@@ -280,12 +313,11 @@ class Signature:
         ]
 
 
-def decoder_signature(config: GemmaConfig, *, device: Device, dtype: str) -> Signature:
+def decoder_signature(
+    config: GemmaConfig, *, device: Device, dtype: str, head: Head = "generate"
+) -> Signature:
     """Return the signature of a text decoder: one group of paged layers for each layer type."""
-    if device == "cpu" and config.head_dim > MAX_HEAD_DIM:
-        raise ArtifactError(
-            f"head_dim: expected at most {MAX_HEAD_DIM} on the CPU, got {config.head_dim}"
-        )
+    _check_head_dim(config, device)
     states = tuple(
         PagedState(
             group=group,
@@ -298,7 +330,7 @@ def decoder_signature(config: GemmaConfig, *, device: Device, dtype: str) -> Sig
         if config.layers_of(group)
     )
     return Signature(
-        head="generate",
+        head=head,
         device=device,
         dtype=dtype,
         vocab_size=config.vocab_size,
@@ -309,9 +341,33 @@ def decoder_signature(config: GemmaConfig, *, device: Device, dtype: str) -> Sig
     )
 
 
+def encoder_signature(
+    config: GemmaConfig, *, device: Device, dtype: str, embedding_size: int, max_model_len: int
+) -> Signature:
+    """Return the signature of a model that gives one embedding for each text."""
+    _check_head_dim(config, device)
+    return Signature(
+        head="embed",
+        device=device,
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        max_model_len=max_model_len,
+        states=(),
+        embedding_size=embedding_size,
+    )
+
+
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Return how many cache blocks hold so many tokens."""
     return math.ceil(num_tokens / block_size)
+
+
+def _check_head_dim(config: GemmaConfig, device: Device) -> None:
+    if device == "cpu" and config.head_dim > MAX_HEAD_DIM:
+        raise ArtifactError(
+            f"head_dim: expected at most {MAX_HEAD_DIM} on the CPU, got {config.head_dim}"
+        )
 
 
 def _state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from beam_gemma.artifact import (
     write_manifest,
 )
 from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
-from beam_gemma.signature import Device, Signature, decoder_signature
+from beam_gemma.signature import HEADS, Device, Signature, decoder_signature
 from export.checkpoint import read_checkpoint
 from export.legal import write_legal
 from export.model import GemmaDecoder
@@ -30,6 +31,7 @@ from export.weights import WEIGHTS, WRITTEN, attach
 LOGGER = logging.getLogger("export")
 PRECISIONS = {"cpu": {"auto": "fp32", "fp32": "fp32"}, "cuda": {"auto": "bf16", "bf16": "bf16"}}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DECODER_TASKS = ("generate", "classify")
 EPILOG = """examples:
   python -m export --checkpoint gemma-3-270m.gguf --output models/gemma-3-270m
   python -m export --checkpoint gemma-3-27b-it --output models/gemma-3-27b-it --device cuda
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output,
             device=args.device,
             precision=args.precision,
+            tasks=args.tasks,
             checksums=args.checksums,
             overwrite=args.overwrite,
         )
@@ -65,6 +68,7 @@ def export(
     *,
     device: Device = "cpu",
     precision: str = "auto",
+    tasks: Sequence[str] = DECODER_TASKS,
     checksums: str = "now",
     overwrite: bool = False,
 ) -> None:
@@ -85,11 +89,14 @@ def export(
     start = time.monotonic()
     precision = PRECISIONS[device][precision]
     checkpoint = read_checkpoint(checkpoint_path)
-    signature = decoder_signature(checkpoint.config, device=device, dtype=DTYPES[precision])
+    signatures = tuple(
+        decoder_signature(checkpoint.config, device=device, dtype=DTYPES[precision], head=HEADS[t])
+        for t in tasks
+    )
     folder = output.with_name(output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WEIGHTS).mkdir(parents=True)
-    _write_graph(checkpoint, signature, folder)
+    _write_graphs(checkpoint, signatures, folder)
     _write_texts(checkpoint, folder)
     linked = {f"{WEIGHTS}/{f.name}" for f in (folder / WEIGHTS).iterdir()} - {WRITTEN}
     write_manifest(
@@ -97,7 +104,7 @@ def export(
         name=output.name,
         config=checkpoint.config,
         precision=precision,
-        signatures=(signature,),
+        signatures=signatures,
         eos_token_ids=checkpoint.eos_token_ids,
         source={
             "checkpoint": checkpoint.name,
@@ -112,10 +119,12 @@ def export(
     LOGGER.info("%s", _summary(output, linked, time.monotonic() - start))
 
 
-def _write_graph(checkpoint: Checkpoint, signature: Signature, folder: Path) -> None:
-    model = trace(lambda: GemmaDecoder(checkpoint.config, signature), signature)
-    attach(model, checkpoint, signature, folder)
-    ir.save(model, folder / graph_name(signature.head, signature.device))
+def _write_graphs(checkpoint: Checkpoint, signatures: Sequence[Signature], folder: Path) -> None:
+    """Write a graph for each head; all share one set of weights."""
+    models = [trace(partial(GemmaDecoder, checkpoint.config, s), s) for s in signatures]
+    attach(models, checkpoint, signatures[0].dtype, folder)
+    for model, signature in zip(models, signatures, strict=True):
+        ir.save(model, folder / graph_name(signature.head, signature.device))
 
 
 def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
@@ -157,6 +166,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
+        "--tasks", type=_tasks, default=DECODER_TASKS, metavar="TASK,TASK",
+        help=f"What the folder will be for, of {', '.join(HEADS)}; each adds a graph of a few MB "
+        f"(default: {','.join(DECODER_TASKS)}).",
+    )  # fmt: skip
+    parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",
         help="later: leave out the checksums of files that are links to the checkpoint, which "
         "takes reading all of them (default: %(default)s).",
@@ -170,6 +184,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         known = [option for action in parser._actions for option in action.option_strings]
         raise OptionsError(f"unknown flag {flag}{nearest(flag, known)}")
     return args
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    tasks = tuple(dict.fromkeys(text.split(",")))
+    for task in tasks:
+        if task not in HEADS:
+            raise OptionsError(
+                f"--tasks: expected some of {', '.join(HEADS)}, got {task!r}{nearest(task, HEADS)}"
+            )
+    return tasks
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ Parameters carry the names of Hugging Face checkpoints without the leading `mode
 weight is the effective one (1 + w). The formulas follow `models/gemma*/modeling_*.py` of
 transformers 5.23.
 
-Dimensions: T new tokens, R packed positions that need a head, Q of these that need a probability,
-V vocabulary, D hidden, F feed-forward, N query heads, K key-value heads, H head dimension,
-L layers.
+Dimensions: T new tokens, R packed positions that need a head, D hidden, F feed-forward, N query
+heads, H head dimension.
 """
 
-import math
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -19,9 +17,8 @@ from torch import Tensor, nn
 
 from beam_gemma.config import GemmaConfig
 from beam_gemma.signature import Signature
+from export.heads import Named, generate_head, score_head
 from export.ops import NO_WINDOW, ragged_attention, rms_norm
-
-Named = dict[str, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -178,7 +175,7 @@ class DecoderLayer(nn.Module):
 
 
 class GemmaDecoder(nn.Module):
-    """One ragged step of a Gemma decoder with the `generate` head."""
+    """One ragged step of a Gemma decoder, with the head that the signature names."""
 
     def __init__(self, config: GemmaConfig, signature: Signature) -> None:
         super().__init__()
@@ -212,8 +209,7 @@ class GemmaDecoder(nn.Module):
             names = (f"key_cache.{i}", f"value_cache.{i}")
             x, *caches = layer(x, state[names[0]], state[names[1]], context)
             new_state.update(zip(names, caches, strict=True))
-        logits = self._logits(x.index_select(0, step["logit_rows"]))
-        outputs = generate_head(logits, step["probability_rows"], self.signature)
+        outputs = self._head(self.norm(x.index_select(0, step["logit_rows"])), step)
         return outputs, {name: new_state[name] for name in state}
 
     def _contexts(self, step: Named, dtype: torch.dtype) -> dict[str, StepContext]:
@@ -236,43 +232,23 @@ class GemmaDecoder(nn.Module):
             )
         return contexts
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Return the logits [R, V] of x [R, D]."""
-        logits = nn.functional.linear(self.norm(x), self.embed_tokens.weight)
+    def _head(self, rows: Tensor, step: Named) -> Named:
+        """Return the outputs for normalized rows [R, D]."""
+        weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
+        if self.signature.head == "generate":
+            logits = self._softcapped(nn.functional.linear(rows, weight))
+            return generate_head(logits, probability_rows, self.signature)
+        # One product for each target, so that no other column of the vocabulary is computed.
+        targets = rows.index_select(0, step["target_rows"])[:, None, :]
+        products = targets @ weight.index_select(0, step["target_ids"])[:, :, None]
+        logits = nn.functional.linear(rows.index_select(0, probability_rows), weight)
+        return score_head(self._softcapped(products[:, 0, 0]), self._softcapped(logits))
+
+    def _softcapped(self, logits: Tensor) -> Tensor:
+        """Return logits in float32 or wider, capped where the model does so."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_logit_softcapping
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
-
-def generate_head(logits: Tensor, probability_rows: Tensor, signature: Signature) -> Named:
-    """Return the outputs of the `generate` head for logits [R, V]; probability_rows is [Q]."""
-    top = torch.topk(logits, signature.candidates)
-    return {
-        "topk_logits": top.values,
-        "topk_ids": top.indices,
-        "top_probability": top_probability(logits.index_select(0, probability_rows)),
-        "logits": logits,
-    }
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """Return the largest probability of each row of logits [Q, V], as [Q].
-
-    Taken in two levels of about sqrt(V) terms: one pass over 262,144 float32 terms is off by 6e-5.
-    Of exponentials and sums in ONNX Runtime, only those of a softmax over whole rows and of a
-    product with more than one row are the same bits in every batch.
-    """
-    rows, vocab = logits.shape
-    outer = next(n for n in range(math.isqrt(vocab), 0, -1) if vocab % n == 0)
-    parts = logits.reshape(rows * outer, vocab // outer)
-    # A softmax's largest weight is 1 / sum(exp(x - max(x))).
-    sums = torch.softmax(parts, dim=1).amax(dim=1).reciprocal().view(rows, outer)
-    shares = torch.softmax(parts.amax(dim=1).view(rows, outer), dim=1)
-    ones = torch.ones(outer, 2, dtype=logits.dtype)
-    total = torch.cat([shares * sums] * 2) @ ones
-    return shares.amax(dim=1) / total[:rows, 0]
+        return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def sequence_positions(step: Named) -> Tensor:

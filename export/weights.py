@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,6 @@ import onnx_ir as ir
 import torch
 
 from beam_gemma.config import GemmaConfig
-from beam_gemma.signature import Signature
 from export.checkpoint import check_names
 from export.tensors import NUMPY_DTYPES, Checkpoint, StoredTensor
 
@@ -56,17 +55,32 @@ class Written:
             yield shifted.astype(NUMPY_DTYPES[self.dtype], copy=False)
 
 
-def attach(model: ir.Model, checkpoint: Checkpoint, signature: Signature, folder: Path) -> None:
-    """Point every initializer of the graph at its bytes below `folder`, writing what must be.
+def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
+    """Point every initializer of some graphs at its bytes below `folder`, writing what must be.
+
+    Args:
+        models: Graphs of one checkpoint; what they have in common is written once.
+        checkpoint: Where the weights are.
+        dtype: Of the matrices.
+        folder: The artifact.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape.
     """
-    initializers = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
+    initializers: dict[str, list[ir.Value]] = {}
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                initializers.setdefault(name, []).append(value)
+
+    def place(name: str, kind: str, shape: tuple[int, ...], where: tuple[str, int, int]) -> None:
+        for value in initializers[name]:
+            value.const_value = _external(name, kind, shape, where, folder)
+
     derived = _derived(checkpoint.config, initializers)
     expected = {
-        name: tuple(int(dim) for dim in value.shape)  # type: ignore[union-attr, arg-type]
-        for name, value in initializers.items()
+        name: tuple(int(dim) for dim in values[0].shape)  # type: ignore[union-attr, arg-type]
+        for name, values in initializers.items()
         if name not in derived
     }
     check_names(checkpoint.tensors, expected)
@@ -75,21 +89,15 @@ def attach(model: ir.Model, checkpoint: Checkpoint, signature: Signature, folder
     for name, shape in expected.items():
         stored = checkpoint.tensors[name]
         is_norm = name.endswith("norm.weight")
-        dtype = "float32" if is_norm else signature.dtype
+        kind = "float32" if is_norm else dtype
         offset = checkpoint.norm_offset if is_norm else 0.0
-        if stored.raw is not None and stored.dtype == dtype and not is_norm:
+        if stored.raw is not None and stored.dtype == kind and not is_norm:
             location = links.location(stored.raw.file)
-            initializers[name].const_value = _external(
-                name, dtype, shape, (location, stored.raw.offset, stored.raw.length), folder
-            )
+            place(name, kind, shape, (location, stored.raw.offset, stored.raw.length))
         else:
-            writes.append(
-                Written(name=name, shape=shape, dtype=dtype, source=stored, offset=offset)
-            )
+            writes.append(Written(name=name, shape=shape, dtype=kind, source=stored, offset=offset))
     for item, position in _write(writes, folder / WRITTEN):
-        initializers[item.name].const_value = _external(
-            item.name, item.dtype, item.shape, (WRITTEN, position, item.num_bytes), folder
-        )
+        place(item.name, item.dtype, item.shape, (WRITTEN, position, item.num_bytes))
 
 
 def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
@@ -102,13 +110,13 @@ def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
     return (1.0 / (rope.rope_theta**exponents) / rope.factor).numpy()
 
 
-def _derived(config: GemmaConfig, initializers: dict[str, ir.Value]) -> dict[str, Written]:
+def _derived(config: GemmaConfig, names: Collection[str]) -> dict[str, Written]:
     """Return what no checkpoint holds: the rotary frequencies of each layer type."""
     values = {f"rotary.{g}.inv_freq": inverse_frequencies(config, g) for g in config.groups}
     return {
         name: Written(name=name, shape=array.shape, dtype="float32", source=array)
         for name, array in values.items()
-        if name in initializers
+        if name in names
     }
 
 

@@ -34,7 +34,7 @@ def make_cache(
 
 
 def admit(cache, num_known_tokens, num_new_tokens=0, *, chain=None, num_spare_blocks=0):
-    prefix = cache.find_prefix(chain, num_known_tokens)
+    prefix = cache.find_prefix(chain, num_known_tokens, num_reusable_tokens=num_known_tokens - 1)
     return cache.admit(prefix, num_new_tokens, num_spare_blocks=num_spare_blocks)
 
 
@@ -44,4 +44,5 @@ def chain_of(token_ids):
 
 def found(cache, token_ids):
     """Return how many tokens of a sequence the cache has."""
-    return cache.find_prefix(chain_of(token_ids), len(token_ids)).num_tokens
+    chain, num_tokens = chain_of(token_ids), len(token_ids)
+    return cache.find_prefix(chain, num_tokens, num_reusable_tokens=num_tokens - 1).num_tokens

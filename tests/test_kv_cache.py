@@ -44,7 +44,7 @@ class Books:
         if self.cache.shortage(num_known, max_tokens):
             return
         row = Row(token_ids, num_known, spoiled)
-        prefix = self.cache.find_prefix(row.chain, num_known)
+        prefix = self.cache.find_prefix(row.chain, num_known, num_reusable_tokens=num_known - 1)
         assert prefix.num_tokens < num_known, "a token is left to compute"
         new = min(chunk, num_known - prefix.num_tokens, self.budget)
         slot = self.cache.admit(prefix, new, num_spare_blocks=len(self.live))

@@ -7,7 +7,8 @@ import torch
 
 from beam_gemma.config import FULL
 from beam_gemma.signature import PagedState, RecurrentState, Signature
-from export.model import Named, generate_head, sequence_positions
+from export.heads import Named, generate_head
+from export.model import sequence_positions
 from export.ops import NO_WINDOW, ragged_attention
 
 VOCAB = 16
