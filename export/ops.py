@@ -9,6 +9,12 @@ g = n // (N / K):
     reach  = q - window < k <= last_keys[q]            last_keys[q] = q when causal
     out[q] = sum over reached k of softmax(s)[k] * value[k, g]
 
+`packed_attention` is the same for whole sequences that nothing is cached of:
+
+    reach  = q - back <= k <= q + ahead                within the sequence of q
+
+`packed_sum` adds up the rows of each sequence.
+
 `rms_norm` is x / sqrt(mean(x^2) + epsilon) * weight in float32; the weight is the effective one,
 1 + w where a checkpoint stores w.
 
@@ -16,13 +22,14 @@ Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head 
 blocks, M blocks in a table row, D hidden.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NO_WINDOW = 1 << 30
-"""Window of a layer that reaches every earlier token."""
+"""Window of a layer that reaches every earlier token; so far on a side is as far as there is."""
 
 
 @torch.library.custom_op("beam_gemma::ragged_attention", mutates_args=())
@@ -86,6 +93,65 @@ def ragged_attention(
     output = torch.cat(outputs).reshape(query.shape)
     key_cache = _cache_view(key_tokens, key_cache, layout)
     return output, key_cache, _cache_view(value_tokens, value_cache, layout)
+
+
+@torch.library.custom_op("beam_gemma::packed_attention", mutates_args=())
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    back: int,
+    ahead: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend within each of the packed sequences, and return the output [T, N * H].
+
+    Args:
+        query: [T, N * H], rotated.
+        key: [T, K * H], rotated.
+        value: [T, K * H].
+        cu_seqlens: [B + 1], where each sequence starts.
+        num_heads: N.
+        num_kv_heads: K.
+        back: Positions in reach before the query's own.
+        ahead: Positions in reach after it; 0 when causal.
+        scale: Factor of query-key products.
+        softcap: 0 for none.
+    """
+    outputs = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        q, k, v = (
+            t[start:end].view(end - start, num_kv_heads, -1, key.shape[1] // num_kv_heads)
+            for t in (query, key, value)
+        )
+        positions = torch.arange(end - start)
+        distance = positions - positions[:, None]
+        reach = (distance >= -back) & (distance <= ahead)
+        outputs.append(_attend(q, k[:, :, 0], v[:, :, 0], reach, scale, softcap))
+    return torch.cat(outputs).reshape(query.shape)
+
+
+@packed_attention.register_fake
+def _(*args: Any) -> Tensor:
+    return torch.empty_like(args[0])
+
+
+@torch.library.custom_op("beam_gemma::packed_sum", mutates_args=())
+def packed_sum(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """Return the sum [B, D] of each sequence's rows in x [T, D]; none has more than `longest`."""
+    del longest
+    lengths = cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return x.new_zeros(len(lengths), x.shape[1]).index_add(0, owner, x)
+
+
+@packed_sum.register_fake
+def _(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
 
 
 def _slots(blocks: Tensor, block_size: int) -> Tensor:

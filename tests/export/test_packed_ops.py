@@ -1,0 +1,199 @@
+"""The ops over whole sequences: the reference against masks written out, the lowering against it.
+
+A sequence's result must be the same bits in any company, which tests here show for the ops alone.
+"""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export.lowering_packed import FUNCTIONS
+from export.ops import NO_WINDOW, packed_attention, packed_sum
+
+F32, I32, I64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+KINDS = {np.dtype(np.float32): F32, np.dtype(np.int32): I32, np.dtype(np.int64): I64}
+LENGTHS = (5, 1, 37, 300, 64, 2, 130)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of the op."""
+
+    num_heads: int = 3
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    back: int = NO_WINDOW
+    ahead: int = NO_WINDOW
+    softcap: float = 0.0
+    lengths: tuple[int, ...] = LENGTHS
+
+    @property
+    def scale(self) -> float:
+        """Factor under which scores differ by a few units, as in a trained model."""
+        return self.head_dim**-0.5
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Return random inputs."""
+        rng = np.random.default_rng(3)
+        shape = {"query": self.num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
+        tensors = {
+            name: rng.standard_normal((sum(self.lengths), heads * self.head_dim), np.float32)
+            for name, heads in shape.items()
+        }
+        return tensors | {"cu_seqlens": np.cumsum([0, *self.lengths]).astype(np.int32)}
+
+    def eager(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the reference in float64."""
+        tensors = [torch.from_numpy(a) for a in inputs.values()]
+        tensors = [t.double() if t.is_floating_point() else t for t in tensors]
+        heads = (self.num_heads, self.num_kv_heads)
+        reach = (self.back, self.ahead)
+        return packed_attention(*tensors, *heads, *reach, self.scale, self.softcap).numpy()
+
+    def session(self, num_threads: int) -> onnxruntime.InferenceSession:
+        """Return the lowering, ready to run."""
+        attributes = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "num_slices": -(-self.head_dim // 64),
+            "back": self.back,
+            "ahead": self.ahead,
+            "scale": self.scale,
+        }
+        name = "PackedAttention"
+        if self.softcap:
+            name, attributes["softcap"] = "PackedAttentionSoftcap", self.softcap
+        inputs = {"query": F32, "key": F32, "value": F32, "cu_seqlens": I32}
+        node = onnx.helper.make_node(name, list(inputs), ["y"], domain="beam_gemma", **attributes)
+        return session_of([node], inputs, ["y"], num_threads)
+
+
+CASES = {
+    "two-sided": Case(),
+    "two-sided window": Case(back=40, ahead=40),
+    "causal": Case(ahead=0),
+    "causal window": Case(back=29, ahead=0),
+    "own token alone": Case(back=0, ahead=0),
+    "ahead alone": Case(back=0),
+    "uneven": Case(back=7, ahead=90),
+    "one query head for each key head": Case(num_heads=4, num_kv_heads=4, head_dim=16),
+    "grouped queries": Case(num_heads=8, num_kv_heads=4, head_dim=128, back=50, ahead=50),
+    "softcap": Case(softcap=0.7, back=50, ahead=50, head_dim=64),
+    "long": Case(lengths=(700, 3, 900), back=256, ahead=256),
+    "one token": Case(lengths=(1,), num_heads=1, head_dim=16),
+}
+
+
+def session_of(
+    nodes: list[onnx.NodeProto], inputs: dict[str, int], outputs: list[str], num_threads: int
+) -> onnxruntime.InferenceSession:
+    """Return a session of nodes of the project's domain, with the CPU's function bodies."""
+    value = onnx.helper.make_tensor_value_info
+    ranks = {F32: ["T", None], I32: ["B1"]}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "op",
+        [value(name, kind, ranks[kind]) for name, kind in inputs.items()],
+        [value(name, F32, None) for name in outputs],
+    )
+    opsets = {"": 23, "beam_gemma": 1, "com.microsoft": 1}
+    model = onnx.helper.make_model(
+        graph,
+        functions=[f.to_function_proto() for f in FUNCTIONS],
+        opset_imports=[onnx.helper.make_opsetid(*opset) for opset in opsets.items()],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_attention_equals_the_formula(name: str, threads: int) -> None:
+    case = CASES[name]
+    inputs = case.inputs()
+    [output] = case.session(threads).run(None, inputs)
+    # float32 against float64, values of order 1.
+    np.testing.assert_allclose(output, case.eager(inputs), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("back", "ahead", "reach"),
+    [
+        (NO_WINDOW, NO_WINDOW, ["1111", "1111", "1111", "1111"]),
+        (1, 1, ["1100", "1110", "0111", "0011"]),
+        (NO_WINDOW, 0, ["1000", "1100", "1110", "1111"]),
+        (1, 0, ["1000", "1100", "0110", "0011"]),
+        (0, 2, ["1110", "0111", "0011", "0001"]),
+    ],
+)
+def test_reach_is_the_matrix(back: int, ahead: int, reach: list[str]) -> None:
+    """With zero queries a token gets the mean of the values it reaches."""
+    zeros = torch.zeros(5, 4)
+    values = torch.eye(5, 4)  # the last row is another sequence
+    cu_seqlens = torch.tensor([0, 4, 5])
+    output = packed_attention(zeros, zeros, values, cu_seqlens, 1, 1, back, ahead, 1.0, 0.0)
+    expected = np.array([[int(c) for c in row] for row in reach], np.float32)
+    np.testing.assert_allclose(output[:4], expected / expected.sum(1, keepdims=True), atol=1e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("name", CASES)
+def test_a_sequence_attends_alike_in_any_company(name: str, threads: int) -> None:
+    case = CASES[name]
+    inputs = case.inputs()
+    session = case.session(threads)
+    [together] = session.run(None, inputs)
+    ends = inputs["cu_seqlens"]
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        own = {n: inputs[n][start:end] for n in ("query", "key", "value")}
+        [alone] = session.run(None, own | {"cu_seqlens": np.array([0, end - start], np.int32)})
+        np.testing.assert_array_equal(alone, together[start:end])
+
+
+@pytest.mark.parametrize("back", [40, NO_WINDOW])
+def test_nothing_of_another_sequence_is_reached(back: int) -> None:
+    case = Case(back=back, ahead=back)
+    inputs = case.inputs()
+    session = case.session(1)
+    [clean] = session.run(None, inputs)
+    start, end = 43, 343  # the fourth sequence
+    for name in ("query", "key", "value"):
+        inputs[name][start:end] = np.nan
+    [output] = session.run(None, inputs)
+    assert np.isnan(output[start:end]).all()
+    others = np.r_[0:start, end : len(output)]
+    np.testing.assert_array_equal(output[others], clean[others])
+
+
+def sum_session(longest: int, num_threads: int) -> onnxruntime.InferenceSession:
+    """Return `packed_sum` as the exporter lowers it: chunks of 64 until a sequence is one."""
+    nodes, names = [], ["x", "cu_seqlens"]
+    while longest > 1:
+        outputs = [f"{name}_" for name in names]
+        nodes.append(onnx.helper.make_node("ChunkSums", names, outputs, domain="beam_gemma"))
+        names, longest = outputs, -(-longest // 64)
+    return session_of(nodes, {"x": F32, "cu_seqlens": I32}, names[:1], num_threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("lengths", [(5, 1, 64, 65, 3), (1,), (700, 4097, 2, 5000)])
+def test_sums_are_alike_in_any_company(lengths: tuple[int, ...], threads: int) -> None:
+    x = np.random.default_rng(0).standard_normal((sum(lengths), 48), np.float32)
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
+    session = sum_session(max(64, *lengths), threads)
+    [sums] = session.run(None, {"x": x, "cu_seqlens": cu_seqlens})
+    double, ends = torch.from_numpy(x).double(), torch.from_numpy(cu_seqlens)
+    expected = packed_sum(double, ends, max(lengths)).numpy()
+    # float32 sums of up to 5,000 terms of order 1.
+    np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-4)
+    for b, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+        own = {"x": x[start:end], "cu_seqlens": np.array([0, end - start], np.int32)}
+        [alone] = session.run(None, own)
+        np.testing.assert_array_equal(alone[0], sums[b])
