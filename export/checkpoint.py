@@ -1,6 +1,7 @@
 """Reading a checkpoint: its architecture and its tensors, under the names of `export.model`.
 
-A checkpoint is a Hugging Face folder with safetensors files, sharded or not, or one GGUF file.
+A checkpoint is a Hugging Face folder with safetensors files, sharded or not, one GGUF file, or one
+file of gemma_pytorch.
 """
 
 import json
@@ -12,6 +13,8 @@ from typing import Any
 
 from beam_gemma.config import IGNORED_KEYS, GemmaConfig
 from beam_gemma.errors import CheckpointError, ConfigError, nearest
+from export.ckpt_file import read_ckpt
+from export.folder import chat_template, eos_token_ids, legal_files, read_json, tokenizer_bytes
 from export.gguf_file import read_gguf
 from export.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
 
@@ -38,19 +41,21 @@ SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a Hugging Face folder or a GGUF file.
+    """Open a Hugging Face folder, a GGUF file or a file of gemma_pytorch.
 
     Raises:
-        CheckpointError: the path holds neither, or tensors are missing or left over.
+        CheckpointError: the path holds none of them, or tensors are missing or left over.
         ConfigError: the architecture is not supported.
     """
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".gguf" and path.is_file():
         return read_gguf(path)
+    if path.suffix == ".ckpt" and path.is_file():
+        return read_ckpt(path)
     raise CheckpointError(
-        f"{path}: expected a folder with config.json and safetensors files, or a .gguf file, got "
-        f"{'another file' if path.exists() else 'nothing'}"
+        f"{path}: expected a folder with config.json and safetensors files, or a .gguf or .ckpt "
+        f"file, got {'another file' if path.exists() else 'nothing'}"
     )
 
 
@@ -74,7 +79,7 @@ def check_names(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     has_images = raw.get("model_type") == "gemma3"
     config = GemmaConfig.from_hf(_text_config(raw) if has_images else raw)
     tensors = {}
@@ -92,10 +97,10 @@ def _read_folder(folder: Path) -> Checkpoint:
         config=config,
         tensors=tensors,
         norm_offset=1.0,
-        tokenizer_model=lambda: _tokenizer_bytes(folder),
-        eos_token_ids=_eos_token_ids(folder, raw),
-        chat_template=_chat_template(folder),
-        legal_files=_legal_files(folder),
+        tokenizer_model=lambda: tokenizer_bytes(folder),
+        eos_token_ids=eos_token_ids(folder, raw),
+        chat_template=chat_template(folder),
+        legal_files=legal_files(folder),
     )
 
 
@@ -124,7 +129,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     """Return the shards that the index names, or the single file."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -154,51 +159,3 @@ def read_safetensors(file: Path) -> Iterator[StoredTensor]:
         if raw.offset + raw.length > file.stat().st_size:
             raise CheckpointError(f"{file}: the file ends inside the tensor {name}; copy it again")
         yield raw_tensor(name, tuple(entry["shape"]), dtype, raw)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: expected a checkpoint's file, got nothing")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: expected JSON, got {error}") from error
-
-
-def _tokenizer_bytes(folder: Path) -> bytes:
-    file = folder / "tokenizer.model"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file}: expected the SentencePiece model of the checkpoint, got nothing; "
-            "it is one of the files published with every Gemma model"
-        )
-    return file.read_bytes()
-
-
-def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end a text: generation_config.json knows more than config.json."""
-    generation = folder / "generation_config.json"
-    raw = _read_json(generation) if generation.exists() else {}
-    ids = raw.get("eos_token_id", config.get("eos_token_id", 1))
-    return tuple(ids) if isinstance(ids, list) else (ids,)
-
-
-def _chat_template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text()
-    settings = folder / "tokenizer_config.json"
-    template = _read_json(settings).get("chat_template") if settings.exists() else None
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
-
-
-def _legal_files(folder: Path) -> tuple[Path, ...]:
-    names = ("license", "notice", "terms", "use_policy", "prohibited")
-    return tuple(
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.name.lower().startswith(names)
-    )

@@ -18,6 +18,7 @@ NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
 }
 
 
@@ -37,7 +38,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """`float32`, `bfloat16`, `float16`, or a GGUF quantization."""
+    """`float32`, `bfloat16`, `float16`, or a quantization."""
     raw: RawBytes | None
     """None where the bytes need decoding."""
     rows: Callable[[int, int], np.ndarray]
@@ -58,7 +59,7 @@ class Checkpoint:
     name: str
     path: Path
     format: str
-    """`safetensors` or `gguf`."""
+    """`safetensors`, `gguf` or `ckpt`."""
     config: GemmaConfig
     tensors: Mapping[str, StoredTensor]
     norm_offset: float
