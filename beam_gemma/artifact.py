@@ -19,7 +19,7 @@ from typing import Any
 
 from beam_gemma.config import GemmaConfig, RopeParameters
 from beam_gemma.errors import ArtifactError
-from beam_gemma.signature import Device, Head, Signature
+from beam_gemma.signature import HEADS, Device, Head, Signature
 
 FORMAT = 1
 """Raised when a worker of an older version could not run what is written now."""
@@ -124,10 +124,11 @@ class Artifact:
             ArtifactError: the folder was exported without it.
         """
         if (head, device) not in self.signatures:
-            have = ", ".join(f"{h} on {d}" for h, d in self.signatures)
+            tasks = {of: task for task, of in HEADS.items()}
+            have = ", ".join(f"{tasks[h]} on {d}" for h, d in self.signatures)
             raise ArtifactError(
-                f"{self.path}: expected a graph for {head} on {device}, got {have}; "
-                f"export the model again with --device {device}"
+                f"{self.path}: expected a graph to {tasks[head]} on {device}, got {have}; "
+                f"export the model again with --tasks {tasks[head]} --device {device}"
             )
         return self.signatures[head, device]
 

@@ -3,16 +3,17 @@
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.generate import GenerateSettings
+from beam_gemma.prompt_encoder import ColumnUse
+from beam_gemma.task import Settings
 
 
-def check_columns(settings: GenerateSettings, schema: pa.Schema) -> None:
+def check_columns(settings: Settings, schema: pa.Schema) -> None:
     """Compare the settings of a task with a table.
 
     Raises:
         OptionsError: a column is missing, of a wrong type, or would be written twice.
     """
-    for column in (*settings.prompt_columns, *filter(None, [settings.key_column])):
+    for column, use in settings.columns.items():
         if column not in schema.names:
             raise OptionsError(
                 f"column {column!r}: expected in the table, got {', '.join(schema.names)}"
@@ -20,8 +21,7 @@ def check_columns(settings: GenerateSettings, schema: pa.Schema) -> None:
             )
         if schema.names.count(column) > 1:
             raise OptionsError(f"column {column!r}: expected once in the table, got it twice")
-    for column in settings.prompt_columns:
-        _check_type(settings, column, schema.field(column).type)
+        _check_type(column, use, schema.field(column).type)
     for name in settings.result_schema.names:
         if name in schema.names:
             raise OptionsError(
@@ -30,13 +30,13 @@ def check_columns(settings: GenerateSettings, schema: pa.Schema) -> None:
             )
 
 
-def _check_type(settings: GenerateSettings, column: str, kind: pa.DataType) -> None:
-    if settings.messages_column:
-        fits, wanted = is_messages(kind), "list<struct<role: string, content: string>>"
-    elif settings.prompt_column:
-        fits, wanted = is_text(kind), "string"
-    else:
-        fits, wanted = not _is_bytes(kind), "a type that can be written as text"
+def _check_type(column: str, use: ColumnUse, kind: pa.DataType) -> None:
+    fits, wanted = {
+        "messages": (is_messages(kind), "list<struct<role: string, content: string>>"),
+        "text": (is_text(kind), "string"),
+        "value": (not _is_bytes(kind), "a type that can be written as text"),
+        "key": (True, "any type"),
+    }[use]
     if not fits:
         raise OptionsError(f"column {column!r}: expected {wanted}, got {kind}")
 

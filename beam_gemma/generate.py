@@ -17,14 +17,15 @@ import pyarrow as pa
 from beam_gemma.engine import Engine, EngineStats
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.progress import Count
-from beam_gemma.prompt_encoder import Prompt, PromptEncoder, PromptSettings, Row
+from beam_gemma.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSettings, Row
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
+from beam_gemma.task import Settings
 from beam_gemma.tokenizer import StreamingDecoder, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateSettings(PromptSettings):
+class GenerateSettings(PromptSettings, Settings):
     """What to ask the model of each row."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -41,6 +42,12 @@ class GenerateSettings(PromptSettings):
         PromptSettings.__post_init__(self)
         if "" in self.stop:
             raise OptionsError("stop: expected texts that are not empty, got an empty one")
+
+    @property
+    def columns(self) -> dict[str, ColumnUse]:
+        """Columns that the task takes."""
+        keys: dict[str, ColumnUse] = {self.key_column: "key"} if self.key_column else {}
+        return keys | self.prompt_columns
 
     @property
     def result_schema(self) -> pa.Schema:

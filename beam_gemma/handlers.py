@@ -1,8 +1,10 @@
-"""Gemma as a Beam model handler: what RunInference needs to know of the generate task."""
+"""Gemma as Beam model handlers, one for each task: what RunInference needs to know of it."""
 
+import dataclasses
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
@@ -15,9 +17,10 @@ from beam_gemma.errors import EngineError, OptionsError
 from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
 from beam_gemma.generate import GenerateSettings, Generator
 from beam_gemma.progress import METER, METRICS_NAMESPACE
-from beam_gemma.prompt_encoder import PromptEncoder, Row
+from beam_gemma.prompt_encoder import PromptEncoder
 from beam_gemma.session import Session, require_device
-from beam_gemma.signature import Device
+from beam_gemma.signature import Device, Head
+from beam_gemma.task import Encoder, Model, Settings
 from beam_gemma.tokenizer import Tokenizer
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -26,35 +29,20 @@ BATCH_ROWS = 4096
 """Rows that go to the engine together: enough that few steps run with slots left empty."""
 
 
-@runtime_checkable
-class Model(Protocol):
-    """A generator, in this process or behind a proxy."""
+class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
+    """Runs a task on examples.
 
-    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Return the result columns of each row."""
-
-    def take_counts(self) -> dict[str, int]:
-        """Return what has been counted and not been returned yet."""
-
-
-class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
-    """Completes examples with a Gemma model.
-
-    An example is a prompt (a string), a row (a mapping or a Beam Row) or several rows (an Arrow
-    record batch). Its inference holds the result columns in the same form: a dict for one row, a
-    record batch for several. All threads and processes of a machine share one engine, which lives
-    in the process that was first to need it.
+    An example is a prompt or text (a string), a row (a mapping or a Beam Row) or several rows (an
+    Arrow record batch). Its inference holds the result columns in the same form: a dict for one
+    row, a record batch for several. All threads and processes of a machine share one model, which
+    lives in the process that was first to need it.
     """
 
+    token_counters: ClassVar[Mapping[str, str]] = {"num_prompt_tokens": "prompt_tokens"}
+    """Beam's counter of each result column that holds a number of tokens."""
+
     def __init__(
-        self,
-        model: str,
-        settings: GenerateSettings | None = None,
-        *,
-        device: DeviceChoice = "auto",
-        max_num_seqs: int = ENGINE.max_num_seqs,
-        max_num_batched_tokens: int = ENGINE.max_num_batched_tokens,
-        large_model: bool = True,
+        self, model: str, settings: Settings, *, device: DeviceChoice, large_model: bool
     ) -> None:
         """Describe a model and what to ask of it; nothing is loaded yet.
 
@@ -62,8 +50,6 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
             model: Folder that `python -m export` wrote.
             settings: What to ask.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
-            max_num_seqs: Sequences that run at once.
-            max_num_batched_tokens: New tokens of one step.
             large_model: Whether the processes of a machine share one model. Without it each
                 process loads its own, which is right where there is only one.
         """
@@ -74,22 +60,30 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
             large_model=large_model,
         )
         self._key = uuid.uuid4().hex
-        self.settings = settings or GenerateSettings()
+        self.settings = settings
         self._model = model
         self._device = device
-        self._engine_config = EngineConfig(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(model={self._model!r}, device={self._device!r}, "
-            f"max_num_seqs={self._engine_config.max_num_seqs}, "
-            f"max_num_batched_tokens={self._engine_config.max_num_batched_tokens})"
-        )
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """The graph that the task runs."""
 
-    def load_model(self) -> Generator:
-        """Open the model folder and start an engine.
+    @abstractmethod
+    def encoder(self, artifact: Artifact) -> Encoder:
+        """Return what makes the model's input of a row; no weights are loaded.
+
+        Raises:
+            ArtifactError: the tokenizer is missing or damaged.
+            OptionsError: the model cannot be asked so.
+        """
+
+    @abstractmethod
+    def _load(self, artifact: Artifact, device: Device) -> Model:
+        """Load the graph and make it ready for rows."""
+
+    def load_model(self) -> Model:
+        """Open the model folder and load what the task needs.
 
         Raises:
             ArtifactError: the folder is missing or damaged.
@@ -120,7 +114,7 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
                 f"{type(error).__name__}, so it has died, for want of memory perhaps; these rows "
                 "are lost unless the runner retries their bundle"
             ) from error
-        _report(results, steps)
+        self._report(results, steps)
         remaining = iter(results)
         return [PredictionResult(example, self._inference(example, remaining)) for example in batch]
 
@@ -141,26 +135,26 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
         if inference_args:
             raise OptionsError(
                 f"inference_args: expected none, got {', '.join(inference_args)}; "
-                "use GenerateSettings"
+                f"use {type(self.settings).__name__}"
             )
 
-    def _start(self) -> Generator:
+    def _start(self) -> Model:
         artifact = Artifact.open(self._model)
         artifact.verify()
-        encoder = prompt_encoder(artifact, self.settings)
-        config = EngineConfig(
-            max_num_seqs=self._engine_config.max_num_seqs,
-            max_num_batched_tokens=self._engine_config.max_num_batched_tokens,
-            eos_token_ids=artifact.eos_token_ids,
-        )
-        session = Session.of(
-            artifact,
-            device=choose_device(artifact, self._device),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
-        engine = Engine(session, config, on_step=METER.add)
-        return Generator(engine, encoder, self.settings, on_result=METER.add)
+        return self._load(artifact, choose_device(artifact, self.head, self._device))
+
+    def _report(self, results: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> None:
+        """Add a batch's counts, and those of the model's latest steps, to Beam's metrics."""
+        failed = sum(result["error"] is not None for result in results)
+        rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
+        for name, number in (rows | steps).items():
+            Metrics.counter(METRICS_NAMESPACE, name).inc(number)
+        for column, name in self.token_counters.items():
+            counter = Metrics.counter(METRICS_NAMESPACE, name)
+            distribution = Metrics.distribution(METRICS_NAMESPACE, column)
+            for result in results:
+                counter.inc(result[column] or 0)
+                distribution.update(result[column] or 0)
 
     def _inference(
         self, example: Example, results: Iterator[dict[str, Any]]
@@ -171,51 +165,93 @@ class GemmaModelHandler(ModelHandler[Example, PredictionResult, Model]):
         return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
 
 
-def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEncoder:
-    """Return what makes prompts for a model; no weights are loaded.
+class GemmaModelHandler(TaskHandler):
+    """Completes examples with a Gemma model."""
 
-    Raises:
-        ArtifactError: the tokenizer is missing or damaged.
-        OptionsError: the model cannot be asked so.
-    """
-    return PromptEncoder(
-        Tokenizer.from_file(artifact.tokenizer_path),
-        settings,
-        chat_template=artifact.chat_template,
-        max_tokens=settings.max_prompt(artifact.config.max_position_embeddings),
+    token_counters: ClassVar[Mapping[str, str]] = {
+        "num_prompt_tokens": "prompt_tokens",
+        "num_completion_tokens": "completion_tokens",
+    }
+    head: Head = "generate"
+    settings: GenerateSettings
+
+    def __init__(
+        self,
+        model: str,
+        settings: GenerateSettings | None = None,
+        *,
+        device: DeviceChoice = "auto",
+        max_num_seqs: int = ENGINE.max_num_seqs,
+        max_num_batched_tokens: int = ENGINE.max_num_batched_tokens,
+        large_model: bool = True,
+    ) -> None:
+        """Describe a model and what to ask of it; nothing is loaded yet.
+
+        Args:
+            model: Folder that `python -m export` wrote.
+            settings: What to ask.
+            device: `auto` is CUDA where the model and the machine have it, else the CPU.
+            max_num_seqs: Sequences that run at once.
+            max_num_batched_tokens: New tokens of one step.
+            large_model: Whether the processes of a machine share one model.
+        """
+        settings = settings or GenerateSettings()
+        super().__init__(model, settings, device=device, large_model=large_model)
+        self._engine_config = EngineConfig(
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(model={self._model!r}, device={self._device!r}, "
+            f"max_num_seqs={self._engine_config.max_num_seqs}, "
+            f"max_num_batched_tokens={self._engine_config.max_num_batched_tokens})"
+        )
+
+    def encoder(self, artifact: Artifact) -> PromptEncoder:
+        """Return what makes prompts of rows; no weights are loaded."""
+        return PromptEncoder(
+            Tokenizer.from_file(artifact.tokenizer_path),
+            self.settings,
+            chat_template=artifact.chat_template,
+            max_tokens=self.settings.max_prompt(artifact.config.max_position_embeddings),
+        )
+
+    def _load(self, artifact: Artifact, device: Device) -> Generator:
+        encoder = self.encoder(artifact)
+        engine = start_engine(artifact, self.head, device, self._engine_config)
+        return Generator(engine, encoder, self.settings, on_result=METER.add)
+
+
+def start_engine(artifact: Artifact, head: Head, device: Device, config: EngineConfig) -> Engine:
+    """Load a model folder's graph and start an engine over it."""
+    session = Session.of(
+        artifact,
+        head=head,
+        device=device,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
     )
+    config = dataclasses.replace(config, eos_token_ids=artifact.eos_token_ids)
+    return Engine(session, config, on_step=METER.add)
 
 
-def choose_device(artifact: Artifact, device: DeviceChoice) -> Device:
-    """Return the device that a model runs on, on this machine.
+def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Device:
+    """Return the device that a graph of a model runs on, on this machine.
 
     Raises:
         ArtifactError: the model has no graph for the device that was asked for.
         OptionsError: the machine does not have that device.
     """
     if device != "auto":
-        artifact.signature("generate", device)
+        artifact.signature(head, device)
         require_device(device)
         return device
-    if "cuda" in artifact.devices:
+    if (head, "cuda") in artifact.signatures:
         try:
             require_device("cuda")
         except OptionsError:
             return "cpu"
         return "cuda"
+    artifact.signature(head, "cpu")
     return "cpu"
-
-
-def _report(results: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> None:
-    """Add a batch's counts, and those of the engine's latest steps, to Beam's metrics."""
-    failed = sum(result["error"] is not None for result in results)
-    rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
-    for name, count in (rows | steps).items():
-        Metrics.counter(METRICS_NAMESPACE, name).inc(count)
-    for kind in ("prompt", "completion"):
-        column = f"num_{kind}_tokens"
-        counter = Metrics.counter(METRICS_NAMESPACE, f"{kind}_tokens")
-        distribution = Metrics.distribution(METRICS_NAMESPACE, column)
-        for result in results:
-            counter.inc(result[column] or 0)
-            distribution.update(result[column] or 0)

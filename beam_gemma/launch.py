@@ -1,5 +1,6 @@
 """From flags to a finished job: every setting is checked before it starts, every row after it."""
 
+import argparse
 import logging
 import re
 import sys
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import apache_beam as beam
 import pyarrow as pa
@@ -18,26 +19,29 @@ from apache_beam.runners.runner import PipelineResult
 from beam_gemma.artifact import Artifact
 from beam_gemma.columns import check_columns
 from beam_gemma.errors import BeamGemmaError, OptionsError
-from beam_gemma.handlers import GemmaModelHandler, choose_device, prompt_encoder
-from beam_gemma.options import generate_parser, generate_settings, in_one_process, is_local, parse
+from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
+from beam_gemma.handlers import TaskHandler, choose_device
 from beam_gemma.preview import preview
 from beam_gemma.progress import METRICS_NAMESPACE, Display
 from beam_gemma.records import Source, open_source
 from beam_gemma.sinks import Sink, open_sink
+from beam_gemma.task import Settings
 
+SettingsT = TypeVar("SettingsT", bound=Settings)
+HandlerT = TypeVar("HandlerT", bound=TaskHandler)
 SUCCESS, FAILURE, USAGE = 0, 1, 2
 """Exit codes: rows balance; they do not, or the job broke; a setting is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class Job(Generic[HandlerT]):
     """A job whose settings have been checked."""
 
     source: Source
     sink: Sink
     schema: pa.Schema
     """Of the output."""
-    handler: GemmaModelHandler
+    handler: HandlerT
     options: PipelineOptions
     overwrite: bool
     """Whether an earlier output gives way to this one."""
@@ -45,29 +49,38 @@ class Job:
     """The report that was asked for in place of a run."""
 
 
-def plan_generate(argv: Sequence[str] | None) -> Job:
+def plan(
+    argv: Sequence[str] | None,
+    parser: FlagParser,
+    settings_of: Callable[[argparse.Namespace], SettingsT],
+    handler_of: Callable[..., HandlerT],
+) -> Job[HandlerT]:
     """Return the job that the flags describe.
+
+    Args:
+        argv: The command line's; None for this process's own.
+        parser: Of the task's flags.
+        settings_of: Makes the task's settings of flags.
+        handler_of: The task's handler class.
 
     Raises:
         BeamGemmaError: a setting is wrong; nothing has been written.
     """
-    flags, options = parse(generate_parser(), argv)
+    flags, options = parse(parser, argv)
     _set_up_logs(verbose=flags.verbose)
-    settings = generate_settings(flags)
-    handler = GemmaModelHandler(
+    settings = settings_of(flags)
+    handler = handler_of(
         flags.model,
         settings,
-        device=flags.device,
-        max_num_seqs=flags.max_num_seqs,
-        max_num_batched_tokens=flags.max_num_batched_tokens,
         large_model=not in_one_process(options),
+        **engine_settings(flags),
     )
     artifact = Artifact.open(flags.model)
-    encoder = prompt_encoder(artifact, settings)
+    encoder = handler.encoder(artifact)
     if is_local(options):
-        choose_device(artifact, flags.device)
+        choose_device(artifact, handler.head, flags.device)
     elif flags.device != "auto":
-        artifact.signature("generate", flags.device)
+        artifact.signature(handler.head, flags.device)
     source = open_source(flags.input, limit=flags.limit)
     check_columns(settings, source.schema)
     sink = open_sink(flags.output, num_shards=flags.num_shards)
@@ -84,7 +97,7 @@ def plan_generate(argv: Sequence[str] | None) -> Job:
     )
 
 
-def run(pipeline: beam.Pipeline, job: Job) -> int:
+def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
     """Run a job, show its progress and check that no row was lost; return the exit code.
 
     A Dataflow job goes on alone: its state and counters are in its own console.
@@ -184,7 +197,7 @@ def _check_output(sink: Sink, source: Source, *, overwrite: bool) -> None:
         )
 
 
-def _display(job: Job) -> AbstractContextManager[object]:
+def _display(job: Job[Any]) -> AbstractContextManager[object]:
     """Return the display of a job whose rows go through this process."""
     if in_one_process(job.options):
         return Display(job.source.num_rows)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from beam_gemma.errors import RecordError
 from beam_gemma.examples import rows_of
-from beam_gemma.prompt_encoder import Prompt, PromptEncoder
+from beam_gemma.prompt_encoder import Prompt
 from beam_gemma.records import Source
+from beam_gemma.task import Encoder
 
 SAMPLE_ROWS = 1000
 """Rows of the sample, from the first."""
@@ -16,7 +17,7 @@ SHOWN_PROMPTS = 3
 SHOWN_REASONS = 3
 
 
-def preview(source: Source, encoder: PromptEncoder) -> str:
+def preview(source: Source, encoder: Encoder) -> str:
     """Return a report: rows, prompt tokens, rows that would fail, the first prompts."""
     prompts, reasons = _encode(source, encoder)
     num_sampled = len(prompts) + reasons.total()
@@ -33,7 +34,7 @@ def preview(source: Source, encoder: PromptEncoder) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _encode(source: Source, encoder: PromptEncoder) -> tuple[list[Prompt], Counter[str]]:
+def _encode(source: Source, encoder: Encoder) -> tuple[list[Prompt], Counter[str]]:
     """Return the prompts of the sample, and why rows have none."""
     prompts = []
     reasons: Counter[str] = Counter()

@@ -5,7 +5,7 @@ A row is a mapping of columns, or a string that is the prompt itself.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from beam_gemma.errors import BeamGemmaError, OptionsError, PromptTooLongError, RecordError
 from beam_gemma.prompt import (
@@ -20,6 +20,9 @@ from beam_gemma.prompt import (
 from beam_gemma.tokenizer import Tokenizer
 
 Row = Mapping[str, Any] | str
+ColumnUse = Literal["text", "messages", "value", "key"]
+"""What a task makes of a column: a text, a conversation, a value that is written into a template,
+or a name for its row."""
 PromptFormat = Literal["auto", "raw", "chat"]
 Side = Literal["left", "right"]
 MAX_CUTS = 4
@@ -28,7 +31,9 @@ MAX_CUTS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSettings:
-    """How a row becomes a prompt. At most one of its three sources is given."""
+    """How a row becomes a prompt. At most one of its sources is given."""
+
+    SOURCES: ClassVar[tuple[str, ...]] = ("prompt", "prompt_column", "messages_column")
 
     prompt: str | None = None
     """Template with column names in braces."""
@@ -51,8 +56,7 @@ class PromptSettings:
     """Side where the longest text of a row is cut if its prompt is too long; None is an error."""
 
     def __post_init__(self) -> None:
-        sources = ("prompt", "prompt_column", "messages_column")
-        given = [name for name in sources if getattr(self, name) is not None]
+        given = [name for name in self.SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionsError(f"prompt: expected one source, got {' and '.join(given)}")
         if self.prompt_format == "raw" and (self.system is not None or self.messages_column):
@@ -66,17 +70,15 @@ class PromptSettings:
             )
 
     @property
-    def has_source(self) -> bool:
-        """Whether rows with columns have a prompt; without a source, each example is a prompt."""
-        sources = (self.prompt, self.prompt_column, self.messages_column)
-        return any(source is not None for source in sources)
-
-    @property
-    def prompt_columns(self) -> tuple[str, ...]:
-        """Columns that a prompt is made of."""
+    def prompt_columns(self) -> dict[str, ColumnUse]:
+        """Columns that a prompt is made of, and how."""
         if self.prompt is not None:
-            return Template(self.prompt, ()).fields
-        return tuple(c for c in (self.prompt_column, self.messages_column) if c)
+            return dict.fromkeys(Template(self.prompt, ()).fields, "value")
+        uses: dict[str | None, ColumnUse] = {
+            self.prompt_column: "text",
+            self.messages_column: "messages",
+        }
+        return {column: use for column, use in uses.items() if column is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

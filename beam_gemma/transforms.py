@@ -11,7 +11,7 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import as_mapping
-from beam_gemma.handlers import GemmaModelHandler
+from beam_gemma.handlers import GemmaModelHandler, TaskHandler
 
 PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.string(): str | None,
@@ -23,26 +23,20 @@ PYTHON_TYPES: dict[pa.DataType, Any] = {
 """Of the result columns, in the schema of Beam Rows."""
 
 
-class Generate(beam.PTransform[PCollection[Any], PCollection[Any]]):
-    """Completes every row with a Gemma model.
+class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
+    """Runs a task on every row.
 
     Takes rows as dicts, as Beam Rows or as Arrow record batches, and gives the same kind with the
     result columns added: every row comes back, with its `error` where it failed. Rows are spread
-    over the workers first, and what has been generated is kept before it goes on, so that a later
-    step that fails never generates anew.
-
-    Args:
-        handler: The model, and what to ask of it.
-
-    Raises:
-        OptionsError: the settings do not say what the prompt is.
+    over the workers first, and what has been computed is kept before it goes on, so that a later
+    step that fails never computes anew.
     """
 
-    def __init__(self, handler: GemmaModelHandler) -> None:
+    def __init__(self, handler: TaskHandler) -> None:
         super().__init__()
         if not handler.settings.has_source:
             raise OptionsError(
-                "settings: expected a prompt, prompt_column or messages_column, got none"
+                f"settings: expected one of {', '.join(handler.settings.SOURCES)}, got none"
             )
         self._handler = handler
 
@@ -58,6 +52,20 @@ class Generate(beam.PTransform[PCollection[Any], PCollection[Any]]):
             | "Merge" >> beam.Map(_merge).with_output_types(output_type)
             | "Keep" >> beam.Reshuffle()
         )
+
+
+class Generate(_Task):
+    """Completes every row with a Gemma model.
+
+    Args:
+        handler: The model, and what to ask of it.
+
+    Raises:
+        OptionsError: the settings do not say what the prompt is.
+    """
+
+    def __init__(self, handler: GemmaModelHandler) -> None:
+        super().__init__(handler)
 
 
 def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:

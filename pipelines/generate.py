@@ -8,6 +8,8 @@ import sys
 import apache_beam as beam
 
 from beam_gemma import launch
+from beam_gemma.generate_options import generate_parser, generate_settings
+from beam_gemma.handlers import GemmaModelHandler
 from beam_gemma.records import ReadRecords
 from beam_gemma.sinks import WriteRecords
 from beam_gemma.transforms import Generate
@@ -15,7 +17,7 @@ from beam_gemma.transforms import Generate
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    job = launch.plan_generate(sys.argv[1:])
+    job = launch.plan(sys.argv[1:], generate_parser(), generate_settings, GemmaModelHandler)
     if job.preview is not None:
         sys.stdout.write(job.preview)
         return launch.SUCCESS

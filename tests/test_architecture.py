@@ -17,18 +17,18 @@ LAYERS = [
     "config prompt",
     "signature tokenizer sampling jsonl prefix block_pool",
     "sequence kv_cache artifact prompt_encoder records",
-    "scheduler packing session examples",
-    "executor",
+    "scheduler packing session examples task",
+    "executor columns",
     "engine",
-    "generate",
-    "handlers columns",
-    "transforms sinks options",
+    "generate flags",
+    "handlers",
+    "transforms sinks generate_options",
     "preview",
     "launch",
 ]
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "signature", "tokenizer", "artifact"}
-HOME_OF_BEAM = {"examples", "handlers", "transforms", "records", "sinks", "options", "launch"}
+HOME_OF_BEAM = {"examples", "handlers", "transforms", "records", "sinks", "flags", "launch"}
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import beam_gemma
-from beam_gemma.options import generate_parser
+from beam_gemma.generate_options import generate_parser
 from tests.conftest import TinyModel
 
 ROOT = Path(__file__).parent.parent

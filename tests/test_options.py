@@ -11,14 +11,9 @@ from apache_beam.options.pipeline_options import (
 )
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.flags import in_one_process, is_local, parse
 from beam_gemma.generate import GenerateSettings
-from beam_gemma.options import (
-    generate_parser,
-    generate_settings,
-    in_one_process,
-    is_local,
-    parse,
-)
+from beam_gemma.generate_options import generate_parser, generate_settings
 from beam_gemma.sampling import SamplingParams
 
 FILES = ["--model=m", "--input=a.jsonl", "--output=b.jsonl"]

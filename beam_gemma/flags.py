@@ -1,4 +1,4 @@
-"""Flags: ours in groups with complete help, Beam's passed on, and nothing unknown accepted."""
+"""Flags that tasks share, with complete help; Beam's are passed on, unknown ones refused."""
 
 import argparse
 import dataclasses
@@ -17,20 +17,12 @@ from apache_beam.options.pipeline_options import (
 
 from beam_gemma.engine import EngineConfig
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.generate import GenerateSettings
-from beam_gemma.sampling import SamplingParams
+from beam_gemma.prompt_encoder import PromptSettings
 
 LOCAL_RUNNER = "DirectRunner"
 NO_PRISM = "--prism_location=/nonexistent"
 """Without it, DirectRunner downloads another engine at each run and, failing that, falls back."""
-EXAMPLES = """\
-examples:
-  python -m pipelines.generate --model models/gemma-3-270m-it --input articles.parquet \\
-      --output out/summaries.parquet --prompt 'Summarize in one sentence: {text}' --max_tokens 64
-
-  python -m pipelines.generate --model models/gemma-3-270m-it --input 'chats/*.jsonl' \\
-      --output out/replies.jsonl --messages_column messages --temperature 0.7 --top_k 64
-
+BEAM_FLAGS = """
 Any other flag goes to Beam, such as --runner NAME (default: DirectRunner, in this process),
 --direct_running_mode multi_threading, --direct_num_workers N, --project NAME or --region NAME.
 """
@@ -58,21 +50,15 @@ class _BeamFlagParser(FlagParser, _BeamArgumentParser):
     """All flags of Beam."""
 
 
-def generate_parser() -> FlagParser:
-    """Return the parser of `python -m pipelines.generate`."""
-    parser = FlagParser(
-        prog="python -m pipelines.generate",
-        description="Complete a prompt for every row of a table with a Gemma model.",
-        epilog=EXAMPLES,
+def flag_parser(module: str, description: str, examples: str) -> FlagParser:
+    """Return the parser of `python -m MODULE`, without flags yet."""
+    return FlagParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"examples:\n{examples}{BEAM_FLAGS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_files(parser)
-    _add_prompt(parser)
-    _add_sampling(parser)
-    _add_engine(parser)
-    _add_job(parser)
-    return parser
 
 
 def parse(
@@ -117,29 +103,21 @@ def in_one_process(options: PipelineOptions) -> bool:
     return is_local(options) and mode != "multi_processing"
 
 
-def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
-    """Return what the flags ask of each row.
+def engine_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of `add_engine` say."""
+    names = ("device", "max_num_seqs", "max_num_batched_tokens")
+    return {name: value for name, value in vars(flags).items() if name in names}
+
+
+def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of `add_prompt` say, as fields of `PromptSettings`.
 
     Raises:
-        OptionsError: the flags contradict each other or are out of range.
+        OptionsError: the chat template cannot be read.
     """
-    fields = {field.name for field in dataclasses.fields(GenerateSettings)}
-    values = {name: value for name, value in vars(flags).items() if name in fields}
-    params = {field.name for field in dataclasses.fields(SamplingParams)}
-    sampling = SamplingParams(**{k: v for k, v in vars(flags).items() if k in params})
-    settings = GenerateSettings(
-        **{
-            **values,
-            "chat_template": _chat_template(flags.chat_template),
-            "sampling": sampling,
-            "stop": tuple(flags.stop),
-        }
-    )
-    if not settings.has_source:
-        raise OptionsError(
-            "prompt: expected one of --prompt, --prompt_column and --messages_column, got none"
-        )
-    return settings
+    names = {field.name for field in dataclasses.fields(PromptSettings)}
+    given = {name: value for name, value in vars(flags).items() if name in names}
+    return given | {"chat_template": _chat_template(flags.chat_template)}
 
 
 def _chat_template(name_or_file: str | None) -> str | None:
@@ -154,7 +132,8 @@ def _chat_template(name_or_file: str | None) -> str | None:
         ) from error
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add what to run, where rows come from and where they go."""
     add = parser.add_argument_group("input and output").add_argument
     add("--model", required=True, metavar="DIR", help="model folder that python -m export wrote")
     add(
@@ -173,22 +152,16 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace an earlier output (default: refuse)")
     add(
         "--num_shards",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="files to write (default: 0, the runner decides)",
     )
-    add("--limit", type=_positive, metavar="N", help="rows to read, from the first (default: all)")
-    add(
-        "--key_column",
-        metavar="COLUMN",
-        help="identifies a row for its random draws (default: its prompt does)",
-    )
-    add("--logprob", action="store_true", help="add the column logprob (default: no)")
-    add("--token_ids", action="store_true", help="add completion_token_ids (default: no)")
+    add("--limit", type=positive, metavar="N", help="rows to read, from the first (default: all)")
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Add how a row becomes a prompt."""
     group = parser.add_argument_group("prompt", "one of the first three is required")
     add = group.add_argument
     add("--prompt", metavar="TEMPLATE", help="text with column names in braces (default: none)")
@@ -218,7 +191,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max_prompt_tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="longest prompt (default: what the model takes beside --max_tokens, in tokens)",
     )
@@ -229,59 +202,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    defaults = SamplingParams()
-    add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--max_tokens",
-        type=int,
-        default=defaults.max_tokens,
-        metavar="N",
-        help="longest completion (default: %(default)s tokens)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=defaults.temperature,
-        metavar="X",
-        help="divides the logits (default: %(default)s, which takes the most likely token)",
-    )
-    add(
-        "--top_k",
-        type=int,
-        default=defaults.top_k,
-        metavar="K",
-        help="draw among the K most likely tokens (default: %(default)s, all)",
-    )
-    add(
-        "--top_p",
-        type=float,
-        default=defaults.top_p,
-        metavar="P",
-        help="draw among the fewest tokens of this probability (default: %(default)s, all)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=defaults.seed,
-        metavar="S",
-        help="of all draws (default: %(default)s)",
-    )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="ends a completion and is no part of it; may be repeated (default: none)",
-    )
-    add(
-        "--ignore_eos",
-        action="store_true",
-        help="go on where the model would end (default: no)",
-    )
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add how an engine runs."""
     defaults = EngineConfig()
     add = parser.add_argument_group("engine").add_argument
     add(
@@ -306,7 +228,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Add how to go about a job."""
     add = parser.add_argument_group("job").add_argument
     add(
         "--dry_run",
@@ -316,11 +239,13 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     add("--verbose", action="store_true", help="log what the job does (default: warnings only)")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Read a whole number from 0, for argparse."""
     return _at_least(0, text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a whole number from 1, for argparse."""
     return _at_least(1, text)
 
 

@@ -1,0 +1,47 @@
+"""What the Beam layer asks of a task: generate, embed or classify."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import pyarrow as pa
+
+from beam_gemma.prompt_encoder import ColumnUse, Prompt, Row
+
+Encoder = Callable[[Row], Prompt]
+"""Makes what the model sees of one row; needs no weights."""
+
+
+class Settings(ABC):
+    """What to ask of each row."""
+
+    __slots__ = ()
+
+    SOURCES: ClassVar[tuple[str, ...]]
+    """The settings of which one says what a row's input is made of."""
+
+    @property
+    def has_source(self) -> bool:
+        """Whether one of them is given; without any, each example is the input."""
+        return any(getattr(self, name) is not None for name in self.SOURCES)
+
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, ColumnUse]:
+        """The columns that they take."""
+
+    @property
+    @abstractmethod
+    def result_schema(self) -> pa.Schema:
+        """Columns that each row gains."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A task with its model loaded, in this process or behind a proxy."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row."""
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what has been counted and not been returned yet."""
