@@ -1,14 +1,15 @@
-"""The decoder of Gemma 1, 2 and 3 as one ragged step, in PyTorch.
+"""The layers of Gemma 1, 2 and 3 in PyTorch, and the decoder as one ragged step.
 
 Parameters carry the names of Hugging Face checkpoints without the leading `model.`; a norm's
 weight is the effective one (1 + w). The formulas follow `models/gemma*/modeling_*.py` of
 transformers 5.23.
 
 Dimensions: T new tokens, R packed positions that need a head, D hidden, F feed-forward, N query
-heads, H head dimension.
+heads, K key-value heads, H head dimension.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -54,29 +55,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """What every layer of one type needs to know of the step."""
-
-    cos: Tensor
-    sin: Tensor
-    cu_seqlens: Tensor
-    past_seqlens: Tensor
-    block_table: Tensor
-    slot_mapping: Tensor
-    context_starts: Tensor
-    last_keys: Tensor
-    attention_metadata: Tensor | None
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of each token, [T, 1, H / 2]."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From query [T, N * H], key and value [T, K * H], the first two rotated, to [T, N * H]."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the paged cache."""
+    """Grouped-query attention around whatever keeps the keys and values."""
 
-    def __init__(self, config: GemmaConfig, layer_type: str, layout: str) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
-        self.window = config.window(layer_type) or NO_WINDOW
-        self.layout = layout
         hidden, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(hidden, heads * dim, bias=False)
@@ -87,41 +77,19 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, key_cache: Tensor, value_cache: Tensor, step: StepContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the attention output [T, D] and the updated caches."""
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """Return the attention output [T, D]."""
         config = self.config
-        query = self._heads(self.q_proj(x), config.num_attention_heads, "q_norm", step)
-        key = self._heads(self.k_proj(x), config.num_key_value_heads, "k_norm", step)
-        output, key_cache, value_cache = ragged_attention(
-            query,
-            key,
-            self.v_proj(x),
-            key_cache,
-            value_cache,
-            step.cu_seqlens,
-            step.past_seqlens,
-            step.block_table,
-            step.slot_mapping,
-            step.context_starts,
-            step.last_keys,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            self.window,
-            config.attention_scale,
-            config.attn_logit_softcapping or 0.0,
-            self.layout,
-            step.attention_metadata,
-        )
-        return self.o_proj(output), key_cache, value_cache
+        query = self._heads(self.q_proj(x), config.num_attention_heads, "q_norm", rotation)
+        key = self._heads(self.k_proj(x), config.num_key_value_heads, "k_norm", rotation)
+        return self.o_proj(attend(query, key, self.v_proj(x)))
 
-    def _heads(self, x: Tensor, num_heads: int, norm: str, step: StepContext) -> Tensor:
+    def _heads(self, x: Tensor, num_heads: int, norm: str, rotation: Rotation) -> Tensor:
         """Normalize and rotate each head of x [T, N * H]."""
         heads = x.view(-1, num_heads, self.config.head_dim)
         if self.config.has_qk_norm:
             heads = getattr(self, norm)(heads)
-        return rotate(heads, step.cos, step.sin).reshape(x.shape)
+        return rotate(heads, *rotation).reshape(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -140,18 +108,18 @@ class FeedForward(nn.Module):
         return self.down_proj(gate * self.up_proj(x))
 
 
-class DecoderLayer(nn.Module):
+class Layer(nn.Module):
     """Attention and feed-forward, each normalized before, and after from Gemma 2 on.
 
     `post_attention_layernorm` is the norm *before* the feed-forward in Gemma 1 and the one *after*
     attention from Gemma 2 on: the checkpoints' names, kept.
     """
 
-    def __init__(self, config: GemmaConfig, layer_type: str, layout: str) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         dim, epsilon = config.hidden_size, config.rms_norm_eps
         self.has_post_norms = config.has_post_norms
-        self.self_attn = Attention(config, layer_type, layout)
+        self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
         self.input_layernorm = RMSNorm(dim, epsilon)
         self.post_attention_layernorm = RMSNorm(dim, epsilon)
@@ -159,23 +127,19 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(dim, epsilon)
             self.post_feedforward_layernorm = RMSNorm(dim, epsilon)
 
-    def forward(
-        self, x: Tensor, key_cache: Tensor, value_cache: Tensor, step: StepContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the residual stream [T, D] and the updated caches."""
-        attended, key_cache, value_cache = self.self_attn(
-            self.input_layernorm(x), key_cache, value_cache, step
-        )
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """Return the residual stream [T, D]."""
+        attended = self.self_attn(self.input_layernorm(x), rotation, attend)
         if not self.has_post_norms:
             x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x)), key_cache, value_cache
+            return x + self.mlp(self.post_attention_layernorm(x))
         x = x + self.post_attention_layernorm(attended)
         wide = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(wide), key_cache, value_cache
+        return x + self.post_feedforward_layernorm(wide)
 
 
-class GemmaDecoder(nn.Module):
-    """One ragged step of a Gemma decoder, with the head that the signature names."""
+class GemmaLayers(nn.Module):
+    """What decoders and encoders have in common: everything from token ids to the last layer."""
 
     def __init__(self, config: GemmaConfig, signature: Signature) -> None:
         super().__init__()
@@ -185,11 +149,27 @@ class GemmaDecoder(nn.Module):
         round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer_type, signature.device) for layer_type in config.layer_types
-        )
+        self.layers = nn.ModuleList(Layer(config) for _ in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = nn.ModuleDict({group: Rotary(config.head_dim) for group in config.groups})
+
+    def residual(self, step: Named, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Return the residual stream [T, D] after the last layer, not normalized yet.
+
+        Args:
+            step: `Signature.step_inputs` by name.
+            positions: [T], in their sequences.
+            attend: `Attend`, behind the number of a layer.
+        """
+        x = self.embed_tokens(step["input_ids"]) * self.embedding_factor
+        rotations = {group: self.rotary[group](positions, x.dtype) for group in self.config.groups}
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotations[self.config.layer_types[i]], partial(attend, i))
+        return x
+
+
+class GemmaDecoder(GemmaLayers):
+    """One ragged step of a Gemma decoder, with the head that the signature names."""
 
     def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
         """Run one step; names are those of `beam_gemma.signature`.
@@ -201,36 +181,38 @@ class GemmaDecoder(nn.Module):
         Returns:
             `Signature.outputs` by name, and the updated state by input name.
         """
-        x = self.embed_tokens(step["input_ids"]) * self.embedding_factor
-        contexts = self._contexts(step, x.dtype)
-        new_state: Named = {}
-        for i, layer in enumerate(self.layers):
-            context = contexts[self.config.layer_types[i]]
-            names = (f"key_cache.{i}", f"value_cache.{i}")
-            x, *caches = layer(x, state[names[0]], state[names[1]], context)
-            new_state.update(zip(names, caches, strict=True))
-        outputs = self._head(self.norm(x.index_select(0, step["logit_rows"])), step)
-        return outputs, {name: new_state[name] for name in state}
-
-    def _contexts(self, step: Named, dtype: torch.dtype) -> dict[str, StepContext]:
         positions = sequence_positions(step)
-        contexts = {}
-        for group in self.config.groups:
-            cos, sin = self.rotary[group](positions, dtype)
-            contexts[group] = StepContext(
-                cos=cos,
-                sin=sin,
-                cu_seqlens=step["cu_seqlens"],
-                past_seqlens=step["past_seqlens"],
-                block_table=step[f"block_table.{group}"],
-                slot_mapping=step[f"slot_mapping.{group}"],
-                context_starts=step.get(
-                    f"context_starts.{group}", torch.zeros_like(step["past_seqlens"])
-                ),
-                last_keys=positions.to(torch.int32),
-                attention_metadata=step.get("attention_metadata"),
-            )
-        return contexts
+        new_state = dict(state)
+        attend = partial(self._attend, step, positions.to(torch.int32), new_state)
+        x = self.residual(step, positions, attend)
+        return self._head(self.norm(x.index_select(0, step["logit_rows"])), step), new_state
+
+    def _attend(
+        self, step: Named, last_keys: Tensor, state: Named, layer: int, *rows: Tensor
+    ) -> Tensor:
+        """Attend over a layer's cache, which takes in the new tokens."""
+        config = self.config
+        group = config.layer_types[layer]
+        names = (f"key_cache.{layer}", f"value_cache.{layer}")
+        output, *caches = ragged_attention(
+            *rows,
+            *(state[name] for name in names),
+            step["cu_seqlens"],
+            step["past_seqlens"],
+            step[f"block_table.{group}"],
+            step[f"slot_mapping.{group}"],
+            step.get(f"context_starts.{group}", torch.zeros_like(step["past_seqlens"])),
+            last_keys,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.window(group) or NO_WINDOW,
+            config.attention_scale,
+            config.attn_logit_softcapping or 0.0,
+            self.signature.device,
+            step.get("attention_metadata"),
+        )
+        state.update(zip(names, caches, strict=True))
+        return output
 
     def _head(self, rows: Tensor, step: Named) -> Named:
         """Return the outputs for normalized rows [R, D]."""
@@ -256,5 +238,5 @@ def sequence_positions(step: Named) -> Tensor:
     cu_seqlens = step["cu_seqlens"].long()
     tokens = torch.arange(step["input_ids"].shape[0])
     owner = (tokens[:, None] >= cu_seqlens[None, 1:]).sum(dim=1)
-    offsets = step["past_seqlens"].long() - cu_seqlens[:-1]
+    offsets = step.get("past_seqlens", torch.zeros(1)).long() - cu_seqlens[:-1]
     return tokens + offsets.index_select(0, owner)

@@ -115,13 +115,14 @@ def packed_attention(
         key: [T, K * H], rotated.
         value: [T, K * H].
         cu_seqlens: [B + 1], where each sequence starts.
-        num_heads: N.
+        num_heads: N, for the lowering.
         num_kv_heads: K.
         back: Positions in reach before the query's own.
         ahead: Positions in reach after it; 0 when causal.
         scale: Factor of query-key products.
         softcap: 0 for none.
     """
+    del num_heads
     outputs = []
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         q, k, v = (

@@ -4,6 +4,7 @@ A sequence's result must be the same bits in any company, which tests here show 
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import onnx
@@ -151,7 +152,7 @@ def test_a_sequence_attends_alike_in_any_company(name: str, threads: int) -> Non
     session = case.session(threads)
     [together] = session.run(None, inputs)
     ends = inputs["cu_seqlens"]
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         own = {n: inputs[n][start:end] for n in ("query", "key", "value")}
         [alone] = session.run(None, own | {"cu_seqlens": np.array([0, end - start], np.int32)})
         np.testing.assert_array_equal(alone, together[start:end])
@@ -193,7 +194,7 @@ def test_sums_are_alike_in_any_company(lengths: tuple[int, ...], threads: int) -
     expected = packed_sum(double, ends, max(lengths)).numpy()
     # float32 sums of up to 5,000 terms of order 1.
     np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-4)
-    for b, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         own = {"x": x[start:end], "cu_seqlens": np.array([0, end - start], np.int32)}
         [alone] = session.run(None, own)
         np.testing.assert_array_equal(alone[0], sums[b])
