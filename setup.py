@@ -30,6 +30,7 @@ DEV = [
     "beartype>=0.22",
     "hypothesis>=6.140",
     "mypy>=1.18",
+    "peft>=0.21",
     "pytest>=9",
     "pytest-timeout>=2.4",
     "ruff>=0.14",

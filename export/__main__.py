@@ -21,6 +21,7 @@ from beam_gemma.artifact import (
 )
 from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
 from beam_gemma.signature import HEADS, Device, Signature, decoder_signature
+from export.adapter import merge_adapter
 from export.checkpoint import read_checkpoint
 from export.legal import write_legal
 from export.model import GemmaDecoder
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         export(
             args.checkpoint,
             args.output,
+            adapter=args.adapter,
             device=args.device,
             precision=args.precision,
             tasks=args.tasks,
@@ -66,6 +68,7 @@ def export(
     checkpoint_path: Path,
     output: Path,
     *,
+    adapter: Path | None = None,
     device: Device = "cpu",
     precision: str = "auto",
     tasks: Sequence[str] = DECODER_TASKS,
@@ -89,6 +92,8 @@ def export(
     start = time.monotonic()
     precision = PRECISIONS[device][precision]
     checkpoint = read_checkpoint(checkpoint_path)
+    if adapter is not None:
+        checkpoint = merge_adapter(checkpoint, adapter)
     signatures = tuple(
         decoder_signature(checkpoint.config, device=device, dtype=DTYPES[precision], head=HEADS[t])
         for t in tasks
@@ -151,7 +156,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="PATH",
-        help="Folder with config.json and safetensors files, or a .gguf file.",
+        help="Folder with config.json and safetensors files, or a .gguf or .ckpt file.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR",
+        help="LoRA adapter, as PEFT saves it, to merge into the weights (default: none).",
     )  # fmt: skip
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="Model folder to make."
