@@ -19,10 +19,11 @@ import numpy as np
 
 from beam_gemma.sampling import sample
 from beam_gemma.sequence import Completion, Request
-from beam_gemma.session import StepOutput
+from beam_gemma.session import ScoreOutput, StepOutput
 from beam_gemma.signature import (
     CONTEXT_ALIGNMENT,
     Device,
+    Head,
     PagedState,
     RecurrentState,
     Signature,
@@ -47,10 +48,11 @@ def fake_signature(
     optional_inputs: tuple[str, ...] = ("span_ends",),
     max_model_len: int = 1000,
     vocab_size: int = VOCAB_SIZE,
+    head: Head = "generate",
 ) -> Signature:
     """Return the signature of a small decoder: full, sliding and recurrent layers by default."""
     return Signature(
-        head="generate",
+        head=head,
         device=device,
         dtype="float32",
         vocab_size=vocab_size,
@@ -103,7 +105,9 @@ class FakeSession:
         self._cache = {g: np.full(n * size, NEVER_WRITTEN) for g, n in self.num_blocks.items()}
         self._recurrent = np.zeros(num_state_slots, np.uint64)
 
-    def run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False) -> StepOutput:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
+    ) -> StepOutput | ScoreOutput:
         """Write the new tokens, read each row's context, and return logits made of it."""
         assert self.go.wait(timeout=60)
         try:
@@ -117,7 +121,9 @@ class FakeSession:
         assert all(blocks), "block 0 belongs to nobody"
         self._cache[group].reshape(-1, self.signature.block_size)[list(blocks)] = NEVER_WRITTEN
 
-    def _run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool) -> StepOutput:
+    def _run(
+        self, feeds: Mapping[str, np.ndarray], *, with_logits: bool
+    ) -> StepOutput | ScoreOutput:
         self._check_names(feeds)
         num_new_tokens = np.diff(feeds["cu_seqlens"])
         self.steps.append(
@@ -128,10 +134,15 @@ class FakeSession:
         if self.fails(len(self.steps), feeds["input_ids"].tolist()):
             self._spoil(feeds)
             raise RuntimeError("the device is gone")
-        rows = [self._logits(feeds, b) for b in range(len(feeds["past_seqlens"]))]
         ends = (feeds["cu_seqlens"][1:] - 1).tolist()
-        rows = [rows[ends.index(row)] for row in feeds["logit_rows"].tolist()]
+        known = {end: self._logits(feeds, b, end) for b, end in enumerate(ends)}
+        rows = []
+        for row in feeds["logit_rows"].tolist():
+            owner = int(np.searchsorted(ends, row))
+            rows.append(known[row] if row in known else self._logits(feeds, owner, row))
         logits = np.array(rows, np.float32).reshape(len(rows), self.signature.vocab_size)
+        if self.signature.head == "score":
+            return score_output(logits, feeds)
         output = step_output(logits, self.signature.candidates, with_logits=with_logits)
         return replace(output, top_probability=output.top_probability[feeds["probability_rows"]])
 
@@ -164,8 +175,8 @@ class FakeSession:
             ids[ids == self._poison[1]] = np.nan
         self._cache[state.group][slots] = ids
 
-    def _logits(self, feeds: Mapping[str, np.ndarray], row: int) -> np.ndarray:
-        """Return the logits after a row's last new token; a NaN in reach also spoils its keys."""
+    def _logits(self, feeds: Mapping[str, np.ndarray], row: int, place: int) -> np.ndarray:
+        """Return the logits after a new token of a row; a NaN in reach also spoils its keys."""
         begin, end = feeds["cu_seqlens"][row : row + 2].tolist()
         past = int(feeds["past_seqlens"][row])
         if "span_ends" in feeds:
@@ -178,7 +189,7 @@ class FakeSession:
             context = context.reshape(-1)
             poisoned |= bool(np.isnan(context).any())
             start = int(self._starts(state, feeds)[row])
-            last = past + end - begin - 1
+            last = past + place - begin
             first = 0 if state.sliding_window is None else max(0, last - state.sliding_window + 1)
             assert first >= start or self.signature.device == "cuda"
             histories.append(context[first - start : last + 1 - start])
@@ -275,3 +286,11 @@ def step_output(logits: np.ndarray, candidates: int, *, with_logits: bool) -> St
     top = np.take_along_axis(logits, order, axis=1)
     probability = np.exp(top[:, 0] - logsumexp(logits)).astype(np.float32)
     return StepOutput(top, order, probability, logits if with_logits else None)
+
+
+def score_output(logits: np.ndarray, feeds: Mapping[str, np.ndarray]) -> ScoreOutput:
+    """Return what the `score` head makes of logits."""
+    wanted = logits[feeds["probability_rows"]]
+    top = wanted.max(axis=1, initial=-np.inf)
+    probability = np.exp(top - logsumexp(wanted)).astype(np.float32)
+    return ScoreOutput(logits[feeds["target_rows"], feeds["target_ids"]], top, probability)
