@@ -4,22 +4,21 @@ What is wrong with one row ends as that row's `error`; its neighbours never see 
 """
 
 import hashlib
-import threading
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from beam_gemma.engine import Engine, EngineStats
+from beam_gemma.engine import Engine
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.progress import Count
 from beam_gemma.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSettings, Row
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
+from beam_gemma.tally import Tally
 from beam_gemma.task import Settings
 from beam_gemma.tokenizer import StreamingDecoder, Tokenizer
 
@@ -137,9 +136,10 @@ class Generator:
         self._encoder = encoder
         self._settings = settings
         self._on_result = on_result
+        stops = (*settings.sampling.stop_token_ids, *encoder.stop_token_ids)
+        self._sampling = replace(settings.sampling, stop_token_ids=stops)
         self._names = settings.result_schema.names
-        self._lock = threading.Lock()
-        self._taken: Counter[str] = Counter()  # guarded by the lock
+        self._tally = Tally(engine)
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
@@ -156,11 +156,7 @@ class Generator:
 
     def take_counts(self) -> dict[str, int]:
         """Return what the engine has counted and no call has returned yet."""
-        with self._lock:
-            totals = _counts(self._engine.stats)
-            new = totals - self._taken
-            self._taken = totals
-        return dict(new)
+        return self._tally.take()
 
     def _task(self, row: Row) -> _Task | str:
         """Return what the engine needs of a row, or the error that ends it here."""
@@ -173,7 +169,7 @@ class Generator:
         request = Request(
             request_id=key,
             prompt_token_ids=prompt.token_ids,
-            params=self._settings.sampling,
+            params=self._sampling,
             sampling_key=key,
             should_stop=stop,
             logprob=self._settings.logprob,
@@ -219,14 +215,3 @@ class Generator:
     def _text(self, task: _Task, completion: Completion) -> str:
         text = self._encoder.tokenizer.decode(completion.token_ids)
         return text if task.stop is None else text[: task.stop.position]
-
-
-def _counts(stats: EngineStats) -> Counter[str]:
-    return Counter(
-        decode_rows=stats.num_decode_rows,
-        decode_slots=stats.num_decode_steps * stats.max_num_seqs,
-        backlog_decode_rows=stats.num_backlog_decode_rows,
-        backlog_decode_slots=stats.num_backlog_decode_steps * stats.max_num_seqs,
-        cached_tokens=stats.num_cached_tokens,
-        preemptions=stats.num_preemptions,
-    )

@@ -3,11 +3,13 @@
 A row is a mapping of columns, or a string that is the prompt itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from beam_gemma.errors import BeamGemmaError, OptionsError, PromptTooLongError, RecordError
+from beam_gemma.infill import Infill
 from beam_gemma.prompt import (
     GEMMA_CHAT_TEMPLATE,
     ChatTemplate,
@@ -20,6 +22,8 @@ from beam_gemma.prompt import (
 from beam_gemma.tokenizer import Tokenizer
 
 Row = Mapping[str, Any] | str
+Turn = tuple[tuple[Part, ...], tuple[Part, ...]]
+"""What a shot asks and what it answers."""
 ColumnUse = Literal["text", "messages", "value", "key"]
 """What a task makes of a column: a text, a conversation, a value that is written into a template,
 or a name for its row."""
@@ -33,7 +37,12 @@ MAX_CUTS = 4
 class PromptSettings:
     """How a row becomes a prompt. At most one of its sources is given."""
 
-    SOURCES: ClassVar[tuple[str, ...]] = ("prompt", "prompt_column", "messages_column")
+    SOURCES: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "prompt_column",
+        "messages_column",
+        "prefix_column",
+    )
 
     prompt: str | None = None
     """Template with column names in braces."""
@@ -41,6 +50,10 @@ class PromptSettings:
     """Column that holds the prompt."""
     messages_column: str | None = None
     """Column that holds a conversation: a list of `role` and `content`."""
+    prefix_column: str | None = None
+    """Column that holds the text before a gap that the model is to fill; see `Infill`."""
+    suffix_column: str | None = None
+    """Column that holds the text after the gap."""
     system: str | None = None
     """System prompt of every row."""
     prompt_format: PromptFormat = "auto"
@@ -59,6 +72,7 @@ class PromptSettings:
         given = [name for name in self.SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionsError(f"prompt: expected one source, got {' and '.join(given)}")
+        self._check_infill()
         if self.prompt_format == "raw" and (self.system is not None or self.messages_column):
             raise OptionsError(
                 "prompt_format: expected chat for a system prompt or messages, got raw; "
@@ -69,6 +83,17 @@ class PromptSettings:
                 f"max_prompt_tokens: expected at least 1, got {self.max_prompt_tokens}"
             )
 
+    def _check_infill(self) -> None:
+        if (self.prefix_column is None) != (self.suffix_column is None):
+            raise OptionsError(
+                "prefix_column: expected prefix_column and suffix_column, got one of them"
+            )
+        if self.prefix_column and (self.system is not None or self.prompt_format == "chat"):
+            raise OptionsError(
+                "prefix_column: expected no chat around a gap to fill, got a system prompt or "
+                "prompt_format chat"
+            )
+
     @property
     def prompt_columns(self) -> dict[str, ColumnUse]:
         """Columns that a prompt is made of, and how."""
@@ -77,6 +102,8 @@ class PromptSettings:
         uses: dict[str | None, ColumnUse] = {
             self.prompt_column: "text",
             self.messages_column: "messages",
+            self.prefix_column: "text",
+            self.suffix_column: "text",
         }
         return {column: use for column, use in uses.items() if column is not None}
 
@@ -92,7 +119,18 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt as a person reads it."""
-        return "".join(p.piece if isinstance(p, Control) else p.text for p in self.parts)
+        return as_text(self.parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shots:
+    """Rows with their answers that come before every prompt, always in this order."""
+
+    examples: tuple[tuple[Row, tuple[Part, ...]], ...] = ()
+    number: int | None = None
+    """Of these before each prompt, the first that are not its own row; None for all."""
+    delimiter: str = ""
+    """Follows each answer, where the prompt is no chat."""
 
 
 class PromptEncoder:
@@ -105,6 +143,7 @@ class PromptEncoder:
         *,
         chat_template: str | None,
         max_tokens: int,
+        shots: Shots = Shots(),
     ) -> None:
         """Prepare the templates.
 
@@ -113,64 +152,90 @@ class PromptEncoder:
             settings: What to ask.
             chat_template: The model's own, where it has one.
             max_tokens: Longest prompt that the model takes.
+            shots: What comes before every prompt.
 
         Raises:
-            OptionsError: the model cannot be asked so.
+            OptionsError: the model cannot be asked so, or a shot makes no prompt.
         """
         self.tokenizer = tokenizer
         self.settings = settings
         source = _template_source(settings, chat_template)
         pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
         self._chat = source and ChatTemplate(source, pieces, allow_special_tokens=allow)
-        self._template = settings.prompt is not None and Template(
-            settings.prompt, pieces, allow_special_tokens=allow
-        )
-        self._max_tokens = min(max_tokens, settings.max_prompt_tokens or max_tokens)
+        self._template: Template | Infill | None = None
+        self.stop_token_ids: tuple[int, ...] = ()
+        """What ends an answer to such prompts, beside the model's own end tokens."""
+        if settings.prompt is not None:
+            self._template = Template(settings.prompt, pieces, allow_special_tokens=allow)
+        elif settings.prefix_column is not None and settings.suffix_column is not None:
+            columns = settings.prefix_column, settings.suffix_column
+            self._template = Infill(*columns, pieces, allow_special_tokens=allow)
+            self.stop_token_ids = self._template.stop_token_ids
+        self._max_tokens = max_tokens
+        self._shots = shots
+        try:
+            self._turns = [(self._content(row), answer) for row, answer in shots.examples]
+        except RecordError as error:
+            raise OptionsError(f"shots: expected rows with a prompt, got: {error}") from error
 
-    def __call__(self, row: Row) -> Prompt:
+    def __call__(self, row: Row, *, num_answer_tokens: int = 0) -> Prompt:
         """Return the prompt of one row.
+
+        Args:
+            row: A mapping of columns, or the prompt itself.
+            num_answer_tokens: To leave free, of what the model takes.
 
         Raises:
             RecordError: the row makes no prompt, or one that is too long.
         """
-        try:
-            return self._prompt(row)
-        except BeamGemmaError:
-            raise
-        except Exception as error:  # a row may hold anything; what trips over it ends it alone
-            raise RecordError(
-                f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
-            ) from error
+        limit = self._max_tokens - num_answer_tokens
+        with rows_own_errors():
+            return self._prompt(row, min(limit, self.settings.max_prompt_tokens or limit))
 
-    def _prompt(self, row: Row) -> Prompt:
+    def _prompt(self, row: Row, max_tokens: int) -> Prompt:
         """Return the prompt of one row, cut where that is allowed."""
-        prompt = self._encode(row)
+        turns = self._turns_before(row)
+        prompt = self._encode(row, turns)
         for _ in range(MAX_CUTS if self.settings.truncate else 0):
-            excess = len(prompt.token_ids) - self._max_tokens
+            excess = len(prompt.token_ids) - max_tokens
             if excess <= 0:
                 return prompt
             row = self._cut(row, excess)
-            prompt = self._encode(row, truncated=True)
-        if len(prompt.token_ids) > self._max_tokens:
+            prompt = self._encode(row, turns, truncated=True)
+        if len(prompt.token_ids) > max_tokens:
             raise PromptTooLongError(
-                f"prompt: expected at most {self._max_tokens:,} tokens, got "
+                f"prompt: expected at most {max_tokens:,} tokens, got "
                 f"{len(prompt.token_ids):,}; shorten it or allow it to be cut by truncate"
             )
         return prompt
 
-    def _encode(self, row: Row, *, truncated: bool = False) -> Prompt:
-        parts = self._parts(row)
+    def _turns_before(self, row: Row) -> Sequence[Turn]:
+        """Return the shots of a row, which is never among them itself."""
+        if not self._turns:
+            return ()
+        content = self._content(row)
+        return [turn for turn in self._turns if turn[0] != content][: self._shots.number]
+
+    def _encode(self, row: Row, turns: Sequence[Turn], *, truncated: bool = False) -> Prompt:
+        parts = self._parts(row, turns)
         ids = tuple(self.tokenizer.encode(parts))
         return Prompt(parts=parts, token_ids=ids, truncated=truncated)
 
-    def _parts(self, row: Row) -> tuple[Part, ...]:
+    def _parts(self, row: Row, turns: Sequence[Turn]) -> tuple[Part, ...]:
         system = self.settings.system
         if self._chat and self.settings.messages_column and not isinstance(row, str):
             return self._chat.render(_messages(row, self.settings.messages_column), system)
         content = self._content(row)
         if not self._chat:
-            return content
-        return self._chat.render([{"role": "user", "content": content}], system)
+            delimiter = Text(self._shots.delimiter)
+            before = (part for asked, answer in turns for part in (*asked, *answer, delimiter))
+            return (*before, *content)
+        messages = [
+            {"role": role, "content": said}
+            for turn in turns
+            for role, said in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return self._chat.render([*messages, {"role": "user", "content": content}], system)
 
     def _content(self, row: Row) -> tuple[Part, ...]:
         """Return the prompt before it becomes a turn of a chat."""
@@ -204,20 +269,47 @@ class PromptEncoder:
         if not texts:
             return row
         column = max(texts, key=lambda c: len(texts[c]))
-        return {**texts, column: self._cut_text(texts[column], num_tokens)}
+        # The text around a gap is cut at its far ends.
+        far_ends: dict[str | None, Side] = {
+            self.settings.prefix_column: "left",
+            self.settings.suffix_column: "right",
+        }
+        return {**texts, column: self._cut_text(texts[column], num_tokens, far_ends.get(column))}
 
-    def _cut_text(self, text: str, num_tokens: int) -> str:
+    def _cut_text(self, text: str, num_tokens: int, side: Side | None = None) -> str:
         parts = self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
         ids = self.tokenizer.encode(parts, add_bos=False)
         # A character of several byte tokens may be cut through; what is left of it goes too.
-        if self.settings.truncate == "left":
+        if (side or self.settings.truncate) == "left":
             return self.tokenizer.decode(ids[num_tokens:]).lstrip("\ufffd")
         return self.tokenizer.decode(ids[:-num_tokens]).rstrip("\ufffd")
 
 
+def as_text(parts: Sequence[Part]) -> str:
+    """Return parts as a person reads them."""
+    return "".join(part.piece if isinstance(part, Control) else part.text for part in parts)
+
+
+@contextmanager
+def rows_own_errors() -> Iterator[None]:
+    """Make what trips over a row an error of that row, which may hold anything.
+
+    Raises:
+        RecordError: something went wrong inside.
+    """
+    try:
+        yield
+    except BeamGemmaError:
+        raise
+    except Exception as error:  # whatever a row's values do when they are written as text
+        raise RecordError(
+            f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
+        ) from error
+
+
 def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:
     """Return the chat template to use, or None for prompts that are no chat."""
-    if settings.prompt_format == "raw":
+    if settings.prompt_format == "raw" or settings.prefix_column is not None:
         return None
     own = GEMMA_CHAT_TEMPLATE if settings.chat_template == "gemma" else settings.chat_template
     source = own or of_model
