@@ -126,14 +126,9 @@ def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
     read, ok, failed, written = (
         counts.get(f"rows_{name}", 0) for name in ("read", "ok", "failed", "written")
     )
-    prompt_tokens, completion_tokens = (
-        counts.get("prompt_tokens", 0),
-        counts.get("completion_tokens", 0),
-    )
     line = (
         f"read {read:,} = ok {ok:,} + failed {failed:,} = written {written:,} rows; "
-        f"{prompt_tokens:,} prompt + {completion_tokens:,} completion tokens "
-        f"in {elapsed_secs:,.1f} s ({completion_tokens / max(elapsed_secs, 1e-9):,.1f} tokens/s)"
+        f"{_tokens(counts, elapsed_secs)}"
     )
     if slots := counts.get("decode_slots", 0):
         line += f"; steps {100 * counts['decode_rows'] / slots:.0f} % full"
@@ -144,6 +139,15 @@ def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
         "error: rows: expected the counts above to be equal; rows were lost or doubled\n"
     )
     return FAILURE
+
+
+def _tokens(counts: Mapping[str, int], elapsed_secs: float) -> str:
+    """Return what was computed in which time; the rate is that of completions where there are."""
+    amount = f"{counts.get('prompt_tokens', 0):,}"
+    if "completion_tokens" in counts:
+        amount += f" prompt + {counts['completion_tokens']:,} completion"
+    rate = counts.get("completion_tokens", counts.get("prompt_tokens", 0)) / max(elapsed_secs, 1e-9)
+    return f"{amount} tokens in {elapsed_secs:,.1f} s ({rate:,.1f} tokens/s)"
 
 
 def counters(result: PipelineResult) -> dict[str, int]:

@@ -151,10 +151,10 @@ def describe(count: Count, total_rows: int | None, elapsed_secs: float) -> str:
     if count.failed:
         parts.append(f"{count.failed:,} failed")
     per_sec = 1 / elapsed_secs if elapsed_secs > 0 else 0.0
-    parts.append(
-        f"{count.prompt_tokens * per_sec:,.0f} prompt + "
-        f"{count.completion_tokens * per_sec:,.1f} completion tokens/s"
-    )
+    rates = f"{count.prompt_tokens * per_sec:,.0f}"
+    if count.completion_tokens:
+        rates += f" prompt + {count.completion_tokens * per_sec:,.1f} completion"
+    parts.append(f"{rates} tokens/s")
     if total_rows is not None and count.rows:
         left_secs = elapsed_secs * max(total_rows - count.rows, 0) / count.rows
         parts.append(f"{_duration(left_secs)} left")

@@ -38,6 +38,12 @@ def test_summary_tells_how_full_the_steps_were(capsys):
     assert capsys.readouterr().out.endswith("(74.6 tokens/s); steps 94 % full\n")
 
 
+def test_summary_of_a_job_that_completes_nothing(capsys):
+    counts = {name: count for name, count in BALANCED.items() if name != "completion_tokens"}
+    assert report(counts, 40.0) == SUCCESS
+    assert capsys.readouterr().out.endswith("rows; 5,120 tokens in 40.0 s (128.0 tokens/s)\n")
+
+
 def test_job_without_rows(capsys):
     assert report({}, 0.0) == SUCCESS
     assert capsys.readouterr().out.startswith("read 0 = ok 0 + failed 0 = written 0 rows")

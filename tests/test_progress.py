@@ -43,8 +43,8 @@ def test_line_tells_rows_failures_rate_and_time_left():
 
 
 def test_line_without_a_total_and_before_the_first_row():
-    assert describe(Count(), None, 0.0) == "0 rows, 0 prompt + 0.0 completion tokens/s"
-    assert describe(Count(), 0, 1.0) == "0/0 rows (100 %), 0 prompt + 0.0 completion tokens/s"
+    assert describe(Count(), None, 0.0) == "0 rows, 0 tokens/s"
+    assert describe(Count(), 0, 1.0) == "0/0 rows (100 %), 0 tokens/s"
     long = describe(Count(rows=1), 7201, 1.0)
     assert long.endswith("2:00:00 left")
 
@@ -90,5 +90,5 @@ def test_file_gets_plain_lines():
         meter.add(Count(rows=2))
         display.show()
     assert stream.getvalue() == (
-        "2/2 rows (100 %), 0 prompt + 0.0 completion tokens/s, 0:00 left\n"
+        "2/2 rows (100 %), 0 tokens/s, 0:00 left\n"
     )
