@@ -34,6 +34,7 @@ def generate_parser() -> FlagParser:
     )
     add_files(parser)
     add_prompt(parser)
+    _add_infill(parser)
     _add_sampling(parser)
     _add_results(parser)
     add_engine(parser)
@@ -58,9 +59,17 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
     )
     if not settings.has_source:
         raise OptionsError(
-            "prompt: expected one of --prompt, --prompt_column and --messages_column, got none"
+            "prompt: expected one of --prompt, --prompt_column, --messages_column and "
+            "--prefix_column, got none"
         )
     return settings
+
+
+def _add_infill(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fill in the middle", "in place of a prompt, for CodeGemma")
+    add = group.add_argument
+    add("--prefix_column", metavar="COLUMN", help="holds the text before the gap (default: none)")
+    add("--suffix_column", metavar="COLUMN", help="holds the text after the gap (default: none)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -110,13 +110,15 @@ class Template:
             RecordError: a column is missing or null, or cannot be written as text.
         """
         if self._allow_special_tokens:
-            filled = (lit + (_value(row, field) if field else "") for lit, field in self._segments)
+            filled = (
+                lit + (column_text(row, field) if field else "") for lit, field in self._segments
+            )
             return self._pieces.split("".join(filled))
         parts: list[Part] = []
         for literal, field in self._segments:
             parts += self._pieces.split(literal)
             if field:
-                parts.append(Text(_value(row, field)))
+                parts.append(Text(column_text(row, field)))
         return tuple(parts)
 
 
@@ -140,7 +142,12 @@ def format_value(column: str, value: Any) -> str:
     return str(value)
 
 
-def _value(row: Mapping[str, Any], column: str) -> str:
+def column_text(row: Mapping[str, Any], column: str) -> str:
+    """Return a column's value of one row as it stands in a prompt.
+
+    Raises:
+        RecordError: the column is missing, or its value is null or bytes.
+    """
     if column not in row:
         raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
     return format_value(column, row[column])

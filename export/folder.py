@@ -1,11 +1,15 @@
 """What lies beside the weights in a checkpoint's folder: tokenizer, chat template, terms."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import CheckpointError
+from beam_gemma.tokenizer import USER_DEFINED, ModelProto
+
+UNUSED_PIECE = re.compile(r"<unused\d+>")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -19,14 +23,26 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tokenizer_bytes(folder: Path) -> bytes:
-    """Read the SentencePiece model."""
+    """Read the SentencePiece model, under the names that `tokenizer_config.json` gives to pieces.
+
+    CodeGemma and others name pieces that were left unused; not every file of theirs says so.
+    """
     file = folder / "tokenizer.model"
     if not file.is_file():
         raise CheckpointError(
             f"{file}: expected the SentencePiece model of the checkpoint, got nothing; "
             "it is one of the files published with every Gemma model"
         )
-    return file.read_bytes()
+    model = ModelProto.FromString(file.read_bytes())
+    settings = folder / "tokenizer_config.json"
+    added = read_json(settings).get("added_tokens_decoder", {}) if settings.exists() else {}
+    for token_id, token in added.items():
+        # Ids beyond the model's belong to images.
+        if int(token_id) < len(model.pieces):
+            piece = model.pieces[int(token_id)]
+            if UNUSED_PIECE.fullmatch(piece.piece):
+                piece.piece, piece.type = token["content"], USER_DEFINED
+    return bytes(model.SerializeToString())
 
 
 def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

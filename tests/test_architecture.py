@@ -15,7 +15,7 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 LAYERS = [
     "errors owner progress",
     "config prompt",
-    "signature tokenizer sampling jsonl prefix block_pool",
+    "signature tokenizer sampling jsonl prefix block_pool infill",
     "sequence kv_cache artifact prompt_encoder records labels",
     "scheduler packing session examples task",
     "executor columns questions",

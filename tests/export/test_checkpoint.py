@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from beam_gemma.errors import CheckpointError, ConfigError
+from beam_gemma.tokenizer import ModelProto, Tokenizer
 from export.__main__ import export
 from export.checkpoint import check_names, read_checkpoint, read_safetensors
 from tests.conftest import TinyModel
@@ -204,3 +205,16 @@ def test_published_gemma_3_configs_name_few_sizes(folder: Path) -> None:
     assert (config.vocab_size, config.max_position_embeddings) == (262208, 131072)
     assert config.rope("full_attention").factor == 8.0
     assert checkpoint.eos_token_ids == (1, 106)
+
+
+def test_pieces_have_the_names_that_the_tokenizer_config_gives_them(folder: Path) -> None:
+    """As CodeGemma names some that were unused; what has a name in the model keeps it."""
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    model.pieces[9].piece = "<unused3>"
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    names = {"9": "<|fim_prefix|>", "4": "<other>", "262144": "<image_soft_token>"}
+    added = {token_id: {"content": name} for token_id, name in names.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    control_pieces = Tokenizer(read_checkpoint(folder).tokenizer_model()).control_pieces
+    assert control_pieces["<|fim_prefix|>"] == 9
+    assert control_pieces["<start_of_turn>"] == 4
