@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from beam_gemma.data_commons import find_statistics
 from beam_gemma.engine import Engine
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.progress import Count
@@ -36,6 +37,8 @@ class GenerateSettings(PromptSettings, Settings):
     """Whether to return the log-probability of the completion."""
     token_ids: bool = False
     """Whether to return the token ids of the completion."""
+    statistics: bool = False
+    """Whether to return the queries that DataGemma writes into a completion; see `data_commons`."""
 
     def __post_init__(self) -> None:
         PromptSettings.__post_init__(self)
@@ -58,6 +61,8 @@ class GenerateSettings(PromptSettings, Settings):
             "num_completion_tokens": pa.int64(),
             "logprob": pa.float64() if self.logprob else None,
             "completion_token_ids": pa.list_(pa.int64()) if self.token_ids else None,
+            "statistic_queries": pa.list_(pa.string()) if self.statistics else None,
+            "statistic_values": pa.list_(pa.string()) if self.statistics else None,
             "truncated": pa.bool_() if self.truncate else None,
             "error": pa.string(),
         }
@@ -203,13 +208,16 @@ class Generator:
             result["truncated"] = task.prompt.truncated
         if completion.error is not None:
             return result | {"error": completion.error}
-        result["completion"] = self._text(task, completion)
+        text = result["completion"] = self._text(task, completion)
         result["finish_reason"] = completion.finish_reason
         result["num_completion_tokens"] = len(completion.token_ids)
         if "logprob" in result:
             result["logprob"] = completion.logprob
         if "completion_token_ids" in result:
             result["completion_token_ids"] = list(completion.token_ids)
+        if "statistic_queries" in result:
+            queries, values = find_statistics(text)
+            result |= {"statistic_queries": queries, "statistic_values": values}
         return result
 
     def _text(self, task: _Task, completion: Completion) -> str:

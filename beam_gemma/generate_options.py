@@ -56,6 +56,7 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
         key_column=flags.key_column,
         logprob=flags.logprob,
         token_ids=flags.token_ids,
+        statistics=flags.statistics,
     )
     if not settings.has_source:
         raise OptionsError(
@@ -133,3 +134,9 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     )
     add("--logprob", action="store_true", help="add the column logprob (default: no)")
     add("--token_ids", action="store_true", help="add completion_token_ids (default: no)")
+    add(
+        "--statistics",
+        action="store_true",
+        help="add statistic_queries and statistic_values, which DataGemma RIG writes into "
+        "completions (default: no)",
+    )

@@ -19,6 +19,7 @@ PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.float64(): float | None,
     pa.bool_(): bool | None,
     pa.list_(pa.int64()): list[int] | None,
+    pa.list_(pa.string()): list[str] | None,
 }
 """Of the result columns, in the schema of Beam Rows."""
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
-    "errors owner progress",
-    "config prompt",
+    "errors owner progress data_commons",
+    "config embedding_config prompt",
     "signature tokenizer sampling jsonl prefix block_pool infill",
     "sequence kv_cache artifact prompt_encoder records labels",
     "scheduler packing session examples task",
@@ -28,7 +28,7 @@ LAYERS = [
     "launch",
 ]
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
-EXPORT_MAY_USE = {"errors", "config", "signature", "tokenizer", "artifact"}
+EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
 HOME_OF_BEAM = {"examples", "handlers", "transforms", "records", "sinks", "flags", "launch"}
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
 MAX_FILE_LINES = 400

@@ -47,6 +47,16 @@ def byte_id(byte):
     return next(i for i in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(i) == bytes([byte]))
 
 
+def test_statistics_of_a_completion_are_columns():
+    text = 'of [__DC__("how many?") --> "39"] people'
+    session = session_that_says(text)
+    (result,) = fake_generator(settings_of(100, statistics=True), session=session)([{"text": "a"}])
+    assert result["completion"] == text
+    assert (result["statistic_queries"], result["statistic_values"]) == (["how many?"], ["39"])
+    (failed,) = fake_generator(settings_of(statistics=True))([{"text": None}])
+    assert failed["statistic_queries"] is None
+
+
 def test_result_columns():
     generate = fake_generator(settings_of(logprob=True, token_ids=True, truncate="left"))
     (result,) = generate([{"text": "abc"}])

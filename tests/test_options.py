@@ -86,7 +86,7 @@ def test_misspelt_required_flag_is_called_unknown_rather_than_missing():
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ([], "expected one of --prompt, --prompt_column and --messages_column"),
+        ([], "expected one of --prompt, .* and --prefix_column"),
         (["--prompt=x", "--prompt_column=y"], "one source"),
         (["--prompt=x", "--stop="], "stop: expected texts that are not empty"),
         (["--prompt=x", "--max_tokens=0"], "max_tokens: expected at least 1"),
