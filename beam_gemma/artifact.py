@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.config import GemmaConfig, RopeParameters
+from beam_gemma.embedding_config import EmbeddingConfig
 from beam_gemma.errors import ArtifactError
 from beam_gemma.signature import HEADS, Device, Head, Signature
 
@@ -55,6 +56,8 @@ class Artifact:
     """Checkpoint name, its format, exporter version."""
     files: Mapping[str, FileEntry]
     """By path relative to the folder."""
+    embedding: EmbeddingConfig | None = None
+    """How embeddings are made, where the folder is for that."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Artifact":
@@ -77,6 +80,7 @@ class Artifact:
                 eos_token_ids=tuple(manifest["eos_token_ids"]),
                 source=manifest["source"],
                 files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
+                embedding=_embedding_from_json(manifest.get("embedding")),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(
@@ -173,6 +177,7 @@ def write_manifest(
     signatures: tuple[Signature, ...],
     eos_token_ids: tuple[int, ...],
     source: Mapping[str, str],
+    embedding: EmbeddingConfig | None = None,
     without_checksum: frozenset[str] = frozenset(),
 ) -> None:
     """Describe a finished folder; from then on `Artifact.open` takes it."""
@@ -192,6 +197,7 @@ def write_manifest(
         "signatures": [signature.to_json() for signature in signatures],
         "eos_token_ids": list(eos_token_ids),
         "source": dict(source),
+        "embedding": None if embedding is None else embedding.to_json(),
         "files": {
             n: {"num_bytes": (folder / n).stat().st_size, "sha256": sums.get(n)} for n in names
         },
@@ -227,6 +233,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "export the model again or install the version that wrote it"
         )
     return manifest
+
+
+def _embedding_from_json(raw: Mapping[str, Any] | None) -> EmbeddingConfig | None:
+    return None if raw is None else EmbeddingConfig.from_json(raw)
 
 
 def _config_from_json(raw: Mapping[str, Any]) -> GemmaConfig:

@@ -4,7 +4,7 @@ A session owns the loaded graph and the state buffers, which are bound once, as 
 of every step, so that a step updates them in place.
 
 Dimensions: R packed positions that need a head, Q of these that need a probability, Y targets,
-V vocabulary, C candidates.
+V vocabulary, C candidates, B sequences, W width of an embedding, D hidden.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +52,14 @@ class ScoreOutput:
     target_logits: Float32[np.ndarray, " Y"]
     top_logits: Float32[np.ndarray, " Q"]
     top_probability: Float32[np.ndarray, " Q"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOutput:
+    """What the `embed` head says of each sequence."""
+
+    embedding: Float32[np.ndarray, "B W"]
+    first_state: Float32[np.ndarray, "B D"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +135,7 @@ class Session:
 
     def run(
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
-    ) -> StepOutput | ScoreOutput:
+    ) -> StepOutput | ScoreOutput | EmbedOutput:
         """Run one step and update the state in place.
 
         Args:
@@ -146,6 +154,8 @@ class Session:
         arrays = {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
         if self.signature.head == "score":
             return ScoreOutput(**arrays)
+        if self.signature.head == "embed":
+            return EmbedOutput(**arrays)
         # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
         ids = arrays["topk_ids"].view(np.int64)
         return StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))

@@ -51,6 +51,8 @@ Head `score`: the logits of given tokens alone, and what normalizes them
 
 Head `embed`: no state, since every text is computed whole in one step
     embedding [B, W] float32       output: of each sequence
+    first_state [B, D] float32     output, of each sequence's first token: with two-sided attention
+                                   it follows from all tokens, else from itself alone
 
 CUDA decoders also take attention_metadata [3] int32 in host memory: upper bounds that let kernels
 be chosen without waiting for the stream.
@@ -243,7 +245,10 @@ class Signature:
     def outputs(self) -> tuple[Tensor, ...]:
         """Return the outputs that are not state."""
         if self.head == "embed":
-            return (Tensor(name="embedding", dtype="float32", shape=("B", self.embedding_size)),)
+            return (
+                Tensor(name="embedding", dtype="float32", shape=("B", self.embedding_size)),
+                Tensor(name="first_state", dtype="float32", shape=("B", self.hidden_size)),
+            )
         if self.head == "score":
             return (
                 Tensor(name="target_logits", dtype="float32", shape=("Y",)),

@@ -19,12 +19,13 @@ from beam_gemma.artifact import (
     graph_name,
     write_manifest,
 )
+from beam_gemma.embedding_config import EmbeddingConfig, Pooling
 from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
-from beam_gemma.signature import HEADS, Device, Signature, decoder_signature
+from beam_gemma.signature import HEADS, Device, Signature
 from export.adapter import merge_adapter
 from export.checkpoint import read_checkpoint
 from export.legal import write_legal
-from export.model import GemmaDecoder
+from export.tasks import check_tasks, default_tasks, embedding_config, graph_module, graph_signature
 from export.tensors import Checkpoint
 from export.to_onnx import trace
 from export.weights import WEIGHTS, WRITTEN, attach
@@ -32,7 +33,6 @@ from export.weights import WEIGHTS, WRITTEN, attach
 LOGGER = logging.getLogger("export")
 PRECISIONS = {"cpu": {"auto": "fp32", "fp32": "fp32"}, "cuda": {"auto": "bf16", "bf16": "bf16"}}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-DECODER_TASKS = ("generate", "classify")
 EPILOG = """examples:
   python -m export --checkpoint gemma-3-270m.gguf --output models/gemma-3-270m
   python -m export --checkpoint gemma-3-27b-it --output models/gemma-3-27b-it --device cuda
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=args.device,
             precision=args.precision,
             tasks=args.tasks,
+            pooling=args.pooling,
             checksums=args.checksums,
             overwrite=args.overwrite,
         )
@@ -71,7 +72,8 @@ def export(
     adapter: Path | None = None,
     device: Device = "cpu",
     precision: str = "auto",
-    tasks: Sequence[str] = DECODER_TASKS,
+    tasks: Sequence[str] | None = None,
+    pooling: Pooling | None = None,
     checksums: str = "now",
     overwrite: bool = False,
 ) -> None:
@@ -94,14 +96,17 @@ def export(
     checkpoint = read_checkpoint(checkpoint_path)
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
+    tasks = tasks or default_tasks(checkpoint)
+    check_tasks(checkpoint.config, tasks, device)
+    embedding = embedding_config(checkpoint, pooling) if "embed" in tasks else None
+    dtype = DTYPES[precision]
     signatures = tuple(
-        decoder_signature(checkpoint.config, device=device, dtype=DTYPES[precision], head=HEADS[t])
-        for t in tasks
+        graph_signature(t, checkpoint.config, embedding, device, dtype) for t in tasks
     )
     folder = output.with_name(output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WEIGHTS).mkdir(parents=True)
-    _write_graphs(checkpoint, signatures, folder)
+    _write_graphs(checkpoint, embedding, signatures, folder)
     _write_texts(checkpoint, folder)
     linked = {f"{WEIGHTS}/{f.name}" for f in (folder / WEIGHTS).iterdir()} - {WRITTEN}
     write_manifest(
@@ -116,6 +121,7 @@ def export(
             "format": checkpoint.format,
             "exporter": f"beam_gemma {beam_gemma.__version__}",
         },
+        embedding=embedding,
         without_checksum=frozenset(linked if checksums == "later" else ()),
     )
     if output.exists():
@@ -124,9 +130,14 @@ def export(
     LOGGER.info("%s", _summary(output, linked, time.monotonic() - start))
 
 
-def _write_graphs(checkpoint: Checkpoint, signatures: Sequence[Signature], folder: Path) -> None:
+def _write_graphs(
+    checkpoint: Checkpoint,
+    embedding: EmbeddingConfig | None,
+    signatures: Sequence[Signature],
+    folder: Path,
+) -> None:
     """Write a graph for each head; all share one set of weights."""
-    models = [trace(partial(GemmaDecoder, checkpoint.config, s), s) for s in signatures]
+    models = [trace(partial(graph_module, checkpoint.config, embedding, s), s) for s in signatures]
     attach(models, checkpoint, signatures[0].dtype, folder)
     for model, signature in zip(models, signatures, strict=True):
         ir.save(model, folder / graph_name(signature.head, signature.device))
@@ -175,9 +186,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", type=_tasks, default=DECODER_TASKS, metavar="TASK,TASK",
+        "--tasks", type=_tasks, metavar="TASK,TASK",
         help=f"What the folder will be for, of {', '.join(HEADS)}; each adds a graph of a few MB "
-        f"(default: {','.join(DECODER_TASKS)}).",
+        "(default: embed for a folder of sentence-transformers, else generate,classify).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pooling", choices=("mean", "lasttoken"),
+        help="How a decoder embeds: the mean of all tokens' states, or the last one's "
+        "(default: as a folder of sentence-transformers says, else mean).",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",

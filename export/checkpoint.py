@@ -16,6 +16,7 @@ from beam_gemma.errors import CheckpointError, ConfigError, nearest
 from export.ckpt_file import read_ckpt
 from export.folder import chat_template, eos_token_ids, legal_files, read_json, tokenizer_bytes
 from export.gguf_file import read_gguf
+from export.sentence_folder import MODULES, read_sentence_folder
 from export.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
 
 LOGGER = logging.getLogger("export")
@@ -88,6 +89,12 @@ def _read_folder(folder: Path) -> Checkpoint:
             name = _decoder_name(stored.name, config, has_images=has_images)
             if name is not None:
                 tensors[name] = stored
+    embedding = None
+    if (folder / MODULES).exists():
+        embedding, dense_folders = read_sentence_folder(folder, config)
+        for i, dense in enumerate(dense_folders):
+            for stored in read_safetensors(dense / "model.safetensors"):
+                tensors[f"dense.{i}.{stored.name.removeprefix('linear.')}"] = stored
     if has_images:
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
     return Checkpoint(
@@ -101,6 +108,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         eos_token_ids=eos_token_ids(folder, raw),
         chat_template=chat_template(folder),
         legal_files=legal_files(folder),
+        embedding=embedding,
     )
 
 

@@ -27,6 +27,10 @@ from export.lowering_cpu import DOMAIN, MASKED, MICROSOFT, QueryTiles, RmsNorm
 
 MOST_QUERIES = 128
 """Of a tile: more would share a copy of its keys, but waste more where a sequence ends."""
+VALUE_SLICE = 64
+"""Most channels of a head that one product of weights and values takes."""
+SUM_CHUNK = 64
+"""Rows that `ChunkSums` adds up at once."""
 
 
 @script(DOMAIN, default_opset=op)
@@ -162,14 +166,14 @@ def ChunkSums(x, cu_seqlens) -> tuple[TensorType, TensorType]:
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
-    size = op.Constant(value_ints=[64])
+    size = op.Constant(value_ints=[SUM_CHUNK])
     rows, owner, first, _ = DOMAIN.QueryTiles(cu_seqlens, op.Shape(x, start=0, end=1), size, size)
     cu = op.Cast(cu_seqlens, to=7)
     starts = op.Slice(cu, zero, op.Constant(value_ints=[-1]))
     lengths = op.Slice(cu, one, op.Constant(value_ints=[9223372036854775807])) - starts
     left = op.Unsqueeze(op.Gather(lengths, owner) - first, one)  # [U, 1]
     offsets = op.Range(
-        op.Constant(value_int=0), op.Constant(value_int=64), op.Constant(value_int=1)
+        op.Constant(value_int=0), op.Constant(value_int=SUM_CHUNK), op.Constant(value_int=1)
     )
     ones = op.Unsqueeze(op.CastLike(op.Unsqueeze(offsets, zero) < left, x), one)
     # A product with a single row runs another kernel, with other bits.

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from beam_gemma.config import GemmaConfig
+from beam_gemma.embedding_config import EmbeddingConfig
 
 CHUNK_BYTES = 64 << 20
 """Tensors are converted in slices of about this size, so memory stays small."""
@@ -69,6 +70,8 @@ class Checkpoint:
     chat_template: str | None
     legal_files: tuple[Path, ...] = field(default=())
     """Licence, terms and notices found beside the weights."""
+    embedding: EmbeddingConfig | None = None
+    """How it makes embeddings, where it says so."""
 
 
 def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:

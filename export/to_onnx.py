@@ -5,6 +5,7 @@ in later as references to files (`export.weights`).
 """
 
 import inspect
+import math
 import typing
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ from onnxscript.values import OnnxFunction, Op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beam_gemma.signature import QUERY_TILE, Signature, StateTensor, Tensor
-from export import lowering_cpu, lowering_cuda
+from export import lowering_cpu, lowering_cuda, lowering_packed
+from export.lowering_packed import SUM_CHUNK, VALUE_SLICE
 from export.model import RMSNorm, Rotary
 from export.ops import NO_WINDOW
 
@@ -31,7 +33,7 @@ TORCH_DTYPES = {
     "int64": torch.int64,
 }
 TENSOR_TYPES = ["tensor(float)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
-LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
+DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
 
 
 def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Model:
@@ -85,12 +87,19 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
         model.graph.initializers[name].const_value = None
     optimize(model)
     model.opset_imports.update({"beam_gemma": 1, "com.microsoft": 1})
-    for function in LOWERINGS[signature.device]:
+    for function in _lowering(signature):
         body = ir.serde.deserialize_function(function.to_function_proto())
         model.functions[body.identifier()] = body
     _name_dimensions(model, signature)
     model.producer_name = "beam_gemma"
     return model
+
+
+def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
+    """Return the bodies of the ops in a graph."""
+    if signature.head == "embed":
+        return lowering_packed.FUNCTIONS
+    return DECODER_LOWERINGS[signature.device]
 
 
 def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
@@ -159,6 +168,8 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.beam_gemma.ragged_attention.default: (
             _attention_cpu if device == "cpu" else _attention_cuda
         ),
+        torch.ops.beam_gemma.packed_attention.default: _packed_attention,
+        torch.ops.beam_gemma.packed_sum.default: _packed_sum,
         torch.ops.beam_gemma.rms_norm.default: _rms_norm,
         torch.ops.aten.linear.default: _linear,
     }
@@ -226,6 +237,30 @@ def _attention_cuda(  # type: ignore[no-untyped-def]
         num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
         window=-1 if window == NO_WINDOW else window,
     )  # fmt: skip
+
+
+def _packed_attention(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int,
+    scale: float, softcap: float,
+):  # fmt: skip
+    shape = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "back": back, "ahead": ahead,
+        "num_slices": math.ceil(key.shape[1] / num_kv_heads / VALUE_SLICE), "scale": scale,
+    }  # fmt: skip
+    if softcap:
+        node = _node(lowering_packed.PackedAttentionSoftcap)
+        return node(query, key, value, cu_seqlens, **shape, softcap=softcap)
+    return _node(lowering_packed.PackedAttention)(query, key, value, cu_seqlens, **shape)
+
+
+def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
+    """Add up chunks, and the sums of chunks, until each sequence is one row."""
+    chunk_sums = _node(lowering_packed.ChunkSums)
+    while True:
+        x, cu_seqlens = chunk_sums(x, cu_seqlens)
+        longest = math.ceil(longest / SUM_CHUNK)
+        if longest == 1:
+            return x
 
 
 def _rms_norm(x, weight, epsilon: float):  # type: ignore[no-untyped-def]

@@ -146,6 +146,8 @@ class _Links:
         """Return the path of the linked file, relative to the artifact."""
         if file not in self._known:
             relative = f"{WEIGHTS}/{file.name}"
+            if relative in self._known.values():  # dense layers lie in folders of their own
+                relative = f"{WEIGHTS}/{file.parent.name}.{file.name}"
             target = self._folder / relative
             target.unlink(missing_ok=True)
             try:

@@ -81,7 +81,12 @@ def tiny_model(name: str) -> torch.nn.Module:
     """Return one of `MODELS` in float32, weights drawn by parameter name."""
     config_class, model_class = CLASSES[name.removesuffix("_mha")]
     config = config_class(**SHAPE, **MODELS[name])
-    model = model_class._from_config(config, attn_implementation="eager").float().eval()
+    return draw_weights(model_class._from_config(config, attn_implementation="eager"))
+
+
+def draw_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model in float32 whose every weight makes a difference."""
+    model = model.float().eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(parameter_name.encode()))
