@@ -97,6 +97,8 @@ class ClassifySettings(PromptSettings, Settings):
                 raise OptionsError("labels: expected texts that are not empty, got an empty one")
             if self.labels.count(label) > 1:
                 raise OptionsError(f"labels: expected each once, got {label!r} twice")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise OptionsError(f"num_fewshot: expected at least 0, got {self.num_fewshot}")
         if self.shots and self.messages_column:
             raise OptionsError(
                 "shots: expected prompts that they can come before, got a messages_column; "
@@ -199,14 +201,10 @@ class QuestionEncoder:
         if repeated := [text for text in texts if texts.count(text) > 1]:
             raise RecordError(f"labels: expected each once, got {repeated[0]!r} twice")
         room = max(len(self._tokenizer.encode(label, add_bos=False)) for label in labels)
+        self._check_length(room + 1)
         prompt = self._encoder(row, num_answer_tokens=room)
         joined = [join(self._tokenizer, prompt.parts, label) for label in labels]
-        longest = max(len(continuation.token_ids) for continuation in joined)
-        if longest > self._max_model_len:
-            raise RecordError(
-                f"labels: expected at most {self._max_model_len:,} tokens with their prompt, got "
-                f"{longest:,}; shorten them or the prompt"
-            )
+        self._check_length(max(len(continuation.token_ids) for continuation in joined))
         plan = Plan(joined)
         return Question(
             prompt=prompt,
@@ -215,6 +213,13 @@ class QuestionEncoder:
             plan=plan,
             normalized=self._needs_logliks or not plan.is_one_choice,
         )
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self._max_model_len:
+            raise RecordError(
+                f"labels: expected at most {self._max_model_len:,} tokens with their prompt, got "
+                f"{num_tokens:,}; shorten them or the prompt"
+            )
 
     def _shots(self, settings: ClassifySettings) -> Shots:
         """Return the shots with their labels written out."""
