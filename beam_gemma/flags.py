@@ -205,13 +205,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add how an engine runs."""
     defaults = EngineConfig()
-    add = parser.add_argument_group("engine").add_argument
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where the model runs (default: auto, CUDA where model and machine have it)",
-    )
+    add = add_steps(parser, defaults.max_num_batched_tokens).add_argument
     add(
         "--max_num_seqs",
         type=int,
@@ -219,13 +213,27 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows that run at once (default: %(default)s rows)",
     )
-    add(
+
+
+def add_steps(
+    parser: argparse.ArgumentParser, max_num_batched_tokens: int
+) -> argparse._ArgumentGroup:
+    """Add where steps run and how large they are by default."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model runs (default: auto, CUDA where model and machine have it)",
+    )
+    group.add_argument(
         "--max_num_batched_tokens",
-        type=int,
-        default=defaults.max_num_batched_tokens,
+        type=positive,
+        default=max_num_batched_tokens,
         metavar="N",
         help="new tokens of one step (default: %(default)s tokens)",
     )
+    return group
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:

@@ -12,19 +12,28 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from beam_gemma import owner
 from beam_gemma.artifact import Artifact
+from beam_gemma.embed import Embedder
+from beam_gemma.embedding_config import EmbeddingConfig
+from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.errors import EngineError, OptionsError
+from beam_gemma.errors import ArtifactError, EngineError, OptionsError
 from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
 from beam_gemma.generate import GenerateSettings, Generator
-from beam_gemma.progress import METER, METRICS_NAMESPACE
+from beam_gemma.progress import METER, METRICS_NAMESPACE, Count
+from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder
 from beam_gemma.session import Session, require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.task import Encoder, Model, Settings
+from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 ENGINE = EngineConfig()
+EMBED_TOKENS = 4096
+"""Of a step over whole texts, unless told otherwise."""
+SIGHT_TEXT = "one two three"
+"""Its first three tokens differ, whether they are words or letters."""
 BATCH_ROWS = 4096
 """Rows that go to the engine together: enough that few steps run with slots left empty."""
 
@@ -221,6 +230,86 @@ class GemmaModelHandler(TaskHandler):
         encoder = self.encoder(artifact)
         engine = start_engine(artifact, self.head, device, self._engine_config)
         return Generator(engine, encoder, self.settings, on_result=METER.add)
+
+
+class GemmaEmbedModelHandler(TaskHandler):
+    """Embeds examples with a Gemma model, such as EmbeddingGemma."""
+
+    token_counters: ClassVar[Mapping[str, str]] = {"num_tokens": "prompt_tokens"}
+    head: Head = "embed"
+    settings: EmbedSettings
+
+    def __init__(
+        self,
+        model: str,
+        settings: EmbedSettings | None = None,
+        *,
+        device: DeviceChoice = "auto",
+        max_num_batched_tokens: int = EMBED_TOKENS,
+        large_model: bool = True,
+    ) -> None:
+        """Describe a model and what to embed; of its folder only the manifest is read.
+
+        Args:
+            model: Folder that `python -m export` wrote.
+            settings: What to embed.
+            device: `auto` is CUDA where the model and the machine have it, else the CPU.
+            max_num_batched_tokens: Tokens of one step.
+            large_model: Whether the processes of a machine share one model.
+
+        Raises:
+            ArtifactError: the folder is missing, damaged, or not for embeddings.
+            OptionsError: the model's embeddings cannot be cut as asked.
+        """
+        # The type of a result holds its width, which only the model knows.
+        artifact = Artifact.open(model)
+        _embedding_of(artifact)
+        size = next(s.embedding_size for (h, _), s in artifact.signatures.items() if h == "embed")
+        settings = (settings or EmbedSettings()).of_size(size)
+        super().__init__(model, settings, device=device, large_model=large_model)
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(model={self._model!r}, device={self._device!r}, "
+            f"max_num_batched_tokens={self._max_num_batched_tokens})"
+        )
+
+    def encoder(self, artifact: Artifact) -> TextEncoder:
+        """Return what makes token ids of rows; no weights are loaded."""
+        tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+        return TextEncoder(tokenizer, self.settings, _embedding_of(artifact))
+
+    def _load(self, artifact: Artifact, device: Device) -> Embedder:
+        encoder = self.encoder(artifact)
+        budget = self._max_num_batched_tokens
+        session = Session.of(
+            artifact,
+            head=self.head,
+            device=device,
+            max_num_seqs=budget,
+            max_num_batched_tokens=budget,
+        )
+        check_sight(
+            session,
+            encoder.tokenizer.encode([Text(SIGHT_TEXT)], add_bos=False)[:3],
+            is_two_sided=artifact.config.use_bidirectional_attention,
+        )
+        steps = EmbeddingSteps(
+            session,
+            max_num_batched_tokens=budget,
+            on_step=lambda num_tokens: METER.add(Count(prompt_tokens=num_tokens)),
+        )
+        return Embedder(steps, encoder, self.settings, on_result=METER.add)
+
+
+def _embedding_of(artifact: Artifact) -> EmbeddingConfig:
+    if artifact.embedding is None:
+        raise ArtifactError(
+            f"{artifact.path}: expected a graph to embed, got none; export the model again with "
+            "--tasks embed"
+        )
+    return artifact.embedding
 
 
 def start_engine(artifact: Artifact, head: Head, device: Device, config: EngineConfig) -> Engine:

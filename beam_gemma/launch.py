@@ -68,13 +68,13 @@ def plan(
     """
     flags, options = parse(parser, argv)
     _set_up_logs(verbose=flags.verbose)
-    settings = settings_of(flags)
     handler = handler_of(
         flags.model,
-        settings,
+        settings_of(flags),
         large_model=not in_one_process(options),
         **engine_settings(flags),
     )
+    settings: Settings = handler.settings  # as the model completes them
     artifact = Artifact.open(flags.model)
     encoder = handler.encoder(artifact)
     if is_local(options):
@@ -89,12 +89,24 @@ def plan(
     return Job(
         source=source,
         sink=sink,
-        schema=pa.schema([*source.schema, *settings.result_schema], source.schema.metadata),
+        schema=pa.schema(
+            [*source.schema, *map(_in_files, settings.result_schema)], source.schema.metadata
+        ),
         handler=handler,
         options=options,
         overwrite=flags.overwrite,
         preview=preview(source, encoder) if flags.dry_run else None,
     )
+
+
+def _in_files(field: pa.Field) -> pa.Field:
+    """Return a result as files hold it.
+
+    PyArrow cannot read a null back from a fixed-size list, and a row that failed has one.
+    """
+    if pa.types.is_fixed_size_list(field.type):
+        return field.with_type(pa.list_(field.type.value_type))
+    return field
 
 
 def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:

@@ -267,8 +267,9 @@ def _slices(table: pa.Table, schema: pa.Schema) -> Iterable[pa.RecordBatch]:
 
 
 def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Return a batch of equal columns under a job's schema: files may differ in its metadata."""
-    return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+    """Return a batch under a job's schema: files may differ in metadata, and lists in form."""
+    columns = [c.cast(f.type) for c, f in zip(batch.columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _count_read(batch: pa.RecordBatch) -> pa.RecordBatch:

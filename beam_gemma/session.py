@@ -135,13 +135,26 @@ class Session:
 
     def run(
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
-    ) -> StepOutput | ScoreOutput | EmbedOutput:
+    ) -> StepOutput | ScoreOutput:
         """Run one step and update the state in place.
 
         Args:
             feeds: Exactly the arrays of `Signature.step_inputs`.
             with_logits: Whether to return the whole distribution of each row.
         """
+        arrays = self._run(feeds, with_logits=with_logits)
+        if self.signature.head == "score":
+            return ScoreOutput(**arrays)
+        # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
+        ids = arrays["topk_ids"].view(np.int64)
+        return StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
+
+    def embed(self, feeds: Mapping[str, np.ndarray]) -> EmbedOutput:
+        """Run one step over whole texts."""
+        return EmbedOutput(**self._run(feeds, with_logits=False))
+
+    def _run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool) -> dict[str, np.ndarray]:
+        """Run the graph and return its outputs, but the state, by name."""
         binding = self._bindings[with_logits]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -151,14 +164,7 @@ class Session:
         self._session.run_with_iobinding(binding)
         # State was bound first and comes first.
         fresh = binding.get_outputs()[len(self._state) :]
-        arrays = {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
-        if self.signature.head == "score":
-            return ScoreOutput(**arrays)
-        if self.signature.head == "embed":
-            return EmbedOutput(**arrays)
-        # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
-        ids = arrays["topk_ids"].view(np.int64)
-        return StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
+        return {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
         """Overwrite cache blocks with zeros, so that no NaN outlives its row."""

@@ -11,7 +11,7 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import as_mapping
-from beam_gemma.handlers import GemmaModelHandler, TaskHandler
+from beam_gemma.handlers import GemmaEmbedModelHandler, GemmaModelHandler, TaskHandler
 
 PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.string(): str | None,
@@ -21,7 +21,7 @@ PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.list_(pa.int64()): list[int] | None,
     pa.list_(pa.string()): list[str] | None,
 }
-"""Of the result columns, in the schema of Beam Rows."""
+"""Of the result columns, in the schema of Beam Rows; a fixed-size list is a list of floats."""
 
 
 class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
@@ -69,6 +69,20 @@ class Generate(_Task):
         super().__init__(handler)
 
 
+class Embed(_Task):
+    """Embeds every row with a Gemma model.
+
+    Args:
+        handler: The model, and what to embed.
+
+    Raises:
+        OptionsError: the settings do not say where the text is.
+    """
+
+    def __init__(self, handler: GemmaEmbedModelHandler) -> None:
+        super().__init__(handler)
+
+
 def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
     """Return the types of elements before and after; Rows and batches have coders of their own."""
     if element_type is pa.RecordBatch:
@@ -78,8 +92,15 @@ def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
         return Any, Any
     for name, _ in row._fields:
         _refuse_clash(name, results.names)
-    fields = [*row._fields, *((field.name, PYTHON_TYPES[field.type]) for field in results)]
+    fields = [*row._fields, *((field.name, _python_type(field.type)) for field in results)]
     return element_type, RowTypeConstraint.from_fields(fields)
+
+
+def _python_type(kind: pa.DataType) -> Any:
+    """Return the type of a result in the schema of Beam Rows."""
+    if pa.types.is_fixed_size_list(kind):
+        return list[float] | None
+    return PYTHON_TYPES[kind]
 
 
 def _check(element: Any, result_names: frozenset[str]) -> Any:

@@ -84,13 +84,7 @@ def export(
     Raises:
         BeamGemmaError: the checkpoint, a setting or the output is at fault.
     """
-    if precision not in PRECISIONS[device]:
-        raise OptionsError(
-            f"--precision: expected {' or '.join(PRECISIONS[device])} for --device {device}, "
-            f"got {precision}"
-        )
-    if output.exists() and not overwrite:
-        raise OptionsError(f"{output}: the output exists already; pass --overwrite to replace it")
+    _check(output, precision, device, overwrite=overwrite)
     start = time.monotonic()
     precision = PRECISIONS[device][precision]
     checkpoint = read_checkpoint(checkpoint_path)
@@ -130,6 +124,16 @@ def export(
     LOGGER.info("%s", _summary(output, linked, time.monotonic() - start))
 
 
+def _check(output: Path, precision: str, device: Device, *, overwrite: bool) -> None:
+    if precision not in PRECISIONS[device]:
+        raise OptionsError(
+            f"--precision: expected {' or '.join(PRECISIONS[device])} for --device {device}, "
+            f"got {precision}"
+        )
+    if output.exists() and not overwrite:
+        raise OptionsError(f"{output}: the output exists already; pass --overwrite to replace it")
+
+
 def _write_graphs(
     checkpoint: Checkpoint,
     embedding: EmbeddingConfig | None,
@@ -158,6 +162,16 @@ def _summary(output: Path, linked: set[str], seconds: float) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise OptionsError(f"unknown flag {flag}{nearest(flag, known)}")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
         allow_abbrev=False,
@@ -203,12 +217,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="Replace an existing folder (default: refuse)."
     )
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise OptionsError(f"unknown flag {flag}{nearest(flag, known)}")
-    return args
+    return parser
 
 
 def _tasks(text: str) -> tuple[str, ...]:

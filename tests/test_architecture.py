@@ -18,18 +18,19 @@ LAYERS = [
     "signature tokenizer sampling jsonl prefix block_pool infill",
     "sequence kv_cache artifact prompt_encoder records labels",
     "scheduler packing session examples task",
-    "executor columns questions",
-    "engine policy",
+    "executor columns questions text_encoder embedding_steps",
+    "engine policy embed",
     "tally",
     "generate classify flags",
     "handlers",
-    "transforms sinks generate_options",
+    "transforms sinks generate_options embed_options text_embeddings",
     "preview",
     "launch",
 ]
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
-HOME_OF_BEAM = {"examples", "handlers", "transforms", "records", "sinks", "flags", "launch"}
+USERS_OF_BEAM = "examples handlers transforms text_embeddings records sinks flags launch"
+HOME_OF_BEAM = set(USERS_OF_BEAM.split())
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -1,0 +1,35 @@
+"""Embeds a text of every row of a table with a Gemma model.
+
+python -m pipelines.embed --help
+"""
+
+import sys
+
+import apache_beam as beam
+
+from beam_gemma import launch
+from beam_gemma.embed_options import embed_parser, embed_settings
+from beam_gemma.handlers import GemmaEmbedModelHandler
+from beam_gemma.records import ReadRecords
+from beam_gemma.sinks import WriteRecords
+from beam_gemma.transforms import Embed
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    job = launch.plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
+    if job.preview is not None:
+        sys.stdout.write(job.preview)
+        return launch.SUCCESS
+    pipeline = beam.Pipeline(options=job.options)
+    _ = (
+        pipeline
+        | "Read" >> ReadRecords(job.source)
+        | "Embed" >> Embed(job.handler)
+        | "Write" >> WriteRecords(job.sink, job.schema)
+    )
+    return launch.run(pipeline, job)
+
+
+if __name__ == "__main__":
+    sys.exit(launch.exit_code(main))
