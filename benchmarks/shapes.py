@@ -1,0 +1,133 @@
+"""Export of every released size from a checkpoint of its shapes: seconds, memory, parameters.
+
+    python benchmarks/shapes.py --folder /tmp/shapes
+    python benchmarks/shapes.py --folder /tmp/shapes --only 'Gemma 3 27B'
+
+Each checkpoint is bfloat16 safetensors in sparse files (54 GB by name for 27B, a few KB on disk),
+exported for CUDA in a process of its own. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from benchmarks.table import table
+from export.published import SIZES, Size
+
+SHARD_BYTES = 5e9
+HEADER = ("size", "parameters", "published", "seconds", "memory, GB", "written, MB", "linked, GB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What exporting one size took and made."""
+
+    num_parameters: int
+    num_embedded: int
+    """Parameters of the embedding among them."""
+    seconds: float
+    memory_bytes: int
+    written_bytes: int
+    linked_bytes: int
+
+
+def make_checkpoint(size: Size, folder: Path) -> None:
+    """Write config, index and sparse shards under the names of Hugging Face."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(size.raw))
+    (folder / "tokenizer.model").write_bytes(b"")
+    shapes = [(hf_name(name, size), shape) for name, shape in size.tensor_shapes().items()]
+    num_shards = math.ceil(2 * sum(math.prod(shape) for _, shape in shapes) / SHARD_BYTES)
+    weight_map = {}
+    for i in range(num_shards):
+        shard = f"model-{i + 1:05}-of-{num_shards:05}.safetensors"
+        header, end = {}, 0
+        for name, shape in shapes[i::num_shards]:
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            weight_map[name] = shard
+        text = json.dumps(header).encode()
+        with (folder / shard).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def hf_name(name: str, size: Size) -> str:
+    """Return a tensor's name in a published checkpoint."""
+    if size.config.model_type == "vaultgemma":
+        name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
+    return f"model.{name}"
+
+
+def export(size: Size, folder: Path) -> Export:
+    """Export a checkpoint of such shapes and take it away again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    make_checkpoint(size, folder / "checkpoint")
+    command = [sys.executable, "-m", "export", "--checkpoint", folder / "checkpoint",
+               "--output", folder / "exported", "--device", "cuda", "--tasks", "generate",
+               "--checksums", "later"]  # fmt: skip
+    start = time.monotonic()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    if status:
+        raise SystemExit(f"{size.name}: the export failed")
+    graph = onnx.load(folder / "exported/generate.cuda.onnx", load_external_data=False).graph
+    counts = {value.name: math.prod(value.dims) for value in graph.initializer}
+    sizes = {False: 0, True: 0}
+    for file in (folder / "exported").rglob("*"):
+        if file.is_file():
+            sizes[file.stat().st_nlink > 1] += file.stat().st_size
+    shutil.rmtree(folder)
+    return Export(
+        num_parameters=sum(n for name, n in counts.items() if name in size.tensor_shapes()),
+        num_embedded=counts["embed_tokens.weight"],
+        seconds=seconds,
+        memory_bytes=usage.ru_maxrss * 1024,
+        written_bytes=sizes[False],
+        linked_bytes=sizes[True],
+    )
+
+
+def row(size: Size, result: Export) -> list[str]:
+    """Return one line of the table; a count that is not the published one ends the run."""
+    counted = result.num_parameters - (0 if size.counts_embedding else result.num_embedded)
+    if size.num_parameters not in (None, counted):
+        raise SystemExit(f"{size.name}: {counted:,} parameters, {size.num_parameters:,} published")
+    what = "" if size.counts_embedding else " without embedding"
+    return [
+        size.name,
+        f"{result.num_parameters:,}",
+        f"{size.num_parameters:,}{what}" if size.num_parameters else "1B",
+        f"{result.seconds:.0f}",
+        f"{result.memory_bytes / 1e9:.2f}",
+        f"{result.written_bytes / 1e6:.1f}",
+        f"{result.linked_bytes / 1e9:.1f}",
+    ]
+
+
+def main() -> None:
+    """Export what was asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="Where to work; emptied.")
+    decoders = [size for size in SIZES if not size.config.use_bidirectional_attention]
+    names = [size.name for size in decoders]
+    parser.add_argument("--only", action="append", choices=names, help="Sizes (default: all).")
+    args = parser.parse_args()
+    chosen = [size for size in decoders if size.name in (args.only or names)]
+    print(table(HEADER, [row(size, export(size, args.folder)) for size in chosen]))
+
+
+if __name__ == "__main__":
+    main()
