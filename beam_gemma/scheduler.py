@@ -33,6 +33,9 @@ from beam_gemma.signature import QUERY_TILE, Signature
 
 MAX_PADDED_SHARE = 1.5
 """Limit of a step's padded area, relative to its real tokens."""
+MAX_CHUNK_AREA = 1 << 23
+"""Limit of a chunk's new tokens times its context on the CPU, which holds the scores of all of them
+at once: 3 GB of memory with 8 heads of 256 (`benchmarks/long_prompts.py`)."""
 
 
 class Scheduler:
@@ -156,7 +159,7 @@ class Scheduler:
         """Start a step with the next chunk of a running prompt; at most one is unfinished."""
         step = []
         for sequence in [s for s in self._running if s.is_prefilling]:
-            chunk = sequence.chunk(sequence.num_computed_tokens, self._max_num_batched_tokens)
+            chunk = self._chunk(sequence, sequence.num_computed_tokens)
             if self._extend(sequence, chunk):
                 step.append((sequence, chunk))
         return step
@@ -171,7 +174,7 @@ class Scheduler:
             )
             chunk = len(sequence.token_ids) - prefix.num_tokens
             if not step:
-                chunk = sequence.chunk(prefix.num_tokens, self._max_num_batched_tokens)
+                chunk = self._chunk(sequence, prefix.num_tokens)
             elif sequence.isolated or step[0][0].isolated:
                 return
             if not self._fits([*(n for _, n in step), chunk]):
@@ -181,6 +184,15 @@ class Scheduler:
                 return
             self._start(sequence, slot, prefix.num_tokens)
             step.append((sequence, chunk))
+
+    def _chunk(self, sequence: Sequence, start: int) -> int:
+        """Return how much of a prompt to compute next: less, in whole tiles, the further it is."""
+        limit = self._max_num_batched_tokens
+        # A span is never split, whatever it takes.
+        if self._signature.device == "cpu" and not sequence.request.spans:
+            tiles = MAX_CHUNK_AREA // (start + limit) // QUERY_TILE
+            limit = min(limit, max(tiles, 1) * QUERY_TILE)
+        return sequence.chunk(start, limit)
 
     def _start(self, sequence: Sequence, slot: int, num_cached_tokens: int) -> None:
         self._waiting.popleft()
