@@ -1,0 +1,128 @@
+"""Memory of one step far into a long prompt, with real head sizes: what 128K positions take.
+
+    python -m benchmarks.long_prompts --folder /tmp/long_prompts
+
+Exports a model of two layers, one with a window and one without, with the heads of Gemma 3 4B (8 of
+256, 4 for keys) and little else. All chunks of a prompt but the last are only scheduled and given
+their cache blocks, which hold zeros; the last is computed. Each step has a process of its own.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import safetensors.torch
+import torch
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.config import FULL, SLIDING
+from beam_gemma.engine import EngineConfig
+from beam_gemma.kv_cache import KVCache
+from beam_gemma.packing import pack
+from beam_gemma.sampling import SamplingParams
+from beam_gemma.scheduler import Scheduler
+from beam_gemma.sequence import Request, Sequence
+from beam_gemma.session import Capacity, Session
+from benchmarks.table import table
+from export.__main__ import export
+from export.published import Size
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+BUDGET = EngineConfig().max_num_batched_tokens
+SIZE = Size(
+    name="two layers of Gemma 3 4B",
+    raw={
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "layer_types": [SLIDING, FULL],
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        **HEADS,
+        "vocab_size": 512,
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+    },
+)
+HEADER = ("prompt", "chunk", "blocks, window", "blocks, full", "cache, GB", "step, GB", "seconds")
+
+
+def make_artifact(folder: Path) -> Path:
+    """Export the model with random weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"model.{name}": torch.randn(shape, generator=generator) / 8
+        for name, shape in SIZE.tensor_shapes().items()
+    }
+    safetensors.torch.save_file(weights, checkpoint / "model.safetensors")
+    (checkpoint / "config.json").write_text(json.dumps(SIZE.raw))
+    (checkpoint / "tokenizer.model").write_bytes(b"")
+    export(checkpoint, folder / "model", tasks=("generate",))
+    return folder / "model"
+
+
+def last_step(model: Path, num_tokens: int) -> list[float]:
+    """Schedule a prompt and compute its last chunk; return its row of the table, as numbers."""
+    artifact = Artifact.open(model)
+    signature = artifact.signature("generate", "cpu")
+    num_blocks = {
+        SLIDING: (SIZE.raw["sliding_window"] + BUDGET) // signature.block_size + 64,
+        FULL: num_tokens // signature.block_size + 64,
+    }
+    cache = KVCache(signature, num_blocks=num_blocks, max_num_seqs=1, max_num_batched_tokens=BUDGET)
+    scheduler = Scheduler(
+        cache, signature, max_num_batched_tokens=BUDGET, enable_prefix_caching=False
+    )
+    params = SamplingParams(max_tokens=1)
+    request = Request(request_id="long", prompt_token_ids=(7,) * num_tokens, params=params)
+    scheduler.add([Sequence(request, end_token_ids=frozenset())])
+    [(sequence, chunk)] = step = scheduler.schedule()
+    while sequence.num_pending_tokens > chunk:
+        sequence.num_computed_tokens += chunk
+        [(sequence, chunk)] = step = scheduler.schedule()
+    graph_path = str(artifact.graph_path("generate", "cpu"))
+    session = Session(graph_path, signature, Capacity(num_blocks=num_blocks, num_state_slots=0))
+    feeds = pack(step, signature, cache)
+    held = [num_blocks[group] - 1 - cache.num_free_blocks(group) for group in (SLIDING, FULL)]
+    block_bytes = 2 * 4 * signature.block_size * HEADS["num_key_value_heads"] * HEADS["head_dim"]
+    before = psutil.Process().memory_info().rss
+    start = time.monotonic()
+    session.run(feeds)
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return [num_tokens, chunk, *held, sum(held) * block_bytes / 1e9, (peak - before) / 1e9, seconds]
+
+
+def main() -> None:
+    """Run each step in a process of its own and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="Where to work; emptied.")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536, 131072])
+    parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        print(json.dumps(last_step(args.folder / "model", args.step)))
+        return
+    make_artifact(args.folder)
+    rows = []
+    for num_tokens in args.tokens:
+        step = ["--folder", str(args.folder), "--step", str(num_tokens)]
+        command = [sys.executable, "-m", "benchmarks.long_prompts", *step]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        *counts, cache, memory, seconds = json.loads(output)
+        rows.append(
+            [*(f"{n:,}" for n in counts), f"{cache:.2f}", f"{memory:.2f}", f"{seconds:.1f}"]
+        )
+    print(table(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()
