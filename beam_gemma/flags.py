@@ -193,7 +193,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
         "--max_prompt_tokens",
         type=positive,
         metavar="N",
-        help="longest prompt (default: what the model takes beside --max_tokens, in tokens)",
+        help="longest prompt, in tokens (default: what the model takes beside its answer)",
     )
     add(
         "--truncate",

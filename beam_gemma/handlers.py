@@ -12,6 +12,7 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from beam_gemma import owner
 from beam_gemma.artifact import Artifact
+from beam_gemma.classify import Classifier
 from beam_gemma.embed import Embedder
 from beam_gemma.embedding_config import EmbeddingConfig
 from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
@@ -19,9 +20,11 @@ from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.errors import ArtifactError, EngineError, OptionsError
 from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
 from beam_gemma.generate import GenerateSettings, Generator
+from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, METRICS_NAMESPACE, Count
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder
+from beam_gemma.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.session import Session, require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.task import Encoder, Model, Settings
@@ -174,20 +177,13 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
 
 
-class GemmaModelHandler(TaskHandler):
-    """Completes examples with a Gemma model."""
-
-    token_counters: ClassVar[Mapping[str, str]] = {
-        "num_prompt_tokens": "prompt_tokens",
-        "num_completion_tokens": "completion_tokens",
-    }
-    head: Head = "generate"
-    settings: GenerateSettings
+class EngineHandler(TaskHandler):
+    """Runs a task on an engine."""
 
     def __init__(
         self,
         model: str,
-        settings: GenerateSettings | None = None,
+        settings: Settings,
         *,
         device: DeviceChoice = "auto",
         max_num_seqs: int = ENGINE.max_num_seqs,
@@ -204,7 +200,6 @@ class GemmaModelHandler(TaskHandler):
             max_num_batched_tokens: New tokens of one step.
             large_model: Whether the processes of a machine share one model.
         """
-        settings = settings or GenerateSettings()
         super().__init__(model, settings, device=device, large_model=large_model)
         self._engine_config = EngineConfig(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
@@ -216,6 +211,27 @@ class GemmaModelHandler(TaskHandler):
             f"max_num_seqs={self._engine_config.max_num_seqs}, "
             f"max_num_batched_tokens={self._engine_config.max_num_batched_tokens})"
         )
+
+
+class GemmaModelHandler(EngineHandler):
+    """Completes examples with a Gemma model."""
+
+    token_counters: ClassVar[Mapping[str, str]] = {
+        "num_prompt_tokens": "prompt_tokens",
+        "num_completion_tokens": "completion_tokens",
+    }
+    head: Head = "generate"
+    settings: GenerateSettings
+
+    def __init__(self, model: str, settings: GenerateSettings | None = None, **engine: Any) -> None:
+        """Describe a model and what to ask of it, by default each example as its own prompt.
+
+        Args:
+            model: Folder that `python -m export` wrote.
+            settings: What to ask.
+            engine: As for `EngineHandler`.
+        """
+        super().__init__(model, settings or GenerateSettings(), **engine)
 
     def encoder(self, artifact: Artifact) -> PromptEncoder:
         """Return what makes prompts of rows; no weights are loaded."""
@@ -230,6 +246,35 @@ class GemmaModelHandler(TaskHandler):
         encoder = self.encoder(artifact)
         engine = start_engine(artifact, self.head, device, self._engine_config)
         return Generator(engine, encoder, self.settings, on_result=METER.add)
+
+
+class GemmaClassifyModelHandler(EngineHandler):
+    """Classifies examples with a Gemma model, such as ShieldGemma."""
+
+    head: Head = "score"
+    settings: ClassifySettings | ModerateSettings
+
+    def encoder(self, artifact: Artifact) -> Encoder:
+        """Return what makes the first prompt of rows; no weights are loaded."""
+        encode = self._encoders(artifact)[0]
+        return lambda row: encode(row).prompt
+
+    def _load(self, artifact: Artifact, device: Device) -> Classifier:
+        encoders = self._encoders(artifact)
+        engine = start_engine(artifact, self.head, device, self._engine_config)
+        return Classifier(engine, encoders, self.settings, on_result=METER.add)
+
+    def _encoders(self, artifact: Artifact) -> list[QuestionEncoder]:
+        tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+        return [
+            QuestionEncoder(
+                tokenizer,
+                question,
+                chat_template=artifact.chat_template,
+                max_model_len=artifact.config.max_position_embeddings,
+            )
+            for question in self.settings.questions
+        ]
 
 
 class GemmaEmbedModelHandler(TaskHandler):

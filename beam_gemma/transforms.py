@@ -11,7 +11,12 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import as_mapping
-from beam_gemma.handlers import GemmaEmbedModelHandler, GemmaModelHandler, TaskHandler
+from beam_gemma.handlers import (
+    GemmaClassifyModelHandler,
+    GemmaEmbedModelHandler,
+    GemmaModelHandler,
+    TaskHandler,
+)
 
 PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.string(): str | None,
@@ -20,6 +25,7 @@ PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.bool_(): bool | None,
     pa.list_(pa.int64()): list[int] | None,
     pa.list_(pa.string()): list[str] | None,
+    pa.list_(pa.float64()): list[float] | None,
 }
 """Of the result columns, in the schema of Beam Rows; a fixed-size list is a list of floats."""
 
@@ -66,6 +72,20 @@ class Generate(_Task):
     """
 
     def __init__(self, handler: GemmaModelHandler) -> None:
+        super().__init__(handler)
+
+
+class Classify(_Task):
+    """Classifies every row with a Gemma model.
+
+    Args:
+        handler: The model, and what to ask of it.
+
+    Raises:
+        OptionsError: the settings do not say what the prompt is.
+    """
+
+    def __init__(self, handler: GemmaClassifyModelHandler) -> None:
         super().__init__(handler)
 
 

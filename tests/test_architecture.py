@@ -21,9 +21,9 @@ LAYERS = [
     "executor columns questions text_encoder embedding_steps",
     "engine policy embed",
     "tally",
-    "generate classify flags",
+    "generate classify fewshot flags",
     "handlers",
-    "transforms sinks generate_options embed_options text_embeddings",
+    "transforms sinks generate_options embed_options classify_options text_embeddings",
     "preview",
     "launch",
 ]

@@ -177,6 +177,7 @@ def test_policies():
     results = classify([*rows, {"text": None}])
     assert session.faults == []
     assert results[-1]["error"] is not None
+    assert classify(["a text"])[0]["error"] == "row: expected columns text, got a text"
     assert len({tuple(result["violations"]) for result in results[:-1]}) >= 3
     for row, result in zip(rows, results, strict=False):
         assert list(result) == task.result_schema.names

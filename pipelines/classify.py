@@ -1,0 +1,35 @@
+"""Scores labels, or safety policies, for every row of a table with a Gemma model.
+
+python -m pipelines.classify --help
+"""
+
+import sys
+
+import apache_beam as beam
+
+from beam_gemma import launch
+from beam_gemma.classify_options import classify_parser, classify_settings
+from beam_gemma.handlers import GemmaClassifyModelHandler
+from beam_gemma.records import ReadRecords
+from beam_gemma.sinks import WriteRecords
+from beam_gemma.transforms import Classify
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    job = launch.plan(sys.argv[1:], classify_parser(), classify_settings, GemmaClassifyModelHandler)
+    if job.preview is not None:
+        sys.stdout.write(job.preview)
+        return launch.SUCCESS
+    pipeline = beam.Pipeline(options=job.options)
+    _ = (
+        pipeline
+        | "Read" >> ReadRecords(job.source)
+        | "Classify" >> Classify(job.handler)
+        | "Write" >> WriteRecords(job.sink, job.schema)
+    )
+    return launch.run(pipeline, job)
+
+
+if __name__ == "__main__":
+    sys.exit(launch.exit_code(main))
