@@ -22,6 +22,7 @@ from beam_gemma.tokenizer import Tokenizer
 from export.folder import legal_files, tokenizer_bytes
 from export.published import SIZES
 from export.tensors import NUMPY_DTYPES, Checkpoint, RawBytes, StoredTensor, raw_tensor
+from export.tokenizer_model import END_OF_TURN
 
 LOGGER = logging.getLogger("export")
 DTYPES = {
@@ -35,7 +36,6 @@ IMAGE_PREFIXES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_p
 ROTARY = "freqs_cis"
 SCALER = "_scaler"
 """Ending of the factors of an int8 weight's rows."""
-END_OF_TURN = "<end_of_turn>"
 
 Tensors = dict[str, StoredTensor]
 

@@ -14,7 +14,7 @@ from gguf.quants import dequantize
 from beam_gemma.config import FULL, SLIDING, GemmaConfig
 from beam_gemma.errors import CheckpointError
 from export.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
-from export.tokenizer_model import sentencepiece_from_gguf
+from export.tokenizer_model import END_OF_TURN, sentencepiece_from_gguf
 
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 RAW_TYPES = {
@@ -54,7 +54,6 @@ def read_gguf(path: Path) -> Checkpoint:
     config = _config(reader, path)
     names = _Names(config)
     tensors = {names.ours(tensor.name): _stored(path, tensor) for tensor in reader.tensors}
-    eos = _value(reader, "tokenizer.ggml.eos_token_id", 1)
     return Checkpoint(
         name=path.stem,
         path=path,
@@ -63,7 +62,7 @@ def read_gguf(path: Path) -> Checkpoint:
         tensors=tensors,
         norm_offset=0.0,
         tokenizer_model=lambda: sentencepiece_from_gguf(reader),
-        eos_token_ids=(int(eos),),
+        eos_token_ids=_eos_token_ids(reader),
         chat_template=_value(reader, "tokenizer.chat_template", None),
     )
 
@@ -118,6 +117,18 @@ def _value(reader: GGUFReader, key: str, *default: Any) -> Any:
     if default:
         return default[0]
     raise CheckpointError(f"GGUF metadata: expected the key {key}, got none")
+
+
+def _eos_token_ids(reader: GGUFReader) -> tuple[int, ...]:
+    """Return the ids that end a text: of files with a chat template, the end of a turn among them.
+
+    Not every such file names it; some name it in place of `<eos>`.
+    """
+    ids = {int(_value(reader, f"tokenizer.ggml.{name}_token_id", 1)) for name in ("eos", "eot")}
+    if _value(reader, "tokenizer.chat_template", None):
+        pieces = _value(reader, "tokenizer.ggml.tokens", [])
+        ids |= {pieces.index(END_OF_TURN)} if END_OF_TURN in pieces else set()
+    return tuple(sorted(ids | {1}))
 
 
 def _embedding_rows(reader: GGUFReader) -> int:

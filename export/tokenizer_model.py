@@ -21,6 +21,8 @@ from beam_gemma.tokenizer import (
 
 BPE = 2
 """SentencePiece's number for byte-pair encoding."""
+END_OF_TURN = "<end_of_turn>"
+"""The piece that ends a turn of a chat, and with it what an instruction-tuned model says."""
 
 
 def sentencepiece_from_gguf(reader: GGUFReader) -> bytes:

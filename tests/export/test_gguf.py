@@ -9,7 +9,7 @@ import pytest
 from beam_gemma.config import FULL, SLIDING
 from beam_gemma.errors import CheckpointError
 from export.checkpoint import read_checkpoint
-from export.gguf_file import LAYER_NAMES, MODEL_TYPES, NORM_NAMES
+from export.gguf_file import LAYER_NAMES, MODEL_TYPES, NORM_NAMES, _eos_token_ids
 from export.tensors import Checkpoint
 from tests.conftest import TinyModel
 
@@ -119,3 +119,29 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match=r"expected a GGUF of gemma, .* architecture 'llama'"):
         read_checkpoint(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (1,)),
+        ({"eos_token_id": 1, "chat_template": "{{ messages }}"}, (1, 3)),
+        ({"eos_token_id": 3}, (1, 3)),
+        ({"eos_token_id": 1, "eot_token_id": 2}, (1, 2)),
+    ],
+    ids=str,
+)
+def test_a_turn_ends_a_text_where_there_are_turns(
+    tmp_path: Path, fields: dict[str, int | str], expected: tuple[int, ...]
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gemma3")
+    writer.add_array("tokenizer.ggml.tokens", ["<pad>", "<eos>", "<bos>", "<end_of_turn>"])
+    for name, value in fields.items():
+        if isinstance(value, str):
+            writer.add_string(f"tokenizer.{name}", value)
+        else:
+            writer.add_uint32(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert _eos_token_ids(gguf.GGUFReader(tmp_path / "x.gguf")) == expected
