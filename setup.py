@@ -34,6 +34,7 @@ DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
     "ruff>=0.14",
+    "sentence-transformers==6.2.0",
     "transformers==5.23.0",
 ]
 # Compiles for about 15 minutes; only benchmarks/run_llama_cpp.py needs it.

@@ -33,7 +33,7 @@ from beam_gemma.tokenizer import Tokenizer
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 ENGINE = EngineConfig()
-EMBED_TOKENS = 4096
+EMBED_TOKENS = 1024
 """Of a step over whole texts, unless told otherwise."""
 SIGHT_TEXT = "one two three"
 """Its first three tokens differ, whether they are words or letters."""

@@ -116,16 +116,16 @@ def TileValues(scores, mask, value, key_rows, token_places, num_kv_heads, num_sl
 
 
 @script(DOMAIN, default_opset=op)
-def TileSequences(query, cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int):
+def TileSequences(cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int):
     """List the tiles of a step and the keys of each; see `QueryTiles` and `KeyPieces`."""
     one = op.Constant(value_ints=[1])
     kv_heads = op.Reshape(op.Constant(value_int=num_kv_heads), one)
     groups = op.Reshape(op.Constant(value_int=num_heads), one) / kv_heads
     least = (op.Constant(value_ints=[64]) + groups - one) / groups
     most = op.Constant(value_ints=[MOST_QUERIES])
-    rows, owner, first, token_places = DOMAIN.QueryTiles(
-        cu_seqlens, op.Shape(query, start=0, end=1), least, most
-    )
+    # Not from the shape of a layer's own tensor, so that layers have their tiles in common.
+    num_tokens = op.Cast(op.Gather(cu_seqlens, op.Constant(value_ints=[-1])), to=7)
+    rows, owner, first, token_places = DOMAIN.QueryTiles(cu_seqlens, num_tokens, least, most)
     key_rows, mask = DOMAIN.KeyPieces(cu_seqlens, rows, owner, first, back=back, ahead=ahead)
     return rows, token_places, key_rows, mask, kv_heads, groups
 
@@ -136,7 +136,7 @@ def PackedAttention(
     ahead: int, scale: float,
 ) -> TensorType:  # fmt: skip
     rows, token_places, key_rows, mask, kv_heads, groups = DOMAIN.TileSequences(
-        query, cu_seqlens, num_heads=num_heads, num_kv_heads=num_kv_heads, back=back, ahead=ahead
+        cu_seqlens, num_heads=num_heads, num_kv_heads=num_kv_heads, back=back, ahead=ahead
     )
     scores = DOMAIN.TileScores(query, key, rows, key_rows, kv_heads, groups, scale=scale)
     slices = op.Reshape(op.Constant(value_int=num_slices), op.Constant(value_ints=[1]))
@@ -149,7 +149,7 @@ def PackedAttentionSoftcap(
     ahead: int, scale: float, softcap: float,
 ) -> TensorType:  # fmt: skip
     rows, token_places, key_rows, mask, kv_heads, groups = DOMAIN.TileSequences(
-        query, cu_seqlens, num_heads=num_heads, num_kv_heads=num_kv_heads, back=back, ahead=ahead
+        cu_seqlens, num_heads=num_heads, num_kv_heads=num_kv_heads, back=back, ahead=ahead
     )
     scores = DOMAIN.TileScores(query, key, rows, key_rows, kv_heads, groups, scale=scale)
     cap = op.Constant(value_float=softcap)

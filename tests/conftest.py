@@ -7,12 +7,14 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from beam_gemma.artifact import Artifact
 from export.__main__ import export
 from export.checkpoint import read_checkpoint
 from export.tensors import Checkpoint
 from tests.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
+from tests.sentence_model import sentence_model, texts
 
 # The same examples in every run: a failure found once is found again.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -45,6 +47,46 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """The tiny Gemma 3 alone, for tests that need a model but not every one."""
     return _tiny("gemma3_text", tmp_path_factory.mktemp("tiny_gemma3"))
+
+
+SENTENCE_MODELS = {
+    "two-sided": {},
+    "causal": {"use_bidirectional_attention": False},
+    "last token": {"use_bidirectional_attention": False, "pooling": "lasttoken"},
+}
+"""Mean pooling unless it says otherwise; each with a window smaller than its texts."""
+
+
+def _sentence(name: str, folder: Path) -> tuple[SentenceTransformer, Artifact]:
+    model = sentence_model(folder / "checkpoint", **SENTENCE_MODELS[name])
+    export(folder / "checkpoint", folder / "artifact")
+    return model, Artifact.open(folder / "artifact")
+
+
+@pytest.fixture(scope="session")
+def two_sided(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[SentenceTransformer, Artifact]:
+    """A tiny EmbeddingGemma: the reference and what we made of it."""
+    return _sentence("two-sided", tmp_path_factory.mktemp("two_sided"))
+
+
+@pytest.fixture(scope="session", params=SENTENCE_MODELS)
+def sentence(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    two_sided: tuple[SentenceTransformer, Artifact],
+) -> tuple[SentenceTransformer, Artifact]:
+    """Each kind of model that embeds, in turn."""
+    if request.param == "two-sided":
+        return two_sided
+    return _sentence(request.param, tmp_path_factory.mktemp("sentence"))
+
+
+@pytest.fixture(scope="session")
+def batch() -> list[str]:
+    """Texts of mixed length, the longest beyond the windows."""
+    return texts()
 
 
 def _tiny(name: str, folder: Path) -> TinyModel:
