@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from beam_gemma.errors import PromptTooLongError, RecordError
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.sampling import SamplingParams
-from beam_gemma.scheduler import MAX_CHUNK_AREA, Scheduler
+from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Request, Sequence, Status
-from beam_gemma.signature import QUERY_TILE
 from tests.fakes import STATES, fake_signature
 
 PAGED = STATES[:2]
@@ -52,25 +51,6 @@ def make_request(num_prompt_tokens, max_tokens=5, spans=(), token=3):
 
 def make_sequence(*arguments, **settings_):
     return Sequence(make_request(*arguments, **settings_), frozenset())
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_chunks_far_into_a_long_prompt_are_small_where_memory_grows_with_them(device):
-    num_tokens = 130_000
-    scheduler = make_scheduler(
-        max_num_batched_tokens=1024, max_model_len=131_072, num_blocks=40_000, device=device
-    )
-    scheduler.add([make_sequence(num_tokens, max_tokens=1)])
-    chunks = [(past, n) for step in run_all(scheduler) for _, past, n, _ in step]
-    assert sum(n for _, n in chunks) == num_tokens
-    sizes = [n for _, n in chunks]
-    if device == "cuda":
-        assert min(sizes[:-1]) > 1000
-        return
-    assert sizes[0] > 1000
-    assert all(n <= QUERY_TILE or n * (past + n) <= MAX_CHUNK_AREA for past, n in chunks)
-    # Not smaller than that either: half of what the limit allows, or a whole tile.
-    assert all(n > QUERY_TILE / 2 for n in sizes)
 
 
 def apply(scheduler, step):
