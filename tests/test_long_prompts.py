@@ -1,4 +1,4 @@
-"""Chunks of a prompt of 128K tokens: bounded in what they hold at once, and no smaller than that."""
+"""Chunks of a prompt of 128K tokens: bounded in what they hold at once, and not too small."""
 
 import pytest
 
