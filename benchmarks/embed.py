@@ -129,23 +129,29 @@ def compare(folder: Path, number: int, budget: int) -> dict[str, Any]:
     """Run each system in its own process and return the figures."""
     config = Artifact.open(folder / "model").config
     lengths = [len(text) + 2 for text in texts_of(number)]
-    rate, count = matrix_rate(), operations(config, lengths)
+    count = operations(config, lengths)
+    rates = [matrix_rate()]
     report: dict[str, Any] = {
         "texts": number,
         "tokens": sum(lengths),
         "operations": count,
-        "matrix_rate": rate,
         "max_num_batched_tokens": budget,
     }
     for name in SYSTEMS:
         command = [sys.executable, "-m", "benchmarks.embed", "--system", name]
         command += ["--folder", str(folder), "--texts", str(number), "--budget", str(budget)]
-        figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        seconds = figures["seconds"]
-        report[name] = figures | {
+        report[name] = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        )
+        rates.append(matrix_rate())
+    # The best of several moments: others may have been at work on the machine.
+    report["matrix_rate"] = max(rates)
+    for name in SYSTEMS:
+        seconds = report[name]["seconds"]
+        report[name] |= {
             "texts_per_second": number / seconds,
             "tokens_per_second": sum(lengths) / seconds,
-            "share_of_matrix_rate": count / seconds / rate,
+            "share_of_matrix_rate": count / seconds / max(rates),
         }
     ours, theirs = (np.load(folder / f"{name}.npy") for name in SYSTEMS)
     report["largest_difference"] = float(np.abs(ours - theirs).max())
