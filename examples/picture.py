@@ -1,9 +1,11 @@
-"""Draws what a job did, as one HTML page without scripts: each row, its tokens, its result."""
+"""Draws what jobs did, each as one HTML page without scripts."""
 
 import html
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 PAGE = """<!doctype html>
@@ -16,52 +18,120 @@ PAGE = """<!doctype html>
  i {{ display: inline-block; height: .8em; background: #9db4d6 }}
  i.new {{ background: #e07b39 }}
  .error {{ color: #b00020 }}
+ svg text {{ font-size: 9px }}
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>
-<p><i style="width:1.5em"></i> prompt tokens &nbsp; <i class="new" style="width:1.5em"></i> new
-tokens; bars are to one scale.</p>
-<table><tr><th>row</th><th>title</th><th>tokens</th><th>completion</th></tr>
-{rows}
-</table></html>
+{body}
+</html>
 """
+LEGEND = (
+    '<p><i style="width:1.5em"></i> {left} &nbsp; <i class="new" style="width:1.5em"></i> {right}; '
+    "bars are to one scale.</p>"
+)
 ROW = (
-    '<tr><td>{id}</td><td>{title}</td><td style="white-space:nowrap">{bars}</td>'
+    '<tr><td>{id}</td><td>{text}</td><td style="white-space:nowrap">{bars}</td>'
     '<td class="{kind}">{result}</td></tr>'
 )
 BAR_EMS = 14.0
 """Width of the longest bar."""
+MAP_SIZE = (920, 620)
+MARGIN = 60
 
 
-def draw(table: pa.Table, path: Path, title: str) -> None:
-    """Write a page about the output of `pipelines.generate`."""
-    rows = table.select(
-        ["id", "title", "completion", "error", "num_prompt_tokens", "num_completion_tokens"]
-    ).to_pylist()
-    longest = max(_num_tokens(row) for row in rows)
-    failed = sum(row["error"] is not None for row in rows)
-    summary = (
-        f"{len(rows)} rows, {failed} with an error; "
-        f"{sum(row['num_prompt_tokens'] or 0 for row in rows):,} prompt tokens, "
-        f"{sum(row['num_completion_tokens'] or 0 for row in rows):,} new tokens"
+def draw_completions(table: pa.Table, path: Path) -> None:
+    """Write a page about the output of `pipelines.generate`: the tokens and text of each row."""
+    rows = table.to_pylist()
+    counts = [(row["num_prompt_tokens"] or 0, row["num_completion_tokens"] or 0) for row in rows]
+    scale = BAR_EMS / max(1, *map(sum, counts))
+    lines = (
+        _line(row, row["title"], (old * scale, new * scale), row["completion"])
+        for row, (old, new) in zip(rows, counts, strict=True)
     )
-    lines = "\n".join(_line(row, BAR_EMS / max(longest, 1)) for row in rows)
-    path.write_text(PAGE.format(title=html.escape(title), summary=summary, rows=lines))
+    old, new = map(sum, zip(*counts, strict=True))
+    _write(
+        path,
+        "Three keywords for each article, by Gemma 3 270M",
+        f"{_balance(rows)}; {old:,} prompt tokens, {new:,} new tokens",
+        LEGEND.format(left="prompt tokens", right="new tokens")
+        + _table("title", "tokens", "completion", lines),
+    )
 
 
-def _num_tokens(row: dict[str, Any]) -> int:
-    return (row["num_prompt_tokens"] or 0) + (row["num_completion_tokens"] or 0)
+def draw_scores(table: pa.Table, truth: str, path: Path) -> None:
+    """Write a page about the output of `pipelines.classify` with two labels: scores of each row."""
+    rows = table.to_pylist()
+    right = sum(row["label"] == row[truth] for row in rows)
+    lines = (
+        _line(
+            row,
+            row["text"],
+            [BAR_EMS * score for score in row["scores"] or (0, 0)],
+            row["label"] if row["label"] == row[truth] else f"{row['label']}, not {row[truth]}",
+        )
+        for row in rows
+    )
+    _write(
+        path,
+        "Sentiment of each review, by Gemma 3 270M",
+        f"{_balance(rows)}; {right} of {len(rows)} as a person labelled them",
+        LEGEND.format(left="negative", right="positive")
+        + _table("review", "probability", "label", lines),
+    )
 
 
-def _line(row: dict[str, Any], ems_per_token: float) -> str:
+def draw_map(table: pa.Table, path: Path) -> None:
+    """Write a page about the output of `pipelines.embed`: rows by their two main directions."""
+    rows = [row for row in table.to_pylist() if row["error"] is None]
+    vectors = np.array([row["embedding"] for row in rows])
+    vectors -= vectors.mean(axis=0)
+    left, strength, _ = np.linalg.svd(vectors, full_matrices=False)
+    places = left[:, :2] * strength[:2]
+    low, high = places.min(axis=0), places.max(axis=0)
+    places = MARGIN + (places - low) / (high - low) * (np.array(MAP_SIZE) - 2 * MARGIN)
+    languages = sorted({row["language"] for row in rows})
+    dots = "\n".join(_dot(row, x, y, languages) for row, (x, y) in zip(rows, places, strict=True))
+    width, height = MAP_SIZE
+    _write(
+        path,
+        "Articles by the embeddings of Gemma 3 270M",
+        f"{_balance(table.to_pylist())}; the first two principal directions, a colour for each of "
+        f"{len(languages)} languages",
+        f'<svg width="{width}" height="{height}" role="img">{dots}</svg>',
+    )
+
+
+def _dot(row: dict[str, Any], x: float, y: float, languages: list[str]) -> str:
+    hue = 360 * languages.index(row["language"]) // len(languages)
+    return (
+        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="hsl({hue} 60% 50%)"/>'
+        f'<text x="{x + 6:.0f}" y="{y + 3:.0f}">{html.escape(row["title"])}</text>'
+    )
+
+
+def _line(row: dict[str, Any], text: str, widths: Sequence[float], result: str) -> str:
     bars = "".join(
-        f'<i class="{kind}" style="width:{(row[column] or 0) * ems_per_token:.2f}em"></i>'
-        for kind, column in (("old", "num_prompt_tokens"), ("new", "num_completion_tokens"))
+        f'<i class="{kind}" style="width:{width:.2f}em"></i>'
+        for kind, width in zip(("old", "new"), widths, strict=True)
     )
     return ROW.format(
         id=row["id"],
-        title=html.escape(row["title"]),
+        text=html.escape(text),
         bars=bars,
-        kind="error" if row["error"] else "completion",
-        result=html.escape(row["error"] or row["completion"]),
+        kind="error" if row["error"] else "result",
+        result=html.escape(row["error"] or result),
     )
+
+
+def _table(text: str, bars: str, result: str, lines: Iterable[str]) -> str:
+    head = f"<tr><th>row</th><th>{text}</th><th>{bars}</th><th>{result}</th></tr>"
+    return "<table>" + "\n".join([head, *lines]) + "</table>"
+
+
+def _balance(rows: Sequence[dict[str, Any]]) -> str:
+    failed = sum(row["error"] is not None for row in rows)
+    return f"{len(rows)} rows, {failed} with an error"
+
+
+def _write(path: Path, title: str, summary: str, body: str) -> None:
+    path.write_text(PAGE.format(title=html.escape(title), summary=summary, body=body))
