@@ -66,6 +66,11 @@ def ids(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def test_the_design_page_shows_the_layers() -> None:
+    page = (ROOT / "docs/design.md").read_text()
+    assert "```\n" + "\n".join("  ".join(line.split()) for line in LAYERS) + "\n```" in page
+
+
 def test_every_module_has_its_layer() -> None:
     modules = {p.stem for p in sources("beam_gemma")} - {"__init__"}
     assert modules == set(LEVEL)
