@@ -10,7 +10,7 @@ from beam_gemma.config import GemmaConfig
 from beam_gemma.progress import Count
 from beam_gemma.prompt import Text
 from beam_gemma.sequence import Completion
-from benchmarks import generate, run_engine, run_transformers
+from benchmarks import classify, generate, run_engine, run_transformers
 from benchmarks.comparison import Comparison
 from benchmarks.conditions import CONDITIONS, base_of, chosen, draw_requests
 from benchmarks.invariance import Record
@@ -21,6 +21,7 @@ from benchmarks.table import table
 from benchmarks.workload import REGIMES, Passages, Regime, Row, draw_rows
 from tests.conftest import TinyModel
 from tests.fake_models import TOKENIZER
+from tests.reference import logits_of
 
 OPERATIONS = Operations(layers=10, head=5)
 STEPS = [Step(2.0, 30, 0), Step(1.0, 10, 3), Step(1.0, 0, 4), Step(3.0, 0, 2)]
@@ -243,3 +244,23 @@ def test_record_is_not_clean_if_a_run_was_not_what_it_should_be(tmp_path) -> Non
     record = Record(tmp_path / "r.json", {})
     record.add("base", answer_of(holds=False))
     assert not record.is_clean()
+
+
+def test_classification_of_padded_batches_is_that_of_rows_alone(tiny_gemma3):
+    rng = random.Random(3)
+    prompts = [tuple(rng.choices(range(3, 300), k=rng.randrange(2, 60))) for _ in range(9)]
+    loop = classify.Loop(tiny_gemma3.checkpoint.path, [40, 50, 60])
+    labels = loop.run(prompts, 4)
+    assert len(set(labels)) > 1
+    for prompt, label in zip(prompts, labels, strict=True):
+        logits = logits_of(tiny_gemma3.reference, list(prompt))[-1]
+        assert label == int(logits[[40, 50, 60]].argmax())
+
+
+def test_classification_report_compares_rates_over_the_rows_that_each_had():
+    theirs = [classify.Turn(system="theirs", labels=[1, 0], secs=4.0)]
+    ours = classify.Turn(system="ours", labels=[1, 1, 1, 0], secs=1.0)
+    text = classify.report(theirs, ours, [1, 1, 1, 1])
+    assert "| rows/s, ours / transformers |     8.00 | 8.00 | met |" in text
+    assert "labels that are equal: 1 of 2" in text
+    assert "| ours   |    4 | 1.0 |    4.0 |    0.750 |" in text
