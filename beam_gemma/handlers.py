@@ -1,180 +1,34 @@
 """Gemma as Beam model handlers, one for each task: what RunInference needs to know of it."""
 
 import dataclasses
-import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import pyarrow as pa
-from apache_beam.metrics.metric import Metrics
-from apache_beam.ml.inference.base import ModelHandler, PredictionResult
-
-from beam_gemma import owner
 from beam_gemma.artifact import Artifact
 from beam_gemma.classify import Classifier
 from beam_gemma.embed import Embedder
 from beam_gemma.embedding_config import EmbeddingConfig
 from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.errors import ArtifactError, EngineError, OptionsError
-from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
+from beam_gemma.errors import ArtifactError
 from beam_gemma.generate import GenerateSettings, Generator
 from beam_gemma.policy import ModerateSettings
-from beam_gemma.progress import METER, METRICS_NAMESPACE, Count
+from beam_gemma.progress import METER, Count
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
-from beam_gemma.session import Session, require_device
+from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
-from beam_gemma.task import Encoder, Model, Settings
+from beam_gemma.task import Encoder, Settings
+from beam_gemma.task_handler import DeviceChoice, TaskHandler
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 ENGINE = EngineConfig()
 EMBED_TOKENS = 1024
 """Of a step over whole texts, unless told otherwise."""
 SIGHT_TEXT = "one two three"
 """Its first three tokens differ, whether they are words or letters."""
-BATCH_ROWS = 4096
-"""Rows that go to the engine together: enough that few steps run with slots left empty."""
-
-
-class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
-    """Runs a task on examples.
-
-    An example is a prompt or text (a string), a row (a mapping or a Beam Row) or several rows (an
-    Arrow record batch). Its inference holds the result columns in the same form: a dict for one
-    row, a record batch for several. All threads and processes of a machine share one model, which
-    lives in the process that was first to need it.
-    """
-
-    token_counters: ClassVar[Mapping[str, str]] = {"num_prompt_tokens": "prompt_tokens"}
-    """Beam's counter of each result column that holds a number of tokens."""
-
-    def __init__(
-        self, model: str, settings: Settings, *, device: DeviceChoice, large_model: bool
-    ) -> None:
-        """Describe a model and what to ask of it; nothing is loaded yet.
-
-        Args:
-            model: Folder that `python -m export` wrote.
-            settings: What to ask.
-            device: `auto` is CUDA where the model and the machine have it, else the CPU.
-            large_model: Whether the processes of a machine share one model. Without it each
-                process loads its own, which is right where there is only one.
-        """
-        super().__init__(
-            min_batch_size=BATCH_ROWS,
-            max_batch_size=BATCH_ROWS,
-            element_size_fn=num_rows,
-            large_model=large_model,
-        )
-        self._key = uuid.uuid4().hex
-        self.settings = settings
-        self._model = model
-        self._device = device
-
-    @property
-    @abstractmethod
-    def head(self) -> Head:
-        """The graph that the task runs."""
-
-    @abstractmethod
-    def encoder(self, artifact: Artifact) -> Encoder:
-        """Return what makes the model's input of a row; no weights are loaded.
-
-        Raises:
-            ArtifactError: the tokenizer is missing or damaged.
-            OptionsError: the model cannot be asked so.
-        """
-
-    @abstractmethod
-    def _load(self, artifact: Artifact, device: Device) -> Model:
-        """Load the graph and make it ready for rows."""
-
-    def load_model(self) -> Model:
-        """Open the model folder and load what the task needs.
-
-        Raises:
-            ArtifactError: the folder is missing or damaged.
-            OptionsError: the model cannot be asked so, or the device is absent.
-        """
-        if self.share_model_across_processes():
-            owner.claim(self._key)
-        return self._start()
-
-    def run_inference(
-        self,
-        batch: Sequence[Example],
-        model: Model,
-        inference_args: dict[str, Any] | None = None,
-    ) -> list[PredictionResult]:
-        """Return one result for each example, in order.
-
-        Raises:
-            EngineError: the engine stopped, or the process that runs it has died.
-        """
-        self.validate_inference_args(inference_args)
-        rows = [row for example in batch for row in rows_of(example)]
-        try:
-            results, steps = model(rows), model.take_counts()
-        except (ConnectionError, EOFError) as error:
-            raise EngineError(
-                "engine: expected an answer from the process that runs it for this machine, got "
-                f"{type(error).__name__}, so it has died, for want of memory perhaps; these rows "
-                "are lost unless the runner retries their bundle"
-            ) from error
-        self._report(results, steps)
-        remaining = iter(results)
-        return [PredictionResult(example, self._inference(example, remaining)) for example in batch]
-
-    def get_num_bytes(self, batch: Sequence[Example]) -> int:
-        """Return the bytes of the examples themselves."""
-        return sum(map(num_bytes, batch))
-
-    def get_metrics_namespace(self) -> str:
-        """Return the namespace of RunInference's own metrics, the same as of ours."""
-        return METRICS_NAMESPACE
-
-    def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
-        """Refuse arguments that would change nothing.
-
-        Raises:
-            OptionsError: there are some.
-        """
-        if inference_args:
-            raise OptionsError(
-                f"inference_args: expected none, got {', '.join(inference_args)}; "
-                f"use {type(self.settings).__name__}"
-            )
-
-    def _start(self) -> Model:
-        artifact = Artifact.open(self._model)
-        artifact.verify()
-        return self._load(artifact, choose_device(artifact, self.head, self._device))
-
-    def _report(self, results: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> None:
-        """Add a batch's counts, and those of the model's latest steps, to Beam's metrics."""
-        failed = sum(result["error"] is not None for result in results)
-        rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
-        for name, number in (rows | steps).items():
-            Metrics.counter(METRICS_NAMESPACE, name).inc(number)
-        for column, name in self.token_counters.items():
-            counter = Metrics.counter(METRICS_NAMESPACE, name)
-            distribution = Metrics.distribution(METRICS_NAMESPACE, column)
-            for result in results:
-                counter.inc(result[column] or 0)
-                distribution.update(result[column] or 0)
-
-    def _inference(
-        self, example: Example, results: Iterator[dict[str, Any]]
-    ) -> dict[str, Any] | pa.RecordBatch:
-        if not isinstance(example, pa.RecordBatch):
-            return next(results)
-        own = [next(results) for _ in range(example.num_rows)]
-        return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
 
 
 class EngineHandler(TaskHandler):
@@ -368,24 +222,3 @@ def start_engine(artifact: Artifact, head: Head, device: Device, config: EngineC
     )
     config = dataclasses.replace(config, eos_token_ids=artifact.eos_token_ids)
     return Engine(session, config, on_step=METER.add)
-
-
-def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Device:
-    """Return the device that a graph of a model runs on, on this machine.
-
-    Raises:
-        ArtifactError: the model has no graph for the device that was asked for.
-        OptionsError: the machine does not have that device.
-    """
-    if device != "auto":
-        artifact.signature(head, device)
-        require_device(device)
-        return device
-    if (head, "cuda") in artifact.signatures:
-        try:
-            require_device("cuda")
-        except OptionsError:
-            return "cpu"
-        return "cuda"
-    artifact.signature(head, "cpu")
-    return "cpu"

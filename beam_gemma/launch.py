@@ -20,12 +20,12 @@ from beam_gemma.artifact import Artifact
 from beam_gemma.columns import check_columns
 from beam_gemma.errors import BeamGemmaError, OptionsError
 from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
-from beam_gemma.handlers import TaskHandler, choose_device
 from beam_gemma.preview import preview
 from beam_gemma.progress import METRICS_NAMESPACE, Display
 from beam_gemma.records import Source, open_source
 from beam_gemma.sinks import Sink, open_sink
 from beam_gemma.task import Settings
+from beam_gemma.task_handler import TaskHandler, choose_device
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 HandlerT = TypeVar("HandlerT", bound=TaskHandler)

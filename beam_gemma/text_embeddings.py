@@ -10,8 +10,9 @@ from apache_beam.ml.rag.types import EmbeddableItem
 from apache_beam.ml.transforms.base import EmbeddingsManager, _TextEmbeddingHandler
 
 from beam_gemma.errors import RecordError
-from beam_gemma.handlers import EMBED_TOKENS, DeviceChoice, GemmaEmbedModelHandler
+from beam_gemma.handlers import EMBED_TOKENS, GemmaEmbedModelHandler
 from beam_gemma.task import Model
+from beam_gemma.task_handler import DeviceChoice
 from beam_gemma.text_encoder import EmbedSettings
 
 

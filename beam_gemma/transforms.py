@@ -11,12 +11,8 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import as_mapping
-from beam_gemma.handlers import (
-    GemmaClassifyModelHandler,
-    GemmaEmbedModelHandler,
-    GemmaModelHandler,
-    TaskHandler,
-)
+from beam_gemma.handlers import GemmaClassifyModelHandler, GemmaEmbedModelHandler, GemmaModelHandler
+from beam_gemma.task_handler import TaskHandler
 
 PYTHON_TYPES: dict[pa.DataType, Any] = {
     pa.string(): str | None,

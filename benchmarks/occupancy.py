@@ -32,15 +32,16 @@ from apache_beam.metrics.metric import Metrics, MetricsFilter
 from apache_beam.ml.inference.base import PredictionResult
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
+from beam_gemma.options import NO_PRISM
 
 from beam_gemma.engine import EngineConfig
 from beam_gemma.examples import Example
 from beam_gemma.generate import GenerateSettings
-from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler, Model
+from beam_gemma.handlers import GemmaModelHandler, Model
 from beam_gemma.launch import counters
-from beam_gemma.options import NO_PRISM
 from beam_gemma.records import ReadRecords, open_source
 from beam_gemma.sampling import SamplingParams
+from beam_gemma.task_handler import BATCH_ROWS
 from beam_gemma.transforms import Generate
 from benchmarks.table import table
 from export.__main__ import export

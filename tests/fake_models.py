@@ -9,11 +9,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.generate import Generator
-from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler
+from beam_gemma.handlers import GemmaModelHandler
 from beam_gemma.progress import METER
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder
 from beam_gemma.signature import FULL, PagedState
+from beam_gemma.task_handler import BATCH_ROWS
 from beam_gemma.tokenizer import Tokenizer
 from tests.fakes import FakeSession, fake_signature
 from tests.tiny_tokenizer import tiny_tokenizer_model

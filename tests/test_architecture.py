@@ -21,7 +21,7 @@ LAYERS = [
     "executor columns questions text_encoder embedding_steps",
     "engine policy embed",
     "tally",
-    "generate classify fewshot flags",
+    "generate classify fewshot flags task_handler",
     "handlers",
     "transforms sinks generate_options embed_options classify_options text_embeddings",
     "preview",
@@ -29,7 +29,9 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
-USERS_OF_BEAM = "examples handlers transforms text_embeddings records sinks flags launch"
+USERS_OF_BEAM = (
+    "examples task_handler handlers transforms text_embeddings records sinks flags launch"
+)
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
 MAX_FILE_LINES = 400

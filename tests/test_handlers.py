@@ -14,8 +14,9 @@ from apache_beam.testing.util import assert_that
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import num_rows, rows_of
 from beam_gemma.generate import GenerateSettings
-from beam_gemma.handlers import BATCH_ROWS, GemmaModelHandler
+from beam_gemma.handlers import GemmaModelHandler
 from beam_gemma.sampling import SamplingParams
+from beam_gemma.task_handler import BATCH_ROWS
 from tests.fake_models import FakeHandler, completion_of, local_pipeline
 from tests.tables import rich_table
 

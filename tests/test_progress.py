@@ -89,6 +89,4 @@ def test_file_gets_plain_lines():
     with Display(2, meter=meter, stream=stream, clock=clock) as display:
         meter.add(Count(rows=2))
         display.show()
-    assert stream.getvalue() == (
-        "2/2 rows (100 %), 0 tokens/s, 0:00 left\n"
-    )
+    assert stream.getvalue() == ("2/2 rows (100 %), 0 tokens/s, 0:00 left\n")

@@ -228,7 +228,10 @@ BAD = {
     "missing model": ({"--model": "none"}, "none: expected a model folder"),
     "damaged model": ({"--model": "DAMAGED"}, "damaged, copy or export it again"),
     "model of another format": ({"--model": "OTHER"}, "format 99, this version reads"),
-    "no GPU graph": ({"--device": "cuda"}, "export the model again with --tasks generate --device cuda"),
+    "no GPU graph": (
+        {"--device": "cuda"},
+        "export the model again with --tasks generate --device cuda",
+    ),
     "empty stop": ({"--stop": ""}, "stop: expected texts that are not empty"),
     "no tokens": ({"--max_tokens": "0"}, "max_tokens: expected at least 1"),
     "too many tokens": ({"--max_tokens": "9999999"}, "max_tokens: expected less than the"),
