@@ -1,10 +1,11 @@
 """Export of every released size from a checkpoint of its shapes: seconds, memory, parameters.
 
-    python benchmarks/shapes.py --folder /tmp/shapes
-    python benchmarks/shapes.py --folder /tmp/shapes --only 'Gemma 3 27B'
+    python -m benchmarks.shapes --folder /tmp/shapes
+    python -m benchmarks.shapes --folder /tmp/shapes --only 'Gemma 3 27B'
 
-Each checkpoint is bfloat16 safetensors in sparse files (54 GB by name for 27B, a few KB on disk),
-exported for CUDA in a process of its own. Prints a Markdown table.
+Each checkpoint is safetensors in sparse files (54 GB by name for 27B, a few KB on disk), exported
+in a process of its own: decoders in bfloat16 for CUDA, EmbeddingGemma in float32 for the CPU, with
+its modules of sentence-transformers. Prints a Markdown table.
 """
 
 import argparse
@@ -16,15 +17,21 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
+from beam_gemma.artifact import graph_name
+from beam_gemma.signature import HEADS
 from benchmarks.table import table
 from export.published import SIZES, Size
 
 SHARD_BYTES = 5e9
+ITEM_BYTES = {"BF16": 2, "F32": 4}
+DENSE = 3072
+"""Width between the dense layers of EmbeddingGemma."""
 HEADER = ("size", "parameters", "published", "seconds", "memory, GB", "written, MB", "linked, GB")
 
 
@@ -46,36 +53,68 @@ def make_checkpoint(size: Size, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(size.raw))
     (folder / "tokenizer.model").write_bytes(b"")
+    is_encoder = size.config.use_bidirectional_attention
+    dtype = "F32" if is_encoder else "BF16"
     shapes = [(hf_name(name, size), shape) for name, shape in size.tensor_shapes().items()]
-    num_shards = math.ceil(2 * sum(math.prod(shape) for _, shape in shapes) / SHARD_BYTES)
+    num_bytes = ITEM_BYTES[dtype] * sum(math.prod(shape) for _, shape in shapes)
+    num_shards = math.ceil(num_bytes / SHARD_BYTES)
     weight_map = {}
     for i in range(num_shards):
         shard = f"model-{i + 1:05}-of-{num_shards:05}.safetensors"
-        header, end = {}, 0
-        for name, shape in shapes[i::num_shards]:
-            start, end = end, end + 2 * math.prod(shape)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-            weight_map[name] = shard
-        text = json.dumps(header).encode()
-        with (folder / shard).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + end)
+        write_sparse(folder / shard, dict(shapes[i::num_shards]), dtype)
+        weight_map |= {name: shard for name, _ in shapes[i::num_shards]}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    if is_encoder:
+        make_modules(folder, size.config.hidden_size)
+
+
+def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    """Write a safetensors file of which only the header takes space."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def make_modules(folder: Path, width: int) -> None:
+    """Write EmbeddingGemma's modules of sentence-transformers: pooling, two dense layers, norm."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense",
+             "4_Normalize": "Normalize"}  # fmt: skip
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path in kinds:
+        (folder / path).mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    for path, (rows, columns) in {"2_Dense": (DENSE, width), "3_Dense": (width, DENSE)}.items():
+        settings = {"in_features": columns, "out_features": rows, "bias": False,
+                    "activation_function": "torch.nn.modules.linear.Identity"}  # fmt: skip
+        (folder / path / "config.json").write_text(json.dumps(settings))
+        shapes = {"linear.weight": (rows, columns)}
+        write_sparse(folder / path / "model.safetensors", shapes, "F32")
 
 
 def hf_name(name: str, size: Size) -> str:
     """Return a tensor's name in a published checkpoint."""
     if size.config.model_type == "vaultgemma":
         name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
-    return f"model.{name}"
+    return name if size.config.use_bidirectional_attention else f"model.{name}"
 
 
 def export(size: Size, folder: Path) -> Export:
     """Export a checkpoint of such shapes and take it away again."""
     shutil.rmtree(folder, ignore_errors=True)
     make_checkpoint(size, folder / "checkpoint")
+    is_encoder = size.config.use_bidirectional_attention
+    task, device = ("embed", "cpu") if is_encoder else ("generate", "cuda")
     command = [sys.executable, "-m", "export", "--checkpoint", folder / "checkpoint",
-               "--output", folder / "exported", "--device", "cuda", "--tasks", "generate",
+               "--output", folder / "exported", "--device", device, "--tasks", task,
                "--checksums", "later"]  # fmt: skip
     start = time.monotonic()
     process = subprocess.Popen(command)
@@ -83,7 +122,8 @@ def export(size: Size, folder: Path) -> Export:
     seconds = time.monotonic() - start
     if status:
         raise SystemExit(f"{size.name}: the export failed")
-    graph = onnx.load(folder / "exported/generate.cuda.onnx", load_external_data=False).graph
+    file = folder / "exported" / graph_name(HEADS[task], device)
+    graph = onnx.load(file, load_external_data=False).graph
     counts = {value.name: math.prod(value.dims) for value in graph.initializer}
     sizes = {False: 0, True: 0}
     for file in (folder / "exported").rglob("*"):
@@ -121,11 +161,10 @@ def main() -> None:
     """Export what was asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="Where to work; emptied.")
-    decoders = [size for size in SIZES if not size.config.use_bidirectional_attention]
-    names = [size.name for size in decoders]
+    names = [size.name for size in SIZES]
     parser.add_argument("--only", action="append", choices=names, help="Sizes (default: all).")
     args = parser.parse_args()
-    chosen = [size for size in decoders if size.name in (args.only or names)]
+    chosen = [size for size in SIZES if size.name in (args.only or names)]
     print(table(HEADER, [row(size, export(size, args.folder)) for size in chosen]))
 
 
