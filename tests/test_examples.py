@@ -1,5 +1,6 @@
 """The example files: the table is what its script writes, and the template fits the table."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 from beam_gemma.prompt import Template
 from examples import demo
 from examples.make_articles import FOLDER, SCHEMA, rows
-from examples.picture import draw
+from examples.picture import draw_completions, draw_map, draw_scores
 
 TABLE = pq.read_table(FOLDER / "articles.parquet")
 
@@ -48,7 +49,7 @@ def test_the_picture_shows_every_row_as_text(tmp_path: Path) -> None:
         "num_prompt_tokens": [30, 100],
         "num_completion_tokens": [10, None],
     })  # fmt: skip
-    draw(table, tmp_path / "picture.html", "A title")
+    draw_completions(table, tmp_path / "picture.html")
     page = (tmp_path / "picture.html").read_text()
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "fine &amp; good" in page
@@ -56,3 +57,45 @@ def test_the_picture_shows_every_row_as_text(tmp_path: Path) -> None:
     assert "2 rows, 1 with an error; 130 prompt tokens, 10 new tokens" in page
     # The longest row fills the width: 100 tokens in 14 ems.
     assert 'style="width:14.00em"' in page
+
+
+def test_the_picture_of_scores_counts_what_a_person_says(tmp_path: Path) -> None:
+    table = pa.table({
+        "id": [1, 2, 3],
+        "text": ["good", "<i>bad</i>", "void"],
+        "sentiment": ["positive", "negative", "positive"],
+        "label": ["positive", "positive", None],
+        "scores": [[0.25, 0.75], [0.5, 0.5], None],
+        "error": [None, None, "row: broken"],
+    })  # fmt: skip
+    draw_scores(table, "sentiment", tmp_path / "picture.html")
+    page = (tmp_path / "picture.html").read_text()
+    assert "3 rows, 1 with an error; 1 of 3 as a person labelled them" in page
+    assert "&lt;i&gt;bad&lt;/i&gt;" in page
+    assert "positive, not negative" in page
+    assert '<td class="error">row: broken</td>' in page
+    # A score of 1 fills 14 ems.
+    assert 'style="width:3.50em"' in page
+    assert 'style="width:10.50em"' in page
+
+
+def test_the_map_has_a_place_for_every_embedding(tmp_path: Path) -> None:
+    table = pa.table({
+        "title": ["one", "two", "three", "none"],
+        "language": ["en", "en", "fr", "en"],
+        "embedding": [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], None],
+        "error": [None, None, None, "text: too long"],
+    })  # fmt: skip
+    draw_map(table, tmp_path / "picture.html")
+    page = (tmp_path / "picture.html").read_text()
+    assert page.count("<circle") == 3
+    assert "4 rows, 1 with an error" in page
+    assert "2 languages" in page
+    assert "nan" not in page.split("<svg")[1]
+
+
+def test_the_reviews_are_balanced() -> None:
+    reviews = [json.loads(line) for line in (FOLDER / "reviews.jsonl").read_text().splitlines()]
+    labels = [review["sentiment"] for review in reviews]
+    assert {label: labels.count(label) for label in labels} == {"positive": 24, "negative": 24}
+    assert [review["id"] for review in reviews] == list(range(48))
