@@ -92,5 +92,5 @@ def test_other_folders_are_no_models(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_was_not_exported_is_refused(folder: Path) -> None:
-    with pytest.raises(ArtifactError, match="expected a graph for generate on cuda, got generate"):
+    with pytest.raises(ArtifactError, match="expected a graph to generate on cuda, got generate"):
         Artifact.open(folder).signature("generate", "cuda")
