@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
-    "errors owner progress data_commons",
+    "errors owner progress data_commons keys",
     "config embedding_config prompt",
     "signature tokenizer sampling jsonl prefix block_pool infill",
     "sequence kv_cache artifact prompt_encoder records labels",
