@@ -1,0 +1,67 @@
+"""Record batches between steps: a table is Arrow from end to end, so every column keeps its type.
+
+Elements of a shuffle are `Grouped`: a group's number, a tag that says what the rows are, the
+position of the first of them, and the rows.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from apache_beam.coders.coders import Coder
+from apache_beam.coders.typecoders import registry
+
+Located: TypeAlias = tuple[int, pa.RecordBatch]
+"""Some rows of a table and the position of the first; the others follow it one by one."""
+Tagged: TypeAlias = tuple[int, int, pa.RecordBatch]
+Grouped: TypeAlias = tuple[int, Tagged]
+_WIRE = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+class RecordBatchCoder(Coder):
+    """Record batches as Arrow streams; pickle would carry what a slice is cut of."""
+
+    def encode(self, value: pa.RecordBatch) -> bytes:
+        """Return the batch and its schema as bytes."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, value.schema, options=_WIRE) as writer:
+            writer.write_batch(value)
+        return sink.getvalue().to_pybytes()
+
+    def decode(self, encoded: bytes) -> pa.RecordBatch:
+        """Return the batch."""
+        return pa.ipc.open_stream(encoded).read_next_batch()
+
+    def to_type_hint(self) -> type:
+        """Return what this encodes."""
+        return pa.RecordBatch
+
+
+registry.register_coder(pa.RecordBatch, RecordBatchCoder)
+
+
+def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch under a job's schema: files may differ in metadata, and lists in form."""
+    columns = [c.cast(f.type) for c, f in zip(batch.columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def joined(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
+    """Return one batch of the rows of several."""
+    batches = list(batches)
+    return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema)
+
+
+def by_group(groups: np.ndarray, batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Return the rows of each group, in their order.
+
+    Args:
+        groups: [rows] the group of each row.
+        batch: The rows.
+    """
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])[: len(ordered)]
+    for start, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
+        yield int(ordered[start]), batch.take(pa.array(order[start:end]))

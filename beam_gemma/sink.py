@@ -1,0 +1,50 @@
+"""What a table to write is: shards are staged beside it and appear together, when all are done."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+
+Format = Literal["parquet", "jsonl"]
+FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
+
+
+class Sink(ABC):
+    """A table to write."""
+
+    uri: str
+    format: Format
+    """Of staged shards."""
+    work: str
+    """Folder of what is not finished: staged shards and the pieces of results that are done."""
+    can_append: ClassVar[bool] = False
+
+    @abstractmethod
+    def earlier(self) -> str | None:
+        """Return the name of an earlier output, in whole or in part."""
+
+    def check(self, schema: pa.Schema) -> None:
+        """Refuse a schema that cannot be written, before a job starts.
+
+        Raises:
+            OptionsError: a column has a type that cannot be written.
+        """
+
+    @abstractmethod
+    def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
+        """Make staged shards the output, in place of an earlier one.
+
+        Beam may call this again with the same shards. After a kill in the middle, it is called
+        with new ones.
+
+        Args:
+            staged: Files of the shards, in order.
+            record: Of the run.
+        """
+
+    def clear(self) -> None:
+        """Remove what is not finished."""
+        if FileSystems.exists(self.work):
+            FileSystems.delete([self.work])

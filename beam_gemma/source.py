@@ -1,0 +1,80 @@
+"""What a table to read is: its schema, its size, and parts that workers read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma.batches import Located
+from beam_gemma.errors import OptionsError, nearest
+
+BATCH_ROWS = 16_384
+BATCH_BYTES = 8 << 20
+"""Most rows, and about the most bytes, that move through a pipeline together."""
+
+
+class Source(ABC):
+    """A table to read.
+
+    Each row has a position, which is the same whenever and wherever it is read.
+    """
+
+    uri: str
+    schema: pa.Schema
+    num_rows: int | None
+    """Rows to read; None where nobody knows."""
+    num_bytes: int
+    """About how much data that is."""
+    is_dense: bool
+    """Whether positions are the numbers from 0 up to that of the rows."""
+    files: tuple[str, ...] = ()
+    """What is read, where that is files."""
+
+    @abstractmethod
+    def parts(self) -> list[Any]:
+        """Return what a job begins with, at its launch: few, and small enough to send along."""
+
+    def split(self, part: Any) -> Iterator[Any]:
+        """Return what workers read one by one, on a worker."""
+        yield part
+
+    @abstractmethod
+    def read(self, part: Any) -> Iterator[Located]:
+        """Return the rows of a part, on a worker, under the source's schema without metadata."""
+
+    @abstractmethod
+    def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return the first rows, at launch; no more is read than what holds them."""
+
+
+def match_files(pattern: str) -> list[str]:
+    """Return the files that a pattern matches, in order.
+
+    Raises:
+        OptionsError: the file system is not known or cannot be listed.
+    """
+    try:
+        (result,) = FileSystems.match([pattern])
+    except (BeamIOError, ValueError) as error:
+        raise OptionsError(f"{pattern}: expected files that can be listed, got: {error}") from error
+    return sorted(file.path for file in result.metadata_list)
+
+
+def selected(schema: pa.Schema, columns: tuple[str, ...] | None, uri: str) -> pa.Schema:
+    """Return the columns of a table that are asked for, in the order of the asking.
+
+    Raises:
+        OptionsError: there is no such column.
+    """
+    if columns is None:
+        return schema
+    for column in columns:
+        if column not in schema.names:
+            raise OptionsError(
+                f"--columns: expected columns of {uri}, got {column!r}"
+                f"{nearest(column, schema.names)}"
+            )
+    return pa.schema([schema.field(column) for column in columns], schema.metadata)
