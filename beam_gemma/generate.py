@@ -7,7 +7,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow as pa
 from beam_gemma.data_commons import find_statistics
 from beam_gemma.engine import Engine
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.keys import ROW_KEY
 from beam_gemma.progress import Count
 from beam_gemma.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSettings, Row
 from beam_gemma.sampling import SamplingParams
@@ -67,6 +68,19 @@ class GenerateSettings(PromptSettings, Settings):
             "error": pa.string(),
         }
         return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether completions are drawn."""
+        return self.sampling.temperature > 0
+
+    def _parameters(self) -> dict[str, Any]:
+        sampling = asdict(self.sampling)
+        if not self.is_sampled:
+            for of_draws in ("top_k", "top_p", "seed"):
+                del sampling[of_draws]
+        # What ends a completion in a gap is no part of its prompt.
+        return {"sampling": sampling, "stop": self.stop, "infill": self.prefix_column is not None}
 
     def max_prompt(self, max_model_len: int) -> int:
         """Return the longest prompt, in tokens, that leaves room for a completion.
@@ -184,6 +198,8 @@ class Generator:
     def _sampling_key(self, row: Row, prompt: Prompt) -> str:
         """Return what a row's random draws depend on, wherever and whenever it runs."""
         column = self._settings.key_column
+        if not isinstance(row, str) and ROW_KEY in row:
+            return str(row[ROW_KEY])
         if column is not None and not isinstance(row, str):
             if column not in row:
                 raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")

@@ -1,7 +1,7 @@
 """Gemma as Beam model handlers, one for each task: what RunInference needs to know of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from beam_gemma.artifact import Artifact
@@ -15,7 +15,7 @@ from beam_gemma.generate import GenerateSettings, Generator
 from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
 from beam_gemma.prompt import Text
-from beam_gemma.prompt_encoder import PromptEncoder
+from beam_gemma.prompt_encoder import PromptEncoder, Row
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
@@ -112,6 +112,10 @@ class GemmaClassifyModelHandler(EngineHandler):
         """Return what makes the first prompt of rows; no weights are loaded."""
         encode = self._encoders(artifact)[0]
         return lambda row: encode(row).prompt
+
+    def _identify(self, artifact: Artifact) -> Callable[[Row], Any]:
+        encoders = self._encoders(artifact)
+        return lambda row: [encode(row).identity for encode in encoders]
 
     def _load(self, artifact: Artifact, device: Device) -> Classifier:
         encoders = self._encoders(artifact)

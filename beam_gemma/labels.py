@@ -69,6 +69,7 @@ class Plan:
     """
 
     def __init__(self, continuations: Sequence[Continuation]) -> None:
+        self.continuations = tuple(continuations)
         # In lexicographic order a sequence comes just before those that begin with it.
         contexts = sorted({c.token_ids[:-1] for c in continuations})
         following = [*contexts[1:], ()]

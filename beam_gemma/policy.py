@@ -143,6 +143,9 @@ class ModerateSettings(Settings):
         }
         return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
 
+    def _parameters(self) -> dict[str, Any]:
+        return {"policies": [policy.name for policy in self.policies], "threshold": self.threshold}
+
     @property
     def questions(self) -> tuple[ClassifySettings, ...]:
         """What to ask of each row: one question for each policy."""

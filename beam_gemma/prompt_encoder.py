@@ -121,6 +121,11 @@ class Prompt:
         """The prompt as a person reads it."""
         return as_text(self.parts)
 
+    @property
+    def identity(self) -> list[Any]:
+        """What tells it from other prompts, as JSON holds it."""
+        return [self.token_ids, self.truncated]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shots:

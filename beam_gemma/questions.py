@@ -49,6 +49,15 @@ class Question:
     normalized: bool
     """Whether log-likelihoods are needed; else logits do, since all labels are single tokens."""
 
+    @property
+    def identity(self) -> list[Any]:
+        """What tells it from other questions, as JSON holds it."""
+        labels = [
+            (text, label.start, label.token_ids)
+            for text, label in zip(self.labels, self.plan.continuations, strict=True)
+        ]
+        return [self.prompt.identity, labels]
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -130,6 +139,9 @@ class ClassifySettings(PromptSettings, Settings):
             "error": pa.string(),
         }
         return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
+
+    def _parameters(self) -> dict[str, Any]:
+        return {"label_norm": self.label_norm}
 
     @property
     def questions(self) -> "tuple[ClassifySettings, ...]":

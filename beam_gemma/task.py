@@ -35,6 +35,24 @@ class Settings(ABC):
     def result_schema(self) -> pa.Schema:
         """Columns that each row gains."""
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether results are drawn, so that rows that ask the same may differ in theirs."""
+        return False
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What a result depends on beside the model and the request of its row, as JSON holds it.
+
+        Templates are not in it, since requests are made of them.
+        """
+        columns = {field.name: str(field.type) for field in self.result_schema}
+        return {"columns": columns, **self._parameters()}
+
+    def _parameters(self) -> dict[str, Any]:
+        """Return those of the task, beside the columns."""
+        return {}
+
 
 @runtime_checkable
 class Model(Protocol):

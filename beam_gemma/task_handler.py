@@ -1,8 +1,10 @@
 """What every task has in common as a Beam model handler: rows, errors, counts, one shared model."""
 
+import hashlib
+import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -11,9 +13,10 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from beam_gemma import owner
 from beam_gemma.artifact import Artifact
-from beam_gemma.errors import EngineError, OptionsError
+from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
 from beam_gemma.progress import METRICS_NAMESPACE
+from beam_gemma.prompt_encoder import Row
 from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.task import Encoder, Model, Settings
@@ -21,6 +24,9 @@ from beam_gemma.task import Encoder, Model, Settings
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 BATCH_ROWS = 4096
 """Rows that go to the engine together: enough that few steps run with slots left empty."""
+Fingerprint = Callable[[Row], bytes]
+KEY_BYTES = 16
+"""Of a fingerprint: two of a trillion requests have the same with a chance of 1 in 10**15."""
 
 
 class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
@@ -75,6 +81,27 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     @abstractmethod
     def _load(self, artifact: Artifact, device: Device) -> Model:
         """Load the graph and make it ready for rows."""
+
+    def fingerprint(self, artifact: Artifact) -> Fingerprint:
+        """Return what names the request that a row makes, or the error that it ends with.
+
+        Rows of the same name have the same result, unless results are drawn; no weights are loaded.
+        """
+        identify = self._identify(artifact)
+
+        def fingerprint(row: Row) -> bytes:
+            try:
+                identity = identify(row)
+            except RecordError as error:
+                identity = {"error": str(error)}
+            return hashlib.blake2b(json.dumps(identity).encode(), digest_size=KEY_BYTES).digest()
+
+        return fingerprint
+
+    def _identify(self, artifact: Artifact) -> Callable[[Row], Any]:
+        """Return what tells a row's request from others, as JSON holds it."""
+        encode = self.encoder(artifact)
+        return lambda row: encode(row).identity
 
     def load_model(self) -> Model:
         """Open the model folder and load what the task needs.
