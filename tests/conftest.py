@@ -1,5 +1,6 @@
 """Fixtures that several tests share: tiny models, exported once for a test run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from beam_gemma.artifact import Artifact
 from export.__main__ import export
 from export.checkpoint import read_checkpoint
 from export.tensors import Checkpoint
+from tests.emulators import Cloud, emulators
 from tests.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
 from tests.sentence_model import sentence_model, texts
 
@@ -47,6 +49,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """The tiny Gemma 3 alone, for tests that need a model but not every one."""
     return _tiny("gemma3_text", tmp_path_factory.mktemp("tiny_gemma3"))
+
+
+@pytest.fixture(scope="session")
+def gcp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """BigQuery and Cloud Storage on this machine."""
+    with emulators(tmp_path_factory.mktemp("gcp")) as cloud:
+        yield cloud
 
 
 SENTENCE_MODELS = {
