@@ -15,6 +15,7 @@ from beam_gemma.embedding_steps import EmbeddingSteps, Result
 from beam_gemma.errors import RecordError
 from beam_gemma.progress import Count
 from beam_gemma.prompt_encoder import Prompt, Row
+from beam_gemma.pulse import Pulse
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 
 LEAST_LENGTH = 1e-12
@@ -31,6 +32,7 @@ class Embedder:
         encoder: TextEncoder,
         settings: EmbedSettings,
         *,
+        pulse: Pulse,
         on_result: Callable[[Count], None],
     ) -> None:
         """Join what makes embeddings and what makes texts.
@@ -39,11 +41,13 @@ class Embedder:
             steps: Run the model.
             encoder: Makes token ids of rows.
             settings: What to embed, and in which form.
+            pulse: Samples of what the steps have done.
             on_result: Called with the rows that are done, from any thread.
         """
         self._steps = steps
         self._encoder = encoder
         self._settings = settings
+        self._pulse = pulse
         self._on_result = on_result
         self._names = settings.result_schema.names
         self._lock = threading.Lock()
@@ -72,6 +76,10 @@ class Embedder:
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
+
+    def take_pulse(self) -> dict[str, Any]:
+        """Return the samples of the steps that no call has returned yet."""
+        return self._pulse.take()
 
     def _prompt(self, row: Row) -> Prompt | str:
         """Return a row's text, or the error that ends it here."""

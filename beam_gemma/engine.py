@@ -16,6 +16,7 @@ from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.executor import Executor, Runner, failure
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.progress import Count
+from beam_gemma.pulse import Pulse, Work
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, Request, Sequence, Step
 
@@ -105,6 +106,7 @@ class Engine:
             OptionsError: the session keeps less recurrent state than the config needs.
         """
         self.signature = session.signature
+        self.pulse = Pulse(self.signature.device)
         if self.signature.has_recurrent_state and session.num_state_slots < config.max_num_seqs:
             raise OptionsError(
                 f"max_num_seqs: expected at most the session's {session.num_state_slots} state "
@@ -240,6 +242,14 @@ class Engine:
             stats.num_cached_tokens = self._scheduler.num_cached_tokens
             stats.num_preemptions = self._scheduler.num_preemptions
             stats.num_completion_tokens += num_new_tokens
+        self.pulse.add(
+            Work(
+                prompt_tokens=num_prompt_tokens,
+                completion_tokens=num_new_tokens,
+                used_slots=len(step) if is_decode else 0,
+                slots=self._config.max_num_seqs if is_decode else 0,
+            )
+        )
         self._on_step(Count(prompt_tokens=num_prompt_tokens, completion_tokens=num_new_tokens))
 
     def _end_token_ids(self, request: Request) -> frozenset[int]:

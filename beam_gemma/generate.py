@@ -177,6 +177,10 @@ class Generator:
         """Return what the engine has counted and no call has returned yet."""
         return self._tally.take()
 
+    def take_pulse(self) -> dict[str, Any]:
+        """Return the samples of the engine that no call has returned yet."""
+        return self._engine.pulse.take()
+
     def _task(self, row: Row) -> _Task | str:
         """Return what the engine needs of a row, or the error that ends it here."""
         try:

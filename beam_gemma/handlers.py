@@ -16,6 +16,7 @@ from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder, Row
+from beam_gemma.pulse import Pulse, Work
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
@@ -198,12 +199,16 @@ class GemmaEmbedModelHandler(TaskHandler):
             encoder.tokenizer.encode([Text(SIGHT_TEXT)], add_bos=False)[:3],
             is_two_sided=artifact.config.use_bidirectional_attention,
         )
-        steps = EmbeddingSteps(
-            session,
-            max_num_batched_tokens=budget,
-            on_step=lambda num_tokens: METER.add(Count(prompt_tokens=num_tokens)),
-        )
-        return Embedder(steps, encoder, self.settings, on_result=METER.add)
+        pulse = Pulse(device)
+
+        def on_step(num_tokens: int) -> None:
+            METER.add(Count(prompt_tokens=num_tokens))
+            # One text may have more tokens than a step is meant to have.
+            slots = max(num_tokens, budget)
+            pulse.add(Work(prompt_tokens=num_tokens, used_slots=num_tokens, slots=slots))
+
+        steps = EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=on_step)
+        return Embedder(steps, encoder, self.settings, pulse=pulse, on_result=METER.add)
 
 
 def _embedding_of(artifact: Artifact) -> EmbeddingConfig:

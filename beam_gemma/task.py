@@ -63,3 +63,6 @@ class Model(Protocol):
 
     def take_counts(self) -> dict[str, int]:
         """Return what has been counted and not been returned yet."""
+
+    def take_pulse(self) -> dict[str, Any]:
+        """Return the samples of its work that have not been returned yet; see `pulse`."""

@@ -15,8 +15,10 @@ from beam_gemma import owner
 from beam_gemma.artifact import Artifact
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
+from beam_gemma.keys import KEY_BYTES
 from beam_gemma.progress import METRICS_NAMESPACE
 from beam_gemma.prompt_encoder import Row
+from beam_gemma.pulse import with_pulse
 from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.task import Encoder, Model, Settings
@@ -25,8 +27,6 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 BATCH_ROWS = 4096
 """Rows that go to the engine together: enough that few steps run with slots left empty."""
 Fingerprint = Callable[[Row], bytes]
-KEY_BYTES = 16
-"""Of a fingerprint: two of a trillion requests have the same with a chance of 1 in 10**15."""
 
 
 class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
@@ -68,6 +68,14 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     @abstractmethod
     def head(self) -> Head:
         """The graph that the task runs."""
+
+    def artifact(self) -> Artifact:
+        """Open the model folder; no weights are loaded.
+
+        Raises:
+            ArtifactError: the folder is missing or damaged.
+        """
+        return Artifact.open(self._model)
 
     @abstractmethod
     def encoder(self, artifact: Artifact) -> Encoder:
@@ -128,16 +136,22 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         self.validate_inference_args(inference_args)
         rows = [row for example in batch for row in rows_of(example)]
         try:
-            results, steps = model(rows), model.take_counts()
+            results, counts, pulse = model(rows), model.take_counts(), model.take_pulse()
         except (ConnectionError, EOFError) as error:
             raise EngineError(
                 "engine: expected an answer from the process that runs it for this machine, got "
                 f"{type(error).__name__}, so it has died, for want of memory perhaps; these rows "
                 "are lost unless the runner retries their bundle"
             ) from error
-        self._report(results, steps)
+        self._report(results, counts)
         remaining = iter(results)
-        return [PredictionResult(example, self._inference(example, remaining)) for example in batch]
+        inferences = [self._inference(example, remaining) for example in batch]
+        if inferences and isinstance(inferences[-1], pa.RecordBatch):
+            inferences[-1] = with_pulse(inferences[-1], pulse)
+        return [
+            PredictionResult(example, inference)
+            for example, inference in zip(batch, inferences, strict=True)
+        ]
 
     def get_num_bytes(self, batch: Sequence[Example]) -> int:
         """Return the bytes of the examples themselves."""
@@ -160,15 +174,15 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             )
 
     def _start(self) -> Model:
-        artifact = Artifact.open(self._model)
+        artifact = self.artifact()
         artifact.verify()
         return self._load(artifact, choose_device(artifact, self.head, self._device))
 
-    def _report(self, results: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> None:
+    def _report(self, results: Sequence[Mapping[str, Any]], counts: dict[str, int]) -> None:
         """Add a batch's counts, and those of the model's latest steps, to Beam's metrics."""
         failed = sum(result["error"] is not None for result in results)
         rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
-        for name, number in (rows | steps).items():
+        for name, number in (rows | counts).items():
             Metrics.counter(METRICS_NAMESPACE, name).inc(number)
         for column, name in self.token_counters.items():
             counter = Metrics.counter(METRICS_NAMESPACE, name)

@@ -14,6 +14,7 @@ from beam_gemma.embed import Embedder, shortened
 from beam_gemma.embedding_steps import EmbeddingSteps
 from beam_gemma.errors import OptionsError
 from beam_gemma.progress import Count
+from beam_gemma.pulse import Pulse
 from beam_gemma.session import Capacity, EmbedOutput, Session
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def embedder(
     )
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     encoder = TextEncoder(tokenizer, chosen, artifact.embedding)
-    return Embedder(steps, encoder, chosen, on_result=lambda _: None)
+    return Embedder(steps, encoder, chosen, pulse=Pulse("cpu"), on_result=lambda _: None)
 
 
 def vectors(results: list[dict[str, Any]]) -> np.ndarray:

@@ -15,6 +15,7 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.examples import num_rows, rows_of
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.handlers import GemmaModelHandler
+from beam_gemma.pulse import pulse_of
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.task_handler import BATCH_ROWS
 from tests.fake_models import FakeHandler, completion_of, local_pipeline
@@ -40,6 +41,14 @@ def test_results_have_the_form_of_their_examples():
     assert batch.schema == empty.schema == SETTINGS.result_schema
     assert batch.column("completion").to_pylist() == [completion_of("d"), completion_of("e")]
     assert empty.num_rows == 0
+
+
+def test_the_last_batch_carries_the_samples_of_the_engine():
+    handler = FakeHandler(SETTINGS)
+    first, last = handler.run_inference([batch_of("a"), batch_of("b")], handler.load_model())
+    assert pulse_of(first.inference) is None
+    # Each row's first token comes with its prompt.
+    assert pulse_of(last.inference)["samples"][-1][2] == 2 * 3
 
 
 def test_one_bad_row_of_a_hundred():

@@ -1,0 +1,153 @@
+"""Pulse: totals over time, thin for a long job, and one timeline of all engines."""
+
+import itertools
+import json
+import random
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beam_gemma.pulse import (
+    COLUMNS,
+    MAX_STEPS,
+    Pulse,
+    Work,
+    processor_of,
+    pulse_of,
+    timeline,
+    with_pulse,
+)
+
+STEP = Work(prompt_tokens=1, completion_tokens=2, used_slots=3, slots=4)
+DAY = 86_400
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def engine(name, *samples):
+    return {"engine": name, "device": "cpu", "processor": "x", "samples": samples}
+
+
+def test_one_sample_a_second(clock):
+    pulse = Pulse("cpu", clock=clock)
+    for _ in range(83):
+        clock.now += 0.125
+        pulse.add(STEP)
+    samples = pulse.take()["samples"]
+    start = samples[0][0]
+    assert samples[0][1:] == (0, 0, 0, 0)
+    assert [round(s[0] - start) for s in samples[1:-1]] == list(range(1, 11))
+    assert samples[-1][1:] == (83, 166, 249, 332)
+    assert samples[-1][0] - start == pytest.approx(10.375)
+
+
+def test_each_sample_is_given_once(clock):
+    pulse = Pulse("cpu", clock=clock)
+    taken = []
+    for _ in range(50):
+        clock.now += 0.5
+        pulse.add(STEP)
+        if random.Random(clock.now).random() < 0.3:
+            taken += pulse.take()["samples"]
+    taken += pulse.take()["samples"]
+    assert taken == sorted(taken)
+    assert len(set(taken)) >= 25
+    assert taken[-1][1] == 50
+
+
+def test_a_day_has_few_samples(clock):
+    pulse = Pulse("cpu", clock=clock)
+    for _ in range(DAY):
+        clock.now += 1
+        pulse.add(STEP)
+    samples = pulse.take()["samples"]
+    assert len(samples) < 2000
+    gaps = [b[0] - a[0] for a, b in itertools.pairwise(samples)]
+    assert max(gaps) <= DAY / 256 + 1
+
+
+def test_a_timeline_holds_every_step(clock):
+    pulse = Pulse("cpu", clock=clock)
+    for _ in range(2000):
+        clock.now += 1
+        pulse.add(STEP)
+    line = timeline([pulse.take()])
+    assert len(line["seconds"]) == MAX_STEPS + 1
+    assert line["seconds"][-1] == pytest.approx(2000, abs=0.01)
+    assert [line[name][-1] for name in COLUMNS] == [2000, 4000, 6000, 8000]
+    assert line["slots"][MAX_STEPS // 2] == pytest.approx(4000, rel=0.02)
+
+
+def test_engines_add_up_on_one_timeline():
+    line = timeline(
+        [
+            engine("a", (10.0, 0, 0, 0, 0), (12.0, 20, 0, 0, 0)),
+            engine("b", (14.0, 5, 0, 0, 0)),
+            engine("b", (12.0, 0, 0, 0, 0)),
+            engine("a", (13.0, 30, 0, 0, 0)),
+        ]
+    )
+    assert line["seconds"] == [0, 1, 2, 3, 4]
+    # An engine has done nothing before its first sample, and nothing more after its last.
+    assert line["prompt_tokens"] == [0, 10, 20, 32, 35]
+
+
+SAMPLES = st.lists(
+    st.tuples(st.floats(0, 50), *[st.integers(0, 9)] * len(COLUMNS)), min_size=1, max_size=9
+)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), SAMPLES, min_size=1), st.randoms())
+def test_lost_and_shuffled_samples_leave_the_totals(engines, rng):
+    pulses, totals = [], [0] * len(COLUMNS)
+    for name, steps in engines.items():
+        done, samples = [0] * len(COLUMNS), []
+        for now, *step in sorted(steps):
+            done = [a + b for a, b in zip(done, step, strict=True)]
+            samples.append((now, *done))
+        totals = [a + b for a, b in zip(totals, done, strict=True)]
+        kept = [sample for sample in samples[:-1] if rng.random() < 0.5] + samples[-1:]
+        pulses += [engine(name, sample) for sample in kept]
+    rng.shuffle(pulses)
+    line = timeline(pulses)
+    assert [line[name][-1] for name in COLUMNS] == totals
+    for name in COLUMNS:
+        assert line[name] == sorted(line[name])
+
+
+def test_no_samples():
+    assert set(timeline([])) == {"seconds", *COLUMNS}
+    assert timeline([])["seconds"] == []
+
+
+def test_an_instant():
+    line = timeline([engine("a", (1.0, 5, 0, 0, 0))])
+    assert line["prompt_tokens"] == [5, 5]
+
+
+def test_samples_travel_with_a_batch(clock):
+    pulse = Pulse("cpu", clock=clock)
+    taken = json.loads(json.dumps(pulse.take()))
+    plain = pa.RecordBatch.from_pydict({"a": [1]}, metadata={"b": "c"})
+    batch = with_pulse(plain, taken)
+    assert pulse_of(batch) == taken
+    assert batch.schema.metadata[b"b"] == b"c"
+    assert pulse_of(plain) is None
+
+
+def test_names_of_processors():
+    assert processor_of("cpu").endswith(" cores")
+    assert processor_of("cuda")
