@@ -5,7 +5,11 @@
     ├── OptionsError          a flag, argument or setting of a job
     ├── CheckpointError       a checkpoint that cannot be read in full
     ├── ArtifactError         a model folder that is damaged, missing or of another format
+    ├── StorageError          a file of a job that cannot be written, or is not what it was
     ├── EngineError           the engine stopped; no row is at fault
+    ├── BalanceError          rows were lost or doubled on the way
+    ├── FailuresError         more rows failed than a job may have
+    ├── BudgetError           the tokens that a job may cost are spent; it can go on
     └── RecordError           one row; the only error that ends as that row's `error`
         └── PromptTooLongError
 
@@ -36,8 +40,24 @@ class ArtifactError(BeamGemmaError):
     """A model folder is damaged, missing or of another format."""
 
 
+class StorageError(BeamGemmaError):
+    """A file of a job cannot be written, or is not what was written."""
+
+
 class EngineError(BeamGemmaError):
     """The engine stopped, and no single row is at fault."""
+
+
+class BudgetError(BeamGemmaError):
+    """The tokens that a job may cost are spent; what is done is kept, and the job can go on."""
+
+
+class BalanceError(BeamGemmaError):
+    """Rows were lost or doubled between reading and writing."""
+
+
+class FailuresError(BeamGemmaError):
+    """More rows of a job failed than may."""
 
 
 class RecordError(BeamGemmaError):

@@ -6,3 +6,7 @@ POSITIONS = "__positions"
 """Where in the table the rows are that ask it."""
 ROW_KEY = "__row_key"
 """Names a row for its random draws."""
+POSITION = "__position"
+"""Where in the table one row is."""
+KEY_BYTES = 16
+"""Of a request's key: two of a trillion requests have the same with a chance of 1 in 10**15."""

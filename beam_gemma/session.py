@@ -30,6 +30,8 @@ from beam_gemma.signature import (
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNNABLE: tuple[Device, ...] = ("cpu",)
 """Devices whose state buffers a session can keep."""
+NUMERICS = 1
+"""Raised where a request may give other bits than with the version before."""
 CACHE_FRACTION = 0.4
 """Share of the free memory that caches may fill once the weights are loaded."""
 LOGITS = "logits"
@@ -231,6 +233,11 @@ def _zeros(tensor: StateTensor, sizes: Mapping[str, int]) -> np.ndarray:
     """Allocate a state buffer; zeros from the system cost no memory until they are written."""
     shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
     return np.zeros(shape, tensor.dtype)
+
+
+def numerics() -> str:
+    """Return whose arithmetic results are made with: ours, and ONNX Runtime's."""
+    return f"{NUMERICS}, onnxruntime {onnxruntime.__version__}"
 
 
 def require_device(device: Device) -> None:

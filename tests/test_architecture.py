@@ -14,24 +14,24 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
     "errors owner progress data_commons keys batches",
-    "config embedding_config prompt",
+    "config embedding_config prompt durable",
     "signature tokenizer sampling jsonl prefix block_pool infill",
     "sequence kv_cache artifact prompt_encoder source sink labels",
     "scheduler packing session examples task parquet_source jsonl_source file_sink layout",
-    "executor columns questions text_encoder embedding_steps tables",
+    "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed",
     "tally",
     "generate classify fewshot flags task_handler",
     "handlers",
-    "transforms requests write_table generate_options embed_options classify_options text_embeddings",
+    "transforms ask write_table generate_options embed_options classify_options text_embeddings",
     "preview",
     "launch",
 ]
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
 USERS_OF_BEAM = (
-    "batches source sink parquet_source jsonl_source file_sink tables examples task_handler handlers "
-    "transforms requests write_table text_embeddings flags launch"
+    "durable pieces batches source sink parquet_source jsonl_source file_sink tables examples "
+    "task_handler handlers transforms ask write_table text_embeddings flags launch"
 )
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}

@@ -1,0 +1,79 @@
+"""Files that are there whole and for good, or not at all.
+
+They are named by what they hold, so whoever finds one already there has nothing left to write.
+"""
+
+import contextlib
+import functools
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma.errors import StorageError
+
+
+def write_once(path: str, content: bytes) -> None:
+    """Write a file that nobody writes with another content.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is there then.
+    """
+    writers = {None: _write_local, "gs": _write_object}
+    try:
+        writers.get(FileSystems.get_scheme(path), _write_and_rename)(path, content)
+    except Exception as error:  # each storage has errors of its own
+        raise StorageError(
+            f"{path}: expected to write {len(content):,} bytes, got {type(error).__name__}: "
+            f"{error}; once that is set right, go on with --resume"
+        ) from error
+
+
+def _write_local(path: str, content: bytes) -> None:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The name is durable once its folder is.
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_object(path: str, content: bytes) -> None:
+    from google.api_core.exceptions import PreconditionFailed
+
+    bucket, _, name = path.removeprefix("gs://").partition("/")
+    blob = _storage_client().bucket(bucket).blob(name)
+    # That it was there already is what is asked for.
+    with contextlib.suppress(PreconditionFailed):
+        blob.upload_from_string(content, if_generation_match=0)
+
+
+def _write_and_rename(path: str, content: bytes) -> None:
+    if FileSystems.exists(path):
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with FileSystems.create(temporary) as stream:
+        stream.write(content)
+    FileSystems.rename([temporary], [path])
+
+
+@functools.cache
+def _storage_client() -> Any:
+    """Return a client of Cloud Storage, as Beam makes its own."""
+    from apache_beam.io.gcp.gcsio import create_storage_client
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    return create_storage_client(PipelineOptions())
