@@ -47,10 +47,13 @@ def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def joined(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
-    """Return one batch of the rows of several."""
+def joined(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return one batch of the rows of several, of which there is at least one."""
     batches = list(batches)
-    return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema)
+    (batch,) = pa.Table.from_batches(batches).combine_chunks().to_batches() or [
+        pa.RecordBatch.from_pylist([], schema=batches[0].schema)
+    ]
+    return batch
 
 
 def by_group(groups: np.ndarray, batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:

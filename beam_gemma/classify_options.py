@@ -18,7 +18,7 @@ from beam_gemma.flags import (
 )
 from beam_gemma.policy import POLICIES, ModerateSettings, Policy
 from beam_gemma.questions import ClassifySettings, Shot
-from beam_gemma.records import open_source
+from beam_gemma.tables import open_source
 
 EXAMPLES = """\
   python -m pipelines.classify --model models/gemma-3-270m --input reviews.parquet \\

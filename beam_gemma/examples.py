@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 from apache_beam.pvalue import Row
 
+from beam_gemma.batches import RecordBatchCoder
 from beam_gemma.errors import RecordError
 from beam_gemma.prompt_encoder import Row as Columns
-from beam_gemma.records import RecordBatchCoder
 
 Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
 """A Row that has been between two steps comes as a named tuple."""

@@ -9,7 +9,7 @@ from beam_gemma.examples import rows_of
 from beam_gemma.prompt import Template
 from beam_gemma.prompt_encoder import as_text
 from beam_gemma.questions import ClassifySettings, Shot
-from beam_gemma.records import Source
+from beam_gemma.source import Source
 
 POOL_ROWS = 10_000
 """Rows that shots are drawn from, from the first of a table."""
@@ -37,7 +37,7 @@ def draw_shots(
     if len(pool) < number:
         raise OptionsError(
             f"num_fewshot: expected at most the {len(pool):,} rows with a label among the first "
-            f"{POOL_ROWS:,} of {source.pattern}, got {number}"
+            f"{POOL_ROWS:,} of {source.uri}, got {number}"
         )
     return tuple(random.Random(seed).sample(pool, min(number + 1, len(pool))))
 
@@ -52,7 +52,7 @@ def all_shots(source: Source, settings: ClassifySettings, label_column: str) -> 
     for column in columns:
         if column not in source.schema.names:
             raise OptionsError(
-                f"column {column!r}: expected in {source.pattern}, got "
+                f"column {column!r}: expected in {source.uri}, got "
                 f"{', '.join(source.schema.names)}{nearest(column, source.schema.names)}"
             )
     templates = [Template(label, ()) for label in settings.labels]

@@ -7,10 +7,10 @@ them. Text that looks like a time stays text.
 import base64
 import datetime
 import decimal
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -22,10 +22,18 @@ CHUNK_BYTES = 8 << 20
 """Of lines that are looked at together while types are found."""
 
 
-def infer_schema(
-    lines: Iterable[bytes], name: str, *, limit: int | None = None
-) -> tuple[pa.Schema, int]:
-    """Return the types of all columns of a file and its number of rows.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Lines of a file that follow each other."""
+
+    schema: pa.Schema
+    num_rows: int
+    num_bytes: int
+    """Empty lines included."""
+
+
+def chunks(lines: Iterable[bytes], name: str, *, limit: int | None = None) -> Iterator[Chunk]:
+    """Look at the lines of a file, some at a time.
 
     Args:
         lines: Of the file, in order.
@@ -35,13 +43,20 @@ def infer_schema(
     Raises:
         OptionsError: a line is not a JSON object, or a column has values of several types.
     """
-    schema = pa.schema([])
-    num_rows = 0
-    numbered = ((i, line) for i, line in enumerate(lines, start=1) if not line.isspace())
-    for chunk in _chunks(itertools.islice(numbered, limit)):
-        schema = unify_schemas(schema, _schema_of(chunk, name), name)
-        num_rows += len(chunk)
-    return schema, num_rows
+    rows: dict[int, bytes] = {}
+    num_bytes = 0
+    for number, line in enumerate(lines, start=1):
+        if limit is not None and limit <= 0:
+            break
+        num_bytes += len(line)
+        if not line.isspace():
+            rows[number] = line
+            limit = None if limit is None else limit - 1
+        if num_bytes >= CHUNK_BYTES:
+            yield _chunk(rows, num_bytes, name)
+            rows, num_bytes = {}, 0
+    if rows:
+        yield _chunk(rows, num_bytes, name)
 
 
 def unify_schemas(first: pa.Schema, second: pa.Schema, name: str) -> pa.Schema:
@@ -96,18 +111,9 @@ def content_lines(stream: BinaryIO) -> Iterator[bytes]:
     return (line for line in stream if not line.isspace())
 
 
-def _chunks(numbered: Iterable[tuple[int, bytes]]) -> Iterator[dict[int, bytes]]:
-    """Return lines by their number, some at a time."""
-    chunk: dict[int, bytes] = {}
-    num_bytes = 0
-    for number, line in numbered:
-        chunk[number] = line
-        num_bytes += len(line)
-        if num_bytes >= CHUNK_BYTES:
-            yield chunk
-            chunk, num_bytes = {}, 0
-    if chunk:
-        yield chunk
+def _chunk(rows: dict[int, bytes], num_bytes: int, name: str) -> Chunk:
+    schema = _schema_of(rows, name) if rows else pa.schema([])
+    return Chunk(schema=schema, num_rows=len(rows), num_bytes=num_bytes)
 
 
 def _schema_of(chunk: dict[int, bytes], name: str) -> pa.Schema:

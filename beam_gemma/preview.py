@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from beam_gemma.errors import RecordError
 from beam_gemma.examples import rows_of
 from beam_gemma.prompt_encoder import Prompt
-from beam_gemma.records import Source
+from beam_gemma.source import Source
 from beam_gemma.task import Encoder
 
 SAMPLE_ROWS = 1000

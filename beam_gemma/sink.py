@@ -25,7 +25,7 @@ class Sink(ABC):
     def earlier(self) -> str | None:
         """Return the name of an earlier output, in whole or in part."""
 
-    def check(self, schema: pa.Schema) -> None:
+    def check(self, schema: pa.Schema) -> None:  # noqa: B027
         """Refuse a schema that cannot be written, before a job starts.
 
         Raises:

@@ -26,7 +26,7 @@ from beam_gemma.labels import join
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import Row
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
-from beam_gemma.records import open_source
+from beam_gemma.tables import open_source
 from beam_gemma.tokenizer import Tokenizer
 from benchmarks.comparison import Bar, bar_lines
 from benchmarks.table import table

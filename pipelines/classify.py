@@ -10,9 +10,6 @@ import apache_beam as beam
 from beam_gemma import launch
 from beam_gemma.classify_options import classify_parser, classify_settings
 from beam_gemma.handlers import GemmaClassifyModelHandler
-from beam_gemma.records import ReadRecords
-from beam_gemma.sinks import WriteRecords
-from beam_gemma.transforms import Classify
 
 
 def main() -> int:
@@ -22,12 +19,9 @@ def main() -> int:
         sys.stdout.write(job.preview)
         return launch.SUCCESS
     pipeline = beam.Pipeline(options=job.options)
-    _ = (
-        pipeline
-        | "Read" >> ReadRecords(job.source)
-        | "Classify" >> Classify(job.handler)
-        | "Write" >> WriteRecords(job.sink, job.schema)
-    )
+    rows = pipeline | "Read" >> job.read()
+    answers = rows | "Classify" >> job.ask()
+    _ = (rows, *answers) | "Write" >> job.write()
     return launch.run(pipeline, job)
 
 

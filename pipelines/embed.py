@@ -10,9 +10,6 @@ import apache_beam as beam
 from beam_gemma import launch
 from beam_gemma.embed_options import embed_parser, embed_settings
 from beam_gemma.handlers import GemmaEmbedModelHandler
-from beam_gemma.records import ReadRecords
-from beam_gemma.sinks import WriteRecords
-from beam_gemma.transforms import Embed
 
 
 def main() -> int:
@@ -22,12 +19,9 @@ def main() -> int:
         sys.stdout.write(job.preview)
         return launch.SUCCESS
     pipeline = beam.Pipeline(options=job.options)
-    _ = (
-        pipeline
-        | "Read" >> ReadRecords(job.source)
-        | "Embed" >> Embed(job.handler)
-        | "Write" >> WriteRecords(job.sink, job.schema)
-    )
+    rows = pipeline | "Read" >> job.read()
+    answers = rows | "Embed" >> job.ask()
+    _ = (rows, *answers) | "Write" >> job.write()
     return launch.run(pipeline, job)
 
 

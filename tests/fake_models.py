@@ -51,17 +51,18 @@ def completion_of(prompt, max_tokens=3):
     return TOKENIZER.decode(ids[start:])
 
 
+def fake_encoder(settings, chat_template=None):
+    """Return what makes prompts for the fake model."""
+    room = settings.max_prompt(SIGNATURE.max_model_len)
+    return PromptEncoder(TOKENIZER, settings, chat_template=chat_template, max_tokens=room)
+
+
 def fake_generator(
     settings, *, chat_template=None, session=None, on_result=METER.add, **engine_options
 ):
     """Return a generator over the fake model."""
     session = session or FakeSession(SIGNATURE, num_blocks=2000, next_token=next_letter)
-    encoder = PromptEncoder(
-        TOKENIZER,
-        settings,
-        chat_template=chat_template,
-        max_tokens=settings.max_prompt(session.signature.max_model_len),
-    )
+    encoder = fake_encoder(settings, chat_template)
     config = EngineConfig(eos_token_ids=(TOKENIZER.eos_token_id,), **engine_options)
     engine = Engine(session, config, on_step=on_result)
     return Generator(engine, encoder, settings, on_result=on_result)
@@ -72,6 +73,12 @@ class FakeHandler(GemmaModelHandler):
 
     def __init__(self, settings, **options) -> None:
         super().__init__("fake", settings, **options)
+
+    def artifact(self):
+        return None
+
+    def encoder(self, _):
+        return fake_encoder(self.settings)
 
     def _start(self) -> Generator:
         return fake_generator(self.settings)

@@ -20,7 +20,7 @@ from beam_gemma.fewshot import draw_shots
 from beam_gemma.policy import POLICIES, Policy
 from beam_gemma.prompt import Part, Text
 from beam_gemma.questions import ClassifySettings
-from beam_gemma.records import open_source
+from beam_gemma.tables import open_source
 from beam_gemma.tokenizer import Tokenizer
 from export.checkpoint import read_checkpoint
 from tests.reference import real_model

@@ -1,0 +1,121 @@
+"""Tables in files of JSON lines: all lines are looked at once at launch, for the types."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma import jsonl
+from beam_gemma.batches import Located
+from beam_gemma.source import BATCH_ROWS, Source, selected
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Some lines of a file."""
+
+    path: str
+    start: int
+    """Where they begin, in bytes."""
+    num_bytes: int
+    first_row: int
+    """Of the table."""
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlSource(Source):
+    """The rows of JSON lines files, one after the other."""
+
+    uri: str
+    schema: pa.Schema
+    file_schema: pa.Schema
+    """With the columns that are not read."""
+    files: tuple[str, ...]
+    lines: tuple[Part, ...]
+    num_rows: int
+    num_bytes: int
+    is_dense: bool = True
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        paths: Sequence[str],
+        *,
+        limit: int | None = None,
+        columns: tuple[str, ...] | None = None,
+    ) -> "JsonlSource":
+        """Find the types of all columns; with a limit, from the lines that it needs.
+
+        Raises:
+            OptionsError: a line is not a JSON object, or the files do not make one table.
+        """
+        schema = pa.schema([])
+        parts: list[Part] = []
+        files: list[str] = []
+        num_rows = 0
+        for path in paths:
+            if limit is not None and num_rows >= limit:
+                break
+            found, lines = _scan(path, num_rows, limit)
+            schema = jsonl.unify_schemas(schema, found, path)
+            num_rows += sum(part.num_rows for part in lines)
+            files.append(path)
+            parts += lines
+        return cls(
+            uri=uri,
+            schema=selected(schema, columns, uri),
+            file_schema=schema,
+            files=tuple(files),
+            lines=tuple(parts),
+            num_rows=num_rows,
+            num_bytes=sum(part.num_bytes for part in parts),
+        )
+
+    def parts(self) -> list[Part]:
+        """Return chunks of lines."""
+        return list(self.lines)
+
+    def read(self, part: Part) -> Iterator[Located]:
+        """Return the rows of a chunk."""
+        position = part.first_row
+        with FileSystems.open(part.path) as stream:
+            stream.seek(part.start)
+            lines = itertools.islice(jsonl.content_lines(stream), part.num_rows)
+            while chunk := list(itertools.islice(lines, BATCH_ROWS)):
+                yield position, jsonl.parse_lines(chunk, self.file_schema).select(self.schema.names)
+                position += len(chunk)
+
+    def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return the first rows; no line after them is read."""
+        for part in self.lines:
+            rows = min(part.num_rows, num_rows - part.first_row)
+            if rows <= 0:
+                return
+            yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+
+
+def _scan(path: str, first_row: int, limit: int | None) -> tuple[pa.Schema, list[Part]]:
+    """Return the types of a file's columns and its lines in chunks."""
+    schema = pa.schema([])
+    parts = []
+    start = 0
+    with FileSystems.open(path) as stream:
+        left = None if limit is None else limit - first_row
+        for chunk in jsonl.chunks(stream, path, limit=left):
+            schema = jsonl.unify_schemas(schema, chunk.schema, path)
+            parts.append(
+                Part(
+                    path=path,
+                    start=start,
+                    num_bytes=chunk.num_bytes,
+                    first_row=first_row,
+                    num_rows=chunk.num_rows,
+                )
+            )
+            start += chunk.num_bytes
+            first_row += chunk.num_rows
+    return schema, parts

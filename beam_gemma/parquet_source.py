@@ -1,0 +1,175 @@
+"""Tables in Parquet files: footers are read at launch, row groups by workers."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma.batches import Located, with_schema
+from beam_gemma.errors import OptionsError
+from beam_gemma.source import BATCH_BYTES, BATCH_ROWS, Source, selected
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Leading rows of a file, or of a run of its row groups."""
+
+    path: str
+    first_row: int
+    """Of the table."""
+    num_rows: int
+    row_group: int | None = None
+    """None for all of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSource(Source):
+    """The rows of Parquet files, one after the other."""
+
+    uri: str
+    schema: pa.Schema
+    files: tuple[str, ...]
+    file_rows: tuple[int, ...]
+    """Rows to read of each file, from its first."""
+    num_rows: int
+    num_bytes: int
+    is_dense: bool = True
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        paths: Sequence[str],
+        *,
+        limit: int | None = None,
+        columns: tuple[str, ...] | None = None,
+    ) -> "ParquetSource":
+        """Read the footers of files; with a limit, only of those that it needs.
+
+        Raises:
+            OptionsError: a file is no Parquet file, or they do not make one table.
+        """
+        files: dict[str, int] = {}
+        num_bytes = 0
+        schema: pa.Schema | None = None
+        with ThreadPoolExecutor() as pool:
+            footers = map(_footer, paths) if limit is not None else pool.map(_footer, paths)
+            for path, (found, metadata) in zip(paths, footers, strict=True):
+                schema = schema or found
+                _check_agreement(schema, found, path)
+                left = metadata.num_rows if limit is None else limit - sum(files.values())
+                files[path] = min(metadata.num_rows, left)
+                num_bytes += _num_bytes(metadata, files[path])
+                if limit is not None and metadata.num_rows >= left:
+                    break
+        assert schema is not None
+        return cls(
+            uri=uri,
+            schema=selected(schema, columns, uri),
+            files=tuple(files),
+            file_rows=tuple(files.values()),
+            num_rows=sum(files.values()),
+            num_bytes=num_bytes,
+        )
+
+    def parts(self) -> list[Part]:
+        """Return the files."""
+        firsts = itertools.accumulate(self.file_rows, initial=0)
+        return [
+            Part(path=path, first_row=first, num_rows=rows)
+            for path, first, rows in zip(self.files, firsts, self.file_rows, strict=False)
+            if rows
+        ]
+
+    def split(self, part: Part) -> Iterator[Part]:
+        """Return the row groups that hold the rows of a file."""
+        with FileSystems.open(part.path) as stream:
+            metadata = pq.ParquetFile(stream).metadata
+        first = 0
+        for group in range(metadata.num_row_groups):
+            if first >= part.num_rows:
+                return
+            rows = metadata.row_group(group).num_rows
+            yield Part(
+                path=part.path,
+                first_row=part.first_row + first,
+                num_rows=min(rows, part.num_rows - first),
+                row_group=group,
+            )
+            first += rows
+
+    def read(self, part: Part) -> Iterator[Located]:
+        """Return the rows of a row group, or of the leading ones of a file."""
+        schema = self.schema.remove_metadata()
+        position, end = part.first_row, part.first_row + part.num_rows
+        with FileSystems.open(part.path) as stream:
+            file = pq.ParquetFile(stream)
+            groups = [part.row_group] if part.row_group is not None else _leading(file, part)
+            for batch in file.iter_batches(
+                _batch_rows(file.metadata), row_groups=groups, columns=schema.names
+            ):
+                rows = with_schema(batch.select(schema.names).slice(0, end - position), schema)
+                yield position, rows
+                position += rows.num_rows
+
+    def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return the first rows; no row group after them is read."""
+        for part in self.parts():
+            rows = min(part.num_rows, num_rows - part.first_row)
+            if rows <= 0:
+                return
+            first = Part(path=part.path, first_row=part.first_row, num_rows=rows)
+            yield from (batch for _, batch in self.read(first))
+
+
+def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+    with FileSystems.open(path) as stream:
+        try:
+            file = pq.ParquetFile(stream)
+        except pa.ArrowInvalid as error:
+            raise OptionsError(f"{path}: expected a Parquet file, got: {error}") from error
+        return file.schema_arrow, file.metadata
+
+
+def _check_agreement(schema: pa.Schema, found: pa.Schema, path: str) -> None:
+    if not found.equals(schema):
+        raise OptionsError(
+            f"{path}: expected the columns of the files before it, got another "
+            f"{_difference(schema, found)}"
+        )
+
+
+def _difference(schema: pa.Schema, found: pa.Schema) -> str:
+    if schema.names != found.names:
+        names = sorted(set(schema.names) ^ set(found.names))
+        return f"set of columns: {', '.join(names)}" if names else "order of columns"
+    name = next(n for i, n in enumerate(schema.names) if not schema.field(i).equals(found.field(i)))
+    return f"type of {name!r}: {found.field(name).type} for {schema.field(name).type}"
+
+
+def _num_bytes(metadata: pq.FileMetaData, num_rows: int) -> int:
+    """Return about how much data the leading rows of a file are."""
+    groups = range(metadata.num_row_groups)
+    total = sum(metadata.row_group(group).total_byte_size for group in groups)
+    return total * num_rows // max(1, metadata.num_rows)
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Return how many rows to read at once."""
+    row_bytes = _num_bytes(metadata, 1)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
+
+
+def _leading(file: pq.ParquetFile, part: Part) -> list[int]:
+    """Return the row groups that hold the leading rows of a file."""
+    sizes = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+    before = itertools.accumulate(sizes, initial=0)
+    return [
+        i
+        for i, start in zip(range(file.num_row_groups), before, strict=False)
+        if start < part.num_rows
+    ]
