@@ -37,6 +37,8 @@ class Work:
 
     prompt_tokens: int = 0
     """Computed, so neither those that a cache held nor those of rows that share a request."""
+    cached_tokens: int = 0
+    """Of prompts, not computed because a cache held them."""
     completion_tokens: int = 0
     used_slots: int = 0
     """Of all decode steps, those with a sequence in them; in steps over whole texts, tokens."""

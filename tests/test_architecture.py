@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
-    "errors owner progress data_commons keys batches",
+    "errors owner progress data_commons summary pulse keys batches",
     "config embedding_config prompt durable",
     "signature tokenizer sampling jsonl prefix block_pool infill",
     "sequence kv_cache artifact prompt_encoder source sink labels",
     "scheduler packing session examples task parquet_source jsonl_source file_sink layout",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
-    "engine policy embed",
+    "engine policy embed run_record supervision",
     "tally",
     "generate classify fewshot flags task_handler",
     "handlers",

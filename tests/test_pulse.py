@@ -20,7 +20,7 @@ from beam_gemma.pulse import (
     with_pulse,
 )
 
-STEP = Work(prompt_tokens=1, completion_tokens=2, used_slots=3, slots=4)
+STEP = Work(prompt_tokens=1, cached_tokens=5, completion_tokens=2, used_slots=3, slots=4)
 DAY = 86_400
 
 
@@ -48,9 +48,9 @@ def test_one_sample_a_second(clock):
         pulse.add(STEP)
     samples = pulse.take()["samples"]
     start = samples[0][0]
-    assert samples[0][1:] == (0, 0, 0, 0)
+    assert samples[0][1:] == (0, 0, 0, 0, 0)
     assert [round(s[0] - start) for s in samples[1:-1]] == list(range(1, 11))
-    assert samples[-1][1:] == (83, 166, 249, 332)
+    assert samples[-1][1:] == (83, 415, 166, 249, 332)
     assert samples[-1][0] - start == pytest.approx(10.375)
 
 
@@ -87,17 +87,17 @@ def test_a_timeline_holds_every_step(clock):
     line = timeline([pulse.take()])
     assert len(line["seconds"]) == MAX_STEPS + 1
     assert line["seconds"][-1] == pytest.approx(2000, abs=0.01)
-    assert [line[name][-1] for name in COLUMNS] == [2000, 4000, 6000, 8000]
+    assert [line[name][-1] for name in COLUMNS] == [2000, 10_000, 4000, 6000, 8000]
     assert line["slots"][MAX_STEPS // 2] == pytest.approx(4000, rel=0.02)
 
 
 def test_engines_add_up_on_one_timeline():
     line = timeline(
         [
-            engine("a", (10.0, 0, 0, 0, 0), (12.0, 20, 0, 0, 0)),
-            engine("b", (14.0, 5, 0, 0, 0)),
-            engine("b", (12.0, 0, 0, 0, 0)),
-            engine("a", (13.0, 30, 0, 0, 0)),
+            engine("a", (10.0, 0, 0, 0, 0, 0), (12.0, 20, 0, 0, 0, 0)),
+            engine("b", (14.0, 5, 0, 0, 0, 0)),
+            engine("b", (12.0, 0, 0, 0, 0, 0)),
+            engine("a", (13.0, 30, 0, 0, 0, 0)),
         ]
     )
     assert line["seconds"] == [0, 1, 2, 3, 4]
@@ -134,7 +134,7 @@ def test_no_samples():
 
 
 def test_an_instant():
-    line = timeline([engine("a", (1.0, 5, 0, 0, 0))])
+    line = timeline([engine("a", (1.0, 5, 0, 0, 0, 0))])
     assert line["prompt_tokens"] == [5, 5]
 
 
