@@ -22,6 +22,7 @@ from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
 from beam_gemma.keys import POSITION, POSITIONS, REQUEST_KEY
 from beam_gemma.layout import Layout
 from beam_gemma.progress import METER, METRICS_NAMESPACE, Count
+from beam_gemma.pulse import pulse_of
 from beam_gemma.requests import distinct, key_ranges, keyed, split_durable, spread
 from beam_gemma.task_handler import TaskHandler
 
@@ -187,8 +188,8 @@ def _answer(prediction: PredictionResult) -> Iterator[Any]:
     """Return the results of requests at the positions that ask them."""
     requests: Any = prediction.example
     results: Any = prediction.inference
-    if pulse := (results.schema.metadata or {}).get(b"beam_gemma.pulse"):
-        yield TaggedOutput(LEDGER, {"pulse": json.loads(pulse)})
+    if (pulse := pulse_of(results)) is not None:
+        yield TaggedOutput(LEDGER, {"pulse": pulse})
     yield spread(requests, results)
 
 

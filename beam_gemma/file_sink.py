@@ -5,7 +5,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,6 +83,7 @@ def open_sink(uri: str) -> FileSink:
     raise OptionsError(f"{uri}: expected a name that ends in .parquet or .jsonl")
 
 
+@runtime_checkable
 class ShardFile(Protocol):
     """A file of rows that is being written."""
 

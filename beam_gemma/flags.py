@@ -149,13 +149,24 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         help="table to write: dir/name.parquet becomes dir/name-00000-of-00004.parquet and so on; "
         "all columns are kept",
     )
+    add(
+        "--columns",
+        type=_names,
+        metavar="A,B",
+        help="columns of the table to read and to keep (default: all)",
+    )
     add("--overwrite", action="store_true", help="replace an earlier output (default: refuse)")
+    add(
+        "--errors",
+        metavar="URI",
+        help="table to write failed rows to as well (default: they are in the output alone)",
+    )
     add(
         "--num_shards",
         type=count,
         default=0,
         metavar="N",
-        help="files to write (default: 0, the runner decides)",
+        help="files to write, of even size (default: 0, so many that each has about 256 MB)",
     )
     add("--limit", type=positive, metavar="N", help="rows to read, from the first (default: all)")
 
@@ -244,6 +255,27 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read a sample, show its prompts and tokens, and do not load the model (default: no)",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a job that was broken off; what it has finished is not computed again "
+        "(default: refuse where there is such a job)",
+    )
+    add(
+        "--max_error_fraction",
+        type=_fraction,
+        default=1.0,
+        metavar="X",
+        help="rows that may fail, as a share of all; with more, the job stops early "
+        "(default: %(default)s, all)",
+    )
+    add(
+        "--max_cost_tokens",
+        type=positive,
+        metavar="N",
+        help="prompt and completion tokens to compute; then the job stops, and --resume goes on "
+        "(default: no limit)",
+    )
     add("--verbose", action="store_true", help="log what the job does (default: warnings only)")
 
 
@@ -255,6 +287,20 @@ def count(text: str) -> int:
 def positive(text: str) -> int:
     """Read a whole number from 1, for argparse."""
     return _at_least(1, text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
 
 
 def _at_least(minimum: int, text: str) -> int:

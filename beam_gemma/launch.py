@@ -7,30 +7,39 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult
 
-from beam_gemma.artifact import Artifact
+from beam_gemma.ask import Ask
 from beam_gemma.columns import check_columns
-from beam_gemma.errors import BeamGemmaError, OptionsError
+from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
+from beam_gemma.file_sink import open_sink
 from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
+from beam_gemma.layout import Layout
+from beam_gemma.pieces import run_digest
 from beam_gemma.preview import preview
 from beam_gemma.progress import METRICS_NAMESPACE, Display
-from beam_gemma.records import Source, open_source
-from beam_gemma.sinks import Sink, open_sink
+from beam_gemma.run_record import facts_of, marks_of
+from beam_gemma.sink import Sink
+from beam_gemma.source import Source
+from beam_gemma.supervision import Supervision
+from beam_gemma.tables import ReadTable, open_source
 from beam_gemma.task import Settings
 from beam_gemma.task_handler import TaskHandler, choose_device
+from beam_gemma.write_table import Columns, Output, WriteTable
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 HandlerT = TypeVar("HandlerT", bound=TaskHandler)
-SUCCESS, FAILURE, USAGE = 0, 1, 2
-"""Exit codes: rows balance; they do not, or the job broke; a setting is wrong."""
+SUCCESS, FAILURE, USAGE, STOPPED = 0, 1, 2, 3
+"""Exit codes: rows balance; they do not, or the job broke; a setting is wrong; the job has stopped
+where it was told to and can go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,15 +47,26 @@ class Job(Generic[HandlerT]):
     """A job whose settings have been checked."""
 
     source: Source
-    sink: Sink
-    schema: pa.Schema
-    """Of the output."""
     handler: HandlerT
+    output: Output
     options: PipelineOptions
-    overwrite: bool
-    """Whether an earlier output gives way to this one."""
-    preview: str | None
-    """The report that was asked for in place of a run."""
+    durable: str | None = None
+    """Folder of results to go on from."""
+    preview: str | None = None
+    """What there is to say in place of a run."""
+
+    def read(self) -> ReadTable:
+        """Return what reads the table."""
+        return ReadTable(self.source)
+
+    def ask(self) -> Ask:
+        """Return what runs the task."""
+        layout, num_rows = self.output.layout, self.source.num_rows
+        return Ask(self.handler, layout, num_rows=num_rows, durable=self.durable)
+
+    def write(self) -> WriteTable:
+        """Return what writes rows with their results."""
+        return WriteTable(self.output)
 
 
 def plan(
@@ -74,39 +94,83 @@ def plan(
         large_model=not in_one_process(options),
         **engine_settings(flags),
     )
-    settings: Settings = handler.settings  # as the model completes them
-    artifact = Artifact.open(flags.model)
+    artifact = handler.artifact()
     encoder = handler.encoder(artifact)
     if is_local(options):
         choose_device(artifact, handler.head, flags.device)
     elif flags.device != "auto":
         artifact.signature(handler.head, flags.device)
-    source = open_source(flags.input, limit=flags.limit)
-    check_columns(settings, source.schema)
-    sink = open_sink(flags.output, num_shards=flags.num_shards)
-    if not flags.dry_run:
-        _check_output(sink, source, overwrite=flags.overwrite)
-    return Job(
-        source=source,
+    source = open_source(flags.input, limit=flags.limit, columns=flags.columns)
+    check_columns(handler.settings, source.schema)
+    command = [*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)]
+    facts = facts_of(
+        command,
+        source=flags.input,
+        sink=flags.output,
+        tasks=[(flags.model, artifact, handler.settings)],
+    )
+    output = _output(flags, source, handler.settings, facts)
+    job = Job(source=source, handler=handler, output=output, options=options)
+    if flags.dry_run:
+        return replace(job, preview=preview(source, encoder))
+    pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, flags.device)}"
+    handler.supervise(
+        Supervision(
+            pieces=pieces,
+            max_error_fraction=flags.max_error_fraction,
+            max_cost_tokens=flags.max_cost_tokens,
+        )
+    )
+    done = _make_room(output.sink, source, resume=flags.resume, overwrite=flags.overwrite)
+    return replace(job, preview=done, durable=pieces if flags.resume else None)
+
+
+def _output(
+    flags: argparse.Namespace, source: Source, settings: Settings, facts: dict[str, Any]
+) -> Output:
+    results = Columns("", settings.result_schema)
+    metadata = {**(source.schema.metadata or {}), **marks_of(facts)}
+    schema = pa.schema([*source.schema, *results.in_files], metadata)
+    sink = open_sink(flags.output)
+    sink.check(schema)
+    return Output(
         sink=sink,
-        schema=pa.schema(
-            [*source.schema, *map(_in_files, settings.result_schema)], source.schema.metadata
-        ),
-        handler=handler,
-        options=options,
-        overwrite=flags.overwrite,
-        preview=preview(source, encoder) if flags.dry_run else None,
+        layout=Layout.of(source, results.schema, num_shards=flags.num_shards),
+        schema=schema,
+        tasks=(results,),
+        facts=facts,
+        errors=open_sink(flags.errors) if flags.errors else None,
+        max_error_fraction=flags.max_error_fraction,
     )
 
 
-def _in_files(field: pa.Field) -> pa.Field:
-    """Return a result as files hold it.
+def _make_room(sink: Sink, source: Source, *, resume: bool, overwrite: bool) -> str | None:
+    """Make room for an output; return what there is to say where it is there already.
 
-    PyArrow cannot read a null back from a fixed-size list, and a row that failed has one.
+    Raises:
+        OptionsError: something is there that the flags do not allow for.
     """
-    if pa.types.is_fixed_size_list(field.type):
-        return field.with_type(pa.list_(field.type.value_type))
-    return field
+    earlier, is_unfinished = sink.earlier(), FileSystems.exists(sink.work)
+    if earlier in source.files:
+        raise OptionsError(
+            f"--output: expected other files than those of --input, got {earlier} in both"
+        )
+    if resume:
+        if earlier and not is_unfinished:
+            return f"{earlier}: the output is whole, so there is nothing to go on with\n"
+        return None
+    if is_unfinished and not overwrite:
+        raise OptionsError(
+            f"--output: expected no unfinished job, got {sink.work}; go on with it by --resume or "
+            "begin anew by --overwrite"
+        )
+    if earlier and not overwrite:
+        raise OptionsError(
+            f"--output: expected no earlier output, got {earlier}; choose another name or pass "
+            "--overwrite"
+        )
+    sink.clear()
+    return None
 
 
 def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
@@ -114,8 +178,6 @@ def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
 
     A Dataflow job goes on alone: its state and counters are in its own console.
     """
-    if job.overwrite:
-        job.sink.delete()
     started = time.monotonic()
     try:
         with _display(job):
@@ -126,7 +188,7 @@ def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
         if (sentence := _sentence(error)) is None:
             raise
         sys.stderr.write(f"error: {sentence}\n")
-        return FAILURE
+        return STOPPED if BudgetError.__name__ in repr(error) else FAILURE
     if _goes_on_alone(job.options):
         sys.stdout.write(f"submitted the job {result.job_id()}\n")
         return SUCCESS
@@ -135,15 +197,17 @@ def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
 
 def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
     """Write the line that balances a job's rows; return the exit code."""
-    read, ok, failed, written = (
-        counts.get(f"rows_{name}", 0) for name in ("read", "ok", "failed", "written")
-    )
+    names = ("rows_read", "written_ok", "written_failed", "rows_written")
+    read, ok, failed, written = (counts.get(name, 0) for name in names)
     line = (
         f"read {read:,} = ok {ok:,} + failed {failed:,} = written {written:,} rows; "
         f"{_tokens(counts, elapsed_secs)}"
     )
     if slots := counts.get("decode_slots", 0):
         line += f"; steps {100 * counts['decode_rows'] / slots:.0f} % full"
+    for name, what in (("duplicate_rows", "asked what others ask"), ("resumed_rows", "resumed")):
+        if number := counts.get(name, 0):
+            line += f"; {number:,} rows {what}"
     sys.stdout.write(line + "\n")
     if read == ok + failed == written:
         return SUCCESS
@@ -198,19 +262,6 @@ def _set_up_logs(*, verbose: bool) -> None:
 def _matters(record: logging.LogRecord) -> bool:
     """Drop what Beam says at each load where torch is not installed, as on our workers."""
     return not record.getMessage().startswith("Resource module is not available")
-
-
-def _check_output(sink: Sink, source: Source, *, overwrite: bool) -> None:
-    existing = sink.shards()
-    if existing and not overwrite:
-        raise OptionsError(
-            f"--output: expected no earlier output, got {existing[0]}; choose another name or "
-            "pass --overwrite"
-        )
-    if both := sorted(set(existing) & set(source.files)):
-        raise OptionsError(
-            f"--output: expected other files than those of --input, got {both[0]} in both"
-        )
 
 
 def _display(job: Job[Any]) -> AbstractContextManager[object]:

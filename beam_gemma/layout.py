@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from beam_gemma.source import Source
 
-RUN_BITS = 12
-"""Of positions that stay together where they are spread: runs of 4,096."""
+RUN_BITS = 10
+"""Of positions that stay together where they are spread: runs of 1,024."""
 SHARD_BYTES = 256 << 20
 """About the most data of one shard, which one worker holds while it writes it."""
 SHARD_ROWS = 1_000_000
@@ -60,14 +60,17 @@ class Layout:
         """Return the slices of located rows that belong to one shard each, with their position."""
         shards = self.shards_of(position + np.arange(batch.num_rows))
         starts = np.flatnonzero(np.diff(shards, prepend=-1))
+        if not len(starts):
+            return
         for start, end in zip(starts, [*starts[1:], batch.num_rows], strict=True):
             yield int(shards[start]), position + int(start), batch.slice(start, end - start)
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """Return numbers without a pattern of each: the last steps of splitmix64."""
+    """Return numbers without a pattern of their own: splitmix64."""
     mixed = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
 
 

@@ -115,6 +115,8 @@ class ParquetSource(Source):
                 rows = with_schema(batch.select(schema.names).slice(0, end - position), schema)
                 yield position, rows
                 position += rows.num_rows
+                if position == end:
+                    return
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows; no row group after them is read."""

@@ -4,6 +4,8 @@ It is JSON, and holds nothing of the table's rows beside the templates and shots
 """
 
 import dataclasses
+import hashlib
+import json
 import platform
 import time
 from collections import Counter
@@ -58,6 +60,18 @@ def facts_of(
             }
             for model, artifact, settings in tasks
         ],
+    }
+
+
+def marks_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a file says of the job that has written it: version, models, hash of settings."""
+    settings = json.dumps([task["settings"] for task in facts["tasks"]], sort_keys=True)
+    return {
+        "beam_gemma.version": beam_gemma.__version__,
+        "beam_gemma.models": ", ".join(
+            f"{task['model']} {task['model_digest']}" for task in facts["tasks"]
+        ),
+        "beam_gemma.settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
     }
 
 

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from beam_gemma.errors import BalanceError, FailuresError
 from beam_gemma.file_sink import ShardFile, stage
 from beam_gemma.layout import Layout
 from beam_gemma.progress import METRICS_NAMESPACE
+from beam_gemma.run_record import record_of
 from beam_gemma.shard import assembled
 from beam_gemma.sink import Sink
 from beam_gemma.summary import Summary
@@ -39,7 +38,7 @@ class Output:
     tasks: tuple["Columns", ...]
     """Of each task, in the order of their tags."""
     facts: Mapping[str, Any]
-    """What the record of the run says beside its outcome, as JSON holds it."""
+    """What the record of the run says of the job itself."""
     errors: Sink | None = None
     """Where failed rows go too."""
     max_error_fraction: float = 1.0
@@ -185,7 +184,12 @@ class _Publish(beam.DoFn):
         ]
         _check_balance(shards, output.layout.num_shards, num_read)
         _check_errors(summaries, output.max_error_fraction)
-        record = {**output.facts, **_outcome(output, summaries, ledger)}
+        record = record_of(
+            output.facts,
+            num_shards=output.layout.num_shards,
+            summaries=summaries,
+            ledger=map(json.loads, ledger),
+        )
         if output.errors is not None:
             output.errors.publish(_error_files(shards, output), record)
             output.errors.clear()
@@ -266,24 +270,6 @@ def _check_errors(summaries: list[Summary], max_error_fraction: float) -> None:
                 f"rows: expected at most {max_error_fraction:g} of them to fail, got "
                 f"{summary.failed:,} of {summary.rows:,}: {reasons}"
             )
-
-
-def _outcome(output: Output, summaries: list[Summary], ledger: Iterable[str]) -> dict[str, Any]:
-    counts: Counter[str] = Counter()
-    pulses = []
-    for entry in map(json.loads, ledger):
-        if "pulse" in entry:
-            pulses.append(entry["pulse"])
-        else:
-            counts.update(entry)
-    names = [task.prefix.rstrip("_") for task in output.tasks]
-    return {
-        "shards": output.layout.num_shards,
-        "tasks": {n: s.as_dict() for n, s in zip(names, summaries, strict=True)},
-        **counts,
-        "pulses": pulses,
-        "seconds": time.time() - output.facts["started"],
-    }
 
 
 def _error_files(shards: list[Staged], output: Output) -> list[str]:

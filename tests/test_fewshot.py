@@ -7,7 +7,7 @@ import pytest
 from beam_gemma.errors import OptionsError
 from beam_gemma.fewshot import all_shots, draw_shots
 from beam_gemma.questions import ClassifySettings
-from beam_gemma.records import open_source
+from beam_gemma.tables import open_source
 
 SETTINGS = ClassifySettings(prompt="{text}:", labels=(" no", " yes"))
 

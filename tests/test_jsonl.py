@@ -17,10 +17,20 @@ def lines_of(*rows):
     return [json.dumps(row).encode() + b"\n" for row in rows]
 
 
+def schema_of(lines):
+    """Return the types of all lines, and how many there are."""
+    schema, num_rows = pa.schema([]), 0
+    for chunk in jsonl.chunks(lines, "x.jsonl"):
+        schema = jsonl.unify_schemas(schema, chunk.schema, "x.jsonl")
+        num_rows += chunk.num_rows
+    return schema, num_rows
+
+
 def test_text_that_looks_like_a_time_stays_text():
     lines = lines_of({"day": "2020-01-01", "nested": [{"at": "2020-01-01 00:00:00"}]})
-    schema, num_rows = jsonl.infer_schema(lines, "x.jsonl")
-    assert num_rows == 1
+    (chunk,) = jsonl.chunks(lines, "x.jsonl")
+    schema = chunk.schema
+    assert chunk.num_rows == 1
     assert schema.field("day").type == pa.string()
     batch = jsonl.parse_lines(lines, schema)
     assert batch.to_pylist() == [{"day": "2020-01-01", "nested": [{"at": "2020-01-01 00:00:00"}]}]
@@ -29,7 +39,7 @@ def test_text_that_looks_like_a_time_stays_text():
 def test_types_hold_for_all_chunks(monkeypatch):
     monkeypatch.setattr(jsonl, "CHUNK_BYTES", 1)
     rows = [{"a": 1}, {"a": 2.5, "b": None}, {"b": "2020-01-01"}, {"b": "x", "c": {"d": [1]}}]
-    schema, num_rows = jsonl.infer_schema(lines_of(*rows), "x.jsonl")
+    schema, num_rows = schema_of(lines_of(*rows))
     assert num_rows == 4
     assert schema.field("a").type == pa.float64()
     assert schema.field("b").type == pa.string()
@@ -47,19 +57,19 @@ def test_types_hold_for_all_chunks(monkeypatch):
 def test_malformed_line_is_named(line):
     lines = [b'{"a": 1}\n', b"\n", line]
     with pytest.raises(OptionsError, match=r"x\.jsonl, line 3: expected a JSON object"):
-        jsonl.infer_schema(lines, "x.jsonl")
+        list(jsonl.chunks(lines, "x.jsonl"))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1000])
 def test_mixed_types_name_the_file(monkeypatch, chunk_bytes):
     monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
     with pytest.raises(OptionsError, match=r"x\.jsonl: expected"):
-        jsonl.infer_schema(lines_of({"a": 1}, {"a": "x"}), "x.jsonl")
+        schema_of(lines_of({"a": 1}, {"a": "x"}))
 
 
 def test_line_longer_than_a_block_of_the_reader():
     lines = lines_of({"a": "x" * (3 << 20)}, {"a": "y"})
-    schema, _ = jsonl.infer_schema(lines, "x.jsonl")
+    schema, _ = schema_of(lines)
     assert jsonl.parse_lines(lines, schema).num_rows == 2
 
 
@@ -119,7 +129,7 @@ records = st.fixed_dictionaries(
 @given(st.lists(records, min_size=1, max_size=5))
 def test_round_trip(rows):
     lines = lines_of(*rows)
-    schema, num_rows = jsonl.infer_schema(lines, "x.jsonl")
+    schema, num_rows = schema_of(lines)
     assert num_rows == len(rows)
     written = jsonl.format_rows(jsonl.parse_lines(lines, schema))
     assert [json.loads(line) for line in written.splitlines()] == rows

@@ -6,7 +6,7 @@ from beam_gemma import preview as preview_module
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.preview import preview
 from beam_gemma.prompt_encoder import PromptEncoder
-from beam_gemma.records import open_source
+from beam_gemma.tables import open_source
 from tests.fake_models import TOKENIZER
 
 

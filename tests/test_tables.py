@@ -1,5 +1,6 @@
 """Reading tables: what is there is found before the job, and every row of it is read once."""
 
+import itertools
 import json
 
 import apache_beam as beam
@@ -10,8 +11,10 @@ from apache_beam.io.filesystems import FileSystems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beam_gemma import jsonl, parquet_source
+from beam_gemma.batches import RecordBatchCoder
 from beam_gemma.errors import OptionsError
-from beam_gemma.records import ROWS_PER_BATCH, ReadRecords, RecordBatchCoder, open_source
+from beam_gemma.tables import ReadTable, open_source
 from tests.fake_models import local_pipeline
 from tests.tables import RICH, assert_same_schema, keys_of, rich_table, text_of, write_parquet
 
@@ -34,15 +37,18 @@ def write_lines(path, rows):
 
 
 def read(source, *flags):
-    """Return all batches that a pipeline reads."""
+    """Return all batches that a pipeline reads, in the order of their positions."""
     FOUND.clear()
     with local_pipeline(*flags) as pipeline:
-        _ = pipeline | ReadRecords(source) | beam.Map(keep)
-    return list(FOUND)
+        _ = pipeline | ReadTable(source) | beam.Map(keep)
+    located = sorted(FOUND, key=lambda found: found[0])
+    sizes = [batch.num_rows for _, batch in located]
+    assert [first for first, _ in located] == list(itertools.accumulate(sizes, initial=0))[:-1]
+    return [batch for _, batch in located]
 
 
-def keep(batch):
-    FOUND.append(batch)
+def keep(located):
+    FOUND.append(located)
 
 
 @pytest.mark.parametrize("name", ["", "/", "/*.parquet", "/[a-c].parquet"])
@@ -58,12 +64,47 @@ def test_parquet_uris(folder, name):
 
 
 def test_parquet_rows_and_types_are_read_as_they_are(folder):
-    batches = read(open_source(str(folder)))
-    assert sorted(keys_of(batches)) == list(range(380))
-    assert max(batch.num_rows for batch in batches) == ROWS_PER_BATCH
+    source = open_source(str(folder))
+    assert_same_schema(source.schema, RICH)
+    batches = read(source)
+    assert keys_of(batches) == list(range(380))
     table = pa.Table.from_batches(batches)
-    assert_same_schema(table.schema, RICH)
+    assert_same_schema(table.schema, RICH.remove_metadata())
     assert text_of(table) == text_of(rich_table(range(380)))
+
+
+def test_wide_rows_are_read_a_few_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(parquet_source, "BATCH_BYTES", 2000)
+    batches = read(open_source(str(folder)))
+    assert keys_of(batches) == list(range(380))
+    assert max(batch.num_rows for batch in batches) < 40
+    monkeypatch.setattr(parquet_source, "BATCH_ROWS", 1)
+    assert len(read(open_source(str(folder), limit=101))) == 101
+
+
+def test_columns_that_are_not_asked_for_are_not_read(folder):
+    source = open_source(str(folder), columns=("nested", "key"))
+    assert source.schema.names == ["nested", "key"]
+    assert keys_of(read(source)) == list(range(380))
+    assert keys_of(source.head(7)) == list(range(7))
+    write_lines(folder / "a.jsonl", [{"a": i, "key": i} for i in range(5)])
+    source = open_source(f"{folder}/a.jsonl", columns=("key",))
+    assert source.schema == pa.schema([("key", pa.int64())])
+    assert keys_of(read(source)) == list(range(5))
+    with pytest.raises(OptionsError, match="'kye'; did you mean key"):
+        open_source(str(folder), columns=("kye",))
+
+
+def test_json_lines_are_read_in_chunks_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 100)
+    write_lines(tmp_path / "a.jsonl", [{"key": i, "text": "ü" * (i % 50)} for i in range(100)])
+    write_lines(tmp_path / "b.jsonl", [{"key": i, "text": ""} for i in range(100, 120)])
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("\n" * 150 + '{"key": 120, "text": "end"}')
+    source = open_source(f"{tmp_path}/*.jsonl")
+    assert len(source.parts()) > 20
+    assert keys_of(read(source)) == list(range(121))
+    assert keys_of(read(open_source(f"{tmp_path}/*.jsonl", limit=105))) == list(range(105))
 
 
 def test_json_lines_are_read_with_types_of_all_files(tmp_path):
@@ -77,7 +118,7 @@ def test_json_lines_are_read_with_types_of_all_files(tmp_path):
         [("key", pa.float64()), ("day", pa.string()), ("extra", pa.list_(pa.int64()))]
     )
     batches = read(source)
-    assert {batch.schema for batch in batches} == {source.schema}
+    assert all(batch.schema.equals(source.schema) for batch in batches)
     assert sorted(keys_of(batches)) == [*range(40), 40.5, 41, 42]
 
 
@@ -126,6 +167,8 @@ def test_head_and_limit_read_only_what_they_need(folder, monkeypatch):
     list(source.head(101))
     assert opened == ["a.parquet"] * 3
     assert groups == [[0], [0, 1]]
+    read(source)
+    assert groups[2:] == [[0], [1]]
 
 
 def test_files_that_are_no_table_are_named(tmp_path):
