@@ -5,10 +5,12 @@ hold all tokens that are to be scored. What is wrong with one row ends as that r
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from beam_gemma.engine import Engine
@@ -20,6 +22,7 @@ from beam_gemma.questions import Answer, ClassifySettings, Question, QuestionEnc
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
 from beam_gemma.tally import Tally
+from beam_gemma.task import in_order
 
 _NOTHING_NEW = SamplingParams(max_tokens=1)
 
@@ -28,6 +31,7 @@ _NOTHING_NEW = SamplingParams(max_tokens=1)
 class _Pending:
     """A row on its way through the engine."""
 
+    index: int
     questions: list[Question]
     num_left: int
     """Requests that are not done."""
@@ -64,19 +68,35 @@ class Classifier:
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
-        rows_or_errors = [self._pending(row) for row in rows]
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+        rows_or_errors = [self._pending(index, row) for index, row in enumerate(rows)]
         pending = [row for row in rows_or_errors if isinstance(row, _Pending)]
         requests = [request for row in pending for request in self._requests(row)]
         futures = iter(self._engine.submit(requests))
         for row in pending:
             row.futures = [next(futures) for _ in range(row.num_left)]
+        done: SimpleQueue[_Pending] = SimpleQueue()
         for row in pending:
             for future in row.futures:
-                future.add_done_callback(partial(self._count, row))
-        return [
-            self._failure(row) if isinstance(row, str) else self._result(row)
-            for row in rows_or_errors
-        ]
+                future.add_done_callback(partial(self._count, row, done))
+        for index, error in enumerate(rows_or_errors):
+            if isinstance(error, str):
+                yield index, self._failure(error)
+        for _ in pending:
+            row = done.get()
+            with suppress(CancelledError):
+                yield row.index, self._result(row)
+
+    def drain(self) -> None:
+        """Begin with no other row."""
+        self._engine.drain()
+
+    def num_tokens(self) -> int:
+        """Return the tokens that the engine has computed."""
+        return self._engine.stats.num_tokens
 
     def take_counts(self) -> dict[str, int]:
         """Return what the engine has counted and no call has returned yet."""
@@ -86,13 +106,13 @@ class Classifier:
         """Return the samples of the engine that no call has returned yet."""
         return self._engine.pulse.take()
 
-    def _pending(self, row: Row) -> _Pending | str:
+    def _pending(self, index: int, row: Row) -> _Pending | str:
         """Return what the engine needs of a row, or the error that ends it here."""
         try:
             questions = [encoder(row) for encoder in self._encoders]
         except RecordError as error:
             return str(error)
-        return _Pending(questions, sum(len(question.plan.paths) for question in questions))
+        return _Pending(index, questions, sum(len(question.plan.paths) for question in questions))
 
     def _requests(self, row: _Pending) -> list[Request]:
         return [
@@ -107,11 +127,12 @@ class Classifier:
             for path in question.plan.paths
         ]
 
-    def _count(self, row: _Pending, _: Future[Completion]) -> None:
+    def _count(self, row: _Pending, done: SimpleQueue[_Pending], _: Future[Completion]) -> None:
         with self._lock:
             row.num_left -= 1
             if row.num_left:
                 return
+        done.put(row)
         if any(future.exception() is not None for future in row.futures):
             return
         failed = any(future.result().error is not None for future in row.futures)

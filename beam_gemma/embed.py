@@ -6,7 +6,7 @@ row's `error`; its neighbours never see it.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from beam_gemma.errors import RecordError
 from beam_gemma.progress import Count
 from beam_gemma.prompt_encoder import Prompt, Row
 from beam_gemma.pulse import Pulse
+from beam_gemma.task import in_order
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 
 LEAST_LENGTH = 1e-12
@@ -55,21 +56,35 @@ class Embedder:
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
-        prompts = [self._prompt(row) for row in rows]
-        texts = [prompt.token_ids for prompt in prompts if isinstance(prompt, Prompt)]
-        unique = list(dict.fromkeys(texts))
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+        owners: dict[tuple[int, ...], list[tuple[int, Prompt]]] = {}
+        for index, row in enumerate(rows):
+            try:
+                prompt = self._encoder(row)
+            except RecordError as error:
+                self._on_result(Count(rows=1, failed=1))
+                yield index, dict.fromkeys(self._names) | {"error": str(error)}
+            else:
+                owners.setdefault(prompt.token_ids, []).append((index, prompt))
         with self._lock:
-            self._counts["duplicate_rows"] += len(texts) - len(unique)
-        vectors = dict(zip(unique, map(self._formed, self._steps(unique)), strict=True))
-        results = [
-            self._result(prompt, vectors[prompt.token_ids])
-            if isinstance(prompt, Prompt)
-            else dict.fromkeys(self._names) | {"error": prompt}
-            for prompt in prompts
-        ]
-        failed = sum(result["error"] is not None for result in results)
-        self._on_result(Count(rows=len(results), failed=failed))
-        return results
+            self._counts["duplicate_rows"] += sum(map(len, owners.values())) - len(owners)
+        texts = list(owners)
+        for number, result in self._steps(texts):
+            vector = self._formed(result)
+            for index, prompt in owners[texts[number]]:
+                self._on_result(Count(rows=1, failed=int(isinstance(vector, str))))
+                yield index, self._result(prompt, vector)
+
+    def drain(self) -> None:
+        """Begin with no other text."""
+        self._steps.drain()
+
+    def num_tokens(self) -> int:
+        """Return the tokens that steps have computed."""
+        return self._steps.num_tokens
 
     def take_counts(self) -> dict[str, int]:
         """Return what has been counted and no call has returned yet."""
@@ -80,13 +95,6 @@ class Embedder:
     def take_pulse(self) -> dict[str, Any]:
         """Return the samples of the steps that no call has returned yet."""
         return self._pulse.take()
-
-    def _prompt(self, row: Row) -> Prompt | str:
-        """Return a row's text, or the error that ends it here."""
-        try:
-            return self._encoder(row)
-        except RecordError as error:
-            return str(error)
 
     def _formed(self, result: Result) -> list[float] | str:
         """Return an embedding as it was asked for."""

@@ -50,19 +50,25 @@ class EmbeddingSteps:
         self._on_step = on_step
         self._lock = threading.Lock()
         self._num_failures = 0  # in a row; guarded by the lock
+        self.num_tokens = 0  # of steps that succeeded; guarded by the lock
+        self._is_drained = False
 
-    def __call__(self, texts: Sequence[TokenIds]) -> list[Result]:
-        """Return the result of each text, in order; none is empty.
+    def __call__(self, texts: Sequence[TokenIds]) -> Iterator[tuple[int, Result]]:
+        """Yield the index and the result of each text, step by step; none is empty.
 
         Raises:
             EngineError: the device failed.
         """
-        results: dict[int, Result] = {}
         # The longest first, so that what needs too much memory fails before anything is done.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         for step in self._steps(texts, order):
-            self._run(texts, step, results)
-        return [results[i] for i in range(len(texts))]
+            if self._is_drained:
+                return
+            yield from self._run(texts, step)
+
+    def drain(self) -> None:
+        """Run no other step: calls end with the one that runs."""
+        self._is_drained = True
 
     def _steps(self, texts: Sequence[TokenIds], order: Sequence[int]) -> Iterator[list[int]]:
         step: list[int] = []
@@ -76,26 +82,28 @@ class EmbeddingSteps:
         if step:
             yield step
 
-    def _run(self, texts: Sequence[TokenIds], step: list[int], results: dict[int, Result]) -> None:
-        """Add the results of a step."""
+    def _run(self, texts: Sequence[TokenIds], step: list[int]) -> Iterator[tuple[int, Result]]:
+        """Yield the results of a step."""
+        num_tokens = sum(len(texts[i]) for i in step)
         for _ in range(2 if len(step) == 1 else 1):
             try:
                 with self._lock:
                     output = self._session.embed(feeds([texts[i] for i in step]))
                     self._num_failures = 0
+                    self.num_tokens += num_tokens
             except Exception as error:  # a graph fails in any way; the text at fault is sought
                 failure = f"{type(error).__name__}: {error}"
             else:
-                self._on_step(sum(len(texts[i]) for i in step))
-                results.update(zip(step, map(_checked, output.embedding), strict=True))
+                self._on_step(num_tokens)
+                yield from zip(step, map(_checked, output.embedding), strict=True)
                 return
         if len(step) > 1:
             middle = len(step) // 2
             for half in (step[:middle], step[middle:]):
-                self._run(texts, half, results)
+                yield from self._run(texts, half)
             return
         self._count_failure(failure)
-        results[step[0]] = f"model: expected an embedding, got twice {failure}"
+        yield step[0], f"model: expected an embedding, got twice {failure}"
 
     def _count_failure(self, failure: str) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ holds.
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.executor import Executor, Runner, failure
@@ -74,6 +74,11 @@ class EngineStats:
     """Sequences of those steps."""
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens computed, of prompts and of completions."""
+        return self.num_prompt_tokens + self.num_completion_tokens
+
+    @property
     def occupancy(self) -> float:
         """Mean share of the slots that a decode step used."""
         return self.num_decode_rows / max(1, self.num_decode_steps * self.max_num_seqs)
@@ -131,7 +136,9 @@ class Engine:
         self._futures: dict[Sequence, Future[Completion]] = {}
         self._inbox: list[list[Sequence]] = []
         self._stopped: EngineError | None = None
-        self._condition = threading.Condition()  # guards the four above
+        self._gives_up = False
+        """Whether what waits is to be given up."""
+        self._condition = threading.Condition()  # guards the five above
         self._thread = threading.Thread(target=self._loop, name="beam-gemma-engine", daemon=True)
         self._thread.start()
 
@@ -144,7 +151,7 @@ class Engine:
     def submit(self, requests: Iterable[Request]) -> list[Future[Completion]]:
         """Queue requests as one batch; return their completions to come, in the same order.
 
-        A request that can never run has its error at once. Futures cannot be cancelled.
+        A request that can never run has its error at once. Single futures cannot be cancelled.
 
         Raises:
             EngineError: the engine was closed, or stopped by an error.
@@ -182,11 +189,22 @@ class Engine:
 
     def close(self) -> None:
         """Refuse further work, finish what was submitted, and end the thread."""
+        self._refuse(gives_up=False)
+        self._thread.join()
+
+    def drain(self) -> None:
+        """Refuse further work, and give up what waits: its completions raise `CancelledError`.
+
+        What runs goes on to its end.
+        """
+        self._refuse(gives_up=True)
+
+    def _refuse(self, *, gives_up: bool) -> None:
         with self._condition:
+            self._gives_up |= gives_up
             if self._stopped is None:
                 self._stopped = EngineError("engine: closed, and takes no further requests")
             self._condition.notify()
-        self._thread.join()
 
     def _loop(self) -> None:
         try:
@@ -201,9 +219,18 @@ class Engine:
             while not (self._inbox or self._scheduler.has_unfinished or self._stopped):
                 self._condition.wait()
             batches, self._inbox = self._inbox, []
+            gives_up, self._gives_up = self._gives_up, False
         for batch in batches:
             self._scheduler.add(batch)
+        if gives_up:
+            self._give_up(self._scheduler.drop_waiting())
         return self._scheduler.has_unfinished
+
+    def _give_up(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            with self._condition:
+                future = self._futures.pop(sequence)
+            future.set_exception(CancelledError())
 
     def _step(self) -> None:
         step = self._scheduler.schedule()
@@ -239,12 +266,14 @@ class Engine:
             stats.num_backlog_decode_steps += has_backlog
             stats.num_backlog_decode_rows += len(step) if has_backlog else 0
             stats.num_prompt_tokens += num_prompt_tokens
-            stats.num_cached_tokens = self._scheduler.num_cached_tokens
+            num_cached_tokens = self._scheduler.num_cached_tokens - stats.num_cached_tokens
+            stats.num_cached_tokens += num_cached_tokens
             stats.num_preemptions = self._scheduler.num_preemptions
             stats.num_completion_tokens += num_new_tokens
         self.pulse.add(
             Work(
                 prompt_tokens=num_prompt_tokens,
+                cached_tokens=num_cached_tokens,
                 completion_tokens=num_new_tokens,
                 used_slots=len(step) if is_decode else 0,
                 slots=self._config.max_num_seqs if is_decode else 0,

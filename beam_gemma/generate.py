@@ -5,8 +5,9 @@ What is wrong with one row ends as that row's `error`; its neighbours never see 
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from beam_gemma.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSe
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
 from beam_gemma.tally import Tally
-from beam_gemma.task import Settings
+from beam_gemma.task import Settings, in_order
 from beam_gemma.tokenizer import StreamingDecoder, Tokenizer
 
 
@@ -162,16 +163,31 @@ class Generator:
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
-        tasks = [self._task(row) for row in rows]
-        sent = [task for task in tasks if isinstance(task, _Task)]
-        futures = self._engine.submit([task.request for task in sent])
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+        tasks = {index: self._task(row) for index, row in enumerate(rows)}
+        sent = {index: task for index, task in tasks.items() if isinstance(task, _Task)}
+        futures = self._engine.submit([task.request for task in sent.values()])
         for future in futures:
             future.add_done_callback(self._count)
-        completions = (future.result() for future in futures)
-        return [
-            self._failure(task) if isinstance(task, str) else self._result(task, next(completions))
-            for task in tasks
-        ]
+        for index, task in tasks.items():
+            if isinstance(task, str):
+                yield index, self._failure(task)
+        owners = dict(zip(futures, sent.items(), strict=True))
+        for future in as_completed(owners):
+            index, task = owners[future]
+            with suppress(CancelledError):
+                yield index, self._result(task, future.result())
+
+    def drain(self) -> None:
+        """Begin with no other row."""
+        self._engine.drain()
+
+    def num_tokens(self) -> int:
+        """Return the tokens that the engine has computed."""
+        return self._engine.stats.num_tokens
 
     def take_counts(self) -> dict[str, int]:
         """Return what the engine has counted and no call has returned yet."""

@@ -97,6 +97,13 @@ class Scheduler:
                 sequence.chain = PrefixChain(sequence.token_ids, self._signature.block_size)
             self._arrived.append(sequence)
 
+    def drop_waiting(self) -> list[Sequence]:
+        """Forget all sequences that do not run at present, and return them."""
+        dropped = [*self._waiting, *self._arrived]
+        self._waiting.clear()
+        self._arrived = []
+        return dropped
+
     def schedule(self) -> Step:
         """Return the next step, with cache blocks in place; empty if nothing is left to run."""
         step = self._go_on_with_prompts()

@@ -1,7 +1,8 @@
 """What the Beam layer asks of a task: generate, embed or classify."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -66,3 +67,21 @@ class Model(Protocol):
 
     def take_pulse(self) -> dict[str, Any]:
         """Return the samples of its work that have not been returned yet; see `pulse`."""
+
+
+class StreamingModel(Model, Protocol):
+    """A model in this process, which can be watched while it is at work."""
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+
+    def drain(self) -> None:
+        """Begin with no other row: streams end with those that have begun."""
+
+    def num_tokens(self) -> int:
+        """Return the tokens computed so far, of prompts and of completions."""
+
+
+def in_order(stream: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the results of a stream in the order of their rows."""
+    return [result for _, result in sorted(stream, key=itemgetter(0))]

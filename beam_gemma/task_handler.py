@@ -21,7 +21,8 @@ from beam_gemma.prompt_encoder import Row
 from beam_gemma.pulse import with_pulse
 from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
-from beam_gemma.task import Encoder, Model, Settings
+from beam_gemma.supervision import SupervisedModel, Supervision
+from beam_gemma.task import Encoder, Model, Settings, StreamingModel
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 BATCH_ROWS = 4096
@@ -60,6 +61,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             large_model=large_model,
         )
         self._key = uuid.uuid4().hex
+        self._supervision: Supervision | None = None
         self.settings = settings
         self._model = model
         self._device = device
@@ -86,8 +88,12 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             OptionsError: the model cannot be asked so.
         """
 
+    def supervise(self, supervision: Supervision) -> None:
+        """Have the model supervised; rows must come with the keys of their requests then."""
+        self._supervision = supervision
+
     @abstractmethod
-    def _load(self, artifact: Artifact, device: Device) -> Model:
+    def _load(self, artifact: Artifact, device: Device) -> StreamingModel:
         """Load the graph and make it ready for rows."""
 
     def fingerprint(self, artifact: Artifact) -> Fingerprint:
@@ -120,7 +126,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """
         if self.share_model_across_processes():
             owner.claim(self._key)
-        return self._start()
+        model = self._start()
+        if self._supervision is None:
+            return model
+        return SupervisedModel(model, self._supervision, self.settings.result_schema)
 
     def run_inference(
         self,
@@ -173,7 +182,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
                 f"use {type(self.settings).__name__}"
             )
 
-    def _start(self) -> Model:
+    def _start(self) -> StreamingModel:
         artifact = self.artifact()
         artifact.verify()
         return self._load(artifact, choose_device(artifact, self.head, self._device))

@@ -15,9 +15,9 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 LAYERS = [
     "errors owner progress data_commons summary pulse keys batches",
     "config embedding_config prompt durable",
-    "signature tokenizer sampling jsonl prefix block_pool infill",
+    "signature tokenizer sampling jsonl prefix block_pool infill bigquery_client bigquery_schema",
     "sequence kv_cache artifact prompt_encoder source sink labels",
-    "scheduler packing session examples task parquet_source jsonl_source file_sink layout",
+    "scheduler packing session examples task parquet_source jsonl_source file_sink layout bigquery_source bigquery_sink",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed run_record supervision",
     "tally",
@@ -30,7 +30,7 @@ LAYERS = [
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
 USERS_OF_BEAM = (
-    "durable pieces batches source sink parquet_source jsonl_source file_sink tables examples "
+    "bigquery_source bigquery_sink durable pieces batches source sink parquet_source jsonl_source file_sink tables examples "
     "task_handler handlers transforms ask write_table text_embeddings flags launch"
 )
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())

@@ -1,13 +1,14 @@
 """Steps over whole texts: packing, failures that end one text alone, devices that are dead."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
+from beam_gemma.embedding_steps import EmbeddingSteps, Result, check_sight
 from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.session import EmbedOutput
 
@@ -34,8 +35,10 @@ class FakeSession:
         )
 
 
-def steps(session: FakeSession, budget: int = 10) -> EmbeddingSteps:
-    return EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=lambda _: None)
+def steps(session: FakeSession, budget: int = 10) -> Callable[[list[list[int]]], list[Result]]:
+    """Return what embeds texts and gives the results in their order."""
+    task = EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=lambda _: None)
+    return lambda texts: [result for _, result in sorted(task(texts), key=itemgetter(0))]
 
 
 @given(lengths=st.lists(st.integers(1, 30), max_size=40), budget=st.integers(1, 40))
@@ -78,8 +81,19 @@ def test_a_dead_device_stops_the_engine() -> None:
 def test_tokens_of_steps_are_counted() -> None:
     counted: list[int] = []
     task = EmbeddingSteps(FakeSession(), max_num_batched_tokens=4, on_step=counted.append)
-    task([[1, 1], [1], [1, 1, 1]])
+    assert len(dict(task([[1, 1], [1], [1, 1, 1]]))) == 3
     assert counted == [3, 3]
+    assert task.num_tokens == 6
+
+
+def test_what_is_drained_ends_with_its_step() -> None:
+    session = FakeSession()
+    task = EmbeddingSteps(session, max_num_batched_tokens=4, on_step=lambda _: None)
+    stream = task([[1], [1, 1], [1, 1], [1, 1]])
+    first, _ = next(stream)
+    task.drain()
+    assert [first, *(index for index, _ in stream)] == [1, 2]
+    assert session.steps == [[[1, 1], [1, 1]]]
 
 
 def test_no_texts_need_no_step() -> None:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import threading
 import time
+from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
 
@@ -307,6 +308,24 @@ def test_close_finishes_what_was_submitted_and_refuses_more():
     assert all(future.done() for future in futures)
     with pytest.raises(EngineError, match="closed"):
         engine.submit([make_request(3)])
+
+
+def test_drain_finishes_what_runs_and_gives_up_what_waits():
+    session = FakeSession()
+    session.go.clear()
+    engine = Engine(session, EngineConfig(max_num_seqs=2))
+    requests = [make_request(10, s, max_tokens=4, ignore_eos=True) for s in range(5)]
+    futures = engine.submit(requests)
+    while not engine._scheduler._running:
+        time.sleep(0.001)
+    engine.drain()
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit([make_request(3)])
+    session.go.set()
+    engine.close()
+    assert [isinstance(f.exception(), CancelledError) for f in futures] == [False] * 2 + [True] * 3
+    assert_as_expected([f.result() for f in futures[:2]], requests[:2], session.signature)
+    assert engine.stats.num_tokens == 2 * (10 + 4)
 
 
 def test_stats_count_what_ran():
