@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 MAX_REASONS = 100
 """That are told apart, the commonest; the others are in the number of failed rows alone."""
 MAX_REASON_CHARS = 200
-LENGTH_BITS = 4
-"""Leading bits of a length that its bin keeps: exact below 16, then in steps of at most 1/8."""
+LENGTH_BITS = 7
+"""Leading bits of a length that its bin keeps: exact below 128, then in steps of at most 1/64."""
 PROMPT_LENGTHS = ("num_prompt_tokens", "num_tokens")
 """Result columns that hold the length of a prompt, or of a text to embed."""
 # What a sentence quotes of a row stands behind "got" and a quotation mark, bracket or colon.
@@ -94,8 +94,12 @@ def reason_of(error: str) -> str:
 
 def length_bin(length: int) -> int:
     """Return the smallest length that is counted together with this one."""
-    shift = max(length.bit_length() - LENGTH_BITS, 0)
-    return length >> shift << shift
+    return length // bin_width(length) * bin_width(length)
+
+
+def bin_width(length: int) -> int:
+    """Return how many lengths are counted together with this one."""
+    return 1 << max(length.bit_length() - LENGTH_BITS, 0)
 
 
 def _values(results: pa.RecordBatch, name: str) -> Counter[Any]:

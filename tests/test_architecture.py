@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
-    "errors owner progress data_commons summary pulse keys batches",
-    "config embedding_config prompt durable",
+    "errors owner progress data_commons summary pulse charts keys batches",
+    "config embedding_config prompt report durable",
     "signature tokenizer sampling jsonl prefix block_pool infill bigquery_client bigquery_schema",
     "sequence kv_cache artifact prompt_encoder source sink labels",
-    "scheduler packing session examples task parquet_source jsonl_source file_sink layout bigquery_source bigquery_sink",
+    "parquet_source jsonl_source bigquery_source file_sink bigquery_sink layout model_folder",
+    "scheduler packing session examples task",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed run_record supervision",
     "tally",
@@ -30,8 +31,9 @@ LAYERS = [
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
 USERS_OF_BEAM = (
-    "bigquery_source bigquery_sink durable pieces batches source sink parquet_source jsonl_source file_sink tables examples "
-    "task_handler handlers transforms ask write_table text_embeddings flags launch"
+    "durable pieces batches source sink parquet_source jsonl_source bigquery_source file_sink "
+    "bigquery_sink tables examples task_handler handlers transforms ask write_table "
+    "text_embeddings flags launch"
 )
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
