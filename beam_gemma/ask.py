@@ -6,7 +6,7 @@ so that rows which ask the same meet on one worker wherever they are in the tabl
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -52,6 +52,14 @@ class Answers(NamedTuple):
     """By shard: positions and result columns."""
     ledger: PCollection[str]
     """What happened on the way, as JSON: counts of requests, samples of the engine."""
+
+
+def together(answers: Sequence[Answers]) -> Answers:
+    """Return the results of several tasks as one."""
+    return Answers(
+        [task.results for task in answers] | "Results" >> beam.Flatten(),
+        [task.ledger for task in answers] | "Ledgers" >> beam.Flatten(),
+    )
 
 
 class Ask(beam.PTransform[PCollection[Located], Answers]):

@@ -26,7 +26,6 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam.metrics.cells import DistributionResult
 from apache_beam.metrics.metric import Metrics, MetricsFilter
 from apache_beam.ml.inference.base import PredictionResult
@@ -39,7 +38,6 @@ from beam_gemma.examples import Example
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.handlers import GemmaModelHandler, Model
 from beam_gemma.launch import counters
-from beam_gemma.records import ReadRecords, open_source
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.task_handler import BATCH_ROWS
 from beam_gemma.transforms import Generate
@@ -49,6 +47,8 @@ from tests.reference import save_checkpoint, tiny_model
 
 SLOTS = EngineConfig().max_num_seqs
 BUNDLE_ROWS = 100
+ROWS_PER_BATCH = 16
+"""That come together, so that a bundle has about as many as it may."""
 JOBS = [
     ("in_memory", 1, BATCH_ROWS),
     ("in_memory", 1, BUNDLE_ROWS),
@@ -96,7 +96,7 @@ class BundledHandler(GemmaModelHandler):
         return results
 
 
-def run(folder: Path, mode: str, num_workers: int, batch_rows: int) -> list[str]:
+def run(model: Path, rows: pa.Table, mode: str, num_workers: int, batch_rows: int) -> list[str]:
     """Run a job and return its line of the table."""
     options = PipelineOptions(
         [
@@ -106,9 +106,10 @@ def run(folder: Path, mode: str, num_workers: int, batch_rows: int) -> list[str]
             f"--direct_num_workers={num_workers}",
         ]
     )
-    handler = BundledHandler(f"{folder}/model", batch_rows, large_model=mode == "multi_processing")
+    handler = BundledHandler(str(model), batch_rows, large_model=mode == "multi_processing")
     pipeline = beam.Pipeline(options=options)
-    _ = pipeline | ReadRecords(open_source(f"{folder}/in.parquet")) | Generate(handler)
+    batches = rows.to_batches(max_chunksize=ROWS_PER_BATCH)
+    _ = pipeline | beam.Create(batches).with_output_types(pa.RecordBatch) | Generate(handler)
     result = pipeline.run()
     result.wait_until_finish()
     counts = counters(result)
@@ -143,12 +144,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export(save_checkpoint(tiny_model("gemma_mha"), folder / "checkpoint"), folder / "model")
-        rows = {
-            "number": range(args.rows),
-            "text": [f"row {i} " + "the hat " * (i % 7) for i in range(args.rows)],
-        }
-        pq.write_table(pa.table(rows), folder / "in.parquet", row_group_size=BUNDLE_ROWS)
-        lines = [run(folder, *job) for job in JOBS]
+        texts = [f"row {i} " + "the hat " * (i % 7) for i in range(args.rows)]
+        rows = pa.table({"number": range(args.rows), "text": texts})
+        lines = [run(folder / "model", rows, *job) for job in JOBS]
     header = ["mode", "workers", "batch rows", "loads", "full", "full, rows waiting"]
     print(table([*header, "decode steps", "rows/s"], lines))
 

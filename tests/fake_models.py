@@ -7,6 +7,7 @@ import time
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from beam_gemma.artifact import Artifact
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.generate import Generator
 from beam_gemma.handlers import GemmaModelHandler
@@ -75,7 +76,7 @@ class FakeHandler(GemmaModelHandler):
         super().__init__("fake", settings, **options)
 
     def artifact(self):
-        return None
+        return object.__new__(Artifact)  # there is no folder
 
     def encoder(self, _):
         return fake_encoder(self.settings)

@@ -7,8 +7,8 @@ from beam_gemma.launch import FAILURE, SUCCESS, USAGE, exit_code, report
 
 BALANCED = {
     "rows_read": 1064,
-    "rows_ok": 1063,
-    "rows_failed": 1,
+    "written_ok": 1063,
+    "written_failed": 1,
     "rows_written": 1064,
     "prompt_tokens": 5120,
     "completion_tokens": 3072,
@@ -25,7 +25,7 @@ def test_summary_of_a_job_that_balances(capsys):
     assert err == ""
 
 
-@pytest.mark.parametrize("name", ["rows_read", "rows_ok", "rows_failed", "rows_written"])
+@pytest.mark.parametrize("name", ["rows_read", "written_ok", "written_failed", "rows_written"])
 @pytest.mark.parametrize("by", [-1, 1])
 def test_job_that_does_not_balance_fails(name, by, capsys):
     assert report({**BALANCED, name: BALANCED[name] + by}, 1.0) == FAILURE

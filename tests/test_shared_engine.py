@@ -19,10 +19,10 @@ from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.handlers import GemmaModelHandler
 from beam_gemma.launch import FAILURE, Job, counters, run
-from beam_gemma.records import ReadRecords, open_source
 from beam_gemma.sampling import SamplingParams
-from beam_gemma.sinks import open_sink
+from beam_gemma.tables import open_source
 from beam_gemma.transforms import Generate
+from beam_gemma.write_table import Output
 from tests.fake_models import SLOTS, UnevenHandler, local_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +33,12 @@ SMALL = 32
 pytestmark = pytest.mark.timeout(120)
 
 
-def run_job(folder, handler, *flags):
-    """Complete a Parquet file; return the job's counters and how often a model was loaded."""
+def run_job(handler, *flags):
+    """Complete some rows; return the job's counters and how often a model was loaded."""
     texts = [f"row {i}\n" for i in range(NUM_ROWS)]
-    pq.write_table(pa.table({"text": texts}), folder / "in.parquet", row_group_size=NUM_ROWS)
+    batches = pa.table({"text": texts}).to_batches(max_chunksize=16)
     pipeline = local_pipeline(*flags)
-    _ = pipeline | ReadRecords(open_source(f"{folder}/in.parquet")) | Generate(handler)
+    _ = pipeline | beam.Create(batches).with_output_types(pa.RecordBatch) | Generate(handler)
     result = pipeline.run()
     result.wait_until_finish()
     (load,) = result.metrics().query(
@@ -63,7 +63,7 @@ def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, mode, num_wo
     callers = (tmp_path / "callers", num_workers)
     handler = UnevenHandler(SETTINGS, batch_rows=batch_rows, callers=callers)
     flags = [f"--direct_running_mode={mode}", f"--direct_num_workers={num_workers}"]
-    counts, num_loads = run_job(tmp_path, handler, *flags)
+    counts, num_loads = run_job(handler, *flags)
     assert counts["rows_ok"] == NUM_ROWS
     assert num_loads == 1
     assert counts["decode_slots"] % SLOTS == 0
@@ -71,9 +71,9 @@ def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, mode, num_wo
     assert occupancy(counts) >= 0.9
 
 
-def test_one_thread_waits_for_the_slowest_row_of_each_batch(tmp_path):
+def test_one_thread_waits_for_the_slowest_row_of_each_batch():
     """What the two ways above are for; it also shows that the bar is not met by chance."""
-    counts, _ = run_job(tmp_path, UnevenHandler(SETTINGS, batch_rows=SMALL))
+    counts, _ = run_job(UnevenHandler(SETTINGS, batch_rows=SMALL))
     assert counts["decode_rows"] == counts["completion_tokens"]
     assert occupancy(counts) < 0.8
 
@@ -152,13 +152,7 @@ def test_error_of_loading_in_worker_processes_is_one_sentence(tmp_path, monkeypa
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "in.parquet")
     source = open_source(f"{tmp_path}/in.parquet")
     job = Job(
-        source=source,
-        sink=open_sink(f"{tmp_path}/out.parquet", num_shards=0),
-        schema=source.schema,
-        handler=handler,
-        options=pipeline.options,
-        overwrite=False,
-        preview=None,
+        source=source, handler=handler, output=object.__new__(Output), options=pipeline.options
     )
     assert run(pipeline, job) == FAILURE
     out, err = capsys.readouterr()

@@ -11,13 +11,10 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 from beam_gemma.errors import OptionsError
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.handlers import GemmaModelHandler
-from beam_gemma.launch import counters
-from beam_gemma.records import ReadRecords, open_source
 from beam_gemma.sampling import SamplingParams
-from beam_gemma.sinks import WriteRecords, open_sink
 from beam_gemma.transforms import Generate
 from tests.fake_models import FakeHandler, completion_of, local_pipeline
-from tests.tables import RICH, assert_same_schema, rich_table, text_of, write_parquet
+from tests.tables import RICH, assert_same_schema, rich_table, text_of
 
 SETTINGS = GenerateSettings(
     prompt_column="text",
@@ -27,6 +24,7 @@ SETTINGS = GenerateSettings(
     truncate="left",
 )
 pytestmark = pytest.mark.timeout(90)
+FOUND = []
 
 
 class TypedRow(typing.NamedTuple):
@@ -74,47 +72,24 @@ def test_rows_whose_type_is_not_known():
         assert_that(results | beam.Map(lambda r: r.completion), equal_to([completion("a")]))
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]]
-)
-def test_files_to_files_keep_every_row_column_and_type(tmp_path, flags):
+def keep(batch):
+    FOUND.append(batch)
+
+
+def test_batches_keep_every_row_column_and_type():
     table = rich_table(range(300))
-    write_parquet(tmp_path / "in.parquet", table, rows_per_group=70)
-    source = open_source(f"{tmp_path}/in.parquet")
-    sink = open_sink(f"{tmp_path}/out.parquet", num_shards=2)
-    schema = pa.schema([*source.schema, *SETTINGS.result_schema], source.schema.metadata)
-    with local_pipeline(*flags) as pipeline:
-        batches = pipeline | ReadRecords(source) | Generate(FakeHandler(SETTINGS))
-        assert batches.element_type is pa.RecordBatch
-        _ = batches | WriteRecords(sink, schema)
-    back = pa.concat_tables(map(pa.parquet.read_table, sink.shards()))
+    with local_pipeline() as pipeline:
+        batches = pipeline | beam.Create(table.to_batches(max_chunksize=16)).with_output_types(
+            pa.RecordBatch
+        )
+        results = batches | Generate(FakeHandler(SETTINGS))
+        assert results.element_type is pa.RecordBatch
+        _ = results | beam.Map(keep)
+    back = pa.Table.from_batches(FOUND)
     assert text_of(back.select(RICH.names)) == text_of(table)
-    assert_same_schema(back.schema, schema)
-    for key, text, made in zip(
-        *(back[n].to_pylist() for n in ("key", "text", "completion")), strict=True
-    ):
-        assert text == f"row {key}"
+    assert_same_schema(back.schema, pa.schema([*RICH, *SETTINGS.result_schema], RICH.metadata))
+    for text, made in zip(back["text"].to_pylist(), back["completion"].to_pylist(), strict=True):
         assert made == completion(text)
-
-
-def test_4096_rows_are_conserved_by_key_and_counted(tmp_path):
-    bad = {7, 100, 2048}
-    rows = [{"key": i, "text": None if i in bad else f"r{i}"} for i in range(4096)]
-    write_parquet(tmp_path / "in.parquet", pa.Table.from_pylist(rows), rows_per_group=1000)
-    source = open_source(f"{tmp_path}/in.parquet")
-    sink = open_sink(f"{tmp_path}/out.parquet")
-    settings = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=1))
-    schema = pa.schema([*source.schema, *settings.result_schema])
-    pipeline = local_pipeline()
-    batches = pipeline | ReadRecords(source) | Generate(FakeHandler(settings))
-    _ = batches | WriteRecords(sink, schema)
-    counts = counters(pipeline.run())
-    assert counts["rows_read"] == counts["rows_in"] == counts["rows_written"] == 4096
-    assert counts["rows_failed"] == 3
-    assert counts["rows_ok"] == 4093
-    back = pa.concat_tables(map(pa.parquet.read_table, sink.shards())).to_pylist()
-    assert sorted(row["key"] for row in back) == list(range(4096))
-    assert {row["key"] for row in back if row["error"] is not None} == bad
 
 
 def test_clash_and_strings_are_refused_before_any_row_is_run():

@@ -199,7 +199,7 @@ def test_engine_that_stops_fails_the_job_in_one_sentence(run, model, rows, tmp_p
 
 
 def test_job_that_loses_rows_fails(run, model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "counters", lambda _: {"rows_read": 4, "rows_ok": 3})
+    monkeypatch.setattr(launch, "counters", lambda _: {"rows_read": 4, "written_ok": 3})
     code, _, stderr = run(
         f"--model={model}", f"--input={rows}", f"--output={tmp_path}/out/x.jsonl",
         "--prompt=x", "--max_tokens=1",
