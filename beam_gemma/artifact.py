@@ -11,7 +11,7 @@ legal/                 licence, terms and notices of the model
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 CHAT_TEMPLATE = "chat_template.jinja"
 LEGAL = "legal"
+DESCRIPTION = frozenset([TOKENIZER, CHAT_TEMPLATE])
+"""What says, with the manifest, how a model is asked."""
 SMALL_FILE_BYTES = 16 << 20
 """Files up to this size are checked in full each time a folder is opened."""
 
@@ -60,16 +62,32 @@ class Artifact:
     """How embeddings are made, where the folder is for that."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "Artifact":
+    def open(cls, path: str | Path, *, of_weights: bool = True) -> "Artifact":
         """Open a folder; sizes of all files and checksums of small ones are verified.
+
+        Args:
+            path: Of the folder.
+            of_weights: Whether to expect graphs and weights too, beside the description.
 
         Raises:
             ArtifactError: there is no such folder, it is of another format, or a file is damaged.
         """
-        folder = Path(path)
+        artifact = cls.read(Path(path))
+        names = artifact.files.keys() if of_weights else artifact.files.keys() & DESCRIPTION
+        artifact._check_sizes(names)
+        artifact._check_sums(n for n in names if artifact.files[n].num_bytes <= SMALL_FILE_BYTES)
+        return artifact
+
+    @classmethod
+    def read(cls, folder: Path) -> "Artifact":
+        """Read a folder's manifest, and nothing else.
+
+        Raises:
+            ArtifactError: there is none, or it is of another format.
+        """
         manifest = _read_manifest(folder)
         try:
-            artifact = cls(
+            return cls(
                 path=folder,
                 name=manifest["name"],
                 config=_config_from_json(manifest["config"]),
@@ -87,9 +105,6 @@ class Artifact:
                 f"{folder / MANIFEST}: expected the fields of format {FORMAT}, got {error}; "
                 "export the model again"
             ) from error
-        artifact._check_sizes()
-        artifact._check_sums(small_only=True)
-        return artifact
 
     def verify(self) -> None:
         """Check every checksum, of weights too.
@@ -97,7 +112,7 @@ class Artifact:
         Raises:
             ArtifactError: a file is not what was exported.
         """
-        self._check_sums(small_only=False)
+        self._check_sums(self.files)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -141,9 +156,9 @@ class Artifact:
         self.signature(head, device)
         return self.path / graph_name(head, device)
 
-    def _check_sizes(self) -> None:
-        for name, entry in self.files.items():
-            file = self.path / name
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        for name in names:
+            file, entry = self.path / name, self.files[name]
             if not file.is_file():
                 raise ArtifactError(f"{file}: expected a file of the model, got nothing")
             if file.stat().st_size != entry.num_bytes:
@@ -152,13 +167,12 @@ class Artifact:
                     "the folder is damaged, copy or export it again"
                 )
 
-    def _check_sums(self, *, small_only: bool) -> None:
-        for name, entry in self.files.items():
-            if entry.sha256 is None or (small_only and entry.num_bytes > SMALL_FILE_BYTES):
-                continue
-            if sha256_of(self.path / name) != entry.sha256:
+    def _check_sums(self, names: Iterable[str]) -> None:
+        for name in names:
+            sha256 = self.files[name].sha256
+            if sha256 is not None and sha256_of(self.path / name) != sha256:
                 raise ArtifactError(
-                    f"{self.path / name}: expected sha256 {entry.sha256}, got another; "
+                    f"{self.path / name}: expected sha256 {sha256}, got another; "
                     "the folder is damaged, copy or export it again"
                 )
 

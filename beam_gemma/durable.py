@@ -55,7 +55,7 @@ def _write_object(path: str, content: bytes) -> None:
     from google.api_core.exceptions import PreconditionFailed
 
     bucket, _, name = path.removeprefix("gs://").partition("/")
-    blob = _storage_client().bucket(bucket).blob(name)
+    blob = storage_client().bucket(bucket).blob(name)
     # That it was there already is what is asked for.
     with contextlib.suppress(PreconditionFailed):
         blob.upload_from_string(content, if_generation_match=0)
@@ -71,7 +71,7 @@ def _write_and_rename(path: str, content: bytes) -> None:
 
 
 @functools.cache
-def _storage_client() -> Any:
+def storage_client() -> Any:
     """Return a client of Cloud Storage, as Beam makes its own."""
     from apache_beam.io.gcp.gcsio import create_storage_client
     from apache_beam.options.pipeline_options import PipelineOptions

@@ -12,6 +12,7 @@ from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.errors import ArtifactError
 from beam_gemma.generate import GenerateSettings, Generator
+from beam_gemma.model_folder import open_description
 from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
 from beam_gemma.prompt import Text
@@ -48,7 +49,7 @@ class EngineHandler(TaskHandler):
         """Describe a model and what to ask of it; nothing is loaded yet.
 
         Args:
-            model: Folder that `python -m export` wrote.
+            model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to ask.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
             max_num_seqs: Sequences that run at once.
@@ -82,7 +83,7 @@ class GemmaModelHandler(EngineHandler):
         """Describe a model and what to ask of it, by default each example as its own prompt.
 
         Args:
-            model: Folder that `python -m export` wrote.
+            model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to ask.
             engine: As for `EngineHandler`.
         """
@@ -155,7 +156,7 @@ class GemmaEmbedModelHandler(TaskHandler):
         """Describe a model and what to embed; of its folder only the manifest is read.
 
         Args:
-            model: Folder that `python -m export` wrote.
+            model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to embed.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
             max_num_batched_tokens: Tokens of one step.
@@ -166,7 +167,7 @@ class GemmaEmbedModelHandler(TaskHandler):
             OptionsError: the model's embeddings cannot be cut as asked.
         """
         # The type of a result holds its width, which only the model knows.
-        artifact = Artifact.open(model)
+        artifact = open_description(model)
         _embedding_of(artifact)
         size = next(s.embedding_size for (h, _), s in artifact.signatures.items() if h == "embed")
         settings = (settings or EmbedSettings()).of_size(size)

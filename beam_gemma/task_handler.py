@@ -16,6 +16,7 @@ from beam_gemma.artifact import Artifact
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.examples import Example, num_bytes, num_rows, rows_of
 from beam_gemma.keys import KEY_BYTES
+from beam_gemma.model_folder import open_description, open_model
 from beam_gemma.progress import METRICS_NAMESPACE
 from beam_gemma.prompt_encoder import Row
 from beam_gemma.pulse import with_pulse
@@ -48,7 +49,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """Describe a model and what to ask of it; nothing is loaded yet.
 
         Args:
-            model: Folder that `python -m export` wrote.
+            model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to ask.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
             large_model: Whether the processes of a machine share one model. Without it each
@@ -72,12 +73,12 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """The graph that the task runs."""
 
     def artifact(self) -> Artifact:
-        """Open the model folder; no weights are loaded.
+        """Open what of the model folder says what it is; no weights are loaded.
 
         Raises:
             ArtifactError: the folder is missing or damaged.
         """
-        return Artifact.open(self._model)
+        return open_description(self._model)
 
     @abstractmethod
     def encoder(self, artifact: Artifact) -> Encoder:
@@ -183,7 +184,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             )
 
     def _start(self) -> StreamingModel:
-        artifact = self.artifact()
+        artifact = open_model(self._model)
         artifact.verify()
         return self._load(artifact, choose_device(artifact, self.head, self._device))
 
