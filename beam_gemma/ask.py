@@ -13,7 +13,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import PredictionResult, RunInference
-from apache_beam.pvalue import PCollection, TaggedOutput
+from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.typehints.decorators import no_annotations
 
@@ -137,7 +137,7 @@ class _Key(beam.DoFn):
             yield group, (ROWS, 0, some)
 
 
-class _ReadPieces(beam.PTransform[beam.Pipeline, PCollection[Grouped]]):
+class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
     """Reads the results that an earlier run has made durable."""
 
     def __init__(self, folder: str, num_ranges: int) -> None:
@@ -145,9 +145,9 @@ class _ReadPieces(beam.PTransform[beam.Pipeline, PCollection[Grouped]]):
         self._folder = folder
         self._num_ranges = num_ranges
 
-    def expand(self, pipeline: beam.Pipeline) -> PCollection[Grouped]:
+    def expand(self, pbegin: PBegin) -> PCollection[Grouped]:
         return (
-            pipeline
+            pbegin
             | "Folder" >> beam.Create([self._folder], reshuffle=False)
             | "List" >> beam.FlatMap(pieces.list_pieces)
             | "Spread" >> beam.Reshuffle()
