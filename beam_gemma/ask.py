@@ -112,11 +112,13 @@ class Ask(beam.PTransform[PCollection[Located], Answers]):
             | "Infer" >> RunInference(self._handler)
             | "Results" >> beam.ParDo(_answer).with_outputs(LEDGER, main="results")
         )
-        results = (
-            (unique[DURABLE], asked["results"])
-            | "All" >> beam.Flatten()
-            | "Shards" >> beam.ParDo(_ByShard(self._layout, self._tag)).with_output_types(Grouped)
-        )
+        # Each is sorted by itself: what two steps have in common is kept for the one after them.
+        results = [
+            found
+            | f"Shards{tag}"
+            >> beam.ParDo(_ByShard(self._layout, self._tag)).with_output_types(Grouped)
+            for tag, found in ((DURABLE, unique[DURABLE]), ("", asked["results"]))
+        ] | "All" >> beam.Flatten()
         ledger = (unique[LEDGER], asked[LEDGER]) | "Ledger" >> beam.Flatten()
         return Answers(results, ledger | beam.Map(json.dumps).with_output_types(str))
 

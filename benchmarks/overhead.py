@@ -1,0 +1,157 @@
+"""What a row costs beside the model: memory and time of whole jobs over an engine that only echoes.
+
+    python -m benchmarks.overhead --model models/gemma-3-270m
+
+Tables of small rows go through the command line's own job, from Parquet to Parquet: read, encoded
+by the model's tokenizer, grouped by what they ask, made durable, joined and written. Only the model
+is replaced, by one that answers each row at once with its last words. Each job has a process of its
+own; its memory is the most that the process has held.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beam_gemma import launch
+from beam_gemma.generate_options import generate_parser, generate_settings
+from beam_gemma.handlers import GemmaModelHandler
+from beam_gemma.prompt_encoder import Row
+from beam_gemma.pulse import Pulse
+from beam_gemma.task import in_order
+from benchmarks.table import table
+
+WORDS = ("river", "market", "window", "paper", "engine", "garden", "winter", "doctor")
+WORDS_PER_TEXT = 8
+ROWS_PER_GROUP = 100_000
+MIB = 1 << 20
+
+
+class Echo:
+    """A model that needs no time."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._pulse = Pulse("cpu")
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row."""
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the results at once."""
+        for index, row in enumerate(rows):
+            words = row["text"].split()[-3:]
+            self._num_tokens += WORDS_PER_TEXT + len(words)
+            yield (
+                index,
+                {
+                    "completion": " ".join(words),
+                    "finish_reason": "stop",
+                    "num_prompt_tokens": WORDS_PER_TEXT,
+                    "num_completion_tokens": len(words),
+                    "error": None,
+                },
+            )
+
+    def drain(self) -> None:
+        """Do nothing: there is nothing that waits."""
+
+    def num_tokens(self) -> int:
+        """Return the words that it has read and written."""
+        return self._num_tokens
+
+    def take_counts(self) -> dict[str, int]:
+        """Return nothing."""
+        return {}
+
+    def take_pulse(self) -> dict[str, Any]:
+        """Return samples of nothing."""
+        return self._pulse.take()
+
+
+class EchoHandler(GemmaModelHandler):
+    """Answers with the last words of each row."""
+
+    def _start(self) -> Echo:
+        return Echo()
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    """Write a table of a number and a short text, all different."""
+    draw = np.random.default_rng(0)
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, num_rows, ROWS_PER_GROUP):
+            ids = range(start, min(start + ROWS_PER_GROUP, num_rows))
+            words = np.array(WORDS)[draw.integers(0, len(WORDS), (len(ids), WORDS_PER_TEXT - 1))]
+            texts = [f"{i} {' '.join(own)}" for i, own in zip(ids, words, strict=True)]
+            writer.write_table(pa.table({"id": list(ids), "text": texts}, schema=schema))
+
+
+def run(model: str, folder: Path) -> None:
+    """Run one job and print what it took."""
+    started = time.monotonic()
+    flags = [f"--model={model}", f"--input={folder}/in.parquet", f"--output={folder}/out.parquet"]
+    flags += ["--prompt=Echo: {text}", "--max_tokens=8"]
+    job = launch.plan(flags, generate_parser(), generate_settings, EchoHandler)
+    pipeline = beam.Pipeline(options=job.options)
+    rows = pipeline | "Read" >> job.read()
+    answers = rows | "Generate" >> job.ask()
+    _ = (rows, *answers) | "Write" >> job.write()
+    if launch.run(pipeline, job) != launch.SUCCESS:
+        sys.exit(launch.FAILURE)
+    secs = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    sys.stdout.write(json.dumps({"secs": secs, "peak": peak}) + "\n")
+
+
+def main() -> None:
+    """Run the jobs and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model folder, for its tokenizer")
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run is not None:
+        run(args.model, args.run)
+        return
+    lines = []
+    least: tuple[int, int] | None = None
+    for num_rows in args.rows:
+        with tempfile.TemporaryDirectory() as name:
+            write_rows(Path(name) / "in.parquet", num_rows)
+            command = [sys.executable, "-m", "benchmarks.overhead", "--model", args.model]
+            out = subprocess.run([*command, "--run", name], check=True, stdout=subprocess.PIPE)
+        taken = json.loads(out.stdout.splitlines()[-1])
+        least = least or (num_rows, taken["peak"])
+        more_rows, more_bytes = num_rows - least[0], taken["peak"] - least[1]
+        lines.append(
+            [
+                f"{num_rows:,}",
+                f"{taken['secs']:,.1f}",
+                f"{num_rows / taken['secs']:,.0f}",
+                f"{taken['peak'] / MIB:,.0f}",
+                f"{more_bytes / MIB:+,.0f}" if more_rows else "",
+                f"{more_bytes / more_rows:,.0f}" if more_rows else "",
+            ]
+        )
+    header = ["rows", "s", "rows/s", "most MiB", "MiB more", "bytes/row more"]
+    print(table(header, lines))
+
+
+if __name__ == "__main__":
+    main()
