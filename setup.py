@@ -28,9 +28,11 @@ EXPORT = [
 ]
 DEV = [
     "beartype>=0.22",
+    "duckdb>=2.0",
     "hypothesis>=6.140",
     "mypy>=1.18",
     "peft>=0.21",
+    "polars>=2.1",
     "pytest>=9",
     "pytest-timeout>=2.4",
     "ruff>=0.14",

@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located, with_schema
 from beam_gemma.errors import OptionsError
+from beam_gemma.partitions import partitions_of
 from beam_gemma.source import BATCH_BYTES, BATCH_ROWS, Source, selected
 
 
@@ -24,6 +26,8 @@ class Part:
     num_rows: int
     row_group: int | None = None
     """None for all of the file."""
+    partition: tuple[Any, ...] = ()
+    """What the file's folders say: values of the table's partition columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,10 @@ class ParquetSource(Source):
     files: tuple[str, ...]
     file_rows: tuple[int, ...]
     """Rows to read of each file, from its first."""
+    partition_schema: pa.Schema
+    """Of columns that are in no file but in the names of folders; perhaps none of them is read."""
+    partitions: tuple[tuple[Any, ...], ...]
+    """Their values of each file."""
     num_rows: int
     num_bytes: int
     is_dense: bool = True
@@ -45,14 +53,23 @@ class ParquetSource(Source):
         uri: str,
         paths: Sequence[str],
         *,
+        root: str,
         limit: int | None = None,
         columns: tuple[str, ...] | None = None,
     ) -> "ParquetSource":
         """Read the footers of files; with a limit, only of those that it needs.
 
+        Args:
+            uri: Of the table.
+            paths: Of its files, in order.
+            root: Folder of the table: names of folders below it may hold columns.
+            limit: Rows to read; None for all.
+            columns: To read; None for all.
+
         Raises:
             OptionsError: a file is no Parquet file, or they do not make one table.
         """
+        partitions = partitions_of(root, paths)
         files: dict[str, int] = {}
         num_bytes = 0
         schema: pa.Schema | None = None
@@ -69,7 +86,9 @@ class ParquetSource(Source):
         assert schema is not None
         return cls(
             uri=uri,
-            schema=selected(schema, columns, uri),
+            schema=selected(_joined(schema, partitions.schema, uri), columns, uri),
+            partition_schema=partitions.schema,
+            partitions=tuple(partitions.values[path] for path in files),
             files=tuple(files),
             file_rows=tuple(files.values()),
             num_rows=sum(files.values()),
@@ -80,8 +99,10 @@ class ParquetSource(Source):
         """Return the files."""
         firsts = itertools.accumulate(self.file_rows, initial=0)
         return [
-            Part(path=path, first_row=first, num_rows=rows)
-            for path, first, rows in zip(self.files, firsts, self.file_rows, strict=False)
+            Part(path=path, first_row=first, num_rows=rows, partition=partition)
+            for path, first, rows, partition in zip(
+                self.files, firsts, self.file_rows, self.partitions, strict=False
+            )
             if rows
         ]
 
@@ -94,8 +115,8 @@ class ParquetSource(Source):
             if first >= part.num_rows:
                 return
             rows = metadata.row_group(group).num_rows
-            yield Part(
-                path=part.path,
+            yield replace(
+                part,
                 first_row=part.first_row + first,
                 num_rows=min(rows, part.num_rows - first),
                 row_group=group,
@@ -104,19 +125,28 @@ class ParquetSource(Source):
 
     def read(self, part: Part) -> Iterator[Located]:
         """Return the rows of a row group, or of the leading ones of a file."""
-        schema = self.schema.remove_metadata()
+        names = [name for name in self.schema.names if name not in self.partition_schema.names]
         position, end = part.first_row, part.first_row + part.num_rows
         with FileSystems.open(part.path) as stream:
             file = pq.ParquetFile(stream)
             groups = [part.row_group] if part.row_group is not None else _leading(file, part)
             for batch in file.iter_batches(
-                _batch_rows(file.metadata), row_groups=groups, columns=schema.names
+                _batch_rows(file.metadata), row_groups=groups, columns=names
             ):
-                rows = with_schema(batch.select(schema.names).slice(0, end - position), schema)
-                yield position, rows
+                rows = batch.select(names).slice(0, end - position)
+                yield position, self._whole(rows, part)
                 position += rows.num_rows
                 if position == end:
                     return
+
+    def _whole(self, rows: pa.RecordBatch, part: Part) -> pa.RecordBatch:
+        """Return rows with what the folders of their file say."""
+        columns = dict(zip(rows.schema.names, rows.columns, strict=True))
+        for field, value in zip(self.partition_schema, part.partition, strict=True):
+            columns[field.name] = pa.repeat(pa.scalar(value, field.type), rows.num_rows)
+        names = self.schema.names
+        batch = pa.RecordBatch.from_arrays([columns[name] for name in names], names)
+        return with_schema(batch, self.schema.remove_metadata())
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows; no row group after them is read."""
@@ -124,17 +154,16 @@ class ParquetSource(Source):
             rows = min(part.num_rows, num_rows - part.first_row)
             if rows <= 0:
                 return
-            first = Part(path=part.path, first_row=part.first_row, num_rows=rows)
-            yield from (batch for _, batch in self.read(first))
+            yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
 
 
 def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
-    with FileSystems.open(path) as stream:
-        try:
+    try:
+        with FileSystems.open(path) as stream:
             file = pq.ParquetFile(stream)
-        except pa.ArrowInvalid as error:
-            raise OptionsError(f"{path}: expected a Parquet file, got: {error}") from error
-        return file.schema_arrow, file.metadata
+            return file.schema_arrow, file.metadata
+    except (OSError, pa.ArrowInvalid) as error:
+        raise OptionsError(f"{path}: expected a Parquet file, got: {error}") from error
 
 
 def _check_agreement(schema: pa.Schema, found: pa.Schema, path: str) -> None:
@@ -143,6 +172,16 @@ def _check_agreement(schema: pa.Schema, found: pa.Schema, path: str) -> None:
             f"{path}: expected the columns of the files before it, got another "
             f"{_difference(schema, found)}"
         )
+
+
+def _joined(schema: pa.Schema, partitions: pa.Schema, uri: str) -> pa.Schema:
+    """Return the columns of files and those of folders behind them."""
+    joined = pa.schema([*schema, *partitions], schema.metadata)
+    for name in joined.names:
+        if joined.names.count(name) > 1:
+            where = "its files and its folders" if name in partitions.names else "its files, twice"
+            raise OptionsError(f"{uri}: expected the column {name!r} once, got it in {where}")
+    return joined
 
 
 def _difference(schema: pa.Schema, found: pa.Schema) -> str:

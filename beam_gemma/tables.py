@@ -1,5 +1,6 @@
 """Tables to read, by their names."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from beam_gemma.batches import Located
 from beam_gemma.errors import OptionsError
 from beam_gemma.jsonl_source import JsonlSource
 from beam_gemma.parquet_source import ParquetSource
+from beam_gemma.partitions import is_data
 from beam_gemma.progress import METRICS_NAMESPACE
-from beam_gemma.sink import FORMATS, Format
 from beam_gemma.source import Source, match_files
+
+WILDCARD = re.compile(r"[*?\[]")
 
 
 def open_source(
@@ -23,19 +26,19 @@ def open_source(
     """Find a table and read its schema.
 
     Args:
-        uri: A file, a pattern, or a folder of Parquet files, on any file system of Beam.
+        uri: A file, a pattern, or a folder of Parquet files, on any file system of Beam. Names of
+            folders such as `day=2024-01-01` in it, or behind a pattern's first wildcard, are a
+            column.
         limit: Rows to read, in the order of the files; None for all.
         columns: To read; None for all.
 
     Raises:
         OptionsError: there is no such table or column, or the files do not make one table.
     """
-    file_format, pattern = _format_of(uri)
-    paths = match_files(pattern)
-    if not paths:
-        raise OptionsError(f"{uri}: expected at least one file, got none; check the path")
-    open_files = ParquetSource.open if file_format == "parquet" else JsonlSource.open
-    return open_files(uri, paths, limit=limit, columns=columns)
+    if uri.endswith(".jsonl"):
+        return JsonlSource.open(uri, _found(match_files(uri), uri), limit=limit, columns=columns)
+    root, paths = _parquet_files(uri)
+    return ParquetSource.open(uri, _found(paths, uri), root=root, limit=limit, columns=columns)
 
 
 class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
@@ -70,14 +73,26 @@ class _Read(beam.DoFn):
             yield position, batch
 
 
-def _format_of(uri: str) -> tuple[Format, str]:
-    """Return the format of a table and the pattern of its files."""
-    name = uri.rstrip("/").rpartition("/")[2]
-    for file_format in FORMATS:
-        if name.endswith(f".{file_format}") and not uri.endswith("/"):
-            return file_format, uri
-    if "." in name.strip(".") or set(name) & set("*?["):
+def _parquet_files(uri: str) -> tuple[str, list[str]]:
+    """Return the folder of a table and its files."""
+    folder = uri.rstrip("/")
+    name = folder.rpartition("/")[2]
+    is_named = name.endswith(".parquet")
+    if not is_named and ("." in name.strip(".") or WILDCARD.search(name)):
         raise OptionsError(
             f"{uri}: expected files that end in .parquet or .jsonl, or a folder of Parquet files"
         )
-    return "parquet", uri.rstrip("/") + "/*.parquet"
+    if wildcard := WILDCARD.search(uri):
+        root = uri[: wildcard.start()].rpartition("/")[0]
+        return root, match_files(uri if is_named else f"{folder}/*.parquet")
+    inside = [path for path in match_files(f"{folder}/**.parquet") if is_data(path, folder)]
+    # What Spark calls table.parquet is a folder.
+    if inside or not is_named or uri.endswith("/"):
+        return folder, inside
+    return folder.rpartition("/")[0], match_files(uri)
+
+
+def _found(paths: list[str], uri: str) -> list[str]:
+    if not paths:
+        raise OptionsError(f"{uri}: expected at least one file, got none; check the path")
+    return paths

@@ -14,7 +14,7 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches",
-    "config embedding_config prompt report durable",
+    "config embedding_config prompt report durable partitions",
     "signature tokenizer sampling jsonl prefix block_pool infill bigquery_client bigquery_schema",
     "sequence kv_cache artifact prompt_encoder source sink labels",
     "parquet_source jsonl_source bigquery_source file_sink bigquery_sink layout model_folder",
@@ -24,7 +24,8 @@ LAYERS = [
     "tally",
     "generate classify fewshot flags task_handler",
     "handlers",
-    "transforms ask write_table generate_options embed_options classify_options text_embeddings",
+    "transforms ask write_table table_flags",
+    "generate_options embed_options classify_options text_embeddings",
     "preview",
     "launch",
 ]
@@ -32,7 +33,7 @@ LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenizer", "artifact"}
 USERS_OF_BEAM = (
     "durable pieces batches source sink parquet_source jsonl_source bigquery_source file_sink "
-    "bigquery_sink tables examples task_handler handlers transforms ask write_table "
+    "bigquery_sink tables table_flags examples task_handler handlers transforms ask write_table "
     "text_embeddings flags launch"
 )
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())
