@@ -181,8 +181,8 @@ def test_samples_of_the_engine():
     generate = fake_generator(settings_of(4), max_num_seqs=2)
     generate([{"text": "a"}, {"text": "b"}, {"text": "c"}])
     samples = generate.take_pulse()["samples"]
-    # Prompt tokens, completion tokens, and the slots of decode steps: used, and all.
-    assert [samples[0][1:], samples[-1][1:]] == [(0, 0, 0, 0), (3 * 2, 12, 9, 12)]
+    # Tokens of prompts, computed and cached, of completions, and slots of decode steps: used, all.
+    assert [samples[0][1:], samples[-1][1:]] == [(0, 0, 0, 0, 0), (3 * 2, 0, 12, 9, 12)]
 
 
 def test_every_count_of_the_engine_is_given_once():

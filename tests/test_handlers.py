@@ -48,7 +48,7 @@ def test_the_last_batch_carries_the_samples_of_the_engine():
     first, last = handler.run_inference([batch_of("a"), batch_of("b")], handler.load_model())
     assert pulse_of(first.inference) is None
     # Each row's first token comes with its prompt.
-    assert pulse_of(last.inference)["samples"][-1][2] == 2 * 3
+    assert pulse_of(last.inference)["samples"][-1][3] == 2 * 3
 
 
 def test_one_bad_row_of_a_hundred():
