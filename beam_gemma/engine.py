@@ -7,6 +7,7 @@ request alone; what is wrong with the device, or with this code, ends the engine
 holds.
 """
 
+import atexit
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
@@ -138,9 +139,13 @@ class Engine:
         self._stopped: EngineError | None = None
         self._gives_up = False
         """Whether what waits is to be given up."""
-        self._condition = threading.Condition()  # guards the five above
+        self._is_leaving = False
+        """Whether the process ends, with whatever is left."""
+        self._condition = threading.Condition()  # guards the six above
         self._thread = threading.Thread(target=self._loop, name="beam-gemma-engine", daemon=True)
         self._thread.start()
+        # ONNX Runtime aborts a process that ends amid a step.
+        atexit.register(self._leave)
 
     @property
     def stats(self) -> EngineStats:
@@ -191,6 +196,7 @@ class Engine:
         """Refuse further work, finish what was submitted, and end the thread."""
         self._refuse(gives_up=False)
         self._thread.join()
+        atexit.unregister(self._leave)
 
     def drain(self) -> None:
         """Refuse further work, and give up what waits: its completions raise `CancelledError`.
@@ -206,6 +212,12 @@ class Engine:
                 self._stopped = EngineError("engine: closed, and takes no further requests")
             self._condition.notify()
 
+    def _leave(self) -> None:
+        with self._condition:
+            self._is_leaving = True
+            self._condition.notify()
+        self._thread.join()
+
     def _loop(self) -> None:
         try:
             while self._receive():
@@ -216,7 +228,9 @@ class Engine:
     def _receive(self) -> bool:
         """Queue what was submitted, waiting for it if idle; return False when all is done."""
         with self._condition:
-            while not (self._inbox or self._scheduler.has_unfinished or self._stopped):
+            while not (
+                self._inbox or self._scheduler.has_unfinished or self._stopped or self._is_leaving
+            ):
                 self._condition.wait()
             batches, self._inbox = self._inbox, []
             gives_up, self._gives_up = self._gives_up, False
@@ -224,7 +238,7 @@ class Engine:
             self._scheduler.add(batch)
         if gives_up:
             self._give_up(self._scheduler.drop_waiting())
-        return self._scheduler.has_unfinished
+        return self._scheduler.has_unfinished and not self._is_leaving
 
     def _give_up(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
