@@ -5,7 +5,8 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from io import BufferedIOBase
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,7 +104,7 @@ def stage(sink: Sink, shard: int, schema: pa.Schema) -> tuple[str, ShardFile]:
     )
 
 
-def create(path: str) -> BinaryIO:
+def create(path: str) -> BufferedIOBase:
     """Return a new file to write, with its folder."""
     folder = path.rpartition("/")[0]
     if folder and not FileSystems.exists(folder):
@@ -113,13 +114,14 @@ def create(path: str) -> BinaryIO:
             # Another thread has made it, which is as good.
             if not FileSystems.exists(folder):
                 raise
-    return FileSystems.create(path)
+    stream: Any = FileSystems.create(path)  # which only Beam calls a BinaryIO
+    return stream
 
 
 class _ParquetShard:
     """An open Parquet file that gathers batches into row groups."""
 
-    def __init__(self, stream: BinaryIO, schema: pa.Schema) -> None:
+    def __init__(self, stream: BufferedIOBase, schema: pa.Schema) -> None:
         self._stream = stream
         self._schema = schema
         self._writer = pq.ParquetWriter(stream, schema, compression="zstd")
@@ -146,7 +148,7 @@ class _ParquetShard:
 class _JsonlShard:
     """An open file of JSON lines."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BufferedIOBase) -> None:
         self._stream = stream
 
     def write(self, batch: pa.RecordBatch) -> None:

@@ -134,20 +134,34 @@ def _chat_template(name_or_file: str | None) -> str | None:
 
 def add_files(parser: argparse.ArgumentParser) -> None:
     """Add what to run, where rows come from and where they go."""
-    add = parser.add_argument_group("input and output").add_argument
-    add("--model", required=True, metavar="DIR", help="model folder that python -m export wrote")
+    group = parser.add_argument_group("input and output")
+    add = group.add_argument
     add(
-        "--input",
+        "--model",
         required=True,
+        metavar="DIR",
+        help="model folder that python -m export wrote, on this machine or on gs://",
+    )
+    read = group.add_mutually_exclusive_group(required=True).add_argument
+    read(
+        "--input",
         metavar="URI",
-        help="table to read: a .parquet or .jsonl file, a pattern, or a folder of Parquet files",
+        help="table to read: a .parquet or .jsonl file, a pattern, a folder of Parquet files, or "
+        "bq://PROJECT.DATASET.TABLE; this or --query is required (default: none)",
+    )
+    read("--query", metavar="SQL", help="query of BigQuery whose result to read (default: none)")
+    add(
+        "--read_method",
+        choices=("DIRECT_READ", "EXPORT"),
+        help="how to read from BigQuery: from its storage, or from files under --temp_location "
+        "that it is exported to (default: DIRECT_READ)",
     )
     add(
         "--output",
         required=True,
         metavar="URI",
-        help="table to write: dir/name.parquet becomes dir/name-00000-of-00004.parquet and so on; "
-        "all columns are kept",
+        help="table to write: dir/name.parquet becomes dir/name-00000-of-00004.parquet and so on, "
+        "bq://PROJECT.DATASET.TABLE is loaded from --temp_location; all columns are kept",
     )
     add(
         "--columns",
@@ -156,6 +170,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         help="columns of the table to read and to keep (default: all)",
     )
     add("--overwrite", action="store_true", help="replace an earlier output (default: refuse)")
+    add("--append", action="store_true", help="add to a table of BigQuery (default: refuse)")
     add(
         "--errors",
         metavar="URI",

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.json
@@ -106,7 +106,7 @@ def format_rows(batch: pa.RecordBatch) -> bytes:
     return "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def content_lines(stream: BinaryIO) -> Iterator[bytes]:
+def content_lines(stream: Iterable[bytes]) -> Iterator[bytes]:
     """Return the lines of a file that hold something."""
     return (line for line in stream if not line.isspace())
 

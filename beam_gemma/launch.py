@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult
@@ -20,7 +19,6 @@ from apache_beam.runners.runner import PipelineResult
 from beam_gemma.ask import Ask
 from beam_gemma.columns import check_columns
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
-from beam_gemma.file_sink import open_sink
 from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
 from beam_gemma.layout import Layout
 from beam_gemma.pieces import run_digest
@@ -30,7 +28,8 @@ from beam_gemma.run_record import facts_of, marks_of
 from beam_gemma.sink import Sink
 from beam_gemma.source import Source
 from beam_gemma.supervision import Supervision
-from beam_gemma.tables import ReadTable, open_source
+from beam_gemma.table_flags import sink_of, source_of
+from beam_gemma.tables import ReadTable
 from beam_gemma.task import Settings
 from beam_gemma.task_handler import TaskHandler, choose_device
 from beam_gemma.write_table import Columns, Output, WriteTable
@@ -100,16 +99,16 @@ def plan(
         choose_device(artifact, handler.head, flags.device)
     elif flags.device != "auto":
         artifact.signature(handler.head, flags.device)
-    source = open_source(flags.input, limit=flags.limit, columns=flags.columns)
+    source = source_of(flags, options)
     check_columns(handler.settings, source.schema)
     command = [*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)]
     facts = facts_of(
         command,
-        source=flags.input,
+        source=source.uri,
         sink=flags.output,
         tasks=[(flags.model, artifact, handler.settings)],
     )
-    output = _output(flags, source, handler.settings, facts)
+    output = _output(flags, options, source, handler.settings, facts)
     job = Job(source=source, handler=handler, output=output, options=options)
     if flags.dry_run:
         return replace(job, preview=preview(source, encoder))
@@ -121,17 +120,21 @@ def plan(
             max_cost_tokens=flags.max_cost_tokens,
         )
     )
-    done = _make_room(output.sink, source, resume=flags.resume, overwrite=flags.overwrite)
+    done = _make_room(output.sink, source, flags)
     return replace(job, preview=done, durable=pieces if flags.resume else None)
 
 
 def _output(
-    flags: argparse.Namespace, source: Source, settings: Settings, facts: dict[str, Any]
+    flags: argparse.Namespace,
+    options: PipelineOptions,
+    source: Source,
+    settings: Settings,
+    facts: dict[str, Any],
 ) -> Output:
     results = Columns("", settings.result_schema)
     metadata = {**(source.schema.metadata or {}), **marks_of(facts)}
     schema = pa.schema([*source.schema, *results.in_files], metadata)
-    sink = open_sink(flags.output)
+    sink = sink_of(flags.output, flags, options)
     sink.check(schema)
     return Output(
         sink=sink,
@@ -139,35 +142,36 @@ def _output(
         schema=schema,
         tasks=(results,),
         facts=facts,
-        errors=open_sink(flags.errors) if flags.errors else None,
+        errors=sink_of(flags.errors, flags, options) if flags.errors else None,
         max_error_fraction=flags.max_error_fraction,
     )
 
 
-def _make_room(sink: Sink, source: Source, *, resume: bool, overwrite: bool) -> str | None:
+def _make_room(sink: Sink, source: Source, flags: argparse.Namespace) -> str | None:
     """Make room for an output; return what there is to say where it is there already.
 
     Raises:
         OptionsError: something is there that the flags do not allow for.
     """
-    earlier, is_unfinished = sink.earlier(), FileSystems.exists(sink.work)
-    if earlier in source.files:
+    earlier, is_unfinished = sink.earlier(), sink.is_unfinished()
+    if earlier in (*source.files, source.uri):
         raise OptionsError(
             f"--output: expected other files than those of --input, got {earlier} in both"
         )
-    if resume:
+    if flags.resume:
         if earlier and not is_unfinished:
             return f"{earlier}: the output is whole, so there is nothing to go on with\n"
         return None
-    if is_unfinished and not overwrite:
+    if is_unfinished and not flags.overwrite:
         raise OptionsError(
             f"--output: expected no unfinished job, got {sink.work}; go on with it by --resume or "
             "begin anew by --overwrite"
         )
-    if earlier and not overwrite:
+    if earlier and not (flags.overwrite or flags.append):
+        remedy = "--append or --overwrite" if sink.can_append else "--overwrite"
         raise OptionsError(
             f"--output: expected no earlier output, got {earlier}; choose another name or pass "
-            "--overwrite"
+            f"{remedy}"
         )
     sink.clear()
     return None

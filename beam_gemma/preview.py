@@ -22,7 +22,7 @@ def preview(source: Source, encoder: Encoder) -> str:
     prompts, reasons = _encode(source, encoder)
     num_sampled = len(prompts) + reasons.total()
     lines = [
-        f"rows: {source.num_rows:,}, of which {num_sampled:,} sampled",
+        f"rows: {_size(source)}, of which {num_sampled:,} sampled",
         f"prompt tokens: {_distribution([len(prompt.token_ids) for prompt in prompts])}",
         f"rows that would fail: {reasons.total():,} of the sample",
     ]
@@ -32,6 +32,14 @@ def preview(source: Source, encoder: Encoder) -> str:
     for number, prompt in enumerate(prompts[:SHOWN_PROMPTS], start=1):
         lines += [f"prompt {number}, {len(prompt.token_ids):,} tokens:", prompt.text]
     return "\n".join(lines) + "\n"
+
+
+def _size(source: Source) -> str:
+    """Return how many rows there are, or what is known in place of that."""
+    if source.num_rows is not None:
+        return f"{source.num_rows:,}"
+    columns = ", ".join(f"{field.name} {field.type}" for field in source.schema)
+    return f"not known, in {source.num_bytes:,} bytes to scan, with columns {columns}"
 
 
 def _encode(source: Source, encoder: Encoder) -> tuple[list[Prompt], Counter[str]]:

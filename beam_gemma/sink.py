@@ -44,7 +44,14 @@ class Sink(ABC):
             record: Of the run.
         """
 
+    def is_unfinished(self) -> bool:
+        """Return whether an earlier job has left something to go on with."""
+        # A folder of an object store is there only by what is in it.
+        (files,) = FileSystems.match([f"{self.work}/**"], limits=[1])
+        return FileSystems.exists(self.work) or bool(files.metadata_list)
+
     def clear(self) -> None:
         """Remove what is not finished."""
-        if FileSystems.exists(self.work):
-            FileSystems.delete([self.work])
+        if self.is_unfinished():
+            # Beam takes the name of a local folder as it is, and a prefix of objects with a slash.
+            FileSystems.delete([f"{self.work}/" if "://" in self.work else self.work])

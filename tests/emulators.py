@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from google.cloud.storage import Blob, Client
 
 from tests.cloud_clients import BIGQUERY_STORAGE_GRPC
 
@@ -56,6 +57,13 @@ class Cloud:
     def table(self, name: str) -> str:
         """Return the URI of a table."""
         return f"bq://{self.project}.{self.dataset}.{name}"
+
+    def upload(self, folder: Path, uri: str) -> None:
+        """Copy a folder to Cloud Storage."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                blob = Blob.from_uri(f"{uri}/{file.relative_to(folder).as_posix()}", Client())
+                blob.upload_from_filename(str(file))
 
 
 @contextmanager

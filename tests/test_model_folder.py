@@ -28,14 +28,6 @@ open_model(sys.argv[1]).verify()
 """
 
 
-def upload(folder, uri):
-    bucket, _, prefix = uri.removeprefix("gs://").partition("/")
-    for file in folder.rglob("*"):
-        if file.is_file():
-            name = f"{prefix}/{file.relative_to(folder).as_posix()}"
-            Client().bucket(bucket).blob(name).upload_from_filename(str(file))
-
-
 @pytest.fixture
 def model(gcp, tiny_gemma3, tmp_path, monkeypatch):
     """A model on Cloud Storage, and a machine that has no copy of it."""
@@ -44,7 +36,7 @@ def model(gcp, tiny_gemma3, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(machine))
     monkeypatch.setattr(tempfile, "tempdir", None)
     uri = f"{gcp.bucket}/{tmp_path.name}/model"
-    upload(tiny_gemma3.artifact.path, uri)
+    gcp.upload(tiny_gemma3.artifact.path, uri)
     return uri
 
 

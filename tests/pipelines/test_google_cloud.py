@@ -1,0 +1,175 @@
+"""From BigQuery to BigQuery, and from gs:// to gs:// with the model there too, by command line."""
+
+import itertools
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.io.filesystems import FileSystems
+from google.cloud import bigquery
+
+from beam_gemma import launch
+from beam_gemma.source import match_files
+from pipelines import classify, embed, generate
+
+pytestmark = pytest.mark.timeout(240)
+NUM_ROWS = 50
+MODES = {
+    "in_memory": (),
+    "multi_processing": ("--direct_running_mode=multi_processing", "--direct_num_workers=2"),
+}
+NAMES = (f"job_{i}" for i in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def table(gcp):
+    """A table of short texts; one row has none, and two have the same."""
+    name = "reviews"
+    bigquery.Client().query_and_wait(
+        f"CREATE TABLE {gcp.dataset}.{name} AS SELECT x AS id, "
+        "CASE WHEN x = 7 THEN NULL WHEN x = 8 THEN 'text 9' ELSE CONCAT('text ', x) END AS text, "
+        "[x, 2 * x] AS numbers, STRUCT(x AS a, DATE '2024-02-29' AS day) AS nested, "
+        "TIMESTAMP '2024-02-29T01:02:03Z' AS at "
+        f"FROM UNNEST(GENERATE_ARRAY(0, {NUM_ROWS - 1})) AS x"
+    )
+    return name
+
+
+@pytest.fixture
+def run(gcp, monkeypatch, capsys):
+    """Run a command line in this process; return exit code, output and errors."""
+
+    def run_with(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *gcp.flags, *map(str, flags)])
+        code = launch.exit_code(module.main)
+        return code, *capsys.readouterr()
+
+    return run_with
+
+
+def rows_of(name):
+    rows = bigquery.Client().query_and_wait(f"SELECT * FROM dataset.{name} ORDER BY id")
+    return [dict(row) for row in rows]
+
+
+TASKS = {
+    "generate": (generate, "completion", ["--prompt=say {text}", "--max_tokens=4", "--ignore_eos"]),
+    "classify": (classify, "label", ["--prompt={text}: ", "--labels=a,b"]),
+    "embed": (embed, "embedding", ["--text_column=text"]),
+}
+
+
+@pytest.fixture(params=TASKS)
+def task(request, tiny_gemma3, two_sided):
+    """A command line's module and flags, and a column of results."""
+    module, column, flags = TASKS[request.param]
+    artifact = two_sided[1] if request.param == "embed" else tiny_gemma3.artifact
+    return module, column, [*flags, f"--model={artifact.path}"]
+
+
+def check_rows(before, after, column):
+    """Check that each row came out once, as it was, with its result or an error."""
+    assert [{name: row[name] for name in before[0]} for row in after] == before
+    for row in after:
+        assert (row["error"] is None) == (row["text"] is not None)
+        assert (row[column] not in (None, [])) == (row["text"] is not None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_table_becomes_a_table(run, gcp, table, task, mode):
+    module, column, flags = task
+    name = next(NAMES)
+    code, stdout, stderr = run(
+        module, *flags, *MODES[mode], f"--input={gcp.table(table)}", f"--output={gcp.table(name)}"
+    )
+    assert (code, stderr) == (0, "")
+    assert "= ok 49 + failed 1 = written 50 rows" in stdout
+    check_rows(rows_of(table), rows_of(name), column)
+    written = bigquery.Client().get_table(f"dataset.{name}")
+    assert json.loads(written.description)["rows"] == NUM_ROWS
+    assert written.labels[f"beam_gemma_{module.__name__.rpartition('.')[2]}"]
+    assert match_files(f"{gcp.bucket}/tmp/beam-gemma/*{name}*/**") == []
+    assert {f.name: f.mode for f in written.schema}["numbers"] == "REPEATED"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_and_the_model_are_on_cloud_storage(run, gcp, tiny_gemma3, mode):
+    folder = f"{gcp.bucket}/{next(NAMES)}"
+    gcp.upload(tiny_gemma3.artifact.path, f"{folder}/model")
+    rows = pa.table({"id": range(NUM_ROWS), "text": [f"text {i}" for i in range(NUM_ROWS)]})
+    with FileSystems.create(f"{folder}/in.parquet") as stream:
+        pq.write_table(rows, stream)
+    code, stdout, stderr = run(
+        generate, *TASKS["generate"][2], *MODES[mode], f"--model={folder}/model",
+        f"--input={folder}/in.parquet", f"--output={folder}/out/x.parquet", "--num_shards=3",
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    assert "= ok 50 + failed 0 = written 50 rows" in stdout
+    shards = [path for path in match_files(f"{folder}/out/**") if path.endswith(".parquet")]
+    assert [path.rpartition("/")[2] for path in shards] == [
+        f"x-{i:05}-of-00003.parquet" for i in range(3)
+    ]
+    written = pa.concat_tables(pq.read_table(FileSystems.open(path)) for path in shards)
+    assert written.select(["id", "text"]).equals(rows)
+    assert written["completion"].null_count == 0
+    assert len(match_files(f"{folder}/out/**")) == 4  # with the record of the run
+
+
+def test_dry_runs_and_limits_read_little(run, gcp, table, tiny_gemma3):
+    shared = [*TASKS["generate"][2], f"--model={tiny_gemma3.artifact.path}"]
+    name = gcp.table(next(NAMES))
+    sql = f"SELECT id, text FROM dataset.{table}"
+    before = bigquery.Client().get_table(f"dataset.{table}").num_rows
+    code, stdout, _ = run(
+        generate, *shared, f"--input={gcp.table(table)}", f"--output={name}", "--dry_run"
+    )
+    assert code == 0
+    assert stdout.startswith(f"rows: {before}, of which {before} sampled\n")
+    code, stdout, _ = run(generate, *shared, f"--query={sql}", f"--output={name}", "--dry_run")
+    assert code == 0
+    assert "bytes to scan, with columns id int64, text string, of which 0 sampled" in stdout
+    code, stdout, _ = run(
+        generate, *shared, f"--query={sql} WHERE id < 30", f"--output={name}", "--limit=3"
+    )
+    assert (code, stdout.partition(";")[0]) == (0, "read 3 = ok 3 + failed 0 = written 3 rows")
+
+
+def test_exported_rows_are_appended_or_replace_others(run, gcp, table, tiny_gemma3):
+    name = next(NAMES)
+    flags = [
+        *TASKS["generate"][2], f"--model={tiny_gemma3.artifact.path}",
+        f"--output={gcp.table(name)}",
+        f"--input={gcp.table(table)}", "--read_method=EXPORT", "--columns=id,text",
+    ]  # fmt: skip
+    assert run(generate, *flags)[0] == 0
+    first = rows_of(name)
+    code, _, stderr = run(generate, *flags)
+    assert code == launch.USAGE
+    assert stderr.endswith("choose another name or pass --append or --overwrite\n")
+    assert run(generate, *flags, "--append")[0] == 0
+    assert len(rows_of(name)) == 2 * NUM_ROWS
+    assert run(generate, *flags, "--overwrite")[0] == 0
+    assert rows_of(name) == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--output=/tmp/x.parquet", "--append"], "--append: expected a table of BigQuery"),
+        (["--output={table}", "--append", "--overwrite"], "--append: expected no --overwrite"),
+        (["--output={table}", "--temp_location=/tmp"], "--temp_location: expected a folder on gs"),
+        (["--output={table}", "--query=SELECT 1"], "not allowed with argument --input"),
+        (["--output=/tmp/x.parquet", "--read_method=EXPORT", "--input=x"], "a table of BigQuery"),
+        (["--output={input}", "--overwrite"], "expected other files than those of --input"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, tiny_gemma3, flags, sentence):
+    names = {"table": gcp.table(next(NAMES)), "input": gcp.table(table)}
+    code, _, stderr = run(
+        generate, f"--model={tiny_gemma3.artifact.path}", "--prompt={text}",
+        f"--input={gcp.table(table)}", *(flag.format(**names) for flag in flags),
+    )  # fmt: skip
+    assert code == launch.USAGE
+    assert sentence in stderr
