@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from beam_gemma.bigquery_client import SCHEME
 from beam_gemma.errors import OptionsError
 from beam_gemma.fewshot import POOL_ROWS, all_shots, draw_shots
 from beam_gemma.flags import (
@@ -113,7 +114,13 @@ def _shots(flags: argparse.Namespace, settings: ClassifySettings) -> tuple[Shot,
         )
     if not wanted:
         return ()
-    source = open_source(flags.fewshot_file or flags.input, limit=POOL_ROWS)
+    pool = flags.fewshot_file or flags.input
+    if pool is None or pool.startswith(SCHEME):
+        raise OptionsError(
+            f"--fewshot_file: expected a file of examples, got {pool or '--query'}, where nobody "
+            "knows which rows come first; write some to a file"
+        )
+    source = open_source(pool, limit=POOL_ROWS)
     if flags.num_fewshot is None:
         return all_shots(source, settings, flags.label_column)
     return draw_shots(

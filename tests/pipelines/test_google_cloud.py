@@ -173,3 +173,14 @@ def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, tiny_gemma3, fl
     )  # fmt: skip
     assert code == launch.USAGE
     assert sentence in stderr
+
+
+@pytest.mark.parametrize("source", ["--input={table}", "--query=SELECT 1"])
+def test_examples_for_prompts_come_from_files(run, gcp, table, tiny_gemma3, source):
+    code, _, stderr = run(
+        classify, f"--model={tiny_gemma3.artifact.path}", *TASKS["classify"][2],
+        source.format(table=gcp.table(table)), f"--output={gcp.table(next(NAMES))}",
+        "--num_fewshot=2", "--label_column=text",
+    )  # fmt: skip
+    assert code == launch.USAGE
+    assert "--fewshot_file: expected a file of examples" in stderr
