@@ -65,6 +65,7 @@ class JsonlSource(Source):
             num_rows += sum(part.num_rows for part in lines)
             files.append(path)
             parts += lines
+        schema = pa.schema([field.with_type(_settled(field.type)) for field in schema])
         return cls(
             uri=uri,
             schema=selected(schema, columns, uri),
@@ -96,6 +97,22 @@ class JsonlSource(Source):
             if rows <= 0:
                 return
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+
+
+def _settled(kind: pa.DataType) -> pa.DataType:
+    """Return a type that has texts inside where nothing but nulls has been found.
+
+    PyArrow makes broken arrays of lists of nulls.
+    """
+
+    def inner(kind: pa.DataType) -> pa.DataType:
+        return pa.string() if pa.types.is_null(kind) else _settled(kind)
+
+    if pa.types.is_list(kind):
+        return pa.list_(inner(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(inner(field.type)) for field in kind])
+    return kind
 
 
 def _scan(path: str, first_row: int, limit: int | None) -> tuple[pa.Schema, list[Part]]:
