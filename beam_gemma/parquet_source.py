@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located, with_schema
-from beam_gemma.errors import OptionsError
+from beam_gemma.errors import OptionsError, StorageError
 from beam_gemma.partitions import partitions_of
 from beam_gemma.source import BATCH_BYTES, BATCH_ROWS, Source, selected
 
@@ -127,7 +128,7 @@ class ParquetSource(Source):
         """Return the rows of a row group, or of the leading ones of a file."""
         names = [name for name in self.schema.names if name not in self.partition_schema.names]
         position, end = part.first_row, part.first_row + part.num_rows
-        with FileSystems.open(part.path) as stream:
+        with _named(part.path), FileSystems.open(part.path) as stream:
             file = pq.ParquetFile(stream)
             groups = [part.row_group] if part.row_group is not None else _leading(file, part)
             for batch in file.iter_batches(
@@ -155,6 +156,19 @@ class ParquetSource(Source):
             if rows <= 0:
                 return
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Say which file it is that cannot be read; a footer may be right and a page not."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise StorageError(
+            f"{path}: expected rows of Parquet, got {type(error).__name__}: {reason}; replace the "
+            "file, then go on with --resume"
+        ) from error
 
 
 def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:

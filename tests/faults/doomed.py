@@ -1,0 +1,123 @@
+"""Runs `pipelines.generate` in a process that dies at a given place, as by `kill -9`.
+
+    python -m tests.faults.doomed PLACE REPORT FLAGS...
+
+What had been computed by then is in the file REPORT, as JSON.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma import file_sink, pieces
+from beam_gemma.launch import exit_code
+from beam_gemma.progress import METER
+from beam_gemma.sink import Sink
+from pipelines.generate import main
+
+
+def die(report: Path) -> None:
+    """End this process at once, with no chance to put anything in order."""
+    count = METER.read()
+    report.write_text(json.dumps({"completion_tokens": count.completion_tokens}))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def doom(place: str, report: Path) -> None:
+    """Arrange for the death of this process."""
+    kind, _, number = place.partition(":")
+    dooms[kind](report, int(number or 0))
+
+
+def _at_piece(report: Path, number: int) -> None:
+    """Just before a piece is written."""
+    write, left = pieces.write_once, [number]
+
+    def counted(path: str, content: bytes) -> None:
+        left[0] -= 1
+        if not left[0]:
+            die(report)
+        write(path, content)
+
+    pieces.write_once = counted
+
+
+def _at_stage(report: Path, number: int) -> None:
+    """After so many batches of the output's shards."""
+    write, left = file_sink._ParquetShard.write, [number]
+
+    def counted(self: Any, batch: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            die(report)
+        write(self, batch)
+
+    file_sink._ParquetShard.write = counted
+
+
+def _at_rename(report: Path, number: int) -> None:
+    """When so many shards have been renamed."""
+    rename = FileSystems.rename
+
+    def partly(old: list[str], new: list[str]) -> None:
+        rename(old[:number], new[:number])
+        die(report)
+
+    FileSystems.rename = partly
+
+
+def _at_record(report: Path, _: int) -> None:
+    """With half of the record written."""
+    create = file_sink.create
+
+    def half(path: str) -> Any:
+        stream = create(path)
+        if path.endswith(".run.json"):
+            stream.write(b'{"half": ')
+            stream.flush()
+            die(report)
+        return stream
+
+    file_sink.create = half
+
+
+def _at_clear(report: Path, number: int) -> None:
+    """When the output is whole and so many of the pieces are gone."""
+    clear = Sink.clear
+
+    def partly(sink: Sink) -> None:
+        if not list(Path(sink.work).rglob("*.arrow")):
+            clear(sink)  # before the job
+            return
+        for path in sorted(Path(sink.work).rglob("*.arrow"))[:number]:
+            path.unlink()
+        die(report)
+
+    Sink.clear = partly
+
+
+def _disk_full(_: Path, num_bytes: int) -> None:
+    """Not a death: no file can become larger, so that larger ones fail halfway."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+dooms: dict[str, Callable[[Path, int], None]] = {
+    "piece": _at_piece,
+    "stage": _at_stage,
+    "rename": _at_rename,
+    "record": _at_record,
+    "clear": _at_clear,
+    "disk": _disk_full,
+}
+
+if __name__ == "__main__":
+    doom(sys.argv[1], Path(sys.argv[2]))
+    del sys.argv[1:3]
+    sys.exit(exit_code(main))

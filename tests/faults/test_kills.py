@@ -1,0 +1,41 @@
+"""A job that is killed goes on where it was: nothing lost, nothing twice, hardly a token anew."""
+
+import pytest
+
+from tests.faults.conftest import Faulty, assert_whole, resumed
+
+pytestmark = pytest.mark.timeout(300)
+PIECE, SLOTS, LENGTH = 16, 8, 24
+"""Rows of a piece, rows that run at once, tokens of a completion."""
+
+
+def test_killed_twice_on_its_way(job: Faulty, undisturbed: Faulty, run) -> None:
+    first = job.kill("piece:3")
+    assert job.outcome() == {}
+    kept = job.durable()
+    assert kept >= 2 * PIECE
+    second = job.kill("piece:4")
+    assert job.durable() >= kept + 3 * PIECE
+    last = resumed(job, run)
+    assert_whole(job, undisturbed)
+    once = LENGTH * (undisturbed.summary()["completion_tokens"] // LENGTH - 20)
+    # Lost at each kill: the rows that run, and the piece that is not written.
+    assert once <= first + second + last <= once + 2 * (SLOTS + 2 * PIECE) * LENGTH
+
+
+@pytest.mark.parametrize("place", ["stage:1", "rename:0", "rename:2", "record"])
+def test_killed_while_it_writes(job: Faulty, undisturbed: Faulty, run, place: str) -> None:
+    """All results are durable by then, so nothing is computed again."""
+    job.kill(place)
+    assert resumed(job, run) == 0
+    assert_whole(job, undisturbed)
+
+
+def test_killed_while_it_puts_things_in_order(job: Faulty, undisturbed: Faulty, run) -> None:
+    """The output is whole; what has been removed of its pieces is all that is computed again."""
+    job.kill("clear:2")
+    kept = job.durable()
+    assert job.outcome() == undisturbed.outcome()
+    tokens = resumed(job, run)
+    assert tokens == undisturbed.summary()["completion_tokens"] - 20 * LENGTH - kept * LENGTH
+    assert_whole(job, undisturbed)
