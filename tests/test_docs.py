@@ -60,7 +60,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_flags_named_in_the_docs_exist() -> None:
     known = {option for parser in PARSERS for a in parser()._actions for option in a.option_strings}
-    for name in ("README.md", "docs/design.md", "docs/models.md", "docs/classification.md"):
+    pages = (f"docs/{page}.md" for page in ("design", "models", "classification", "reliability"))
+    for name in ("README.md", *pages):
         for flag in set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / name).read_text())):
             assert flag in known, f"{name} names {flag}"
 
