@@ -32,7 +32,7 @@ from beam_gemma.table_flags import sink_of, source_of
 from beam_gemma.tables import ReadTable
 from beam_gemma.task import Settings
 from beam_gemma.task_handler import TaskHandler, choose_device
-from beam_gemma.write_table import Columns, Output, WriteTable
+from beam_gemma.write_table import Columns, Output, Page, WriteTable
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 HandlerT = TypeVar("HandlerT", bound=TaskHandler)
@@ -120,7 +120,9 @@ def plan(
             max_cost_tokens=flags.max_cost_tokens,
         )
     )
-    done = _make_room(output.sink, source, flags)
+    if output.errors is not None:
+        _make_room("--errors", output.errors, source, flags)
+    done = _make_room("--output", output.sink, source, flags)
     return replace(job, preview=done, durable=pieces if flags.resume else None)
 
 
@@ -135,42 +137,56 @@ def _output(
     metadata = {**(source.schema.metadata or {}), **marks_of(facts)}
     schema = pa.schema([*source.schema, *results.in_files], metadata)
     sink = sink_of(flags.output, flags, options)
-    sink.check(schema)
+    errors = sink_of(flags.errors, flags, options) if flags.errors else None
+    for table in filter(None, (sink, errors)):
+        table.check(schema)
     return Output(
         sink=sink,
         layout=Layout.of(source, results.schema, num_shards=flags.num_shards),
         schema=schema,
         tasks=(results,),
         facts=facts,
-        errors=sink_of(flags.errors, flags, options) if flags.errors else None,
+        errors=errors,
+        report=flags.report,
         max_error_fraction=flags.max_error_fraction,
+        page=_page(flags),
     )
 
 
-def _make_room(sink: Sink, source: Source, flags: argparse.Namespace) -> str | None:
+def _page(flags: argparse.Namespace) -> Page | None:
+    if flags.report is None:
+        if flags.report_rows:
+            raise OptionsError(
+                f"--report_rows {flags.report_rows}: expected a --report to show them in, got none"
+            )
+        return None
+    return Page(flags.report, flags.report_rows)
+
+
+def _make_room(flag: str, sink: Sink, source: Source, flags: argparse.Namespace) -> str | None:
     """Make room for an output; return what there is to say where it is there already.
 
     Raises:
         OptionsError: something is there that the flags do not allow for.
     """
     earlier, is_unfinished = sink.earlier(), sink.is_unfinished()
-    if earlier in (*source.files, source.uri):
+    if both := [name for name in earlier if name in (*source.files, source.uri)]:
         raise OptionsError(
-            f"--output: expected other files than those of --input, got {earlier} in both"
+            f"{flag}: expected another table than that of --input, got {both[0]} in both"
         )
     if flags.resume:
         if earlier and not is_unfinished:
-            return f"{earlier}: the output is whole, so there is nothing to go on with\n"
+            return f"{sink.uri}: the output is whole, so there is nothing to go on with\n"
         return None
     if is_unfinished and not flags.overwrite:
         raise OptionsError(
-            f"--output: expected no unfinished job, got {sink.work}; go on with it by --resume or "
+            f"{flag}: expected no unfinished job, got {sink.work}; go on with it by --resume or "
             "begin anew by --overwrite"
         )
     if earlier and not (flags.overwrite or flags.append):
         remedy = "--append or --overwrite" if sink.can_append else "--overwrite"
         raise OptionsError(
-            f"--output: expected no earlier output, got {earlier}; choose another name or pass "
+            f"{flag}: expected no earlier output, got {earlier[0]}; choose another name or pass "
             f"{remedy}"
         )
     sink.clear()
