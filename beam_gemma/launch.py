@@ -252,7 +252,8 @@ def counters(result: PipelineResult) -> dict[str, int]:
     query = MetricsFilter().with_namespace(METRICS_NAMESPACE)
     for metric in result.metrics().query(query)["counters"]:
         name = metric.key.metric.name
-        counts[name] = counts.get(name, 0) + metric.result
+        # Of a counter at zero, portable runners say nothing.
+        counts[name] = counts.get(name, 0) + (metric.result or 0)
     return counts
 
 
