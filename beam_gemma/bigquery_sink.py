@@ -82,12 +82,12 @@ class BigQuerySink(Sink):
             project=open_client(project).project,
         )
 
-    def earlier(self) -> str | None:
+    def earlier(self) -> list[str]:
         """Return the name of the table if it has rows."""
         table = self._existing(open_client(self.project))
         if table is None or not (table.num_rows or table.streaming_buffer):
-            return None
-        return self.uri
+            return []
+        return [self.uri]
 
     def check(self, schema: pa.Schema) -> None:
         """Refuse a schema that BigQuery, or the table that is there, does not take.

@@ -37,17 +37,13 @@ class FileSink(Sink):
     @property
     def record_path(self) -> str:
         """The record of the run, written last: where it is, the output is whole."""
-        return f"{self.prefix}.run.json"
+        return f"{_hidden(self.prefix)}.run.json"
 
-    def shards(self) -> list[str]:
-        """Return the files that an earlier job has written here."""
+    def earlier(self) -> list[str]:
+        """Return the files that an earlier job has written here, in order."""
         name = re.compile(re.escape(self.prefix) + SHARD.pattern + re.escape(f".{self.format}"))
         found = match_files(f"{self.prefix}-*-of-*.{self.format}")
         return [path for path in found if name.fullmatch(path)]
-
-    def earlier(self) -> str | None:
-        """Return a file that an earlier job has written."""
-        return next(iter(self.shards()), None)
 
     def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
         """Rename the staged files, remove those of an earlier output, and write the record."""
@@ -65,7 +61,7 @@ class FileSink(Sink):
             FileSystems.rename(*map(list, zip(*left, strict=True)))
         if missing := [path for path in final if not FileSystems.exists(path)]:
             raise BeamIOError(f"{missing[0]}: expected a staged shard to become it, got none")
-        if old := sorted(set(self.shards()) - set(final)):
+        if old := sorted(set(self.earlier()) - set(final)):
             FileSystems.delete(old)
         with create(self.record_path) as stream:
             stream.write(json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -80,8 +76,14 @@ def open_sink(uri: str) -> FileSink:
     stem, _, suffix = uri.rpartition(".")
     for file_format in FORMATS:
         if suffix == file_format and stem.rpartition("/")[2]:
-            return FileSink(uri=uri, prefix=stem, format=file_format, work=f"{uri}.work")
+            return FileSink(uri=uri, prefix=stem, format=file_format, work=f"{_hidden(uri)}.work")
     raise OptionsError(f"{uri}: expected a name that ends in .parquet or .jsonl")
+
+
+def _hidden(path: str) -> str:
+    """Return a name beside a file's that readers of a folder of tables pass over."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}_{name}"
 
 
 @runtime_checkable

@@ -291,6 +291,19 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         help="prompt and completion tokens to compute; then the job stops, and --resume goes on "
         "(default: no limit)",
     )
+    add(
+        "--report",
+        metavar="FILE",
+        help="page to write about the run, as HTML with charts: lengths, tokens per second, "
+        "errors; it holds nothing of the rows (default: none)",
+    )
+    add(
+        "--report_rows",
+        type=count,
+        default=0,
+        metavar="N",
+        help="rows of the output to show in the report (default: %(default)s rows)",
+    )
     add("--verbose", action="store_true", help="log what the job does (default: warnings only)")
 
 

@@ -147,7 +147,6 @@ def _output(
         tasks=(results,),
         facts=facts,
         errors=errors,
-        report=flags.report,
         max_error_fraction=flags.max_error_fraction,
         page=_page(flags),
     )

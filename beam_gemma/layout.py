@@ -16,7 +16,7 @@ RUN_BITS = 10
 """Of positions that stay together where they are spread: runs of 1,024."""
 SHARD_BYTES = 256 << 20
 """About the most data of one shard, which one worker holds while it writes it."""
-SHARD_ROWS = 1_000_000
+SHARD_ROWS = 250_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

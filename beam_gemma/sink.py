@@ -22,8 +22,8 @@ class Sink(ABC):
     can_append: ClassVar[bool] = False
 
     @abstractmethod
-    def earlier(self) -> str | None:
-        """Return the name of an earlier output, in whole or in part."""
+    def earlier(self) -> list[str]:
+        """Return the names of an earlier output, in whole or in part."""
 
     def check(self, schema: pa.Schema) -> None:  # noqa: B027
         """Refuse a schema that cannot be written, before a job starts.

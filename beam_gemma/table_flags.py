@@ -50,7 +50,7 @@ def sink_of(uri: str, flags: argparse.Namespace, options: PipelineOptions) -> Si
         OptionsError: it cannot be written, or not so.
     """
     if not uri.startswith(SCHEME):
-        if flags.append:
+        if flags.append and uri == flags.output:
             raise OptionsError(
                 f"--append: expected a table of BigQuery to add rows to, got {uri}; choose a new "
                 "name, tables of many files are read by a pattern"

@@ -13,11 +13,13 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import AsIter, AsSingleton, PCollection
 from apache_beam.typehints.decorators import no_annotations
 
+from beam_gemma import jsonl
 from beam_gemma.batches import Grouped, Located, Tagged
 from beam_gemma.errors import BalanceError, FailuresError
-from beam_gemma.file_sink import ShardFile, stage
+from beam_gemma.file_sink import ShardFile, create, stage
 from beam_gemma.layout import Layout
 from beam_gemma.progress import METRICS_NAMESPACE
+from beam_gemma.report import render
 from beam_gemma.run_record import record_of
 from beam_gemma.shard import assembled
 from beam_gemma.sink import Sink
@@ -25,6 +27,14 @@ from beam_gemma.summary import Summary
 
 TABLE, NOTHING = -1, -2
 """What the batches of a shard are, beside results: rows of the table; none, so that it is there."""
+
+
+class Page(NamedTuple):
+    """A report to write."""
+
+    path: str
+    num_rows: int
+    """Rows of the output that it shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +53,8 @@ class Output:
     """Where failed rows go too."""
     max_error_fraction: float = 1.0
     """Of rows that fail; with more, nothing is published."""
+    page: Page | None = None
+    """What to draw of the run."""
 
 
 class Columns(NamedTuple):
@@ -69,6 +81,8 @@ class Staged(NamedTuple):
     errors_path: str | None
     summaries: list[Summary]
     """Of each task."""
+    shown: bytes
+    """Rows for the report, as JSON lines."""
 
 
 class WriteTable(beam.PTransform[Any, PCollection[str]]):
@@ -129,15 +143,18 @@ class _Stage(beam.DoFn):
         path, file = stage(output.sink, shard, output.schema)
         failures = _Failures(output, shard)
         summaries = [Summary() for _ in output.tasks]
+        shown = b""
+        num_shown = output.page.num_rows if output.page is not None and shard == 0 else 0
         wanted = output.layout.rows_of(shard)
         for batch, answers in assembled(rows, results, len(output.tasks), wanted):
             written = _with_results(batch, answers, output)
             file.write(written)
             failures.write(written)
+            shown = shown or jsonl.format_rows(written.slice(0, num_shown))
             _count(written, output.tasks)
             summaries = [total + Summary.of(a) for total, a in zip(summaries, answers, strict=True)]
         file.close()
-        yield Staged(shard, path, failures.close(), summaries)
+        yield Staged(shard, path, failures.close(), summaries, shown)
 
 
 class _Failures:
@@ -195,6 +212,10 @@ class _Publish(beam.DoFn):
             output.errors.clear()
         output.sink.publish([shard.path for shard in shards], record)
         output.sink.clear()
+        if output.page is not None:
+            with create(output.page.path) as stream:
+                rows = [json.loads(row) for row in shards[0].shown.splitlines()]
+                stream.write(render(record, rows).encode())
         yield json.dumps(record)
 
 

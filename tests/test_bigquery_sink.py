@@ -75,10 +75,10 @@ def table_of(uri):
 
 def test_rows_arrive_with_labels_and_a_record(uri, sink_of):
     sink = sink_of(uri)
-    assert sink.earlier() is None
+    assert sink.earlier() == []
     write(sink, ROWS)
     assert read(uri).sort_by("id").to_pydict() == ROWS.to_pydict()
-    assert sink.earlier() == uri
+    assert sink.earlier() == [uri]
     assert not FileSystems.exists(sink.work)
     table = table_of(uri)
     assert json.loads(table.description) == RECORD
@@ -158,7 +158,7 @@ def test_an_append_that_would_fail_is_refused_before_the_job(uri, sink_of, there
 def test_what_a_table_has_beside_the_columns_stays(uri, sink_of):
     there = "text STRING, more STRING, id INT64 NOT NULL"
     bigquery.Client().query_and_wait(f"CREATE TABLE {uri.removeprefix('bq://')} ({there})")
-    assert sink_of(uri).earlier() is None
+    assert sink_of(uri).earlier() == []
     schema = pa.schema([pa.field("id", pa.int64(), nullable=False), ("text", pa.string())])
     write(sink_of(uri, "append"), ROWS.cast(schema))
     assert [field.name for field in table_of(uri).schema] == ["text", "more", "id"]

@@ -38,13 +38,13 @@ def test_parquet_round_trip(tmp_path, num_shards):
     sink = open_sink(f"{tmp_path}/new/out.parquet")
     step = -(-200 // num_shards)
     paths = staged(sink, *(table.slice(i, step) for i in range(0, 200, step)))
-    assert names(tmp_path / "new") == ["out.parquet.work"]
+    assert names(tmp_path / "new") == ["_out.parquet.work"]
     sink.publish(paths, {"rows": 200})
     sink.clear()
     shards = [f"out-{i:05}-of-{num_shards:05}.parquet" for i in range(num_shards)]
-    assert names(tmp_path / "new") == [*shards, "out.run.json"]
-    assert json.loads((tmp_path / "new/out.run.json").read_text()) == {"rows": 200}
-    back = pa.concat_tables(map(pq.read_table, sink.shards()))
+    assert names(tmp_path / "new") == ["_out.run.json", *shards]
+    assert json.loads((tmp_path / "new/_out.run.json").read_text()) == {"rows": 200}
+    back = pa.concat_tables(map(pq.read_table, sink.earlier()))
     assert_same_schema(back.schema, RICH)
     assert text_of(back) == text_of(table)
     assert back["key"].to_pylist() == list(range(200))
@@ -92,14 +92,14 @@ def test_a_new_output_takes_the_place_of_the_old(tmp_path):
     others = ["out-00000-of-00002.jsonl", "out-more-00000-of-00001.parquet", "out-0-of-1.parquet"]
     for name in others:
         (tmp_path / name).touch()
-    assert sink.earlier() is None
+    assert sink.earlier() == []
     sink.publish(staged(sink, table, table), {"run": 1})
-    assert sink.earlier() == f"{tmp_path}/out-00000-of-00002.parquet"
+    assert sink.earlier()[0] == f"{tmp_path}/out-00000-of-00002.parquet"
     sink.publish(staged(sink, table.slice(1)), {"run": 2})
     sink.clear()
-    assert names(tmp_path) == sorted([*others, "out-00000-of-00001.parquet", "out.run.json"])
-    assert json.loads((tmp_path / "out.run.json").read_text()) == {"run": 2}
-    assert pq.read_table(sink.shards()[0]).num_rows == 3
+    assert names(tmp_path) == sorted([*others, "out-00000-of-00001.parquet", "_out.run.json"])
+    assert json.loads((tmp_path / "_out.run.json").read_text()) == {"run": 2}
+    assert pq.read_table(sink.earlier()[0]).num_rows == 3
     sink.clear()
 
 
@@ -109,10 +109,10 @@ def test_a_second_call_finds_what_the_first_has_done(tmp_path):
     paths = staged(sink, table, table)
     sink.publish(paths, {})
     sink.publish(paths, {})
-    assert len(sink.shards()) == 2
+    assert len(sink.earlier()) == 2
     with pytest.raises(BeamIOError, match=r"00000-of-00003.* expected a staged shard"):
         sink.publish([*paths, f"{sink.work}/staged/none"], {})
-    assert "out.run.json" not in names(tmp_path)
+    assert "_out.run.json" not in names(tmp_path)
 
 
 def test_after_a_kill_in_the_middle_new_shards_are_published(tmp_path, monkeypatch):
@@ -130,17 +130,17 @@ def test_after_a_kill_in_the_middle_new_shards_are_published(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         sink.publish(paths, {"run": 2})
     # The record is the mark of a whole output.
-    assert "out.run.json" not in names(tmp_path)
+    assert "_out.run.json" not in names(tmp_path)
     monkeypatch.setattr(file_sink.FileSystems, "rename", rename)
     sink.publish(staged(sink, table.slice(1), table.slice(2)), {"run": 2})
-    assert [pq.read_table(path).num_rows for path in sink.shards()] == [3, 2]
-    assert json.loads((tmp_path / "out.run.json").read_text()) == {"run": 2}
+    assert [pq.read_table(path).num_rows for path in sink.earlier()] == [3, 2]
+    assert json.loads((tmp_path / "_out.run.json").read_text()) == {"run": 2}
 
 
 def test_output_names():
     sink = open_sink("gs://b/dir/x.y.jsonl")
     assert (sink.prefix, sink.format) == ("gs://b/dir/x.y", "jsonl")
-    assert sink.work == "gs://b/dir/x.y.jsonl.work"
+    assert sink.work == "gs://b/dir/_x.y.jsonl.work"
     for name in ("out", "out.csv", "dir/.parquet", "dir/", ".parquet"):
         with pytest.raises(OptionsError, match=r"ends in \.parquet or \.jsonl"):
             open_sink(name)

@@ -68,7 +68,7 @@ def run(source, output, handler, *flags):
     answers = rows | Ask(handler, output.layout, num_rows=source.num_rows)
     _ = (rows, *answers) | WriteTable(output)
     counts = counters(pipeline.run())
-    return counts, pa.concat_tables(map(pq.read_table, output.sink.shards()))
+    return counts, pa.concat_tables(map(pq.read_table, output.sink.earlier()))
 
 
 @pytest.mark.parametrize("flags", [[], THREADS], ids=["in process", "threads"])
@@ -81,7 +81,7 @@ def test_files_to_files_keep_every_row_column_type_and_place(tmp_path, flags, nu
     assert back["key"].to_pylist() == list(range(300))
     assert text_of(back.select(RICH.names)) == text_of(table)
     assert_same_schema(back.schema, output.schema)
-    sizes = [pq.read_metadata(path).num_rows for path in output.sink.shards()]
+    sizes = [pq.read_metadata(path).num_rows for path in output.sink.earlier()]
     assert len(sizes) == num_shards
     assert max(sizes) - min(sizes) <= 1
     for text, made in zip(back["text"].to_pylist(), back["completion"].to_pylist(), strict=True):
@@ -112,10 +112,10 @@ def test_4096_rows_are_conserved_by_key_and_counted(tmp_path):
     assert (counts["written_ok"], counts["written_failed"]) == (4093, 3)
     assert back["key"].to_pylist() == list(range(4096))
     assert {row["key"] for row in back.to_pylist() if row["error"] is not None} == bad
-    apart = pa.concat_tables(map(pq.read_table, errors.shards()))
+    apart = pa.concat_tables(map(pq.read_table, errors.earlier()))
     assert_same_schema(apart.schema, output.schema)
     assert set(apart["key"].to_pylist()) == bad
-    record = json.loads((tmp_path / "out.run.json").read_text())
+    record = json.loads((tmp_path / "_out.run.json").read_text())
     assert record["rows"] == 4096
     assert record["tasks"][0]["results"]["failed"] == 3
     assert record["duplicate_rows"] == 2  # the rows without a text all fail alike
@@ -126,7 +126,7 @@ def test_without_failed_rows_their_table_is_empty(tmp_path):
     errors = open_sink(f"{tmp_path}/bad.parquet")
     source, output = job(tmp_path, errors=errors)
     run(source, output, FakeHandler(SETTINGS))
-    (path,) = errors.shards()
+    (path,) = errors.earlier()
     assert pq.read_table(path).num_rows == 0
 
 
@@ -173,13 +173,13 @@ def test_several_tasks_over_one_read(tmp_path):
     ]
     _ = (rows, *together(answers)) | WriteTable(output)
     pipeline.run()
-    back = pa.concat_tables(map(pq.read_table, output.sink.shards()))
+    back = pa.concat_tables(map(pq.read_table, output.sink.earlier()))
     assert back["key"].to_pylist() == list(range(100))
     for text, short, long in zip(
         *(back[n].to_pylist() for n in ("text", "short_completion", "long_completion")), strict=True
     ):
         assert (short, long) == (completion_of(text, 2), completion_of(text, 5))
-    assert len(json.loads((tmp_path / "out.run.json").read_text())["tasks"]) == 2
+    assert len(json.loads((tmp_path / "_out.run.json").read_text())["tasks"]) == 2
 
 
 def test_more_failures_than_allowed_publish_nothing(tmp_path):
@@ -188,7 +188,7 @@ def test_more_failures_than_allowed_publish_nothing(tmp_path):
     source, output = job(tmp_path, max_error_fraction=0.4)
     with pytest.raises(FailuresError, match=r"at most 0\.4 .*got 20 of 40: 20 x column 'text'"):
         run(source, output, FakeHandler(SETTINGS))
-    assert output.sink.shards() == []
+    assert output.sink.earlier() == []
 
 
 @pytest.mark.parametrize("lose", [True, False], ids=["lost", "doubled"])
@@ -205,7 +205,7 @@ def test_rows_that_are_lost_or_doubled_on_the_way_publish_nothing(tmp_path, monk
     monkeypatch.setattr(Layout, "split", careless)
     with pytest.raises(BalanceError, match="rows: expected"):
         run(source, output, FakeHandler(SETTINGS))
-    assert output.sink.shards() == []
+    assert output.sink.earlier() == []
 
 
 def test_results_that_are_lost_publish_nothing(tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_results_that_are_lost_publish_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ask, "spread", lambda *args: spread(*args).slice(1))
     with pytest.raises(BalanceError, match="results: expected one for each"):
         run(source, output, FakeHandler(SETTINGS))
-    assert output.sink.shards() == []
+    assert output.sink.earlier() == []
 
 
 def test_what_a_task_does_not_use_goes_around_it(tmp_path):
