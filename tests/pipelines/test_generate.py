@@ -77,6 +77,30 @@ def test_rows_in_rows_out(run, model, rows, tmp_path):
     assert results[2]["num_completion_tokens"] == len(results[2]["completion_token_ids"]) == 5
 
 
+def test_the_report_and_the_record_tell_no_row_unless_asked(run, model, rows, tmp_path):
+    flags = [
+        f"--model={model}", f"--input={rows}", "--prompt=say {text}", "--max_tokens=5",
+        "--ignore_eos",
+    ]  # fmt: skip
+    plain, shown = tmp_path / "a" / "plain.html", tmp_path / "shown.html"
+    assert run(*flags, f"--output={tmp_path}/a/x.jsonl", f"--report={plain}")[0] == 0
+    code, _, _ = run(
+        *flags, f"--output={tmp_path}/b/x.jsonl", f"--report={shown}", "--report_rows=3"
+    )
+    assert code == 0
+    record = json.loads(next((tmp_path / "a").glob("*.run.json")).read_text())
+    assert record["command"][-2:] == [f"--output={tmp_path}/a/x.jsonl", f"--report={plain}"]
+    assert record["timeline"]["completion_tokens"][-1] == 15
+    for text in (plain.read_text(), json.dumps(record)):
+        assert "say {text}" in text
+        assert "the cat" not in text
+        assert "in the hat" not in text
+    page = shown.read_text()
+    assert "the cat" in page
+    assert "in the hat" in page
+    assert "a tent" not in page
+
+
 def test_a_row_is_worth_the_same_however_it_is_run(run, model, rows, tmp_path):
     flags = [
         f"--model={model}", f"--input={rows}", "--prompt_column=text", "--max_tokens=6",
@@ -239,6 +263,7 @@ BAD = {
     "no sequences": ({"--max_num_seqs": "0"}, "max_num_seqs: expected at least 1"),
     "system without chat": ({"--system": "x"}, "pass --chat_template gemma"),
     "malformed chat template": ({"--chat_template": "BROKEN"}, "chat template: expected"),
+    "rows of no report": ({"--report_rows": "3"}, "expected a --report to show them in"),
     "clash": ({"--input": "CLASH"}, "'error': expected a table without it"),
     "malformed rows": ({"--input": "MALFORMED"}, "malformed.jsonl, line 2: expected a JSON object"),
 }
