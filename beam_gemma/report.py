@@ -42,7 +42,7 @@ p { margin: 1rem 0 0; max-width: 46rem } .faint { color: var(--faint); overflow-
 .figures dt { color: var(--faint); font-size: .85rem }
 .figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25 }
 .figures .bad { color: var(--bad) }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
   gap: 1.8rem 2.2rem }
 figure { margin: 0; min-width: 0 }
 svg { display: block; width: 100%; overflow: visible }
@@ -73,8 +73,8 @@ def render(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) ->
         record: What `run_record.record_of` has returned.
         rows: Of the output, to be shown in full; by default the page holds nothing of any row.
     """
-    title = " and ".join(f"{t['task']} with {_model(t)}" for t in record["tasks"])
-    title = title[:1].upper() + title[1:]
+    jobs = ", ".join(task["task"] for task in record["tasks"]).capitalize()
+    title = f"{jobs} with {', '.join(dict.fromkeys(map(_model, record['tasks'])))}"
     started = datetime.fromisoformat(record["started"])
     body = [
         f"<h1>{_text(title)}</h1>",
@@ -242,7 +242,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
             facts += _settings(value)
         elif name == "shots" and value:
             facts.append((name, f"{len(value):,}"))
-        elif value not in (None, False, [], ""):
+        elif value is not None and value is not False and value not in ([], ""):
             facts.append((name, str(value)))
     return facts
 

@@ -43,7 +43,7 @@ RECORD = {
             "settings": {
                 "prompt": "Say {text}",
                 "truncate": None,
-                "sampling": {"max_tokens": 16},
+                "sampling": {"max_tokens": 16, "temperature": 0.0},
                 "shots": [{"row": {"text": "secret"}, "label": 0}],
             },
             "results": SUMMARY.as_dict(),
@@ -119,7 +119,7 @@ def test_what_the_page_says():
         "stop 600 50.0 %",
         "prompt: expected <b> tokens, got N 150 75.0 %",
         "other reasons 20 10.0 %",
-        "max_tokens 16",
+        "max_tokens 16 temperature 0.0",
         "onnxruntime 9.8.7",
         "abc123",
         "python -m pipelines.generate --prompt 'Say {text}'",
@@ -152,7 +152,7 @@ def test_several_tasks():
         task("embed", Summary(rows=1200, prompt_tokens=5, prompt_lengths=Counter({5: 1200}))),
     ]
     text = text_of(changed(tasks=tasks))
-    assert "Generate with gemma-tiny and classify with gemma-tiny and embed" in text
+    assert "Generate, classify, embed with gemma-tiny " in text
     assert "good 900 75.0 %" in text
 
 
