@@ -68,7 +68,7 @@ def test_table_to_table(run, tmp_path, expected, dtype):
     code, out, _ = run("--text_column", "text", "--embedding_dtype", dtype)
     assert code == launch.SUCCESS
     assert "read 5 = ok 4 + failed 1 = written 5 rows" in out
-    [file] = (tmp_path / "out").iterdir()
+    [file] = (tmp_path / "out").glob("v-*")
     table = pq.read_table(file).sort_by("id")
     assert table.schema.field("embedding").type.value_type == pa.type_for_alias(dtype)
     results = table.to_pylist()
@@ -83,7 +83,7 @@ def test_json_lines_and_titles(run, tmp_path, two_sided):
     flags = ["--text_column", "text", "--title_column", "title", "--truncate_dim", "128"]
     code, _, _ = run(*flags, output="out/v.jsonl")
     assert code == launch.SUCCESS
-    [file] = (tmp_path / "out").iterdir()
+    [file] = (tmp_path / "out").glob("v-*")
     rows = {row["id"]: row for row in map(json.loads, file.read_text().splitlines())}
     theirs = encode(two_sided[0], ["title: x | text: the cat"])[:, :128]
     close([rows[0]["embedding"]], theirs / np.linalg.norm(theirs))

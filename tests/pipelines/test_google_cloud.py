@@ -162,7 +162,7 @@ def test_exported_rows_are_appended_or_replace_others(run, gcp, table, tiny_gemm
         (["--output={table}", "--temp_location=/tmp"], "--temp_location: expected a folder on gs"),
         (["--output={table}", "--query=SELECT 1"], "not allowed with argument --input"),
         (["--output=/tmp/x.parquet", "--read_method=EXPORT", "--input=x"], "a table of BigQuery"),
-        (["--output={input}", "--overwrite"], "expected other files than those of --input"),
+        (["--output={input}", "--overwrite"], "expected another table than that of --input"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, tiny_gemma3, flags, sentence):
