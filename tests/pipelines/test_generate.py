@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import beam_gemma
 from beam_gemma import launch
+from beam_gemma.artifact import Artifact
 from beam_gemma.session import Session
 from pipelines.generate import main
 from tests.tables import RICH, assert_same_schema, rich_table, text_of, write_parquet
@@ -137,6 +139,10 @@ def test_parquet_keeps_every_type(run, model, tmp_path):
     assert text_of(back.select(RICH.names)) == text_of(table)
     assert_same_schema(back.select(RICH.names).schema, RICH)
     assert back.schema.field("num_prompt_tokens").type == pa.int64()
+    marks = {key.decode(): value.decode() for key, value in back.schema.metadata.items()}
+    assert marks["beam_gemma.version"] == beam_gemma.__version__
+    assert marks["beam_gemma.models"] == f"{model} {Artifact.open(model).digest}"
+    assert len(marks["beam_gemma.settings_sha256"]) == 64
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
