@@ -26,6 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from beam_gemma.file_sink import open_sink
 from beam_gemma.launch import exit_code
 from beam_gemma.progress import METER
 from benchmarks.table import table
@@ -48,7 +49,7 @@ class Job:
     @property
     def work(self) -> Path:
         """Where what is not finished lies."""
-        return self.folder / "x.parquet.work"
+        return Path(open_sink(f"{self.folder}/x.parquet").work)
 
     def run(self, *more: str, until: Callable[[int], bool] = lambda _: False) -> int:
         """Run it, killed as soon as a condition holds; return the tokens that it computed."""

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_gemma import launch
+from beam_gemma.file_sink import FileSink, open_sink
 from pipelines.generate import main
 from tests.conftest import TinyModel
 
@@ -36,7 +37,16 @@ class Faulty:
     @property
     def work(self) -> Path:
         """Where what is not finished lies."""
-        return self.folder / "out" / "x.parquet.work"
+        return Path(self._sink.work)
+
+    @property
+    def record(self) -> Path:
+        """What is written last."""
+        return Path(self._sink.record_path)
+
+    @property
+    def _sink(self) -> FileSink:
+        return open_sink(f"{self.folder}/out/x.parquet")
 
     def flags(self, *more: str) -> list[str]:
         """Return the command line."""
@@ -84,12 +94,11 @@ class Faulty:
 
     def summary(self) -> dict[str, Any]:
         """Return what the record of the run says of the results."""
-        record = json.loads((self.folder / "out" / "x.run.json").read_text())
-        return record["tasks"][0]["results"]
+        return json.loads(self.record.read_text())["tasks"][0]["results"]
 
     def leftovers(self) -> list[str]:
         """Return what lies beside the output and is no part of it."""
-        whole = {*self.outcome(), "x.run.json"}
+        whole = {*self.outcome(), self.record.name}
         return [file.name for file in (self.folder / "out").iterdir() if file.name not in whole]
 
 

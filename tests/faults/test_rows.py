@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,7 +128,7 @@ def test_a_job_that_fails_wholesale_ends_early(job: Faulty, run) -> None:
 
 def test_a_budget_that_is_spent_goes_on(job: Faulty, undisturbed: Faulty, run) -> None:
     spent = 0
-    while not Path(f"{job.folder}/out/x.run.json").exists():
+    while not job.record.exists():
         resume = ["--resume"] if job.work.exists() else []
         before = job.durable()
         code, _, err = run(job.flags("--max_cost_tokens=2500", *resume))
