@@ -63,8 +63,10 @@ def by_group(groups: np.ndarray, batch: pa.RecordBatch) -> Iterator[tuple[int, p
         groups: [rows] the group of each row.
         batch: The rows.
     """
+    if not len(groups):
+        return
     order = np.argsort(groups, kind="stable")
     ordered = groups[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])[: len(ordered)]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     for start, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
         yield int(ordered[start]), batch.take(pa.array(order[start:end]))

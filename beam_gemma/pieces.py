@@ -168,10 +168,10 @@ class PieceWriter:
             rows = self._take()
             try:
                 write_piece(self._folder, pa.RecordBatch.from_pylist(rows, self._schema))
-            except StorageError as error:
+            except Exception as error:  # whatever it is, callers that wait must hear of it
                 with self._condition:
                     self._rows = rows + self._rows
-                    self._error = error
+                    self._error = _as_storage_error(error)
                     self._condition.notify_all()
             else:
                 with self._condition:
@@ -189,6 +189,16 @@ class PieceWriter:
     def _is_due(self) -> bool:
         enough = max(MIN_ROWS, min(MAX_ROWS, int(MAX_SHARE * self._num_written)))
         return len(self._rows) >= enough or self._num_written < self._num_wanted
+
+
+def _as_storage_error(error: Exception) -> StorageError:
+    if isinstance(error, StorageError):
+        return error
+    told = StorageError(
+        f"pieces: expected results that can be written, got {type(error).__name__}: {error}"
+    )
+    told.__cause__ = error
+    return told
 
 
 def _name(content: bytes) -> str:

@@ -1,7 +1,6 @@
 """What a job would do: a sample of its rows as prompts, without a model run."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -9,6 +8,7 @@ from beam_gemma.errors import RecordError
 from beam_gemma.examples import rows_of
 from beam_gemma.prompt_encoder import Prompt
 from beam_gemma.source import Source
+from beam_gemma.summary import reason_of
 from beam_gemma.task import Encoder
 
 SAMPLE_ROWS = 1000
@@ -51,8 +51,7 @@ def _encode(source: Source, encoder: Encoder) -> tuple[list[Prompt], Counter[str
             try:
                 prompts.append(encoder(row))
             except RecordError as error:
-                # Rows that fail alike differ in their figures.
-                reasons[re.sub(r"\d[\d,]*", "N", str(error))] += 1
+                reasons[reason_of(str(error))] += 1
     return prompts, reasons
 
 

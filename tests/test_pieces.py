@@ -27,7 +27,7 @@ from beam_gemma.pieces import (
 from beam_gemma.sampling import SamplingParams
 from tests.conftest import TinyModel
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 SCHEMA = pa.schema({"completion": pa.string(), "scores": pa.list_(pa.float64(), 2)})
 SETTINGS = GenerateSettings(prompt_column="text")
 LONG = 3600.0
@@ -263,3 +263,10 @@ def test_a_run_is_named_by_all_that_results_depend_on(
     monkeypatch.setattr(session, "NUMERICS", 0)
     others.append(run_digest(artifact, SETTINGS, "cpu"))
     assert len({one, *others}) == 6
+
+
+def test_a_result_that_cannot_be_written_is_heard_of(tmp_path: Path) -> None:
+    writer = PieceWriter(str(tmp_path), SCHEMA)
+    writer.add(key_of(1), {"completion": "\ud800", "scores": None})
+    with pytest.raises(StorageError, match="results that can be written, got UnicodeEncodeError"):
+        writer.flush()
