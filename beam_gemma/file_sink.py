@@ -112,8 +112,9 @@ def create(path: str) -> BufferedIOBase:
     if folder and not FileSystems.exists(folder):
         try:
             FileSystems.mkdirs(folder)
-        except BeamIOError:
-            # Another thread has made it, which is as good.
+        except OSError:
+            # Another thread has made it, which is as good. Of Beam's file systems the local one
+            # raises a bare OSError, the others its subclass BeamIOError.
             if not FileSystems.exists(folder):
                 raise
     stream: Any = FileSystems.create(path)  # which only Beam calls a BinaryIO

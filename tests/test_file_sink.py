@@ -144,3 +144,13 @@ def test_output_names():
     for name in ("out", "out.csv", "dir/.parquet", "dir/", ".parquet"):
         with pytest.raises(OptionsError, match=r"ends in \.parquet or \.jsonl"):
             open_sink(name)
+
+
+def test_a_folder_that_another_thread_makes_first_is_as_good(tmp_path, monkeypatch):
+    exists = iter([False, True])
+    monkeypatch.setattr(file_sink.FileSystems, "exists", lambda _: next(exists))
+    (tmp_path / "staged").mkdir()
+
+    file_sink.create(f"{tmp_path}/staged/file").close()
+
+    assert (tmp_path / "staged/file").is_file()
