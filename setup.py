@@ -11,6 +11,8 @@ WORKER = [
     "apache-beam[gcp]==2.77.0",
     "jaxtyping>=0.3",
     "jinja2>=3.1",
+    "jsonschema>=4.26",
+    "llguidance==1.9.1",
     "numpy>=2.0",
     "protobuf>=5",
     "psutil>=6",
