@@ -77,8 +77,7 @@ class ParquetSource(Source):
         with ThreadPoolExecutor() as pool:
             footers = map(_footer, paths) if limit is not None else pool.map(_footer, paths)
             for path, (found, metadata) in zip(paths, footers, strict=True):
-                schema = schema or found
-                _check_agreement(schema, found, path)
+                schema = found if schema is None else _agreed(schema, found, path)
                 left = metadata.num_rows if limit is None else limit - sum(files.values())
                 files[path] = min(metadata.num_rows, left)
                 num_bytes += _num_bytes(metadata, files[path])
@@ -180,12 +179,28 @@ def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
         raise OptionsError(f"{path}: expected a Parquet file, got: {error}") from error
 
 
-def _check_agreement(schema: pa.Schema, found: pa.Schema, path: str) -> None:
-    if not found.equals(schema):
-        raise OptionsError(
-            f"{path}: expected the columns of the files before it, got another "
-            f"{_difference(schema, found)}"
-        )
+def _agreed(schema: pa.Schema, found: pa.Schema, path: str) -> pa.Schema:
+    """Return columns that hold those of other files and of one more.
+
+    A column may be null, or has a type, where it is so in any of them.
+    """
+    if schema.names != found.names:
+        names = sorted(set(schema.names) ^ set(found.names))
+        what = f"set of columns: {', '.join(names)}" if names else "order of columns"
+        raise _disagreement(path, what)
+    fields = []
+    for ours, theirs in zip(schema, found, strict=True):
+        try:
+            (field,) = pa.unify_schemas([pa.schema([ours]), pa.schema([theirs])])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            what = f"type of {ours.name!r}: {theirs.type} for {ours.type}"
+            raise _disagreement(path, what) from error
+        fields.append(field)
+    return pa.schema(fields, schema.metadata)
+
+
+def _disagreement(path: str, what: str) -> OptionsError:
+    return OptionsError(f"{path}: expected the columns of the files before it, got another {what}")
 
 
 def _joined(schema: pa.Schema, partitions: pa.Schema, uri: str) -> pa.Schema:
@@ -196,14 +211,6 @@ def _joined(schema: pa.Schema, partitions: pa.Schema, uri: str) -> pa.Schema:
             where = "its files and its folders" if name in partitions.names else "its files, twice"
             raise OptionsError(f"{uri}: expected the column {name!r} once, got it in {where}")
     return joined
-
-
-def _difference(schema: pa.Schema, found: pa.Schema) -> str:
-    if schema.names != found.names:
-        names = sorted(set(schema.names) ^ set(found.names))
-        return f"set of columns: {', '.join(names)}" if names else "order of columns"
-    name = next(n for i, n in enumerate(schema.names) if not schema.field(i).equals(found.field(i)))
-    return f"type of {name!r}: {found.field(name).type} for {schema.field(name).type}"
 
 
 def _num_bytes(metadata: pq.FileMetaData, num_rows: int) -> int:

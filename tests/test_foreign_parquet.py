@@ -244,6 +244,34 @@ def test_odd_types(name, tmp_path):
     assert wanted.column(name).to_pylist() == table.column(name).to_pylist()
 
 
+def test_a_column_may_be_null_where_it_may_in_any_file(tmp_path):
+    kinds = [pa.int64(), pa.list_(pa.int64()), pa.struct([("x", pa.int64())])]
+    nullable = pa.schema([(str(i), kind) for i, kind in enumerate(kinds)])
+    strict = pa.schema(
+        [
+            pa.field("0", pa.int64(), nullable=False),
+            pa.field("1", pa.list_(pa.field("element", pa.int64(), nullable=False))),
+            pa.field("2", pa.struct([pa.field("x", pa.int64(), nullable=False)]), nullable=False),
+        ]
+    )
+    full = [{"0": 1, "1": [2], "2": {"x": 3}}]
+    empty = [{"0": None, "1": [None], "2": {"x": None}}]
+    for name, rows, schema in (("a", full, strict), ("b", empty, nullable), ("c", full, strict)):
+        pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / f"{name}.parquet")
+    table = read(tmp_path)
+    assert table.to_pylist() == full + empty + full
+    assert_kept(table, pa.Table.from_pylist(full + empty + full, nullable), tmp_path)
+
+
+def test_a_column_of_nulls_has_the_type_of_other_files(tmp_path):
+    for i, values in enumerate(([None, None], ["x", None], [None, None])):
+        kind = pa.string() if i == 1 else pa.null()
+        pq.write_table(pa.table({"a": pa.array(values, kind)}), tmp_path / f"{i}.parquet")
+    table = read(tmp_path)
+    assert table.schema.field("a").type == pa.string()
+    assert table.column("a").to_pylist() == [None, None, "x", None, None, None]
+
+
 def test_many_row_groups_and_files(tmp_path):
     for i in range(5):
         keys = pa.array(range(100 * i, 100 * i + 100))
