@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
-    "errors owner progress data_commons summary pulse charts keys batches",
+    "errors owner progress data_commons summary pulse charts keys batches language",
     "config embedding_config prompt report durable partitions",
     "signature tokenizer sampling jsonl prefix block_pool infill bigquery_client bigquery_schema",
     "sequence kv_cache artifact prompt_encoder source sink labels",
