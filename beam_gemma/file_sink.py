@@ -121,6 +121,26 @@ def create(path: str) -> BufferedIOBase:
     return stream
 
 
+def check_writable(flag: str, path: str) -> None:
+    """Refuse a name that no file can have; nothing of the attempt stays but its folder.
+
+    Raises:
+        OptionsError: a file beside it cannot be written, or it is a folder.
+    """
+    attempt = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        create(attempt).close()
+        FileSystems.delete([attempt])
+        is_folder = FileSystems.exists(f"{path}/")
+    except Exception as error:  # each storage has errors of its own
+        raise OptionsError(
+            f"{flag}: expected a file that can be written, got {type(error).__name__} at {path}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    if is_folder:
+        raise OptionsError(f"{flag}: expected a file that can be written, got the folder {path}")
+
+
 class _ParquetShard:
     """An open Parquet file that gathers batches into row groups."""
 

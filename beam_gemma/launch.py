@@ -19,6 +19,7 @@ from apache_beam.runners.runner import PipelineResult
 from beam_gemma.ask import Ask
 from beam_gemma.columns import check_columns
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
+from beam_gemma.file_sink import check_writable
 from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
 from beam_gemma.layout import Layout
 from beam_gemma.pieces import run_digest
@@ -120,6 +121,8 @@ def plan(
             max_cost_tokens=flags.max_cost_tokens,
         )
     )
+    if output.page is not None:
+        check_writable("--report", output.page.path)
     if output.errors is not None:
         _make_room("--errors", output.errors, source, flags)
     done = _make_room("--output", output.sink, source, flags)

@@ -9,7 +9,7 @@ from apache_beam.io.filesystem import BeamIOError
 
 from beam_gemma import file_sink
 from beam_gemma.errors import OptionsError
-from beam_gemma.file_sink import open_sink, stage
+from beam_gemma.file_sink import check_writable, open_sink, stage
 from beam_gemma.tables import open_source
 from tests.tables import RICH, assert_same_schema, rich_table, text_of
 
@@ -154,3 +154,20 @@ def test_a_folder_that_another_thread_makes_first_is_as_good(tmp_path, monkeypat
     file_sink.create(f"{tmp_path}/staged/file").close()
 
     assert (tmp_path / "staged/file").is_file()
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.html").mkdir()
+    for name in ("file/page.html", "folder.html"):
+        with pytest.raises(OptionsError, match=r"^--report: expected a file .* got .*\.html"):
+            check_writable("--report", f"{tmp_path}/{name}")
+    with pytest.raises(OptionsError, match=r"--report: .*nowhere://page\.html"):
+        check_writable("--report", "nowhere://page.html")
+    (tmp_path / "page.html").write_text("an earlier one")
+    check_writable("--report", f"{tmp_path}/page.html")
+    check_writable("--report", f"{tmp_path}/new/page.html")
+    assert (tmp_path / "page.html").read_text() == "an earlier one"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "file", "folder.html", "new", "page.html"
+    ]  # fmt: skip

@@ -270,6 +270,7 @@ BAD = {
     "system without chat": ({"--system": "x"}, "pass --chat_template gemma"),
     "malformed chat template": ({"--chat_template": "BROKEN"}, "chat template: expected"),
     "rows of no report": ({"--report_rows": "3"}, "expected a --report to show them in"),
+    "report in no folder": ({"--report": "PAGE"}, "--report: expected a file that can be"),
     "clash": ({"--input": "CLASH"}, "'error': expected a table without it"),
     "malformed rows": ({"--input": "MALFORMED"}, "malformed.jsonl, line 2: expected a JSON object"),
 }
@@ -290,6 +291,7 @@ def places(model, rows, tmp_path):
     return {
         "MODEL": model,
         "ROWS": rows,
+        "PAGE": f"{rows}/x.html",
         "OUT": f"{tmp_path}/out/x.jsonl",
         "CLASH": f"{tmp_path}/clash.jsonl",
         "MALFORMED": f"{tmp_path}/malformed.jsonl",
