@@ -16,6 +16,8 @@ from beam_gemma.flags import (
     count,
     flag_parser,
     prompt_settings,
+    text_of,
+    words_of,
 )
 from beam_gemma.policy import POLICIES, ModerateSettings, Policy
 from beam_gemma.questions import ClassifySettings, Shot
@@ -94,15 +96,8 @@ def _labels(flags: argparse.Namespace) -> tuple[str, ...]:
     if flags.label:
         return tuple(flags.label)
     if flags.labels_file:
-        return tuple(_text_of("labels_file", flags.labels_file).splitlines())
-    words = tuple(flags.labels.split(","))
-    for word in words:
-        if word != word.strip():
-            raise OptionsError(
-                f"--labels: expected words with a comma and no space between them, got {word!r}; "
-                "repeat --label for labels with spaces around them"
-            )
-    return words
+        return tuple(text_of("--labels_file", flags.labels_file).splitlines())
+    return words_of("--labels", flags.labels, "repeat --label for labels with spaces around them")
 
 
 def _shots(flags: argparse.Namespace, settings: ClassifySettings) -> tuple[Shot, ...]:
@@ -155,16 +150,7 @@ def _policies(name_or_file: str) -> tuple[Policy, ...]:
     path = Path(name_or_file)
     if name_or_file in POLICIES or not path.suffix:
         return (Policy(name=name_or_file),)
-    return (Policy(name=path.stem, guideline=_text_of("policy", name_or_file)),)
-
-
-def _text_of(flag: str, path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionsError(
-            f"--{flag} {path}: expected a text file that can be read, got an error: {error}"
-        ) from error
+    return (Policy(name=path.stem, guideline=text_of("--policy", name_or_file)),)
 
 
 def _add_labels(parser: argparse.ArgumentParser) -> None:

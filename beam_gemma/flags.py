@@ -5,9 +5,10 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import (
     DirectOptions,
     PipelineOptions,
@@ -123,13 +124,38 @@ def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
 def _chat_template(name_or_file: str | None) -> str | None:
     if name_or_file in (None, "gemma"):
         return name_or_file
+    return text_of("--chat_template", name_or_file)
+
+
+def text_of(flag: str, path: str) -> str:
+    """Return the text of a file that a flag names, on this machine or on gs://.
+
+    Raises:
+        OptionsError: it cannot be read.
+    """
     try:
-        return Path(name_or_file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        with FileSystems.open(path) as stream:
+            return stream.read().decode()
+    except (OSError, ValueError, BeamIOError) as error:
         raise OptionsError(
-            f"--chat_template {name_or_file}: expected gemma or a file that can be read, "
-            f"got an error: {error}"
+            f"{flag} {path}: expected a text file that can be read, got an error: {error}"
         ) from error
+
+
+def words_of(flag: str, text: str, remedy: str) -> tuple[str, ...]:
+    """Return words that commas part.
+
+    Raises:
+        OptionsError: there is white space around one, which may belong to it or not.
+    """
+    words = tuple(text.split(","))
+    for word in words:
+        if word != word.strip():
+            raise OptionsError(
+                f"{flag}: expected words with a comma and no space between them, got {word!r}; "
+                f"{remedy}"
+            )
+    return words
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
