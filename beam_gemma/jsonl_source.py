@@ -1,4 +1,7 @@
-"""Tables in files of JSON lines: all lines are looked at once at launch, for the types."""
+"""Tables in files of JSON lines: all lines are looked at once at launch, for the types.
+
+For a dry run the first are enough, so types that show further down are not known to it.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma import jsonl
 from beam_gemma.batches import Located
-from beam_gemma.source import BATCH_ROWS, Source, selected
+from beam_gemma.source import BATCH_ROWS, SAMPLE_ROWS, Source, selected
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +38,7 @@ class JsonlSource(Source):
     """With the columns that are not read."""
     files: tuple[str, ...]
     lines: tuple[Part, ...]
-    num_rows: int
+    num_rows: int | None
     num_bytes: int
     is_dense: bool = True
 
@@ -47,12 +50,24 @@ class JsonlSource(Source):
         *,
         limit: int | None = None,
         columns: tuple[str, ...] | None = None,
+        dry_run: bool = False,
     ) -> "JsonlSource":
         """Find the types of all columns; with a limit, from the lines that it needs.
+
+        Args:
+            uri: Of the table.
+            paths: Of its files, in order.
+            limit: Rows to read; None for all.
+            columns: To read; None for all.
+            dry_run: Whether only to look at the first lines. Such a source may have more rows than
+                it knows and reads.
 
         Raises:
             OptionsError: a line is not a JSON object, or the files do not make one table.
         """
+        is_sample = dry_run and limit is None
+        if is_sample:
+            limit = SAMPLE_ROWS
         schema = pa.schema([])
         parts: list[Part] = []
         files: list[str] = []
@@ -65,6 +80,7 @@ class JsonlSource(Source):
             num_rows += sum(part.num_rows for part in lines)
             files.append(path)
             parts += lines
+        is_part = is_sample and num_rows == limit
         schema = pa.schema([field.with_type(_settled(field.type)) for field in schema])
         return cls(
             uri=uri,
@@ -72,8 +88,8 @@ class JsonlSource(Source):
             file_schema=schema,
             files=tuple(files),
             lines=tuple(parts),
-            num_rows=num_rows,
-            num_bytes=sum(part.num_bytes for part in parts),
+            num_rows=None if is_part else num_rows,
+            num_bytes=_size(paths) if is_part else sum(part.num_bytes for part in parts),
         )
 
     def parts(self) -> list[Part]:
@@ -97,6 +113,14 @@ class JsonlSource(Source):
             if rows <= 0:
                 return
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+
+
+def _size(paths: Sequence[str]) -> int:
+    return sum(
+        file.size_in_bytes
+        for found in FileSystems.match(list(paths))
+        for file in found.metadata_list
+    )
 
 
 def _settled(kind: pa.DataType) -> pa.DataType:

@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from beam_gemma.errors import RecordError
 from beam_gemma.examples import rows_of
 from beam_gemma.prompt_encoder import Prompt
-from beam_gemma.source import Source
+from beam_gemma.source import SAMPLE_ROWS, Source
 from beam_gemma.summary import reason_of
 from beam_gemma.task import Encoder
 
-SAMPLE_ROWS = 1000
-"""Rows of the sample, from the first."""
 SHOWN_PROMPTS = 3
 SHOWN_REASONS = 3
 

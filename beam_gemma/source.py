@@ -14,6 +14,8 @@ from beam_gemma.errors import OptionsError, nearest
 BATCH_ROWS = 16_384
 BATCH_BYTES = 8 << 20
 """Most rows, and about the most bytes, that move through a pipeline together."""
+SAMPLE_ROWS = 1000
+"""The first rows, which are enough to look at a table by."""
 
 
 class Source(ABC):

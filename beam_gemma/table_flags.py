@@ -28,7 +28,9 @@ def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
                 f"--read_method {flags.read_method}: expected a table of BigQuery or a --query, "
                 f"got {flags.input}"
             )
-        return open_source(flags.input, limit=flags.limit, columns=flags.columns)
+        return open_source(
+            flags.input, limit=flags.limit, columns=flags.columns, dry_run=flags.dry_run
+        )
     export_to = cloud.temp_location if flags.read_method == "EXPORT" else None
     if flags.read_method == "EXPORT" and not (export_to or "").startswith("gs://"):
         raise OptionsError(

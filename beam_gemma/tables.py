@@ -21,7 +21,11 @@ WILDCARD = re.compile(r"[*?\[]")
 
 
 def open_source(
-    uri: str, *, limit: int | None = None, columns: tuple[str, ...] | None = None
+    uri: str,
+    *,
+    limit: int | None = None,
+    columns: tuple[str, ...] | None = None,
+    dry_run: bool = False,
 ) -> Source:
     """Find a table and read its schema.
 
@@ -31,12 +35,15 @@ def open_source(
             column.
         limit: Rows to read, in the order of the files; None for all.
         columns: To read; None for all.
+        dry_run: Whether the table is only to be looked at; the types of JSON lines are those of
+            the first.
 
     Raises:
         OptionsError: there is no such table or column, or the files do not make one table.
     """
     if uri.endswith(".jsonl"):
-        return JsonlSource.open(uri, _found(match_files(uri), uri), limit=limit, columns=columns)
+        paths = _found(match_files(uri), uri)
+        return JsonlSource.open(uri, paths, limit=limit, columns=columns, dry_run=dry_run)
     root, paths = _parquet_files(uri)
     return ParquetSource.open(uri, _found(paths, uri), root=root, limit=limit, columns=columns)
 

@@ -11,7 +11,7 @@ from apache_beam.io.filesystems import FileSystems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_gemma import jsonl, parquet_source
+from beam_gemma import jsonl, jsonl_source, parquet_source
 from beam_gemma.batches import RecordBatchCoder
 from beam_gemma.errors import OptionsError
 from beam_gemma.tables import ReadTable, open_source
@@ -145,6 +145,24 @@ def test_limit_of_json_lines(tmp_path):
     source = open_source(f"{tmp_path}/*.jsonl", limit=30)
     assert keys_of(source.head(7)) == list(range(7))
     assert sorted(keys_of(read(source))) == list(range(30))
+
+
+def test_a_dry_run_looks_at_the_first_json_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl_source, "SAMPLE_ROWS", 5)
+    for i in range(3):
+        write_lines(tmp_path / f"{i}.jsonl", [{"key": 3 * i + n} for n in range(3)])
+    with (tmp_path / "1.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    uri = f"{tmp_path}/*.jsonl"
+    source = open_source(uri, dry_run=True)
+    assert source.num_rows is None
+    assert source.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert keys_of(source.head(100)) == [0, 1, 2, 3, 4]
+    # What is asked for is looked at, and what is known is said.
+    assert open_source(uri, limit=6, dry_run=True).num_rows == 6
+    assert open_source(f"{tmp_path}/0.jsonl", dry_run=True).num_rows == 3
+    with pytest.raises(OptionsError, match="line 4"):
+        open_source(uri)
 
 
 def test_head_and_limit_read_only_what_they_need(folder, monkeypatch):
