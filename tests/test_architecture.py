@@ -14,14 +14,14 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches language",
-    "config embedding_config prompt report durable partitions",
+    "config embedding_config prompt report durable partitions subschema",
     "signature tokenizer sampling jsonl prefix block_pool infill bigquery_client bigquery_schema",
-    "sequence kv_cache artifact prompt_encoder source sink labels",
+    "sequence kv_cache artifact prompt_encoder source sink labels json_numbers",
     "parquet_source jsonl_source bigquery_source file_sink bigquery_sink layout model_folder",
-    "scheduler packing session examples task",
+    "scheduler packing session examples task json_values",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
-    "engine policy embed run_record supervision",
-    "tally",
+    "engine policy embed run_record supervision json_scalars",
+    "tally json_schema",
     "generate classify fewshot flags task_handler",
     "handlers",
     "transforms ask write_table table_flags",
@@ -104,6 +104,7 @@ def test_export_uses_only_the_seams() -> None:
         ("onnxruntime", {"session"}),
         ("sentencepiece", {"tokenizer"}),
         ("jinja2", {"prompt"}),
+        ("jsonschema", {"subschema"}),
         ("apache_beam", HOME_OF_BEAM),
     ],
 )

@@ -1,0 +1,147 @@
+"""Strings, numbers, constants: what a schema says of values that hold no others."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import pyarrow as pa
+
+from beam_gemma.json_numbers import MAX_DIGITS, Bound, decimals, integers
+from beam_gemma.json_values import Values, arrow_value, json_text, union
+from beam_gemma.language import (
+    ANY_CHAR,
+    Chars,
+    Concat,
+    Language,
+    Literal,
+    OneOf,
+    Repeat,
+    chars,
+    except_for,
+)
+from beam_gemma.subschema import OF_TYPE, Subschema
+
+KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string"}
+
+
+def _one_of(text: str) -> Chars:
+    return chars(*((ord(char), ord(char)) for char in text))
+
+
+CHARACTER = OneOf(
+    (
+        except_for(except_for(ANY_CHAR, chars((0, 0x1F))), _one_of('"\\')),
+        Concat((Literal("\\"), _one_of('"\\/bfnrt'))),
+    )
+)
+"""As JSON writes it within a string; of control characters only those with a short name."""
+QUOTE = Literal('"')
+
+
+def string(schema: Subschema) -> Values:
+    """Return strings of a format, of a pattern, or of some length."""
+    keywords = schema.keywords & OF_TYPE["string"]
+    schema.alone("minLength and maxLength", keywords - {"minLength", "maxLength"})
+    contents = Repeat(CHARACTER, *schema.counts("minLength", "maxLength"))
+    return _strings(contents, pa.string())
+
+
+def _strings(contents: Language, kind: pa.DataType) -> Values:
+    return Values(language=Concat((QUOTE, contents, QUOTE)), type=kind, kinds=frozenset({"string"}))
+
+
+def integer(schema: Subschema) -> Values:
+    """Return whole numbers of 64 bits."""
+    _places(schema)
+    return _numbers(schema, integers(*_bounds(schema)), pa.int64(), "whole number of 64 bits")
+
+
+def number(schema: Subschema) -> Values:
+    """Return decimals that are floats."""
+    expected = f"number of at most {MAX_DIGITS} digits"
+    return _numbers(schema, decimals(*_bounds(schema), _places(schema)), pa.float64(), expected)
+
+
+def _numbers(
+    schema: Subschema, language: Language | None, kind: pa.DataType, expected: str
+) -> Values:
+    if language is None:
+        raise schema.error(f"bounds with a {expected} between them", "none")
+    return Values(language=language, type=kind, kinds=frozenset({"number"}))
+
+
+def _bounds(schema: Subschema) -> tuple[list[Bound], list[Bound]]:
+    """Return where numbers begin, and where they end."""
+
+    def given(closed: str, opened: str) -> list[Bound]:
+        return [
+            Bound(_exact(schema[keyword]), is_open=keyword == opened)
+            for keyword in (closed, opened)
+            if keyword in schema.keywords
+        ]
+
+    return given("minimum", "exclusiveMinimum"), given("maximum", "exclusiveMaximum")
+
+
+def _places(schema: Subschema) -> int:
+    """Return the digits after the point that `multipleOf` leaves."""
+    if "multipleOf" not in schema.keywords:
+        return MAX_DIGITS
+    step = _exact(schema["multipleOf"])
+    places = len(str(step.denominator)) - 1
+    if step != Fraction(1, 10**places):
+        raise schema.inner("multipleOf").error("1, 0.1, 0.01 or so on", schema["multipleOf"])
+    return min(places, MAX_DIGITS)
+
+
+def _exact(number: int | float) -> Fraction:
+    """Return a number as it is written, not as a float holds it."""
+    return Fraction(str(number))
+
+
+def constants(schema: Subschema) -> list[Values]:
+    """Return each value of `enum`, or the one of `const`, that the other keywords accept."""
+    keyword = "enum" if "enum" in schema.keywords else "const"
+    place = schema.inner(keyword)
+    listed = place.schema if keyword == "enum" else [place.schema]
+    accepted = [value for value in listed if schema.accepts(value)]
+    if not accepted:
+        raise place.error("a value that the rest of the schema accepts", json_text(place.schema))
+    types = schema.types() if "type" in schema.keywords else []
+    is_decimal = any(isinstance(value, float) for value in accepted) or (
+        "number" in types and "integer" not in types
+    )
+    arrow_types = {
+        "null": pa.null(),
+        "boolean": pa.bool_(),
+        "number": pa.float64() if is_decimal else pa.int64(),
+        "string": pa.string(),
+    }
+    return [_constant(value, place, arrow_types) for value in accepted]
+
+
+def _constant(value: Any, place: Subschema, arrow_types: Mapping[str, pa.DataType]) -> Values:
+    kind = KINDS.get(type(value))
+    if kind is None:
+        raise place.error(
+            "strings, numbers, true, false or null", json_text(value), "; list what is within"
+        )
+    arrow_type = arrow_types[kind]
+    try:
+        pa.scalar(value if kind == "number" else arrow_value(value, arrow_type), arrow_type)
+    except (ValueError, OverflowError) as error:
+        raise place.error(f"values that {arrow_type} holds", json_text(value)) from error
+    return _single(value, kind, arrow_type)
+
+
+def _single(value: Any, kind: str, arrow_type: pa.DataType) -> Values:
+    return Values(
+        language=Literal(json_text(value)),
+        type=arrow_type,
+        kinds=frozenset({kind}),
+        listed=frozenset({value}),
+    )
+
+
+BOOLEAN = union([_single(value, "boolean", pa.bool_()) for value in (True, False)])
+NULL = _single(None, "null", pa.null())
