@@ -9,7 +9,7 @@ import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PBegin, PCollection
 
-from beam_gemma.batches import Located
+from beam_gemma.batches import Located, send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.jsonl_source import JsonlSource
 from beam_gemma.parquet_source import ParquetSource
@@ -57,6 +57,7 @@ class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
 
     def expand(self, pbegin: PBegin) -> PCollection[Located]:
         """Apply the transform."""
+        send_whole()
         return (
             pbegin
             | "Parts" >> beam.Create(self._source.parts(), reshuffle=False)

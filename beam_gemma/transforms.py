@@ -9,6 +9,7 @@ from apache_beam.ml.inference.base import PredictionResult, RunInference
 from apache_beam.pvalue import PCollection, Row
 from apache_beam.typehints.row_type import RowTypeConstraint
 
+from beam_gemma.batches import send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import as_mapping
 from beam_gemma.handlers import GemmaClassifyModelHandler, GemmaEmbedModelHandler, GemmaModelHandler
@@ -45,6 +46,7 @@ class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
 
     def expand(self, rows: PCollection[Any]) -> PCollection[Any]:
         """Apply the transform."""
+        send_whole()
         schema = self._handler.settings.result_schema
         input_type, output_type = _types(rows.element_type, schema)
         return (
