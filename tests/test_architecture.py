@@ -14,9 +14,9 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches language",
-    "config embedding_config prompt report durable partitions subschema",
+    "config embedding_config prompt report durable partitions subschema places",
     "signature tokenizer sampling jsonl prefix block_pool infill bigquery_client bigquery_schema",
-    "sequence kv_cache artifact prompt_encoder source sink labels json_numbers",
+    "sequence kv_cache artifact prompt_encoder source sink labels json_numbers automaton",
     "parquet_source jsonl_source bigquery_source file_sink bigquery_sink layout model_folder",
     "scheduler packing session examples task json_values",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
