@@ -49,8 +49,8 @@ class BigQuerySource(Source):
     project: str
     """Which one pays for reading."""
     limit: int | None = None
-    export_to: str | None = None
-    """Folder on Cloud Storage; None reads from BigQuery's storage."""
+    copies: str | None = None
+    """Folder on Cloud Storage to export to; None reads from BigQuery's storage."""
     is_dense: bool = False
 
     @classmethod
@@ -136,8 +136,10 @@ class BigQuerySource(Source):
         schema = _selected(table.schema, columns, uri)
         if limit is not None:
             export_to = None
+        copies = None
         if export_to is not None:
             _check_export(schema, uri)
+            copies = FileSystems.join(export_to, f"beam-gemma-export-{uuid.uuid4().hex}")
         # What has been streamed in of late is read, but not counted yet.
         num_rows = None if table.streaming_buffer else table.num_rows
         if limit is not None and num_rows is not None:
@@ -150,7 +152,7 @@ class BigQuerySource(Source):
             table=table.reference,
             project=project,
             limit=limit,
-            export_to=export_to,
+            copies=copies,
         )
 
     def parts(self) -> list[Part]:
@@ -160,13 +162,13 @@ class BigQuerySource(Source):
     def split(self, part: Part) -> Iterator[Part]:
         """Return the streams of a new read session, or the files of a new export."""
         del part  # the whole table
-        names = self._streams() if self.export_to is None else self._export(self.export_to)
+        names = self._streams() if self.copies is None else self._export(self.copies)
         for number, name in enumerate(names):
             yield Part(name=name, number=number)
 
     def read(self, part: Part) -> Iterator[Located]:
         """Return the rows of a stream or a file."""
-        read = _read_stream if self.export_to is None else _read_file
+        read = _read_stream if self.copies is None else _read_file
         schema = self.schema.remove_metadata()
         position = part.number << ROW_BITS
         end = None if self.limit is None else position + self.limit
@@ -210,7 +212,8 @@ class BigQuerySource(Source):
 
     def _export(self, folder: str) -> list[str]:
         assert self.table is not None
-        pattern = FileSystems.join(folder, f"beam-gemma-export-{uuid.uuid4().hex}", "*.parquet")
+        # A retry exports anew.
+        pattern = FileSystems.join(folder, uuid.uuid4().hex, "*.parquet")
         config = bigquery.ExtractJobConfig(
             destination_format=bigquery.DestinationFormat.PARQUET,
             compression=bigquery.Compression.ZSTD,

@@ -152,6 +152,7 @@ def _output(
         errors=errors,
         max_error_fraction=flags.max_error_fraction,
         page=_page(flags),
+        copies=source.copies,
     )
 
 

@@ -46,12 +46,21 @@ class Sink(ABC):
 
     def is_unfinished(self) -> bool:
         """Return whether an earlier job has left something to go on with."""
-        # A folder of an object store is there only by what is in it.
-        (files,) = FileSystems.match([f"{self.work}/**"], limits=[1])
-        return FileSystems.exists(self.work) or bool(files.metadata_list)
+        return _is_there(self.work)
 
     def clear(self) -> None:
         """Remove what is not finished."""
-        if self.is_unfinished():
-            # Beam takes the name of a local folder as it is, and a prefix of objects with a slash.
-            FileSystems.delete([f"{self.work}/" if "://" in self.work else self.work])
+        delete_folder(self.work)
+
+
+def delete_folder(folder: str) -> None:
+    """Delete a folder and all that is in it, if it is there."""
+    if _is_there(folder):
+        # Beam takes the name of a local folder as it is, and a prefix of objects with a slash.
+        FileSystems.delete([f"{folder}/" if "://" in folder else folder])
+
+
+def _is_there(folder: str) -> bool:
+    # A folder of an object store is there only by what is in it.
+    (files,) = FileSystems.match([f"{folder}/**"], limits=[1])
+    return FileSystems.exists(folder) or bool(files.metadata_list)

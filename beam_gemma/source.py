@@ -34,6 +34,8 @@ class Source(ABC):
     """Whether positions are the numbers from 0 up to that of the rows."""
     files: tuple[str, ...] = ()
     """What is read, where that is files."""
+    copies: str | None = None
+    """Folder of what is copied to be read; it may go when all has been read."""
 
     @abstractmethod
     def parts(self) -> list[Any]:

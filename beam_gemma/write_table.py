@@ -22,7 +22,7 @@ from beam_gemma.progress import METRICS_NAMESPACE
 from beam_gemma.report import render
 from beam_gemma.run_record import record_of
 from beam_gemma.shard import assembled
-from beam_gemma.sink import Sink
+from beam_gemma.sink import Sink, delete_folder
 from beam_gemma.summary import Summary
 
 TABLE, NOTHING = -1, -2
@@ -55,6 +55,8 @@ class Output:
     """Of rows that fail; with more, nothing is published."""
     page: Page | None = None
     """What to draw of the run."""
+    copies: str | None = None
+    """Folder of what was copied to be read; it goes when the output is there."""
 
 
 class Columns(NamedTuple):
@@ -212,6 +214,8 @@ class _Publish(beam.DoFn):
             output.errors.clear()
         output.sink.publish([shard.path for shard in shards], record)
         output.sink.clear()
+        if output.copies is not None:
+            delete_folder(output.copies)
         if output.page is not None:
             with create(output.page.path) as stream:
                 rows = [json.loads(row) for row in shards[0].shown.splitlines()]

@@ -143,7 +143,9 @@ def test_exported_rows_are_appended_or_replace_others(run, gcp, table, tiny_gemm
         f"--output={gcp.table(name)}",
         f"--input={gcp.table(table)}", "--read_method=EXPORT", "--columns=id,text",
     ]  # fmt: skip
+    before = match_files(f"{gcp.bucket}/tmp/**")
     assert run(generate, *flags)[0] == 0
+    assert match_files(f"{gcp.bucket}/tmp/**") == before  # the export is gone
     first = rows_of(name)
     code, _, stderr = run(generate, *flags)
     assert code == launch.USAGE
