@@ -97,9 +97,8 @@ def _alternatives(schema: Subschema, keyword: str) -> Values:
         for (_, one), (place, other) in combinations(zip(places, options, strict=True), 2):
             if may_share(one, other):
                 raise place.error(
-                    "another type than those before it, or another constant for a required "
-                    "property",
-                    "an option that may share values with one of them",
+                    "no value of an option before it, by its type or by a required constant",
+                    "values that may be of both",
                     "; take anyOf",
                 )
     return _union(options, schema)
@@ -128,8 +127,11 @@ def _tuple(schema: Subschema, least: int, most: int | None) -> Values:
     num_items = len(schema["prefixItems"])
     if schema.get("items"):
         raise schema.inner("items").error("no items beside prefixItems", "some", "; leave them out")
-    if num_items < least or (most is not None and num_items > most):
-        raise schema.error(f"{num_items} items, as many as prefixItems", f"{least} to {most}")
+    expected = f"{num_items} items, as many as prefixItems"
+    if num_items < least:
+        raise schema.error(expected, f"{least} at least")
+    if most is not None and num_items > most:
+        raise schema.error(expected, f"{most} at most")
     options = [_column(schema.inner("prefixItems", index)) for index in range(num_items)]
     first, *others = (option.language for option in options)
     behind = (Concat((COMMA, other)) for other in others)
@@ -210,22 +212,28 @@ def _members(members: Sequence[tuple[Language, bool]]) -> Language:
     """Return members with commas between them; those that are not required may be missing."""
     anchor = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
     if anchor is None:
-        return optional(_some([member for member, _ in members]))
+        return optional(_some([(member, _behind(member, False)) for member, _ in members]))
     before = (optional(Concat((member, COMMA))) for member, _ in members[:anchor])
-    after = (
-        Concat((COMMA, member)) if is_required else optional(Concat((COMMA, member)))
-        for member, is_required in members[anchor + 1 :]
-    )
+    after = (_behind(member, is_required) for member, is_required in members[anchor + 1 :])
     return Concat((*before, members[anchor][0], *after))
 
 
-def _some(members: Sequence[Language]) -> Language:
-    """Return at least one of some members: of n log n members in all, not of n squared."""
+def _behind(member: Language, is_required: bool) -> Language:
+    """Return a member behind others."""
+    behind = Concat((COMMA, member))
+    return behind if is_required else optional(behind)
+
+
+def _some(members: Sequence[tuple[Language, Language]]) -> Language:
+    """Return at least one of some members: a tree of n log n of them, not of n squared.
+
+    Args:
+        members: Each as it comes first, and as it may come behind others.
+    """
     if len(members) == 1:
-        return members[0]
+        return members[0][0]
     first, second = members[: len(members) // 2], members[len(members) // 2 :]
-    more = (optional(Concat((COMMA, member))) for member in second)
-    return OneOf((Concat((_some(first), *more)), _some(second)))
+    return OneOf((Concat((_some(first), *(behind for _, behind in second))), _some(second)))
 
 
 _OF_TYPE: dict[str, Callable[[Subschema], Values]] = {
