@@ -23,9 +23,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from beam_gemma.errors import RecordError
+from beam_gemma.guide import Mask, MaskMaker
 from beam_gemma.kv_cache import KVCache
+from beam_gemma.next_token import draw, draw_within, wants_logits
 from beam_gemma.packing import pack
-from beam_gemma.sampling import SamplingParams, needs_logits, sample
+from beam_gemma.sampling import SamplingParams
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Status, Step
 from beam_gemma.session import ScoreOutput, StepOutput
@@ -77,6 +80,7 @@ class Executor:
         self._cache = cache
         self._scheduler = scheduler
         self._on_run = on_run
+        self._mask_maker = MaskMaker()
         self._finished: list[Finished] = []
         self._failed: list[Finished] = []  # since a run last succeeded
 
@@ -107,8 +111,9 @@ class Executor:
             return
         signature = self._session.signature
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
-        with_logits = any(needs_logits(s.request.params, signature.candidates) for s in rows)
+        with_logits = any(wants_logits(s, signature.candidates) for s in rows)
         feeds = self._feeds(step)
+        masks = self._begin_masks(rows)
         try:
             output = self._session.run(feeds, with_logits=with_logits)
         except Exception as error:  # a device may raise anything; only the rows at fault may end
@@ -119,17 +124,24 @@ class Executor:
             self._on_run(step, 0)
             self._score(step, _scores(feeds, output))
             return
-        self._on_run(step, len(rows))
+        self._on_run(step, _num_completion_tokens(step))
         for sequence, num_new_tokens in step:
             sequence.num_computed_tokens += num_new_tokens
         if rows:
-            self._choose(rows, output)
+            self._choose(rows, output, masks())
 
     def _feeds(self, step: Step) -> dict[str, np.ndarray]:
         """Return the inputs of a step, all blocks of which are finite from here on."""
         for group, blocks in self._cache.take_unclean().items():
             self._session.zero_blocks(group, blocks)
         return pack(step, self._session.signature, self._cache)
+
+    def _begin_masks(self, rows: list[Sequence]) -> Callable[[], dict[Sequence, Mask]]:
+        """Have the masks of constrained rows made while the model runs; return how to get them."""
+        guides = {row: row.guide for row in rows if row.guide is not None}
+        if not guides:
+            return dict
+        return self._mask_maker.begin(guides).result
 
     def _settle(self) -> None:
         """Let go of failed rows: they were at fault, not the device."""
@@ -166,7 +178,9 @@ class Executor:
         self._cache.wipe(sequence.slot, sequence.num_computed_tokens + middle)
         return [((sequence, middle),), ((sequence, num_new_tokens - middle),)]
 
-    def _choose(self, rows: list[Sequence], output: StepOutput) -> None:
+    def _choose(
+        self, rows: list[Sequence], output: StepOutput, masks: Mapping[Sequence, Mask]
+    ) -> None:
         """Give each row its next token."""
         best = zip(output.topk_ids[:, 0].tolist(), output.topk_logits[:, 0].tolist(), strict=True)
         probabilities = iter(output.top_probability.tolist())
@@ -177,8 +191,10 @@ class Executor:
                 continue
             sequence.isolated = False
             logit = top_logit
-            if sequence.request.params.temperature > 0:
-                token_id, logit = _draw(sequence, output, row)
+            if sequence in masks:
+                token_id, logit = draw_within(sequence, output, row, masks[sequence])
+            elif sequence.request.params.temperature > 0:
+                token_id, logit = draw(sequence, output, row)
             self._accept(sequence, token_id, logit - top_logit + math.log(probability))
 
     def _score(self, step: Step, scores: list[float]) -> None:
@@ -216,6 +232,9 @@ class Executor:
         """Append a token, and finish the sequence if it ends with it."""
         try:
             finish_reason: FinishReason | None = sequence.accept(token_id, logprob)
+        except RecordError as error:
+            self._finish(sequence, failure(str(error)))
+            return
         except Exception as error:  # the record boundary: should_stop belongs to one request
             self._finish(sequence, failure(f"should_stop: {type(error).__name__}: {error}"))
             return
@@ -244,14 +263,6 @@ def _scores(feeds: Mapping[str, np.ndarray], output: ScoreOutput) -> list[float]
     return (output.target_logits - normalizers[feeds["target_rows"]]).tolist()
 
 
-def _draw(sequence: Sequence, output: StepOutput, row: int) -> tuple[int, float]:
-    """Return a sampled row's next token and its logit."""
-    request = sequence.request
-    logits, ids = output.topk_logits[row], output.topk_ids[row]
-    if needs_logits(request.params, len(ids)):
-        assert output.logits is not None
-        logits, ids = output.logits[row], np.arange(output.logits.shape[1])
-    position = len(sequence.token_ids)
-    token_id = sample(request.params, logits, ids, key=request.sampling_key, position=position)
-    logit = logits[np.flatnonzero(ids == token_id)[0]]
-    return token_id, float(logit)
+def _num_completion_tokens(step: Step) -> int:
+    """Return how many tokens completions gain by a step: those it chooses, and those forced."""
+    return sum(s.num_pending_tokens == n if s.is_prefilling else n for s, n in step)

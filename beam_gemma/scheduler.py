@@ -5,9 +5,9 @@ once the present one has been admitted: rows with a common prefix together, then
 that what starts last has the least left to do and the end of a job keeps its slots full.
 
 Steps. Prefill (parts of prompts) comes first while a slot is free, which keeps decode (one token of
-every running sequence) full. On the CPU, attention pads each sequence to whole tiles, so rows join
-a step only while most of its area is real. Decode rows seldom meet that beside a prompt; where they
-do, and on CUDA, they run with it.
+every running sequence, and those that its constraint forces to follow) full. On the CPU, attention
+pads each sequence to whole tiles, so prompts join a step only while most of its area is real.
+Decode rows seldom meet that beside a prompt; where they do, and on CUDA, they run with it.
 
 Memory. A sequence is admitted when blocks are free for all tokens that it has, and one more for
 each running sequence. Where a running sequence finds none for its next token, the newest one is
@@ -29,7 +29,7 @@ from beam_gemma.errors import PromptTooLongError, RecordError
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.prefix import PrefixChain
 from beam_gemma.sequence import Request, Sequence, Status, Step
-from beam_gemma.signature import QUERY_TILE, Signature
+from beam_gemma.signature import QUERY_TILE, Signature, blocks_for
 
 MAX_PADDED_SHARE = 1.5
 """Limit of a step's padded area, relative to its real tokens."""
@@ -80,6 +80,12 @@ class Scheduler:
         """
         self._check_prompt(request)
         num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+        shortest = request.constraint.num_shortest if request.constraint else 0
+        if max_tokens < shortest:
+            raise RecordError(
+                f"max_tokens: expected at least {shortest:,}, the tokens of a shortest text that "
+                f"is valid, got {max_tokens:,}"
+            )
         num_tokens, limit = num_prompt_tokens + max_tokens, self._signature.max_model_len
         wanted = f"prompt of {num_prompt_tokens:,} tokens with max_tokens {max_tokens:,}"
         if num_tokens > limit:
@@ -107,10 +113,10 @@ class Scheduler:
     def schedule(self) -> Step:
         """Return the next step, with cache blocks in place; empty if nothing is left to run."""
         step = self._go_on_with_prompts()
-        decoding = [s for s in self._running if not s.is_prefilling]
+        decoding = self._go_on_with_completions([s for s in self._running if not s.is_prefilling])
         self._admit_into(step)
-        if not step or self._may_decode_beside(step, len(decoding)):
-            step += [(s, 1) for s in decoding if self._extend(s, 1)]
+        if not step or self._may_decode_beside(step, [n for _, n in decoding]):
+            step += [(s, n) for s, n in decoding if self._extend(s, n)]
         return tuple(step)
 
     def finish(self, sequence: Sequence, *, clean: bool = True) -> None:
@@ -171,6 +177,16 @@ class Scheduler:
                 step.append((sequence, chunk))
         return step
 
+    def _go_on_with_completions(self, decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Return what each completion has to compute: one token, and those forced after it."""
+        room = self._max_num_batched_tokens - len(decoding)
+        step = []
+        for sequence in decoding:
+            num_forced = min(sequence.num_pending_tokens - 1, room)
+            room -= num_forced
+            step.append((sequence, 1 + num_forced))
+        return step
+
     def _admit_into(self, step: list[tuple[Sequence, int]]) -> None:
         """Add waiting sequences to a step while they fit; beside others, only whole."""
         while self._cache.num_free_slots and (sequence := self._next_waiting()):
@@ -216,13 +232,15 @@ class Scheduler:
             self._arrived = []
         return self._waiting[0] if self._waiting else None
 
-    def _may_decode_beside(self, step: list[tuple[Sequence, int]], num_decoding: int) -> bool:
-        """Return whether all decode rows fit beside prompts, and no one has to make room."""
+    def _may_decode_beside(self, step: list[tuple[Sequence, int]], decoding: list[int]) -> bool:
+        """Return whether decode rows of these lengths fit beside prompts, and none makes room."""
+        size = self._signature.block_size
+        num_blocks = sum(blocks_for(n + size - 1, size) for n in decoding)
         have_blocks = all(
-            self._cache.num_free_blocks(state.group) >= num_decoding
+            self._cache.num_free_blocks(state.group) >= num_blocks
             for state in self._signature.paged_states
         )
-        lengths = [n for _, n in step] + [1] * num_decoding
+        lengths = [n for _, n in step] + decoding
         return have_blocks and self._fits(lengths) and not step[0][0].isolated
 
     def _fits(self, lengths: list[int]) -> bool:

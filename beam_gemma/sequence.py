@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.guide import Constraint, Guide
 from beam_gemma.prefix import PrefixChain
 from beam_gemma.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
+MAX_FORCED_TOKENS = 15
+"""Tokens that may follow a chosen one without being chosen, in one step; with it, a block."""
 
 
 class Status(enum.Enum):
@@ -36,6 +39,8 @@ class Request:
     """Names the row in draws: the same key, seed and prompt give the same completion."""
     should_stop: Callable[[int], bool] | None = None
     """Called with each new token id in order; True ends the sequence, which keeps that token."""
+    constraint: Constraint | None = None
+    """The language that the completion must be of; it ends with it."""
     logprob: bool = False
     """Whether to sum up the completion's log-probabilities."""
     spans: tuple[tuple[int, int], ...] = ()
@@ -47,6 +52,11 @@ class Request:
     """Whether scores are log-probabilities; else they are logits, which take less work."""
 
     def __post_init__(self) -> None:
+        if self.constraint is not None and (self.should_stop or self.params.ignore_eos):
+            raise OptionsError(
+                f"request {self.request_id!r}: expected a constraint, or should_stop and "
+                "ignore_eos, got both; a constraint alone says where a completion ends"
+            )
         positions = [position for position, _ in self.targets]
         last = len(self.prompt_token_ids) - 1
         if positions and not (
@@ -75,7 +85,8 @@ class Completion:
     finish_reason: FinishReason
     logprob: float | None
     """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included; None
-    unless the request asked for it."""
+    unless the request asked for it. The model alone counts, without a constraint; tokens that a
+    constraint forced were not chosen."""
     error: str | None = None
     scores: tuple[float, ...] = ()
     """Log-probability of each target, or its logit where the request asked for no more."""
@@ -98,6 +109,8 @@ class Sequence:
     """Leading tokens that the caches hold, those included."""
     isolated: bool = False
     """Whether it runs in steps of its own, on blocks of its own, until it has its next token."""
+    guide: Guide | None = None
+    """Where in the language of its constraint the completion is."""
     logprob: float = 0.0
     scores: list[float] = field(default_factory=list)
     """Of the targets so far; those of a preempted sequence are written again."""
@@ -107,11 +120,21 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        if self.request.constraint is not None:
+            self.guide = self.request.constraint.start()
+            # Its first tokens may be certain; they are computed with the prompt.
+            self.token_ids += self.guide.take_forced(self.num_tokens_left)
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens by which the completion may still grow."""
+        num_tokens = len(self.token_ids) - self.num_prompt_tokens
+        return self.request.params.max_tokens - num_tokens
 
     @property
     def num_reusable_tokens(self) -> int:
@@ -127,8 +150,11 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """Whether part of the prompt, or of what a preemption undid, is not computed yet."""
-        num_given = max(self.num_prompt_tokens, len(self.token_ids) - 1)
-        return self.isolated or self.num_computed_tokens < num_given
+        return (
+            self.isolated
+            or self.num_computed_tokens < self.num_prompt_tokens
+            or self.num_pending_tokens > 1 + MAX_FORCED_TOKENS
+        )
 
     def chunk(self, start: int, limit: int) -> int:
         """Return how much of the tokens from `start` on to compute in one step, at most `limit`.
@@ -171,9 +197,13 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.request.should_stop is not None and self.request.should_stop(token_id):
             return "stop"
-        if len(self.token_ids) - self.num_prompt_tokens == self.request.params.max_tokens:
-            return "length"
-        return None
+        if self.guide is not None:
+            self.guide.take(token_id)
+            left = self.num_tokens_left
+            self.token_ids += self.guide.take_forced(left, limit=MAX_FORCED_TOKENS)
+            if self.guide.is_final:
+                return "stop"
+        return "length" if self.num_tokens_left == 0 else None
 
     def _span_around(self, position: int) -> tuple[int, int]:
         """Return the span that a cut at a position would split, or the position twice."""

@@ -6,6 +6,7 @@ part does. Tags of HTML and runs of white space stay text.
 """
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -108,6 +109,18 @@ class Tokenizer:
         if self._processor.is_byte(token_id):
             return bytes([int(piece[3:-1], 16)])
         return piece.replace(SPACE, " ").encode()
+
+    def vocabulary(self) -> list[bytes]:
+        """Return what every token adds to the text, in the order of ids; see `token_bytes`."""
+        ids = list(range(self.vocab_size))
+        pieces = self._processor.id_to_piece(ids)
+        vocabulary: list[bytes] = [piece.replace(SPACE, " ").encode() for piece in pieces]
+        # The rest is few: byte pieces, and control pieces, which have no text.
+        for token_id in itertools.chain(
+            self._control_ids, itertools.compress(ids, self._processor.is_byte(ids))
+        ):
+            vocabulary[token_id] = self.token_bytes(token_id)
+        return vocabulary
 
     def _encode_part(self, part: Part) -> list[int]:
         if isinstance(part, Control):

@@ -1,0 +1,178 @@
+"""What may come next in a completion whose text must be of a language; the only user of llguidance.
+
+Two things know the language. llguidance tells which tokens of the vocabulary may follow, as a mask,
+and which must. The automaton tells how many tokens the end is away at the least. A token is taken
+only where both agree that it leads to the end in time, so a completion that begins with enough
+tokens left ends as a text of the language.
+
+Dimensions: W words of 32 tokens each, C tokens that are asked about.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Int32, Int64
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask_par, get_bitmask_shape
+
+from beam_gemma.automaton import Automaton, Vocabulary
+from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.language import Language, to_regex
+from beam_gemma.prompt import Text
+from beam_gemma.tokenizer import Tokenizer
+
+K = TypeVar("K", bound=Hashable)
+Mask = Int32[np.ndarray, " W"]
+
+
+class Constraint:
+    """A language that completions must be of, over the vocabulary of a tokenizer."""
+
+    def __init__(
+        self, language: Language, tokenizer: Tokenizer, end_token_ids: Iterable[int]
+    ) -> None:
+        """Measure the language; what only a running model needs is made at the first `start`.
+
+        Args:
+            language: Of the whole completion.
+            tokenizer: Whose tokens make it up.
+            end_token_ids: Tokens that end a completion, and are no part of its text.
+
+        Raises:
+            OptionsError: the language has no text, or is beyond what can be measured.
+        """
+        self.end_token_ids = frozenset(end_token_ids)
+        self._regex = to_regex(language)
+        self._tokenizer = tokenizer
+        self._vocabulary = tokenizer.vocabulary()
+        self.vocab_size = len(self._vocabulary)
+        self.automaton = Automaton(language, Vocabulary(self._vocabulary))
+        self.num_shortest = self.automaton.distance(self.automaton.start)
+        """Tokens of a shortest text."""
+
+    def start(self) -> "Guide":
+        """Return the guide of a completion that has no token yet."""
+        return Guide(self, self._matcher.deep_copy())
+
+    @cached_property
+    def _matcher(self) -> LLMatcher:
+        tokenizer = LLTokenizer(
+            TokenizerWrapper(_TokenizerFace(self._tokenizer, self._vocabulary)),
+            n_vocab=self.vocab_size,
+            eos_token=sorted(self.end_token_ids),
+        )
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex(self._regex))
+        if matcher.is_error():
+            raise OptionsError(f"constraint: llguidance cannot take it: {matcher.get_error()}")
+        return matcher
+
+
+class Guide:
+    """The way of one completion through the language of its constraint."""
+
+    __slots__ = ("_constraint", "_state", "matcher")
+
+    def __init__(self, constraint: Constraint, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self._constraint = constraint
+        self._state = constraint.automaton.start
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that a mask tells of."""
+        return self._constraint.vocab_size
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the text is whole and nothing may follow."""
+        return self._constraint.automaton.is_final(self._state)
+
+    def fits(self, token_id: int, num_left: int) -> bool:
+        """Return whether the text can be whole with this token and so many more."""
+        automaton = self._constraint.automaton
+        if token_id in self._constraint.end_token_ids:
+            return automaton.is_accepting(self._state)
+        return automaton.distance(automaton.step(self._state, token_id)) <= num_left
+
+    def next_of_shortest(self) -> int:
+        """Return the next token of a shortest way to the end."""
+        automaton = self._constraint.automaton
+        if automaton.is_accepting(self._state):
+            return min(self._constraint.end_token_ids)
+        return automaton.next_token(self._state)
+
+    def take(self, token_id: int) -> None:
+        """Go on by a token that is part of the text.
+
+        Raises:
+            RecordError: llguidance gives up on the text.
+        """
+        self._state = self._constraint.automaton.step(self._state, token_id)
+        if not self.matcher.consume_token(token_id):
+            raise RecordError(f"constraint: {self.matcher.get_error()}")
+
+    def take_forced(self, num_left: int, *, limit: int | None = None) -> list[int]:
+        """Go on by tokens that must follow, and return them.
+
+        Args:
+            num_left: Tokens by which the completion may still grow.
+            limit: How many to take at most.
+        """
+        taken: list[int] = []
+        for token_id in self.matcher.compute_ff_tokens()[:limit]:
+            # The text may be certain and yet its tokens not, where fewer, longer ones would do.
+            if not self.fits(token_id, num_left - len(taken) - 1):
+                break
+            self.take(token_id)
+            taken.append(token_id)
+        return taken
+
+
+class MaskMaker:
+    """Makes the masks of many guides at once, while the caller goes on."""
+
+    def __init__(self) -> None:
+        self._executor = LLExecutor()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="beam-gemma-masks")
+
+    def begin(self, guides: Mapping[K, Guide]) -> "Future[dict[K, Mask]]":
+        """Return the masks to come of some guides of one vocabulary, under the names of these."""
+        return self._thread.submit(self._make, guides)
+
+    def _make(self, guides: Mapping[K, Guide]) -> dict[K, Mask]:
+        (vocab_size,) = {guide.vocab_size for guide in guides.values()}
+        masks = np.zeros(get_bitmask_shape(len(guides), vocab_size), np.int32)
+        matchers = [(guide.matcher, row) for row, guide in enumerate(guides.values())]
+        fill_next_token_bitmask_par(self._executor, matchers, masks)
+        return dict(zip(guides, masks, strict=True))
+
+
+def allows(mask: Mask, ids: Int64[np.ndarray, " C"]) -> np.ndarray:
+    """Return which of some tokens a mask allows: none that only the model's vocabulary has."""
+    known = ids < 32 * len(mask)
+    return known & ((mask[np.where(known, ids, 0) >> 5] >> (ids & 31)) & 1 != 0)
+
+
+def allowed_ids(mask: Mask) -> Int64[np.ndarray, " C"]:
+    """Return all tokens that a mask allows, in order."""
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+
+
+class _TokenizerFace:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Sequence[bytes]) -> None:
+        self.eos_token_id = tokenizer.eos_token_id
+        self.bos_token_id = tokenizer.bos_token_id
+        self.special_token_ids = sorted(tokenizer.control_pieces.values())
+        # It tells special tokens apart by their names.
+        self.tokens = list(vocabulary)
+        for name, token_id in tokenizer.control_pieces.items():
+            self.tokens[token_id] = name.encode()
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode([Text(text.decode())], add_bos=False)
