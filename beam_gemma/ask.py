@@ -51,7 +51,8 @@ class Answers(NamedTuple):
     results: PCollection[Grouped]
     """By shard: positions and result columns."""
     ledger: PCollection[str]
-    """What happened on the way, as JSON: counts of requests, samples of the engine."""
+    """What happened on the way, as JSON: counts of requests and samples of the engine, each with
+    the tag of its task."""
 
 
 def together(answers: Sequence[Answers]) -> Answers:
@@ -120,7 +121,7 @@ class Ask(beam.PTransform[PCollection[Located], Answers]):
             for tag, found in ((DURABLE, unique[DURABLE]), ("", asked["results"]))
         ] | "All" >> beam.Flatten()
         ledger = (unique[LEDGER], asked[LEDGER]) | "Ledger" >> beam.Flatten()
-        return Answers(results, ledger | beam.Map(json.dumps).with_output_types(str))
+        return Answers(results, ledger | beam.Map(_entry, self._tag).with_output_types(str))
 
 
 class _Key(beam.DoFn):
@@ -177,7 +178,7 @@ class _Unique(beam.DoFn):
             yield TaggedOutput(DURABLE, spread(known, found))
         for start in range(0, left.num_rows, REQUESTS_PER_BATCH):
             yield left.slice(start, REQUESTS_PER_BATCH)
-        yield TaggedOutput(LEDGER, _counted(known, left))
+        yield TaggedOutput(LEDGER, {"counts": _counted(known, left)})
 
 
 def _counted(known: pa.RecordBatch, left: pa.RecordBatch) -> dict[str, int]:
@@ -192,6 +193,10 @@ def _counted(known: pa.RecordBatch, left: pa.RecordBatch) -> dict[str, int]:
     for name in ("duplicate_rows", "resumed_rows"):
         Metrics.counter(METRICS_NAMESPACE, name).inc(counts[name])
     return counts
+
+
+def _entry(told: dict[str, Any], tag: int) -> str:
+    return json.dumps({"tag": tag, **told})
 
 
 def _answer(prediction: PredictionResult) -> Iterator[Any]:

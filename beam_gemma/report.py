@@ -81,9 +81,7 @@ def render(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) ->
         f'<p class="faint">{_text(record["input"])} → {_text(record["output"])}<br>'
         f"{started:%-d %B %Y, %H:%M} {started.tzname()}</p>",
         _figures(record),
-        f"<p>{_text(_savings(record))}</p>",
-        _section("Over time", _charts(_timeline(record["timeline"]))),
-        *(_task(task, alone=len(record["tasks"]) == 1) for task in record["tasks"]),
+        *map(_task, _names(record), record["tasks"], record["timelines"]),
         _section("The run", _run(record)),
         _section("First rows", _rows(rows)) if rows else "",
     ]
@@ -94,22 +92,36 @@ def render(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) ->
     )
 
 
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """Return what tells tasks apart: nothing for one, else its columns too."""
+    if len(record["tasks"]) == 1:
+        return [""]
+    return [f"{task['task']} {task['prefix']}…" for task in record["tasks"]]
+
+
 def _figures(record: Mapping[str, Any]) -> str:
     """Return the numbers that matter most."""
     summaries = [Summary.from_dict(task["results"]) for task in record["tasks"]]
     total = sum(summaries, Summary())
-    line, secs = record["timeline"], record["seconds"]
-    computed = sum((line[name] or [0])[-1] for name in ("prompt_tokens", "completion_tokens"))
+    secs = record["seconds"]
+    computed = sum(
+        _last(line[name])
+        for line in record["timelines"]
+        for name in ("prompt_tokens", "completion_tokens")
+    )
     figures = [
         ("rows", f"{record['rows']:,}", ""),
-        ("failed", f"{total.failed:,}", "bad" if total.failed else ""),
+        *(
+            (f"failed {name}".strip(), f"{summary.failed:,}", "bad" if summary.failed else "")
+            for name, summary in zip(_names(record), summaries, strict=True)
+        ),
         ("prompt tokens", f"{total.prompt_tokens:,}", ""),
         ("new tokens", f"{total.completion_tokens:,}", ""),
         ("from start to end", duration(round(secs, 1) if secs < 60 else secs), ""),
         ("tokens/s computed", f"{computed / max(secs, 1e-9):,.0f}", ""),
     ]
     if not total.completion_tokens:
-        del figures[3]
+        del figures[-3]
     return (
         '<dl class="figures">'
         + "".join(
@@ -120,19 +132,18 @@ def _figures(record: Mapping[str, Any]) -> str:
     )
 
 
-def _savings(record: Mapping[str, Any]) -> str:
+def _savings(task: Mapping[str, Any], cached: Number) -> str:
     """Return a sentence about what did not need to be computed."""
-    cached = (record["timeline"]["cached_tokens"] or [0])[-1]
     parts = [
         f"{number:,} {what}"
         for number, what in (
-            (record.get("duplicate_rows", 0), "rows asked what others ask"),
-            (record.get("resumed_rows", 0), "rows were done by an earlier run"),
+            (task.get("duplicate_rows", 0), "rows asked what others ask"),
+            (task.get("resumed_rows", 0), "rows were done by an earlier run"),
             (cached, "prompt tokens were in the cache"),
         )
         if number
     ]
-    return f"Not computed: {', '.join(parts)}." if parts else ""
+    return f"<p>Not computed: {', '.join(parts)}.</p>" if parts else ""
 
 
 def _timeline(line: Mapping[str, Sequence[Number]]) -> list[tuple[str, str]]:
@@ -153,11 +164,15 @@ def _timeline(line: Mapping[str, Sequence[Number]]) -> list[tuple[str, str]]:
     return charts
 
 
+def _last(totals: Sequence[Number]) -> Number:
+    return totals[-1] if totals else 0
+
+
 def _steps(totals: Sequence[Number]) -> list[Number]:
     return [after - before for before, after in itertools.pairwise(totals)]
 
 
-def _task(task: Mapping[str, Any], *, alone: bool) -> str:
+def _task(name: str, task: Mapping[str, Any], line: Mapping[str, Sequence[Number]]) -> str:
     """Return what came of one task."""
     summary = Summary.from_dict(task["results"])
     charts = [
@@ -174,14 +189,25 @@ def _task(task: Mapping[str, Any], *, alone: bool) -> str:
     ):
         if counts:
             charts.append((title, bars(counts.most_common(SHOWN_LABELS), summary.rows)))
-    parts = [_section("Rows" if alone else task["task"].capitalize(), _charts(charts))]
+    parts = [
+        _section(_title(name, "over time"), _charts(_timeline(line))),
+        _savings(task, _last(line["cached_tokens"])),
+        _section(_title(name, "rows"), _charts(charts)),
+    ]
     if summary.failed:
         reasons = summary.reasons.most_common(SHOWN_REASONS)
         others = summary.failed - sum(count for _, count in reasons)
         if others:
             reasons.append(("other reasons", others))
-        parts.append(_section("Failed rows", bars(reasons, summary.failed, kind="reasons")))
+        parts.append(
+            _section(_title(name, "failed rows"), bars(reasons, summary.failed, kind="reasons"))
+        )
     return "".join(parts)
+
+
+def _title(name: str, what: str) -> str:
+    words = f"{name}: {what}" if name else what
+    return words[0].upper() + words[1:]
 
 
 def _lengths(what: str, lengths: Counter[int]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ It is JSON, and holds nothing of the table's rows beside the templates and shots
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import platform
 import time
@@ -20,7 +21,7 @@ from beam_gemma.pulse import timeline
 from beam_gemma.summary import Summary
 from beam_gemma.task import Settings
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a reader of records would misread a new one."""
 PACKAGES = (
     "apache-beam", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow", "sentencepiece",
@@ -79,6 +80,7 @@ def record_of(
     facts: Mapping[str, Any],
     *,
     num_shards: int,
+    prefixes: Sequence[str],
     summaries: Sequence[Summary],
     ledger: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -87,27 +89,34 @@ def record_of(
     Args:
         facts: What `facts_of` has returned.
         num_shards: Of the output.
-        summaries: Of each task, in the order of the facts.
-        ledger: What happened on the way: counts of requests, and samples of engines as `pulse`.
+        prefixes: Of the result columns of each task, in the order of the facts.
+        summaries: Of each task.
+        ledger: What happened on the way, with the `tag` of a task: `counts` of requests, and
+            samples of its engine as `pulse`.
     """
-    counts: Counter[str] = Counter()
-    pulses = []
-    for entry in ledger:
-        if "pulse" in entry:
-            pulses.append(entry["pulse"])
+    counts: list[Counter[str]] = [Counter() for _ in summaries]
+    pulses: list[list[Any]] = [[] for _ in summaries]
+    for told in ledger:
+        if "pulse" in told:
+            pulses[told["tag"]].append(told["pulse"])
         else:
-            counts.update(entry)
-    tasks = zip(facts["tasks"], summaries, strict=True)
+            counts[told["tag"]].update(told["counts"])
+    tasks = [
+        {**task, "prefix": prefix, **count, "results": _results(task, summary)}
+        for task, prefix, count, summary in zip(
+            facts["tasks"], prefixes, counts, summaries, strict=True
+        )
+    ]
+    every = list(itertools.chain.from_iterable(pulses))
     return {
         **facts,
         "seconds": round(time.time() - datetime.fromisoformat(facts["started"]).timestamp(), 3),
         "rows": max((summary.rows for summary in summaries), default=0),
         "shards": num_shards,
-        "tasks": [task | {"results": _results(task, summary)} for task, summary in tasks],
-        **counts,
-        "processors": sorted({f"{p['device']}: {p['processor']}" for p in pulses}),
-        "engines": len({pulse["engine"] for pulse in pulses}),
-        "timeline": timeline(pulses),
+        "tasks": tasks,
+        "processors": sorted({f"{p['device']}: {p['processor']}" for p in every}),
+        "engines": len({pulse["engine"] for pulse in every}),
+        "timelines": [timeline(own) for own in pulses],
     }
 
 

@@ -206,6 +206,7 @@ class _Publish(beam.DoFn):
         record = record_of(
             output.facts,
             num_shards=output.layout.num_shards,
+            prefixes=[task.prefix for task in output.tasks],
             summaries=summaries,
             ledger=map(json.loads, ledger),
         )

@@ -177,7 +177,7 @@ def test_missing_places_are_said_before_the_job(gcp, uri, sink_of):
 
 
 def test_a_record_that_is_too_long_loses_its_largest_parts(uri, sink_of):
-    write(sink_of(uri), ROWS, {**RECORD, "timeline": ["x"] * MAX_DESCRIPTION})
+    write(sink_of(uri), ROWS, {**RECORD, "timelines": ["x"] * MAX_DESCRIPTION})
     assert json.loads(table_of(uri).description) == RECORD
 
 

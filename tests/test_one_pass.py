@@ -57,7 +57,10 @@ def test_three_jobs_in_one_pass(model, tmp_path, monkeypatch):
     record = json.loads(next(tmp_path.glob("*out*.run.json")).read_text())
     assert [task["task"] for task in record["tasks"]] == ["generate", "classify", "embed"]
     assert [task["results"]["failed"] for task in record["tasks"]] == [1, 1, 1]
-    assert record["duplicate_rows"] > 0
+    assert [task["prefix"] for task in record["tasks"]] == ["gist_", "subject_", "embedding_"]
+    # Each title is with each body once; some bodies are alike, and one row has none.
+    assert [task["duplicate_rows"] for task in record["tasks"]] == [0, 7, 7]
+    assert all(line["prompt_tokens"][-1] > 0 for line in record["timelines"])
     with pytest.raises(OptionsError, match="expected no earlier output"):
         main([*flags, f"--output={tmp_path}/out.parquet"])
 

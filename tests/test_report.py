@@ -46,22 +46,25 @@ RECORD = {
                 "sampling": {"max_tokens": 16, "temperature": 0.0},
                 "shots": [{"row": {"text": "secret"}, "label": 0}],
             },
+            "prefix": "",
+            "requests": 1100,
+            "duplicate_rows": 90,
+            "resumed_rows": 10,
             "results": SUMMARY.as_dict(),
         }
     ],
-    "requests": 1100,
-    "duplicate_rows": 90,
-    "resumed_rows": 10,
     "processors": ["cpu: abacus"],
     "engines": 1,
-    "timeline": {
-        "seconds": [0, 1, 2],
-        "prompt_tokens": [0, 100, 100],
-        "cached_tokens": [0, 5, 50],
-        "completion_tokens": [0, 10, 30],
-        "used_slots": [0, 50, 60],
-        "slots": [0, 50, 100],
-    },
+    "timelines": [
+        {
+            "seconds": [0, 1, 2],
+            "prompt_tokens": [0, 100, 100],
+            "cached_tokens": [0, 5, 50],
+            "completion_tokens": [0, 10, 30],
+            "used_slots": [0, 50, 60],
+            "slots": [0, 50, 100],
+        }
+    ],
 }
 VOID = {"meta", "br", "rect", "line", "polygon", "polyline"}
 
@@ -98,8 +101,9 @@ def changed(**changes):
     return {**copy.deepcopy(RECORD), **changes}
 
 
-def task(name, summary, **settings):
-    return RECORD["tasks"][0] | {"task": name, "settings": settings, "results": summary.as_dict()}
+def task(name, summary, prefix=""):
+    changes = {"task": name, "prefix": prefix, "settings": {}, "results": summary.as_dict()}
+    return RECORD["tasks"][0] | changes
 
 
 def test_what_the_page_says():
@@ -147,17 +151,30 @@ def test_rows_are_shown_only_if_they_are_given():
 
 def test_several_tasks():
     tasks = [
-        task("generate", SUMMARY),
-        task("classify", Summary(rows=1200, labels=Counter({" good": 900, " bad": 300}))),
-        task("embed", Summary(rows=1200, prompt_tokens=5, prompt_lengths=Counter({5: 1200}))),
+        task("generate", SUMMARY, "gist_"),
+        task("classify", Summary(rows=1200, labels=Counter({" good": 900, " bad": 300})), "l_"),
+        task("embed", Summary(rows=1200, prompt_tokens=5, prompt_lengths=Counter({5: 1200})), "e_"),
     ]
-    text = text_of(changed(tasks=tasks))
+    (line,) = RECORD["timelines"]
+    text = text_of(changed(tasks=tasks, timelines=[line, timeline([]), line]))
+    for words in (
+        "rows 1,200 failed generate gist_… 200 failed classify l_… 0 failed embed e_… 0",
+        "Generate gist_…: over time",
+        "Generate gist_…: failed rows prompt: expected",
+        "Embed e_…: over time",
+        "Classify l_…: rows Labels",
+    ):
+        assert words in text
+    assert "Classify l_…: over time" not in text
+    assert text.count("Slots of each step in use") == 2
     assert "Generate, classify, embed with gemma-tiny " in text
     assert "good 900 75.0 %" in text
 
 
 def test_a_run_without_an_engine_has_no_charts_of_time():
-    record = changed(timeline=timeline([]), processors=[], tasks=[task("embed", Summary())], rows=0)
+    record = changed(
+        timelines=[timeline([])], processors=[], tasks=[task("embed", Summary())], rows=0
+    )
     text = text_of(record)
     assert "Over time" not in text
     assert "none was needed" in text
@@ -165,7 +182,7 @@ def test_a_run_without_an_engine_has_no_charts_of_time():
 
 @pytest.mark.parametrize("seconds", [[0.0, 0.0], [0.0, 1.0]])
 def test_a_moment(seconds):
-    record = changed(timeline={"seconds": seconds, **{name: [3, 5] for name in COLUMNS}})
+    record = changed(timelines=[{"seconds": seconds, **{name: [3, 5] for name in COLUMNS}}])
     assert "tokens computed per second" in text_of(record)
 
 

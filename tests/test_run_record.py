@@ -39,6 +39,10 @@ def pulse(engine, *samples):
     return {"engine": engine, "device": "cpu", "processor": "abacus", "samples": samples}
 
 
+def told(tag, **what):
+    return {"tag": tag, **what}
+
+
 def test_what_is_known_before_the_run(facts, tiny_gemma3):
     found = facts(GENERATE)
     assert json.loads(json.dumps(found)) == found
@@ -64,19 +68,45 @@ def test_shots_are_part_of_what_was_asked(facts):
 def test_what_came_of_it(facts):
     summaries = [Summary(rows=7, failed=1, reasons=Counter(no=1))]
     ledger = [
-        {"requests": 3, "duplicate_rows": 1, "resumed_rows": 0},
-        {"pulse": pulse("a", (0.0, 0, 0, 0, 0, 0), (2.0, 9, 0, 4, 0, 0))},
-        {"requests": 2, "duplicate_rows": 0, "resumed_rows": 1},
-        {"pulse": pulse("b", (1.0, 0, 0, 0, 0, 0), (2.0, 1, 0, 1, 0, 0))},
+        told(0, counts={"requests": 3, "duplicate_rows": 1, "resumed_rows": 0}),
+        told(0, pulse=pulse("a", (0.0, 0, 0, 0, 0, 0), (2.0, 9, 0, 4, 0, 0))),
+        told(0, counts={"requests": 2, "duplicate_rows": 0, "resumed_rows": 1}),
+        told(0, pulse=pulse("b", (1.0, 0, 0, 0, 0, 0), (2.0, 1, 0, 1, 0, 0))),
     ]
-    record = record_of(facts(GENERATE), num_shards=2, summaries=summaries, ledger=ledger)
+    record = record_of(
+        facts(GENERATE), num_shards=2, prefixes=[""], summaries=summaries, ledger=ledger
+    )
     assert json.loads(json.dumps(record)) == record
     assert (record["rows"], record["shards"]) == (7, 2)
     assert 0 <= record["seconds"] < 60
-    assert (record["requests"], record["duplicate_rows"], record["resumed_rows"]) == (5, 1, 1)
+    (task,) = record["tasks"]
+    assert (task["requests"], task["duplicate_rows"], task["resumed_rows"]) == (5, 1, 1)
     assert (record["processors"], record["engines"]) == (["cpu: abacus"], 2)
-    assert record["timeline"]["completion_tokens"] == [0, 2, 5]
-    assert Summary.from_dict(record["tasks"][0]["results"]) == summaries[0]
+    assert [line["completion_tokens"] for line in record["timelines"]] == [[0, 2, 5]]
+    assert Summary.from_dict(task["results"]) == summaries[0]
+
+
+def test_what_came_of_each_task(facts):
+    summaries = [Summary(rows=7, failed=1), Summary(rows=7, failed=3)]
+    ledger = [
+        told(1, counts={"requests": 2}),
+        told(1, pulse=pulse("b", (2.0, 0, 0, 0, 0, 0), (3.0, 1, 0, 5, 0, 0))),
+        told(0, pulse=pulse("a", (0.0, 0, 0, 0, 0, 0), (1.0, 9, 0, 4, 0, 0))),
+        told(0, counts={"requests": 3}),
+    ]
+    record = record_of(
+        facts(GENERATE, GENERATE),
+        num_shards=1,
+        prefixes=["short_", "long_"],
+        summaries=summaries,
+        ledger=ledger,
+    )
+    assert [(t["prefix"], t["requests"], t["results"]["failed"]) for t in record["tasks"]] == [
+        ("short_", 3, 1),
+        ("long_", 2, 3),
+    ]
+    assert [line["completion_tokens"][-1] for line in record["timelines"]] == [4, 5]
+    assert record["engines"] == 2
 
 
 def test_labels_have_their_names(facts):
@@ -84,7 +114,13 @@ def test_labels_have_their_names(facts):
         Summary(rows=5, labels=Counter({"1": 3, "0": 2})),
         Summary(rows=5, labels=Counter(harassment=1)),
     ]
-    record = record_of(facts(CLASSIFY, MODERATE), num_shards=1, summaries=summaries, ledger=[])
+    record = record_of(
+        facts(CLASSIFY, MODERATE),
+        num_shards=1,
+        prefixes=["a_", "b_"],
+        summaries=summaries,
+        ledger=[],
+    )
     classified, moderated = (task["results"]["labels"] for task in record["tasks"])
     assert classified == {" bad": 3, " good": 2}
     assert moderated == {"harassment": 1}

@@ -118,7 +118,7 @@ def test_4096_rows_are_conserved_by_key_and_counted(tmp_path):
     record = json.loads((tmp_path / "_out.run.json").read_text())
     assert record["rows"] == 4096
     assert record["tasks"][0]["results"]["failed"] == 3
-    assert record["duplicate_rows"] == 2  # the rows without a text all fail alike
+    assert record["tasks"][0]["duplicate_rows"] == 2  # the rows without a text all fail alike
 
 
 def test_without_failed_rows_their_table_is_empty(tmp_path):

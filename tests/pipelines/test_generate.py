@@ -92,7 +92,7 @@ def test_the_report_and_the_record_tell_no_row_unless_asked(run, model, rows, tm
     assert code == 0
     record = json.loads(next((tmp_path / "a").glob("*.run.json")).read_text())
     assert record["command"][-2:] == [f"--output={tmp_path}/a/x.jsonl", f"--report={plain}"]
-    assert record["timeline"]["completion_tokens"][-1] == 15
+    assert record["timelines"][0]["completion_tokens"][-1] == 15
     for text in (plain.read_text(), json.dumps(record)):
         assert "say {text}" in text
         assert "the cat" not in text
