@@ -83,13 +83,13 @@ def chars(*ranges: Range) -> Chars:
 
 def except_for(some: Chars, excluded: Chars) -> Chars:
     """Return the characters of the first that the second lacks; there must be one."""
-    return chars(*_difference(some.ranges, excluded.ranges))
+    return chars(*without(some.ranges, excluded.ranges))
 
 
 def _normal(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """Sort ranges, join those that touch, and cut surrogates out."""
     joined: list[Range] = []
-    for first, last in sorted(_difference(ranges, [SURROGATES])):
+    for first, last in sorted(without(ranges, [SURROGATES])):
         if joined and first <= joined[-1][1] + 1:
             joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
         else:
@@ -97,15 +97,19 @@ def _normal(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(joined)
 
 
-def _difference(ranges: Iterable[Range], excluded: Iterable[Range]) -> list[Range]:
-    left = list(ranges)
-    for low, high in excluded:
-        pieces = [
-            piece
-            for first, last in left
-            for piece in ((first, min(last, low - 1)), (max(first, high + 1), last))
-        ]
-        left = [(first, last) for first, last in pieces if first <= last]
+def without(ranges: Iterable[Range], excluded: Iterable[Range]) -> list[Range]:
+    """Return what some ranges hold that others lack."""
+    left = []
+    holes = sorted(excluded)
+    for first, last in ranges:
+        start = first
+        for low, high in holes:
+            if start < low <= last:
+                left.append((start, low - 1))
+            if low <= last:
+                start = max(start, high + 1)
+        if start <= last:
+            left.append((start, last))
     return left
 
 
