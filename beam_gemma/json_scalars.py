@@ -6,34 +6,28 @@ from typing import Any
 
 import pyarrow as pa
 
+from beam_gemma.errors import nearest
+from beam_gemma.json_formats import FORMATS
 from beam_gemma.json_numbers import MAX_DIGITS, Bound, decimals, integers
 from beam_gemma.json_values import Values, arrow_value, json_text, union
 from beam_gemma.language import (
-    ANY_CHAR,
-    Chars,
+    MAX_CODE_POINT,
     Concat,
     Language,
     Literal,
     OneOf,
     Repeat,
     chars,
-    except_for,
 )
+from beam_gemma.regex_language import json_string, parse_pattern
 from beam_gemma.subschema import OF_TYPE, Subschema
 
 KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string"}
 
 
-def _one_of(text: str) -> Chars:
-    return chars(*((ord(char), ord(char)) for char in text))
-
-
-CHARACTER = OneOf(
-    (
-        except_for(except_for(ANY_CHAR, chars((0, 0x1F))), _one_of('"\\')),
-        Concat((Literal("\\"), _one_of('"\\/bfnrt'))),
-    )
-)
+PLAIN = chars((ord(" "), ord("!")), (ord("#"), ord("[")), (ord("]"), MAX_CODE_POINT))
+ESCAPED = Concat((Literal("\\"), chars(*((ord(char), ord(char)) for char in '"\\/bfnrt'))))
+CHARACTER = OneOf((PLAIN, ESCAPED))
 """As JSON writes it within a string; of control characters only those with a short name."""
 QUOTE = Literal('"')
 
@@ -41,13 +35,29 @@ QUOTE = Literal('"')
 def string(schema: Subschema) -> Values:
     """Return strings of a format, of a pattern, or of some length."""
     keywords = schema.keywords & OF_TYPE["string"]
-    schema.alone("minLength and maxLength", keywords - {"minLength", "maxLength"})
-    contents = Repeat(CHARACTER, *schema.counts("minLength", "maxLength"))
+    if "format" in keywords:
+        schema.alone("format", keywords)
+        return _format(schema)
+    if "pattern" in keywords:
+        schema.alone("pattern", keywords, "; say it in the pattern, as in ^.{1,9}$")
+        place = f"json_schema: {schema.pointer}/pattern"
+        contents = json_string(parse_pattern(schema["pattern"], place))
+    else:
+        contents = Repeat(CHARACTER, *schema.counts("minLength", "maxLength"))
     return _strings(contents, pa.string())
 
 
 def _strings(contents: Language, kind: pa.DataType) -> Values:
     return Values(language=Concat((QUOTE, contents, QUOTE)), type=kind, kinds=frozenset({"string"}))
+
+
+def _format(schema: Subschema) -> Values:
+    name = schema["format"]
+    if name not in FORMATS:
+        raise schema.inner("format").error(
+            f"one of {', '.join(FORMATS)}", name, nearest(name, FORMATS) or "; leave it out"
+        )
+    return _strings(FORMATS[name].language, FORMATS[name].type)
 
 
 def integer(schema: Subschema) -> Values:
@@ -104,18 +114,19 @@ def constants(schema: Subschema) -> list[Values]:
     keyword = "enum" if "enum" in schema.keywords else "const"
     place = schema.inner(keyword)
     listed = place.schema if keyword == "enum" else [place.schema]
-    accepted = [value for value in listed if schema.accepts(value)]
+    accepted = schema.accepted(listed)
     if not accepted:
         raise place.error("a value that the rest of the schema accepts", json_text(place.schema))
     types = schema.types() if "type" in schema.keywords else []
     is_decimal = any(isinstance(value, float) for value in accepted) or (
         "number" in types and "integer" not in types
     )
+    text_format = FORMATS.get(schema.get("format"))
     arrow_types = {
         "null": pa.null(),
         "boolean": pa.bool_(),
         "number": pa.float64() if is_decimal else pa.int64(),
-        "string": pa.string(),
+        "string": text_format.type if text_format else pa.string(),
     }
     return [_constant(value, place, arrow_types) for value in accepted]
 

@@ -165,12 +165,12 @@ def _object(parts: Sequence[Subschema]) -> Values:
             values = _column(place)
             if properties.setdefault(name, values) != values:
                 raise place.error("what it is elsewhere", "another schema", "; write it once")
-    if not properties:
-        raise parts[-1].error("properties, each of which becomes a field", "none", "; add them")
     required: set[str] = set()
     for part in parts:
         _check_additional(part, properties)
         required |= _required(part, properties)
+    if not properties:
+        raise parts[-1].error("properties, each of which becomes a field", "none", "; add them")
     members = [(_member(name, values), name in required) for name, values in properties.items()]
     return Values(
         language=Concat((Literal("{"), _members(members), Literal("}"))),

@@ -1,5 +1,6 @@
 """Values of JSON: their texts, their Arrow types, and what Arrow takes for them."""
 
+import datetime as dt
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from beam_gemma.json_formats import TIME, TIMESTAMP
 from beam_gemma.language import Language, OneOf
 
 
@@ -33,11 +35,11 @@ def union(options: Sequence[Values]) -> Values:
     """
     if len(options) == 1:
         return options[0]
-    schemas = [pa.schema([("values", option.type)]) for option in options]
+    types = dict.fromkeys(option.type for option in options)
     listed = [option.listed for option in options if option.listed is not None]
     return Values(
         language=OneOf(tuple(option.language for option in options)),
-        type=pa.unify_schemas(schemas).field(0).type,
+        type=pa.unify_schemas([pa.schema([("", each)]) for each in types]).field(0).type,
         kinds=frozenset[str]().union(*(option.kinds for option in options)),
         listed=frozenset[Any]().union(*listed) if len(listed) == len(options) else None,
     )
@@ -69,9 +71,16 @@ def arrow_value(value: Any, kind: pa.DataType) -> Any:
     return _SCALARS[kind](value)
 
 
+def _time(text: str) -> dt.time:
+    return dt.time.fromisoformat(text).replace(tzinfo=None)
+
+
 _SCALARS: dict[pa.DataType, Callable[[Any], Any]] = {
     pa.bool_(): bool,
     pa.int64(): int,
     pa.float64(): float,
     pa.string(): str,
+    pa.date32(): dt.date.fromisoformat,
+    TIME: _time,
+    TIMESTAMP: dt.datetime.fromisoformat,
 }

@@ -1,7 +1,7 @@
 """Schemas within a JSON Schema: their places, their keywords, and where their references lead."""
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -129,10 +129,12 @@ class Subschema:
             raise self.error(f"at most {most} {high}", f"{least} {low}")
         return low, high
 
-    def accepts(self, value: Any) -> bool:
-        """Return whether a value that is neither an object nor an array is valid."""
+    def accepted(self, values: Iterable[Any]) -> list[Any]:
+        """Return which values the keywords but `enum` accept; none may be an object or an array."""
+        schema = {keyword: said for keyword, said in self.schema.items() if keyword != "enum"}
         checker = Draft202012Validator.FORMAT_CHECKER
-        return Draft202012Validator(self.schema, format_checker=checker).is_valid(value)
+        validator = Draft202012Validator(schema, format_checker=checker)
+        return [value for value in values if validator.is_valid(value)]
 
     def error(self, expected: str, got: object, remedy: str = "") -> OptionsError:
         """Return what is wrong at this place."""

@@ -14,9 +14,9 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches language",
-    "config embedding_config prompt report durable partitions subschema places prefix regex_language",
-    "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema",
-    "kv_cache artifact prompt_encoder source sink labels json_numbers automaton",
+    "config embedding_config prompt report durable partitions places prefix regex_language",
+    "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema subschema",
+    "kv_cache artifact prompt_encoder source sink labels json_numbers automaton json_formats",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
     "sequence layout model_folder",
     "scheduler packing next_token examples task json_values",
