@@ -15,8 +15,8 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches language",
     "config embedding_config prompt report durable partitions places prefix regex_language",
-    "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema subschema",
-    "kv_cache artifact prompt_encoder source sink labels json_numbers automaton json_formats",
+    "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema",
+    "kv_cache artifact prompt_encoder source sink labels subschema automaton json_numbers json_formats",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
     "sequence layout model_folder",
     "scheduler packing next_token examples task json_values",
