@@ -34,7 +34,9 @@ class Constraint:
     def __init__(
         self, language: Language, tokenizer: Tokenizer, end_token_ids: Iterable[int]
     ) -> None:
-        """Measure the language; what only a running model needs is made at the first `start`.
+        """Measure the language; what only a running model needs is made when it is asked for.
+
+        All guides of a constraint belong to one thread.
 
         Args:
             language: Of the whole completion.
@@ -42,10 +44,15 @@ class Constraint:
             end_token_ids: Tokens that end a completion, and are no part of its text.
 
         Raises:
-            OptionsError: the language has no text, or is beyond what can be measured.
+            OptionsError: the language is beyond what can be measured, or what llguidance takes.
         """
         self.end_token_ids = frozenset(end_token_ids)
-        self._regex = to_regex(language)
+        self._grammar = LLMatcher.grammar_from_regex(to_regex(language))
+        is_error, faults = LLMatcher.validate_grammar_with_warnings(self._grammar)
+        if is_error:
+            raise OptionsError(
+                f"constraint: expected what llguidance takes, got {faults[0]}; simplify it"
+            )
         self._tokenizer = tokenizer
         self._vocabulary = tokenizer.vocabulary()
         self.vocab_size = len(self._vocabulary)
@@ -55,19 +62,17 @@ class Constraint:
 
     def start(self) -> "Guide":
         """Return the guide of a completion that has no token yet."""
-        return Guide(self, self._matcher.deep_copy())
+        return Guide(self, self.matcher.deep_copy())
 
     @cached_property
-    def _matcher(self) -> LLMatcher:
+    def matcher(self) -> LLMatcher:
+        """What a guide begins with; takes a second or two to make for a large vocabulary."""
         tokenizer = LLTokenizer(
             TokenizerWrapper(_TokenizerFace(self._tokenizer, self._vocabulary)),
             n_vocab=self.vocab_size,
             eos_token=sorted(self.end_token_ids),
         )
-        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex(self._regex))
-        if matcher.is_error():
-            raise OptionsError(f"constraint: llguidance cannot take it: {matcher.get_error()}")
-        return matcher
+        return LLMatcher(tokenizer, self._grammar)
 
 
 class Guide:
@@ -135,8 +140,11 @@ class MaskMaker:
     """Makes the masks of many guides at once, while the caller goes on."""
 
     def __init__(self) -> None:
-        self._executor = LLExecutor()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="beam-gemma-masks")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()
 
     def begin(self, guides: Mapping[K, Guide]) -> "Future[dict[K, Mask]]":
         """Return the masks to come of some guides of one vocabulary, under the names of these."""

@@ -99,6 +99,8 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences for the next generation."""
         for sequence in sequences:
+            # Here rather than where requests come from, since a constraint serves one thread.
+            sequence.begin()
             if self._reuses_blocks and not sequence.request.spans:
                 sequence.chain = PrefixChain(sequence.token_ids, self._signature.block_size)
             self._arrived.append(sequence)

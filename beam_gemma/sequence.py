@@ -120,9 +120,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+
+    def begin(self) -> None:
+        """Take the first tokens of the completion where they are certain; come before any step."""
         if self.request.constraint is not None:
             self.guide = self.request.constraint.start()
-            # Its first tokens may be certain; they are computed with the prompt.
             self.token_ids += self.guide.take_forced(self.num_tokens_left)
 
     @property
