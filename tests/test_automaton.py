@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from beam_gemma import automaton as module
 from beam_gemma.automaton import DEAD, UNREACHABLE, Automaton, State, Vocabulary
 from beam_gemma.errors import OptionsError
+from beam_gemma.guide import Constraint, MaskMaker, allowed_ids
 from beam_gemma.language import (
     ANY_CHAR,
     EMPTY,
@@ -24,11 +25,15 @@ from beam_gemma.language import (
     optional,
     to_regex,
 )
+from beam_gemma.tokenizer import Tokenizer
+from tests.tiny_tokenizer import tiny_tokenizer_model
 
 # Beartype draws the element of a tuple that it looks at.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 
 ALPHABET = 'ab"é😀'
+TOKENIZER = Tokenizer(tiny_tokenizer_model())
+MASKS = MaskMaker()
 BYTES = Vocabulary([b"", *(bytes([byte]) for byte in range(256))])
 SMALL = [b"", b"a", b"b", b'"', b"ab", b"aa", b"bb", b'a"', b"abab", "é".encode(), b"\xc3", b"\xa9"]
 SMALL += [bytes([byte]) for byte in "😀".encode()]
@@ -100,6 +105,25 @@ def test_a_final_state_has_nothing_behind_it(language: Language, text: str) -> N
     state = state_of(automaton, text)
     follows = any(automaton.advance(state, bytes([byte])) is not DEAD for byte in range(256))
     assert automaton.is_final(state) == (automaton.is_accepting(state) and not follows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(languages(), st.data())
+def test_a_token_may_follow_if_llguidance_says_so(language: Language, data: st.DataObject) -> None:
+    constraint = Constraint(language, TOKENIZER, [TOKENIZER.eos_token_id])
+    automaton, guide, state = constraint.automaton, constraint.start(), constraint.automaton.start
+    for _ in range(8):
+        alive = {t for t in range(300) if automaton.step(state, t) is not DEAD}
+        allowed = set(allowed_ids(MASKS.begin({0: guide}).result()[0]).tolist())
+        assert (TOKENIZER.eos_token_id in allowed) == automaton.is_accepting(state)
+        allowed.discard(TOKENIZER.eos_token_id)
+        # Where a text must follow, llguidance allows only the token that a tokenizer would take.
+        assert allowed <= alive if guide.matcher.compute_ff_tokens() else allowed == alive
+        if not allowed:
+            break
+        token_id = data.draw(st.sampled_from(sorted(allowed)))
+        guide.take(token_id)
+        state = automaton.step(state, token_id)
 
 
 @pytest.mark.parametrize("point", [0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFF, 0x10000])
