@@ -35,6 +35,7 @@ DEV = [
     "mypy>=1.18",
     "peft>=0.21",
     "polars>=2.1",
+    "pydantic>=2.14",
     "pytest>=9",
     "pytest-timeout>=2.4",
     "ruff>=0.14",

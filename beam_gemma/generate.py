@@ -5,10 +5,11 @@ What is wrong with one row ends as that row's `error`; its neighbours never see 
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +17,13 @@ import pyarrow as pa
 from beam_gemma.data_commons import find_statistics
 from beam_gemma.engine import Engine
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.guide import Constraint
 from beam_gemma.keys import ROW_KEY
 from beam_gemma.progress import Count
 from beam_gemma.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSettings, Row
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
+from beam_gemma.structured import StructuredOutput
 from beam_gemma.tally import Tally
 from beam_gemma.task import Settings, in_order
 from beam_gemma.tokenizer import StreamingDecoder, Tokenizer
@@ -33,6 +36,8 @@ class GenerateSettings(PromptSettings, Settings):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     """Texts that end a completion; they are no part of it."""
+    structured: StructuredOutput | None = None
+    """What a completion has to be; None for any text."""
     key_column: str | None = None
     """Column that identifies a row, for its random draws; rows without a key use their prompt."""
     logprob: bool = False
@@ -46,6 +51,29 @@ class GenerateSettings(PromptSettings, Settings):
         PromptSettings.__post_init__(self)
         if "" in self.stop:
             raise OptionsError("stop: expected texts that are not empty, got an empty one")
+        if self.structured is not None:
+            self._check_structured()
+
+    def _check_structured(self) -> None:
+        others = {
+            "stop": self.stop,
+            "stop_token_ids": self.sampling.stop_token_ids,
+            "ignore_eos": self.sampling.ignore_eos,
+            "prefix_column": self.prefix_column,
+            "statistics": self.statistics,
+        }
+        if given := [name for name, value in others.items() if value]:
+            raise OptionsError(
+                f"{given[0]}: expected none beside structured output, which alone says where a "
+                "completion ends and what it holds; leave one of them out"
+            )
+        names = self.result_schema.names
+        for name in names:
+            if names.count(name) > 1:
+                raise OptionsError(
+                    f"flatten: expected properties that are not named as other results are, got "
+                    f"{name!r}; rename it in the schema or leave out flatten"
+                )
 
     @property
     def columns(self) -> dict[str, ColumnUse]:
@@ -56,8 +84,10 @@ class GenerateSettings(PromptSettings, Settings):
     @property
     def result_schema(self) -> pa.Schema:
         """Columns that each row gains."""
+        text = [pa.field("completion", pa.string())]
+        if self.structured is not None:
+            text = self.structured.columns
         columns = {
-            "completion": pa.string(),
             "finish_reason": pa.string(),
             "num_prompt_tokens": pa.int64(),
             "num_completion_tokens": pa.int64(),
@@ -68,7 +98,8 @@ class GenerateSettings(PromptSettings, Settings):
             "truncated": pa.bool_() if self.truncate else None,
             "error": pa.string(),
         }
-        return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
+        others = [(name, kind) for name, kind in columns.items() if kind is not None]
+        return pa.schema([*text, *others])
 
     @property
     def is_sampled(self) -> bool:
@@ -80,8 +111,17 @@ class GenerateSettings(PromptSettings, Settings):
         if not self.is_sampled:
             for of_draws in ("top_k", "top_p", "seed"):
                 del sampling[of_draws]
-        # What ends a completion in a gap is no part of its prompt.
-        return {"sampling": sampling, "stop": self.stop, "infill": self.prefix_column is not None}
+        parameters = {
+            "sampling": sampling,
+            "stop": self.stop,
+            # What ends a completion in a gap is no part of its prompt.
+            "infill": self.prefix_column is not None,
+        }
+        if self.structured is not None:
+            parameters["structured"] = asdict(self.structured)
+            # It chooses the tokens of what must follow.
+            parameters["llguidance"] = version("llguidance")
+        return parameters
 
     def max_prompt(self, max_model_len: int) -> int:
         """Return the longest prompt, in tokens, that leaves room for a completion.
@@ -96,6 +136,30 @@ class GenerateSettings(PromptSettings, Settings):
                 f"takes in all, got {self.sampling.max_tokens:,}"
             )
         return room
+
+
+def constraint_of(
+    settings: GenerateSettings, tokenizer: Tokenizer, end_token_ids: Iterable[int]
+) -> Constraint | None:
+    """Return what holds completions to the structured output that is asked for, if any is.
+
+    Args:
+        settings: What to ask.
+        tokenizer: The model's.
+        end_token_ids: The model's own, which end a completion.
+
+    Raises:
+        OptionsError: no completion of `max_tokens` is such an output.
+    """
+    if settings.structured is None:
+        return None
+    constraint = Constraint(settings.structured.language, tokenizer, end_token_ids)
+    if settings.sampling.max_tokens < constraint.num_shortest:
+        raise OptionsError(
+            f"max_tokens: expected at least {constraint.num_shortest:,}, the tokens of the "
+            f"shortest text that is valid, got {settings.sampling.max_tokens:,}"
+        )
+    return constraint
 
 
 class _Stop:
@@ -141,6 +205,7 @@ class Generator:
         encoder: PromptEncoder,
         settings: GenerateSettings,
         *,
+        constraint: Constraint | None = None,
         on_result: Callable[[Count], None],
     ) -> None:
         """Join an engine and a way to make prompts.
@@ -149,12 +214,14 @@ class Generator:
             engine: Runs the model.
             encoder: Makes prompts of rows.
             settings: What to ask.
+            constraint: What `constraint_of` returns for them.
             on_result: Called for each row as soon as it is done, from any thread; its tokens are
                 the engine's to count.
         """
         self._engine = engine
         self._encoder = encoder
         self._settings = settings
+        self._constraint = constraint
         self._on_result = on_result
         stops = (*settings.sampling.stop_token_ids, *encoder.stop_token_ids)
         self._sampling = replace(settings.sampling, stop_token_ids=stops)
@@ -211,6 +278,7 @@ class Generator:
             params=self._sampling,
             sampling_key=key,
             should_stop=stop,
+            constraint=self._constraint,
             logprob=self._settings.logprob,
         )
         return _Task(prompt, request, stop)
@@ -244,7 +312,9 @@ class Generator:
             result["truncated"] = task.prompt.truncated
         if completion.error is not None:
             return result | {"error": completion.error}
-        text = result["completion"] = self._text(task, completion)
+        text = self._text(task, completion)
+        structured = self._settings.structured
+        result |= {"completion": text} if structured is None else structured.values_of(text)
         result["finish_reason"] = completion.finish_reason
         result["num_completion_tokens"] = len(completion.token_ids)
         if "logprob" in result:

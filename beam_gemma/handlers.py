@@ -1,6 +1,8 @@
 """Gemma as Beam model handlers, one for each task: what RunInference needs to know of it."""
 
+import copy
 import dataclasses
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,8 +12,9 @@ from beam_gemma.embed import Embedder
 from beam_gemma.embedding_config import EmbeddingConfig
 from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.errors import ArtifactError
-from beam_gemma.generate import GenerateSettings, Generator
+from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.generate import GenerateSettings, Generator, constraint_of
+from beam_gemma.guide import Constraint
 from beam_gemma.model_folder import open_description
 from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
@@ -21,6 +24,7 @@ from beam_gemma.pulse import Pulse, Work
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
+from beam_gemma.structured import StructuredOutput, json_schema_of
 from beam_gemma.task import Encoder, Settings
 from beam_gemma.task_handler import DeviceChoice, TaskHandler
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
@@ -98,10 +102,38 @@ class GemmaModelHandler(EngineHandler):
             max_tokens=self.settings.max_prompt(artifact.config.max_position_embeddings),
         )
 
+    def check(self, artifact: Artifact) -> None:
+        """Compare the settings with the model; no weights are loaded."""
+        self._constraint(artifact, self.encoder(artifact))
+
+    def with_schema(self, schema: Mapping[str, Any] | type) -> "GemmaModelHandler":
+        """Return a handler alike, whose completions are JSON of a schema.
+
+        Args:
+            schema: JSON Schema, or a class with `model_json_schema`, such as a Pydantic model.
+
+        Raises:
+            OptionsError: the settings ask for structured output already, or the schema cannot be
+                used.
+        """
+        if self.settings.structured is not None:
+            raise OptionsError(
+                "schema: expected a handler without structured output, got one that has it"
+            )
+        handler = copy.copy(self)
+        handler._key = uuid.uuid4().hex
+        structured = StructuredOutput(json_schema=json_schema_of(schema))
+        handler.settings = dataclasses.replace(self.settings, structured=structured)
+        return handler
+
+    def _constraint(self, artifact: Artifact, encoder: PromptEncoder) -> Constraint | None:
+        return constraint_of(self.settings, encoder.tokenizer, artifact.eos_token_ids)
+
     def _load(self, artifact: Artifact, device: Device) -> Generator:
         encoder = self.encoder(artifact)
+        constraint = self._constraint(artifact, encoder)
         engine = start_engine(artifact, self.head, device, self._engine_config)
-        return Generator(engine, encoder, self.settings, on_result=METER.add)
+        return Generator(engine, encoder, self.settings, constraint=constraint, on_result=METER.add)
 
 
 class GemmaClassifyModelHandler(EngineHandler):

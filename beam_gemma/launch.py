@@ -95,7 +95,7 @@ def plan(
         **engine_settings(flags),
     )
     artifact = handler.artifact()
-    encoder = handler.encoder(artifact)
+    handler.check(artifact)
     if is_local(options):
         choose_device(artifact, handler.head, flags.device)
     elif flags.device != "auto":
@@ -112,7 +112,7 @@ def plan(
     output = _output(flags, options, source, handler.settings, facts)
     job = Job(source=source, handler=handler, output=output, options=options)
     if flags.dry_run:
-        return replace(job, preview=preview(source, encoder))
+        return replace(job, preview=preview(source, handler.encoder(artifact)))
     pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, flags.device)}"
     handler.supervise(
         Supervision(

@@ -24,7 +24,8 @@ from beam_gemma.task import Settings
 FORMAT = 2
 """Raised when a reader of records would misread a new one."""
 PACKAGES = (
-    "apache-beam", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow", "sentencepiece",
+    "apache-beam", "llguidance", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow",
+    "sentencepiece",
 )  # fmt: skip
 """On which results depend, as far as they are installed."""
 

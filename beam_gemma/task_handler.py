@@ -89,6 +89,15 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             OptionsError: the model cannot be asked so.
         """
 
+    def check(self, artifact: Artifact) -> None:
+        """Compare the settings with the model; no weights are loaded.
+
+        Raises:
+            ArtifactError: the tokenizer is missing or damaged.
+            OptionsError: the model cannot be asked so.
+        """
+        self.encoder(artifact)
+
     def supervise(self, supervision: Supervision) -> None:
         """Have the model supervised; rows must come with the keys of their requests then."""
         self._supervision = supervision

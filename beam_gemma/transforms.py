@@ -1,5 +1,6 @@
 """The transforms that pipelines are made of."""
 
+import datetime
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.ml.inference.base import PredictionResult, RunInference
 from apache_beam.pvalue import PCollection, Row
+from apache_beam.typehints import List, Optional
 from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.batches import send_whole
@@ -15,16 +17,17 @@ from beam_gemma.examples import as_mapping
 from beam_gemma.handlers import GemmaClassifyModelHandler, GemmaEmbedModelHandler, GemmaModelHandler
 from beam_gemma.task_handler import TaskHandler
 
-PYTHON_TYPES: dict[pa.DataType, Any] = {
-    pa.string(): str | None,
-    pa.int64(): int | None,
-    pa.float64(): float | None,
-    pa.bool_(): bool | None,
-    pa.list_(pa.int64()): list[int] | None,
-    pa.list_(pa.string()): list[str] | None,
-    pa.list_(pa.float64()): list[float] | None,
+PYTHON_TYPES: dict[pa.DataType, type] = {
+    pa.string(): str,
+    pa.int64(): int,
+    pa.float32(): float,
+    pa.float64(): float,
+    pa.bool_(): bool,
+    pa.date32(): datetime.date,
+    pa.timestamp("us", "UTC"): datetime.datetime,
+    pa.time64("us"): datetime.time,
 }
-"""Of the result columns, in the schema of Beam Rows; a fixed-size list is a list of floats."""
+"""Of the values in result columns, in the schema of Beam Rows."""
 
 
 class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
@@ -64,13 +67,17 @@ class Generate(_Task):
 
     Args:
         handler: The model, and what to ask of it.
+        schema: Makes each completion JSON of it, which becomes the typed column `extracted`: JSON
+            Schema, or a class with `model_json_schema`, such as a Pydantic model.
 
     Raises:
-        OptionsError: the settings do not say what the prompt is.
+        OptionsError: the settings do not say what the prompt is, or the schema cannot be used.
     """
 
-    def __init__(self, handler: GemmaModelHandler) -> None:
-        super().__init__(handler)
+    def __init__(
+        self, handler: GemmaModelHandler, *, schema: Mapping[str, Any] | type | None = None
+    ) -> None:
+        super().__init__(handler if schema is None else handler.with_schema(schema))
 
 
 class Classify(_Task):
@@ -116,9 +123,12 @@ def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
 
 def _python_type(kind: pa.DataType) -> Any:
     """Return the type of a result in the schema of Beam Rows."""
-    if pa.types.is_fixed_size_list(kind):
-        return list[float] | None
-    return PYTHON_TYPES[kind]
+    if pa.types.is_struct(kind):
+        fields = [(field.name, _python_type(field.type)) for field in kind]
+        return Optional[RowTypeConstraint.from_fields(fields)]
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return Optional[List[_python_type(kind.value_type)]]
+    return Optional[PYTHON_TYPES[kind]]
 
 
 def _check(element: Any, result_names: frozenset[str]) -> Any:
@@ -149,5 +159,14 @@ def _merge(prediction: PredictionResult) -> Any:
     if isinstance(example, pa.RecordBatch):
         schema = pa.schema([*example.schema, *inference.schema], example.schema.metadata)
         return pa.RecordBatch.from_arrays([*example.columns, *inference.columns], schema=schema)
-    row = {**as_mapping(example), **inference}
-    return row if isinstance(example, Mapping) else Row(**row)
+    if isinstance(example, Mapping):
+        return {**example, **inference}
+    results = {name: _as_rows(value) for name, value in inference.items()}
+    return Row(**as_mapping(example), **results)
+
+
+def _as_rows(value: Any) -> Any:
+    """Return a value with Rows for what is a dict in it."""
+    if isinstance(value, Mapping):
+        return Row(**{name: _as_rows(item) for name, item in value.items()})
+    return [_as_rows(item) for item in value] if isinstance(value, list) else value

@@ -9,7 +9,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.generate import Generator
+from beam_gemma.generate import Generator, constraint_of
 from beam_gemma.handlers import GemmaModelHandler
 from beam_gemma.progress import METER
 from beam_gemma.prompt import Text
@@ -66,7 +66,8 @@ def fake_generator(
     encoder = fake_encoder(settings, chat_template)
     config = EngineConfig(eos_token_ids=(TOKENIZER.eos_token_id,), **engine_options)
     engine = Engine(session, config, on_step=on_result)
-    return Generator(engine, encoder, settings, on_result=on_result)
+    constraint = constraint_of(settings, TOKENIZER, config.eos_token_ids)
+    return Generator(engine, encoder, settings, constraint=constraint, on_result=on_result)
 
 
 class FakeHandler(GemmaModelHandler):

@@ -23,6 +23,7 @@ LAYERS = [
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed run_record supervision json_scalars",
     "tally json_schema",
+    "structured",
     "generate classify fewshot flags task_handler",
     "handlers",
     "transforms ask write_table table_flags",

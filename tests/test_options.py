@@ -1,5 +1,6 @@
 """Flags: complete help, nothing unknown, values where they belong."""
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from beam_gemma.flags import in_one_process, is_local, parse
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.generate_options import generate_parser, generate_settings
 from beam_gemma.sampling import SamplingParams
+from beam_gemma.structured import StructuredOutput
 
 FILES = ["--model=m", "--input=a.jsonl", "--output=b.jsonl"]
 
@@ -52,6 +54,45 @@ def test_every_setting_has_a_flag(tmp_path):
         logprob=True,
         token_ids=True,
     )  # fmt: skip
+
+
+def test_structured_output(tmp_path):
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "boolean"}}}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "choices.txt").write_text("very good\nnot so, good\n")
+    asked = {
+        ("--json_schema", str(tmp_path / "schema.json")): {"json_schema": schema},
+        ("--choices", "yes,no"): {"choices": ("yes", "no")},
+        ("--choices_file", str(tmp_path / "choices.txt")): {
+            "choices": ("very good", "not so, good")
+        },
+        ("--regex", "[0-9]+"): {"regex": "[0-9]+"},
+    }
+    for flags, fields in asked.items():
+        assert settings_of("--prompt=x", *flags).structured == StructuredOutput(**fields)
+    flags, fields = next(iter(asked.items()))
+    settings = settings_of("--prompt=x", *flags, "--flatten", "--completion")
+    assert settings.structured == StructuredOutput(**fields, flatten=True, completion=True)
+    assert settings.result_schema.names[:3] == ["b", "a", "completion"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"type": "string"', "--json_schema PATH: expected a JSON Schema, got an error: "),
+        (b'{"type": "string", "type": "null"}', "the name 'type' is twice in an object"),
+        (b'["string"]', "--json_schema PATH: expected an object of JSON, got a list"),
+        (b"\xff", "--json_schema PATH: expected a text file that can be read, got an error: "),
+        (b'{"type": "object"}', "json_schema: #: expected "),
+        (b'{"type": "string", "minLenght": 1}', "did you mean minLength?"),
+    ],
+)
+def test_bad_schemas(tmp_path, content, message):
+    path = tmp_path / "schema.json"
+    path.write_bytes(content)
+    with pytest.raises(OptionsError) as caught:
+        settings_of("--prompt=x", f"--json_schema={path}")
+    assert message in str(caught.value).replace(str(path), "PATH")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +133,19 @@ def test_misspelt_required_flag_is_called_unknown_rather_than_missing():
         (["--prompt=x", "--max_tokens=0"], "max_tokens: expected at least 1"),
         (["--prompt=x", "--top_p=0"], "top_p"),
         (["--prompt=x", "--chat_template=none.jinja"], "--chat_template none.jinja"),
+        (["--prompt=x", "--choices=a,b", "--regex=a"], "got --choices and --regex"),
+        (["--prompt=x", "--choices=a,b", "--choices_file=f"], "and --choices_file"),
+        (["--prompt=x", "--choices="], "choices: expected texts that are not empty"),
+        (["--prompt=x", "--choices=a, b"], "no space .* got ' b'; write .* --choices_file"),
+        (["--prompt=x", "--choices=a,a"], "choices: expected each text once"),
+        (["--prompt=x", "--choices_file=none.txt"], "--choices_file none.txt"),
+        (["--prompt=x", "--choices_file=/dev/null"], "--choices_file /dev/null: .* got none"),
+        (["--prompt=x", "--json_schema=none.json"], "--json_schema none.json"),
+        (["--prompt=x", "--flatten"], "--flatten: expected --json_schema"),
+        (["--prompt=x", "--regex=a", "--completion"], "completion: expected a json_schema"),
+        (["--prompt=x", "--regex=a", "--stop=b"], "stop: expected none beside structured output"),
+        (["--prompt=x", "--regex=a", "--ignore_eos"], "ignore_eos: expected none"),
+        (["--prompt=x", "--regex=(a"], "regex: "),
     ],
 )
 def test_bad_settings(flags, match):
@@ -143,7 +197,7 @@ def test_help_has_groups_and_examples_of_known_flags():
         assert f"\n{group}:\n" in text
     examples = text.partition("examples:")[2].partition("Any other")[0]
     used = set(re.findall(r"--\w+", examples))
-    assert len(re.findall("python -m pipelines.generate", examples)) == 2
+    assert len(re.findall("python -m pipelines.generate", examples)) == 3
     assert used <= set(generate_parser()._option_string_actions)
 
 

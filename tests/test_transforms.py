@@ -1,9 +1,11 @@
 """Generate: what kind of rows goes in comes out, and none is lost on the way."""
 
 import typing
+from collections import defaultdict
 
 import apache_beam as beam
 import pyarrow as pa
+import pydantic
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.typehints.row_type import RowTypeConstraint
@@ -25,6 +27,7 @@ SETTINGS = GenerateSettings(
 )
 pytestmark = pytest.mark.timeout(90)
 FOUND = []
+EXTRACTED = defaultdict(list)
 
 
 class TypedRow(typing.NamedTuple):
@@ -70,6 +73,79 @@ def test_rows_whose_type_is_not_known():
         rows = pipeline | beam.Create([beam.Row(text="a")]) | beam.Map(lambda row: row)
         results = rows | Generate(FakeHandler(SETTINGS))
         assert_that(results | beam.Map(lambda r: r.completion), equal_to([completion("a")]))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "day": {"type": "string", "format": "date"},
+        "at": {"type": ["string", "null"], "format": "date-time"},
+        "sizes": {"type": "array", "items": {"type": ["integer", "null"]}, "maxItems": 2},
+        "of": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"name": {"enum": ["a", "b"]}}},
+            "maxItems": 2,
+        },
+    },
+    "required": ["day", "at", "sizes"],
+}
+EXTRACTING = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=100))
+
+
+class Found(pydantic.BaseModel):
+    name: typing.Literal["a", "b"]
+    sure: bool | None
+
+
+def plain(value):
+    """Return a value with dicts for the Rows and named tuples in it."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if hasattr(value, "_asdict"):
+        return {name: plain(item) for name, item in value._asdict().items()}
+    return value
+
+
+def test_values_of_a_schema_are_dicts_in_dicts_rows_in_rows_and_typed_in_batches():
+    texts = [f"t{i}" for i in range(5)]
+    batch = pa.RecordBatch.from_pydict({"text": [*texts, None]})
+    named = RowTypeConstraint.from_fields([("text", str)])
+    with local_pipeline() as pipeline:
+        dicts = pipeline | "Dicts" >> beam.Create([{"text": text} for text in texts])
+        rows = pipeline | "Rows" >> beam.Create([beam.Row(text=text) for text in texts])
+        rows |= "Named" >> beam.Map(lambda row: row).with_output_types(named)
+        batches = pipeline | "Batches" >> beam.Create([batch]).with_output_types(pa.RecordBatch)
+        for name, kind in (("d", dicts), ("r", rows), ("b", batches)):
+            found = kind | name >> Generate(FakeHandler(EXTRACTING), schema=SCHEMA)
+            _ = found | f"Keep {name}" >> beam.Map(keep_as, name)
+    of_dicts = {row["text"]: row["extracted"] for row in EXTRACTED["d"]}
+    of_rows = {row.text: plain(row.extracted) for row in EXTRACTED["r"]}
+    (of_batch,) = EXTRACTED["b"]
+    assert sorted(of_dicts) == texts
+    assert of_rows == of_dicts
+    assert of_batch.column("extracted").to_pylist() == [*(of_dicts[text] for text in texts), None]
+    kind = of_batch.schema.field("extracted").type
+    assert kind.field("day").type == pa.date32()
+    assert kind.field("at").type == pa.timestamp("us", "UTC")
+    assert of_batch.column("error").to_pylist()[:5] == [None] * 5
+
+
+def test_a_schema_may_be_a_class_and_stays_apart_from_others():
+    handler = FakeHandler(EXTRACTING)
+    other = handler.with_schema(Found)
+    assert other.settings.result_schema.field("extracted").type == pa.struct(
+        {"name": pa.string(), "sure": pa.bool_()}
+    )
+    assert handler.settings.structured is None
+    assert other._key != handler._key
+    with pytest.raises(OptionsError, match="schema: expected a handler without structured output"):
+        Generate(other, schema=SCHEMA)
+    with pytest.raises(OptionsError, match="#/typ: "):
+        Generate(handler, schema={"typ": "null"})
+
+
+def keep_as(result, name):
+    EXTRACTED[name].append(result)
 
 
 def keep(batch):

@@ -94,6 +94,47 @@ def test_a_table_becomes_a_table(run, gcp, table, task, mode):
     assert {f.name: f.mode for f in written.schema}["numbers"] == "REPEATED"
 
 
+def test_extracted_values_are_records(run, gcp, table, tiny_gemma3, tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {
+            "day": {"type": "string", "format": "date"},
+            "parts": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"name": {"enum": ["a", "b"]}, "size": {"type": "integer"}},
+                    "required": ["name"],
+                },
+                "maxItems": 2,
+            },
+        },
+        "required": ["day"],
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    name = next(NAMES)
+    code, stdout, stderr = run(
+        generate, f"--model={tiny_gemma3.artifact.path}", f"--input={gcp.table(table)}",
+        f"--output={gcp.table(name)}", "--prompt_column=text", "--limit=9", "--completion",
+        f"--json_schema={tmp_path}/schema.json", "--max_tokens=100",
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    assert "= ok 8 + failed 1 = written 9 rows" in stdout
+    columns = {f.name: f for f in bigquery.Client().get_table(f"dataset.{name}").schema}
+    parts = columns["extracted"].fields[1]
+    assert [columns["extracted"].field_type, parts.field_type, parts.mode] == [
+        "RECORD", "RECORD", "REPEATED"
+    ]  # fmt: skip
+    assert [field.field_type for field in parts.fields] == ["STRING", "INTEGER"]
+    for row in rows_of(name):
+        if row["text"] is None:
+            assert row["extracted"] is None
+            continue
+        values = json.loads(row["completion"])
+        assert row["extracted"]["day"].isoformat() == values["day"]
+        assert row["extracted"]["parts"] == [{"size": None, **p} for p in values.get("parts", [])]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_files_and_the_model_are_on_cloud_storage(run, gcp, tiny_gemma3, mode):
     folder = f"{gcp.bucket}/{next(NAMES)}"
