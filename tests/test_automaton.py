@@ -255,6 +255,24 @@ def test_size_follows_what_is_used_not_what_may_be() -> None:
     assert num_places(automaton) < 6000
 
 
+def test_ways_through_wide_choices_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 18,000 tokens of letters, those that repeat one of two letters are looked at."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["".join(some) for n in (1, 2, 3) for some in itertools.product(letters, repeat=n)]
+    vocabulary = Vocabulary([token.encode() for token in tokens])
+    num_looks = 0
+
+    def find(prefix: bytes, start: int = 0) -> int | None:
+        nonlocal num_looks
+        num_looks += 1
+        return Vocabulary.find(vocabulary, prefix, start)
+
+    monkeypatch.setattr(vocabulary, "find", find)
+    automaton = Automaton(Repeat(LOWER, 30, 30), vocabulary)
+    assert automaton.distance(automaton.start) == 10
+    assert num_looks < 30 * 26 * 27
+
+
 def test_optional_properties_meet_again() -> None:
     sizes = [num_places(Automaton(optional_properties(n), BYTES)) for n in (20, 40, 80)]
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.1)
@@ -274,6 +292,17 @@ def test_states_are_forgotten_beyond_a_limit(monkeypatch: pytest.MonkeyPatch) ->
         text = "".join(letters)
         assert automaton.is_accepting(state_of(automaton, text)) == (text[1] == "a")
         assert len(automaton._states) <= 50
+        # What is forgotten is within reach of nothing but texts on their way.
+        assert len(reachable(automaton.start)) <= 100
+
+
+def reachable(state: State) -> set[State]:
+    seen, waiting = {state}, [state]
+    while waiting:
+        new = [s for s in waiting.pop().edges.values() if s not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    return seen
 
 
 def test_a_repeat_of_texts_that_may_be_empty_ends() -> None:
