@@ -127,10 +127,11 @@ def test_a_tuple_has_all_its_items() -> None:
 
 
 def test_options_that_are_objects_become_one_struct() -> None:
-    first = objects(
-        ["kind"], kind={"const": "a"}, x=WHOLE, y={"type": "array", "items": objects(p=TEXT)}
+    lists = ({"type": "array", "items": objects(**inner)} for inner in ({"p": TEXT}, {"q": WHOLE}))
+    first, second = (
+        objects(["kind", "y"], kind={"const": kind}, x=WHOLE, y=items)
+        for kind, items in zip("ab", lists, strict=True)
     )
-    second = objects(["kind"], kind={"const": "b"}, y={"type": "array", "items": objects(q=WHOLE)})
     schema = compile_schema({"oneOf": [first, second, {"type": "null"}]})
     assert str(schema.type) == (
         "struct<kind: string, x: int64, y: list<item: struct<p: string, q: int64>>>"

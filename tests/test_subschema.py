@@ -78,6 +78,11 @@ NO_TYPE = "expected values of one Arrow type, got"
             "#/minLength: expected nothing beside anyOf, got minLength; move it into anyOf",
         ),
         (
+            {"oneOf": [{"maxLength": 3}, {"type": "null"}]},
+            "#/oneOf/1: expected no value of an option before it, by its type or by a required "
+            "constant, got values that may be of both; take anyOf",
+        ),
+        (
             {"oneOf": [{"enum": ["a", "b"]}, {"const": "b"}]},
             "#/oneOf/1: expected no value of an option before it, by its type or by a required "
             "constant, got values that may be of both; take anyOf",
