@@ -49,7 +49,7 @@ class Subschema:
         """
         if not isinstance(self.schema, Mapping):
             raise self.error("a schema that says what is valid", json.dumps(self.schema))
-        for keyword in self.schema.keys() - KNOWN:
+        for keyword in sorted(self.schema.keys() - KNOWN):
             is_real = keyword in Draft202012Validator.VALIDATORS
             raise self.inner(keyword).error(
                 "a keyword that decoding can keep to",
@@ -143,7 +143,8 @@ class Subschema:
     def _target(self) -> "Subschema":
         """Return what the reference leads to."""
         reference, place = self["$ref"], self.inner("$ref")
-        if not reference.startswith("#"):
+        head, *keys = unquote(reference).split("/")
+        if head != "#":
             raise place.error("a reference within the same schema, as #/$defs/NAME", reference)
         if reference in self.trail:
             raise place.error(
@@ -151,7 +152,6 @@ class Subschema:
                 f"a reference to {reference} within it",
                 "; write its levels out",
             )
-        _, *keys = unquote(reference).split("/")
         target = Subschema(self.root, self.root, trail=(*self.trail, reference))
         try:
             return target.inner(*(key.replace("~1", "/").replace("~0", "~") for key in keys))

@@ -116,6 +116,10 @@ NO_TYPE = "expected values of one Arrow type, got"
             "#/$ref: expected a reference to a part of the schema, got #/$defs/a; see its $defs",
         ),
         (
+            {"$ref": "#anchor"},
+            "#/$ref: expected a reference within the same schema, as #/$defs/NAME, got #anchor",
+        ),
+        (
             {"$ref": "a.json"},
             "#/$ref: expected a reference within the same schema, as #/$defs/NAME, got a.json",
         ),
