@@ -1,7 +1,7 @@
 """Where a text stands in its language, byte by byte, and how many tokens it needs to end.
 
 Ways to the end are looked for among brief texts only: nothing in them is repeated more often than
-it must, and two bytes stand for a wide range of them. So a way is always a real one, whatever was
+it must, and two characters stand for a wide choice. So a way is always a real one, whatever was
 written before it, and a shorter one can exist only where further repetitions, or rare characters,
 make fewer tokens. Brief texts are finite in number, so places are measured backwards, each once.
 """
@@ -20,6 +20,7 @@ from beam_gemma.places import Place, Places
 UNREACHABLE = sys.maxsize
 """The distance from which no tokens lead to an end."""
 MAX_BRIEF_LENGTH = 20_000
+"""Characters of a brief text, each of which is measured."""
 MAX_STATES = 50_000
 """States that are remembered. Beyond, all are forgotten but those that texts are in."""
 FEW, MANY = 10, 1000
@@ -211,13 +212,13 @@ def _check_length(language: Language) -> None:
     length = _brief_length(language, {})
     if length > MAX_BRIEF_LENGTH:
         raise OptionsError(
-            f"constraint: expected a shortest text of at most {MAX_BRIEF_LENGTH} characters, got "
+            f"constraint: expected at most {MAX_BRIEF_LENGTH} characters that texts must have, got "
             f"{length}; lower minLength, minItems, or the counts of the regex"
         )
 
 
 def _brief_length(language: Language, known: dict[int, int]) -> int:
-    """Return the length of a longest text in which nothing is repeated without need.
+    """Return the length of a longest text in which nothing is repeated more often than it must.
 
     Args:
         language: The language.

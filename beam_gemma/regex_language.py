@@ -32,6 +32,7 @@ from beam_gemma.language import (
     without,
 )
 
+MAX_DEPTH = 100
 ANY_TEXT = Repeat(ANY_CHAR, 0, None)
 QUANTIFIER = re.compile(r"([*+?])|\{(?!\})([0-9]*)(,?)([0-9]*)\}")
 END = re.compile(r"(?:\$|\\Z)(?=\||\Z)")
@@ -119,6 +120,7 @@ class Parser:
         self._classes = classes
         self._place = place
         self._at = 0
+        self._depth = 0
         try:
             with warnings.catch_warnings():
                 # These are of what later versions of Python may read otherwise.
@@ -161,11 +163,15 @@ class Parser:
         return self._characters(_only(self._code_point(ESCAPE)), start)
 
     def _group(self) -> Language:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise self._error(f"at most {MAX_DEPTH} groups within each other", "more", self._at)
         options = [self._sequence()]
         while self._take("|"):
             options.append(self._sequence())
         if not self._take(")"):
             self._check()
+        self._depth -= 1
         return _one_of(options)
 
     def _repeated(self, body: Language) -> Language:

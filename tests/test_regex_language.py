@@ -71,6 +71,18 @@ def test_it_means_what_python_means(pattern: str, texts: list[str]) -> None:
         assert holds(language, text) == bool(re.fullmatch(pattern, text))
 
 
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from([*"()[]{}^$|*+?.\\ab-1,dwSPx<>:=!#\n", *PLAIN]), max_size=7))
+def test_anything_is_refused_or_means_what_python_means(pieces: list[str]) -> None:
+    pattern = "".join(pieces)
+    try:
+        language = parse_regex(pattern)
+    except OptionsError:
+        return
+    for text in ("", "a", "b", "ab", "aa", "1", "d", "-", "\n", *"()[]{}^$|\\"):
+        assert holds(language, text) == bool(re.fullmatch(pattern, text))
+
+
 @pytest.mark.parametrize("item", PLAIN + BRACKETS + CLASSES)
 def test_every_item_is_read_as_python_does(item: str) -> None:
     texts = [*CHARACTERS, *("a" + char + "b" for char in CHARACTERS), *(2 * c for c in CHARACTERS)]
@@ -162,6 +174,7 @@ def test_anchors_make_no_difference_to_a_whole() -> None:
         ("(a$)", r"expected no anchor but at the ends, got \$ at character 2"),
         (r"a\Ab", r"expected no anchor but at the ends, got \\A at character 1"),
         ("a++", r"expected no possessive repetition, got \+ at character 2"),
+        ("(" * 101 + ")" * 101, "expected at most 100 groups within each other, got more"),
         ("a(", r"expected a regular expression, got missing \), .* at character 1"),
         ("a{3,2}", "expected a regular expression, got min repeat .* at character 2"),
         ("a{9999999999}", "expected a smaller regular expression, got the repetition number"),
