@@ -1,6 +1,7 @@
 """Fixtures that several tests share: tiny models, exported once for a test run."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,16 +55,22 @@ class TinyModel:
     """Of the reference in float64."""
 
 
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """Tiny models by their names; to export one takes longer than most tests."""
+    return functools.cache(lambda name: _tiny(name, tmp_path_factory.mktemp(name)))
+
+
 @pytest.fixture(scope="session", params=MODELS)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], TinyModel]) -> TinyModel:
     """Each tiny model in turn."""
-    return _tiny(request.param, tmp_path_factory.mktemp(request.param))
+    return tiny_of(request.param)
 
 
 @pytest.fixture(scope="session")
-def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+def tiny_gemma3(tiny_of: Callable[[str], TinyModel]) -> TinyModel:
     """The tiny Gemma 3 alone, for tests that need a model but not every one."""
-    return _tiny("gemma3_text", tmp_path_factory.mktemp("tiny_gemma3"))
+    return tiny_of("gemma3_text")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("all_tasks")
-    checkpoint = save_checkpoint(tiny_model("gemma3_text"), folder / "checkpoint")
+    checkpoint = save_checkpoint(tiny_model("gemma_mha"), folder / "checkpoint")
     export(checkpoint, folder / "model", tasks=["generate", "classify", "embed"])
     return str(folder / "model")
 

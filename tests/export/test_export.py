@@ -17,6 +17,22 @@ from export.weights import inverse_frequencies
 from tests.conftest import TinyModel
 from tests.reference import save_checkpoint, tiny_model
 
+SMALL = ("generate",)
+"""Of two layers one graph, where any will do: to trace it takes most of an export's time."""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A small model, whose checkpoint lies beside it."""
+    folder = tmp_path_factory.mktemp("small")
+    save_checkpoint(tiny_model("gemma_mha"), folder / "checkpoint")
+    export(folder / "checkpoint", folder / "model", tasks=SMALL)
+    return Artifact.open(folder / "model")
+
+
+def checkpoint_of(small: Artifact) -> Path:
+    return small.path.with_name("checkpoint")
+
 
 def files_of(folder: Path) -> dict[str, os.stat_result]:
     return {f.relative_to(folder).as_posix(): f.stat() for f in folder.rglob("*") if f.is_file()}
@@ -41,8 +57,8 @@ def test_a_bfloat16_checkpoint_links_for_cuda_and_converts_for_the_cpu(tmp_path:
 
     model = tiny_model("gemma").to(torch.bfloat16)
     source = save_checkpoint(model, tmp_path / "checkpoint")
-    export(source, tmp_path / "cuda", device="cuda", checksums="later")
-    export(source, tmp_path / "cpu")
+    export(source, tmp_path / "cuda", device="cuda", checksums="later", tasks=SMALL)
+    export(source, tmp_path / "cpu", tasks=SMALL)
     cuda, cpu = files_of(tmp_path / "cuda"), files_of(tmp_path / "cpu")
     assert cuda["weights/model.safetensors"].st_nlink == 2
     assert "weights/model.safetensors" not in cpu
@@ -67,7 +83,7 @@ def test_a_bfloat16_checkpoint_links_for_cuda_and_converts_for_the_cpu(tmp_path:
 
 
 def test_another_file_system_gets_a_copy_and_says_so(
-    tiny_gemma3: TinyModel,
+    small: Artifact,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -76,11 +92,11 @@ def test_another_file_system_gets_a_copy_and_says_so(
         raise OSError(errno.EXDEV, "another device")
 
     monkeypatch.setattr("export.weights.os.link", refuse)
-    export(tiny_gemma3.checkpoint.path, tmp_path / "model")
+    export(checkpoint_of(small), tmp_path / "model", tasks=SMALL)
     copy = tmp_path / "model" / "weights" / "model.safetensors"
-    assert copy.read_bytes() == (tiny_gemma3.checkpoint.path / "model.safetensors").read_bytes()
+    assert copy.read_bytes() == (checkpoint_of(small) / "model.safetensors").read_bytes()
     assert "cannot be linked" in caplog.text
-    assert Artifact.open(tmp_path / "model").digest == tiny_gemma3.artifact.digest
+    assert Artifact.open(tmp_path / "model").digest == small.digest
 
 
 def test_symbolic_dimensions_carry_the_signature(tiny_gemma3: TinyModel) -> None:
@@ -128,19 +144,21 @@ def test_a_bad_setting_is_one_sentence(
     assert not (tmp_path / "model").exists()
 
 
-def test_an_output_is_replaced_only_on_request(tiny_gemma3: TinyModel, tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_on_request(small: Artifact, tmp_path: Path) -> None:
     output = tmp_path / "model"
     output.mkdir()
     (output / "precious.txt").write_text("keep")
-    flags = ["--checkpoint", str(tiny_gemma3.checkpoint.path), "--output", str(output)]
+    flags = ["--checkpoint", str(checkpoint_of(small)), "--output", str(output)]
+    flags += ["--tasks", *SMALL]
     assert main(flags) == 2
     assert (output / "precious.txt").exists()
     assert main([*flags, "--overwrite"]) == 0
-    assert Artifact.open(output).digest == tiny_gemma3.artifact.digest
+    assert Artifact.open(output).digest == small.digest
 
 
-def test_a_failed_export_leaves_no_model(tiny_gemma3: TinyModel, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(tiny_gemma3.checkpoint.path, tmp_path / "checkpoint"))
+def test_a_failed_export_leaves_no_model(small: Artifact, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint_of(small), tmp_path / "checkpoint"))
     (source / "tokenizer.model").unlink()
-    assert main(["--checkpoint", str(source), "--output", str(tmp_path / "model")]) == 2
+    flags = ["--checkpoint", str(source), "--output", str(tmp_path / "model"), "--tasks", *SMALL]
+    assert main(flags) == 2
     assert not (tmp_path / "model").exists()
