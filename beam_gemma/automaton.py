@@ -58,12 +58,17 @@ class Vocabulary:
         return self._ids.get(data)
 
     def narrow(self, wide: Chars) -> Chars:
-        """Return some characters; of many, the two that a single token repeats most often."""
+        """Return some characters; of many, the two that a single token repeats most often.
+
+        They are of ASCII if any are: a digit that stands for others is better none of Bengali.
+        """
         if sum(last - first + 1 for first, last in wide.ranges) <= FEW:
             return wide
         if wide not in self._narrow:
-            points = (p for first, last in wide.ranges for p in range(first, last + 1))
-            best = sorted(islice(points, MANY), key=self._longest_run, reverse=True)[:2]
+            every = (p for first, last in wide.ranges for p in range(first, last + 1))
+            points = [*islice(every, MANY)]
+            plain = [point for point in points if chr(point).isascii()]
+            best = sorted(plain or points, key=self._longest_run, reverse=True)[:2]
             self._narrow[wide] = chars(*((point, point) for point in best))
         return self._narrow[wide]
 

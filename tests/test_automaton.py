@@ -186,6 +186,7 @@ def test_distances_are_exact_where_nothing_is_repeated_at_will(language: Languag
         (Repeat(LOWER, 10, 20), ["xxxx", *"abcdefghijklm", "x"], ["xxxx", "xxxx", "a", "a"]),
         (Repeat(chars((0x400, 0x4FF)), 2, 2), [*map(chr, range(0x400, 0x500)), "жж"], ["жж"]),
         (Repeat(DIGIT, 2, 2), [*"0123456789", "73"], ["73"]),
+        (Repeat(chars((48, 57), (0x660, 0x669)), 2, 2), ["0", "1", "٣", "٣٣"], ["0", "0"]),
         (optional(Literal("a")), ["a"], []),
     ],
 )  # fmt: skip
