@@ -205,7 +205,7 @@ class Sequence:
             self.token_ids += self.guide.take_forced(left, limit=MAX_FORCED_TOKENS)
             if self.guide.is_final:
                 return "stop"
-        return "length" if self.num_tokens_left == 0 else None
+        return "length" if self.num_tokens_left <= 0 else None
 
     def _span_around(self, position: int) -> tuple[int, int]:
         """Return the span that a cut at a position would split, or the position twice."""

@@ -38,6 +38,7 @@ LANGUAGES = {
     "object": OBJECT,
     "choices": KINDS,
     "one text": Literal("the thin hat"),
+    "forced amid": Concat((LETTERS, Literal(" the thin hat."), LETTERS)),
     "open end": Repeat(LETTERS, 2, None),
     "any text": Repeat(ANY_CHAR, 1, 9),
     "empty or not": Repeat(Literal("the "), 0, 2),
@@ -138,6 +139,13 @@ def test_forced_tokens_take_no_step():
     assert session.steps == [[(0, 20 + len(completion.token_ids))]]
 
 
+def test_tokens_forced_behind_a_chosen_one_run_with_it():
+    (completion,), session = run([make_request("forced amid", 50)])
+    num_forced = len(completion.token_ids) - 2
+    assert num_forced > 5
+    assert session.steps == [[(0, 20)], [(20, 1 + num_forced)]]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_choice_is_the_likeliest_token_by_token(temperature):
     """Or drawn, among the tokens that some choice goes on with, whatever the others' logits are."""
@@ -164,12 +172,14 @@ def test_a_choice_is_the_likeliest_token_by_token(temperature):
 
 
 def test_masks_tell_of_the_tokenizers_tokens_alone():
-    guide = CONSTRAINTS["choices"].start()
-    guide.take_forced(9)
-    mask = MaskMaker().begin({"row": guide}).result()["row"]
-    ids = allowed_ids(mask)
-    assert {TOKENIZER.token_bytes(i) for i in ids.tolist()} == {b"i", b"in", b"t", b"th", b"a"}
-    assert allows(mask, np.arange(400)).nonzero()[0].tolist() == ids.tolist()
+    few, any_text = (CONSTRAINTS[name].start() for name in ("choices", "any text"))
+    few.take_forced(9)
+    masks = MaskMaker().begin({"few": few, "any": any_text}).result()
+    ids = {name: allowed_ids(mask).tolist() for name, mask in masks.items()}
+    assert set(map(TOKENIZER.token_bytes, ids["few"])) == {b"i", b"in", b"t", b"th", b"a"}
+    assert {TOKENIZER.token_bytes(i) for i in ids["any"]} >= {b"\n", b"  ", b"a", b"\xc3"}
+    for name, mask in masks.items():
+        assert allows(mask, np.arange(400)).nonzero()[0].tolist() == ids[name]
 
 
 def test_a_constraint_alone_says_where_a_completion_ends():
