@@ -30,7 +30,8 @@ def test_embeddings_are_the_mean_of_transformers_states(handler: GemmaEmbedModel
     results = embed(TEXTS)
     assert {result["error"] for result in results} == {None}
     assert max(result["num_tokens"] for result in results) > 512
-    assert [embed([text])[0]["embedding"] for text in TEXTS] == [r["embedding"] for r in results]
+    alone = [embed([text])[0]["embedding"] for text in TEXTS[::3]]
+    assert alone == [result["embedding"] for result in results[::3]]
     model = real_model(real_checkpoint()).model
     encode = handler.encoder(real_artifact(real_checkpoint()))
     for text, result in zip(TEXTS, results, strict=True):
