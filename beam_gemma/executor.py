@@ -24,9 +24,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from beam_gemma.errors import RecordError
-from beam_gemma.guide import Mask, MaskMaker
+from beam_gemma.guide import MaskMaker, MaskOf
 from beam_gemma.kv_cache import KVCache
-from beam_gemma.next_token import draw, draw_within, wants_logits
+from beam_gemma.next_token import draw, draw_within, wants_logits, wants_mask
 from beam_gemma.packing import pack
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.scheduler import Scheduler
@@ -113,7 +113,7 @@ class Executor:
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
         with_logits = any(wants_logits(s, signature.candidates) for s in rows)
         feeds = self._feeds(step)
-        masks = self._begin_masks(rows)
+        mask_of = self._begin_masks(rows)
         try:
             output = self._session.run(feeds, with_logits=with_logits)
         except Exception as error:  # a device may raise anything; only the rows at fault may end
@@ -128,7 +128,7 @@ class Executor:
         for sequence, num_new_tokens in step:
             sequence.num_computed_tokens += num_new_tokens
         if rows:
-            self._choose(rows, output, masks())
+            self._choose(rows, output, mask_of)
 
     def _feeds(self, step: Step) -> dict[str, np.ndarray]:
         """Return the inputs of a step, all blocks of which are finite from here on."""
@@ -136,12 +136,11 @@ class Executor:
             self._session.zero_blocks(group, blocks)
         return pack(step, self._session.signature, self._cache)
 
-    def _begin_masks(self, rows: list[Sequence]) -> Callable[[], dict[Sequence, Mask]]:
-        """Have the masks of constrained rows made while the model runs; return how to get them."""
-        guides = {row: row.guide for row in rows if row.guide is not None}
-        if not guides:
-            return dict
-        return self._mask_maker.begin(guides).result
+    def _begin_masks(self, rows: list[Sequence]) -> MaskOf:
+        """Have masks that are sure to be needed made while the model runs."""
+        candidates = self._session.signature.candidates
+        guides = [row.guide for row in rows if row.guide and wants_mask(row, candidates)]
+        return self._mask_maker.begin(guides)
 
     def _settle(self) -> None:
         """Let go of failed rows: they were at fault, not the device."""
@@ -178,9 +177,7 @@ class Executor:
         self._cache.wipe(sequence.slot, sequence.num_computed_tokens + middle)
         return [((sequence, middle),), ((sequence, num_new_tokens - middle),)]
 
-    def _choose(
-        self, rows: list[Sequence], output: StepOutput, masks: Mapping[Sequence, Mask]
-    ) -> None:
+    def _choose(self, rows: list[Sequence], output: StepOutput, mask_of: MaskOf) -> None:
         """Give each row its next token."""
         best = zip(output.topk_ids[:, 0].tolist(), output.topk_logits[:, 0].tolist(), strict=True)
         probabilities = iter(output.top_probability.tolist())
@@ -191,8 +188,8 @@ class Executor:
                 continue
             sequence.isolated = False
             logit = top_logit
-            if sequence in masks:
-                token_id, logit = draw_within(sequence, output, row, masks[sequence])
+            if sequence.guide is not None:
+                token_id, logit = draw_within(sequence, output, row, mask_of)
             elif sequence.request.params.temperature > 0:
                 token_id, logit = draw(sequence, output, row)
             self._accept(sequence, token_id, logit - top_logit + math.log(probability))

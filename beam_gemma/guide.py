@@ -1,17 +1,16 @@
 """What may come next in a completion whose text must be of a language; the only user of llguidance.
 
 Two things know the language. llguidance tells which tokens of the vocabulary may follow, as a mask,
-and which must. The automaton tells how many tokens the end is away at the least. A token is taken
-only where both agree that it leads to the end in time, so a completion that begins with enough
-tokens left ends as a text of the language.
+and which must. The automaton tells of one token whether it may follow, and how many tokens the end
+is away then. A token is taken only if the end is within reach after it, so a completion that begins
+with enough tokens left ends as a text of the language.
 
-Dimensions: W words of 32 tokens each, C tokens that are asked about.
+Dimensions: W words of 32 tokens each, C tokens.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -24,7 +23,6 @@ from beam_gemma.language import Language, to_regex
 from beam_gemma.prompt import Text
 from beam_gemma.tokenizer import Tokenizer
 
-K = TypeVar("K", bound=Hashable)
 Mask = Int32[np.ndarray, " W"]
 
 
@@ -100,6 +98,8 @@ class Guide:
         automaton = self._constraint.automaton
         if token_id in self._constraint.end_token_ids:
             return automaton.is_accepting(self._state)
+        if token_id >= self.vocab_size:
+            return False
         return automaton.distance(automaton.step(self._state, token_id)) <= num_left
 
     def next_of_shortest(self) -> int:
@@ -136,6 +136,9 @@ class Guide:
         return taken
 
 
+MaskOf = Callable[[Guide], Mask]
+
+
 class MaskMaker:
     """Makes the masks of many guides at once, while the caller goes on."""
 
@@ -146,22 +149,26 @@ class MaskMaker:
     def _executor(self) -> LLExecutor:
         return LLExecutor()
 
-    def begin(self, guides: Mapping[K, Guide]) -> "Future[dict[K, Mask]]":
-        """Return the masks to come of some guides of one vocabulary, under the names of these."""
-        return self._thread.submit(self._make, guides)
+    def begin(self, guides: Sequence[Guide]) -> MaskOf:
+        """Begin with the masks of some guides of one vocabulary.
 
-    def _make(self, guides: Mapping[K, Guide]) -> dict[K, Mask]:
-        (vocab_size,) = {guide.vocab_size for guide in guides.values()}
+        Returns:
+            What waits for the mask of a guide; of one that was not begun with, it makes it then.
+        """
+        begun = self._thread.submit(self._make, guides) if guides else None
+
+        def mask_of(guide: Guide) -> Mask:
+            masks = begun.result() if begun is not None else {}
+            return masks[guide] if guide in masks else self._make([guide])[guide]
+
+        return mask_of
+
+    def _make(self, guides: Sequence[Guide]) -> dict[Guide, Mask]:
+        (vocab_size,) = {guide.vocab_size for guide in guides}
         masks = np.zeros(get_bitmask_shape(len(guides), vocab_size), np.int32)
-        matchers = [(guide.matcher, row) for row, guide in enumerate(guides.values())]
+        matchers = [(guide.matcher, row) for row, guide in enumerate(guides)]
         fill_next_token_bitmask_par(self._executor, matchers, masks)
         return dict(zip(guides, masks, strict=True))
-
-
-def allows(mask: Mask, ids: Int64[np.ndarray, " C"]) -> np.ndarray:
-    """Return which of some tokens a mask allows: none that only the model's vocabulary has."""
-    known = ids < 32 * len(mask)
-    return known & ((mask[np.where(known, ids, 0) >> 5] >> (ids & 31)) & 1 != 0)
 
 
 def allowed_ids(mask: Mask) -> Int64[np.ndarray, " C"]:
