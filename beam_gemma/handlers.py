@@ -132,6 +132,9 @@ class GemmaModelHandler(EngineHandler):
     def _load(self, artifact: Artifact, device: Device) -> Generator:
         encoder = self.encoder(artifact)
         constraint = self._constraint(artifact, encoder)
+        if constraint is not None:
+            # What the first one takes seconds to make is made before any row waits for it.
+            constraint.start()
         engine = start_engine(artifact, self.head, device, self._engine_config)
         return Generator(engine, encoder, self.settings, constraint=constraint, on_result=METER.add)
 
