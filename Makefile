@@ -18,7 +18,7 @@ $(READY): setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,demo,dev]'
 	touch $@
 
-demo: $(READY)  ## Generate for a sample table with the real Gemma 3 270M.
+demo: $(READY)  ## Run every kind of job over sample tables with the real Gemma 3 270M.
 	$(BIN)/python -m examples.demo
 
 test: check  ## Set up, then run every check and test.

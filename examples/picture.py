@@ -80,6 +80,48 @@ def draw_scores(table: pa.Table, truth: str, path: Path) -> None:
     )
 
 
+def draw_values(table: pa.Table, truth: str, path: Path) -> None:
+    """Write a page about values that `pipelines.generate` has extracted: those of each row.
+
+    Args:
+        table: Output with a column for each field of `truth`.
+        truth: Column of the values that a person finds in the text.
+        path: Of the page.
+    """
+    rows = table.to_pylist()
+    names = [field.name for field in table.schema.field(truth).type]
+    right = {name: sum(_is_right(row, truth, name) for row in rows) for name in names}
+    lines = (
+        f"<tr><td>{row['id']}</td><td>{html.escape(row['text'])}</td>{_values(row, truth)}</tr>"
+        for row in rows
+    )
+    heads = "".join(f"<th>{name}<br>{table.schema.field(name).type}</th>" for name in names)
+    head = f"<tr><th>row</th><th>note</th>{heads}</tr>"
+    _write(
+        path,
+        "Sales from notes, as typed columns, by Gemma 3 270M",
+        f"{_balance(rows)}; of {len(rows)} right: "
+        + ", ".join(f"{name} {count}" for name, count in right.items()),
+        "<table>" + "\n".join([head, *lines]) + "</table>",
+    )
+
+
+def _values(row: dict[str, Any], truth: str) -> str:
+    if row["error"] is not None:
+        return f'<td class="error">{html.escape(row["error"])}</td>'
+    return "".join(
+        f"<td>{html.escape(f'{row[name]}')}</td>"
+        if _is_right(row, truth, name)
+        else f'<td class="error">{html.escape(f"{row[name]}, not {right}")}</td>'
+        for name, right in row[truth].items()
+    )
+
+
+def _is_right(row: dict[str, Any], truth: str, name: str) -> bool:
+    """Return whether a value is that of the truth, which is from JSON and has its dates as text."""
+    return f"{row[name]}" == f"{row[truth][name]}"
+
+
 def draw_map(table: pa.Table, path: Path) -> None:
     """Write a page about the output of `pipelines.embed`: rows by their two main directions."""
     rows = [row for row in table.to_pylist() if row["error"] is None]

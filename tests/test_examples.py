@@ -1,16 +1,22 @@
 """The example files: the table is what its script writes, and the template fits the table."""
 
+import datetime
 import json
+import re
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from beam_gemma.language import to_regex
 from beam_gemma.prompt import Template
+from beam_gemma.prompt_encoder import as_text
+from beam_gemma.structured import StructuredOutput
 from examples import demo
 from examples.make_articles import FOLDER, SCHEMA, rows
-from examples.picture import draw_completions, draw_map, draw_scores
+from examples.picture import draw_completions, draw_map, draw_scores, draw_values
 
 TABLE = pq.read_table(FOLDER / "articles.parquet")
 
@@ -32,6 +38,46 @@ def test_the_template_takes_every_row() -> None:
     assert template.fields == ("title", "body")
     for row in TABLE.to_pylist():
         assert template.render(row)
+
+
+def test_the_sales_and_those_of_the_prompt_are_of_their_schema() -> None:
+    schema = json.loads((FOLDER / "sales.schema.json").read_text())
+    prompt = (FOLDER / "sales.txt").read_text(encoding="utf-8").rstrip()
+    rows = [json.loads(line) for line in (FOLDER / "sales.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(24))
+    template = Template(prompt, ())
+    assert template.fields == ("text",)
+    shots = as_text(template.render({"text": ""})).split("\n\n")[:-1]
+    assert len(shots) == 7
+    language = StructuredOutput(json_schema=schema).language
+    for shot in shots:
+        # In the very form that completions have.
+        assert re.fullmatch(to_regex(language), shot.partition("Sale:")[2])
+    for row in rows:
+        jsonschema.validate(row["truth"], schema)
+        assert list(row["truth"]) == list(schema["properties"])
+        assert row["text"] not in prompt
+
+
+def test_the_picture_of_values_marks_the_wrong_ones(tmp_path: Path) -> None:
+    truth = pa.struct({"day": pa.string(), "name": pa.string()})
+    day = datetime.date(2025, 3, 4)
+    table = pa.table({
+        "id": [1, 2, 3],
+        "text": ["<b>one</b>", "two", "three"],
+        "truth": pa.array([("2025-03-04", "a"), ("2025-03-05", None), ("2025-03-06", "c")], truth),
+        "day": pa.array([day, day, None], pa.date32()),
+        "name": ["a", "x&y", None],
+        "error": [None, None, "prompt: too long"],
+    })  # fmt: skip
+    draw_values(table, "truth", tmp_path / "picture.html")
+    page = (tmp_path / "picture.html").read_text()
+    assert "3 rows, 1 with an error; of 3 right: day 1, name 1" in page
+    assert "<th>day<br>date32[day]</th><th>name<br>string</th>" in page
+    assert "<td>&lt;b&gt;one&lt;/b&gt;</td><td>2025-03-04</td><td>a</td>" in page
+    assert '<td class="error">2025-03-04, not 2025-03-05</td>' in page
+    assert '<td class="error">x&amp;y, not None</td>' in page
+    assert page.count('<td class="error">prompt: too long</td>') == 1
 
 
 def test_the_demo_shows_rows_of_the_table() -> None:
