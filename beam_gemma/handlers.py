@@ -15,6 +15,7 @@ from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.generate import GenerateSettings, Generator, constraint_of
 from beam_gemma.guide import Constraint
+from beam_gemma.json_schema import json_schema_of
 from beam_gemma.model_folder import open_description
 from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
@@ -24,7 +25,7 @@ from beam_gemma.pulse import Pulse, Work
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
-from beam_gemma.structured import StructuredOutput, json_schema_of
+from beam_gemma.structured import StructuredOutput
 from beam_gemma.task import Encoder, Settings
 from beam_gemma.task_handler import DeviceChoice, TaskHandler
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder

@@ -43,11 +43,16 @@ def compile_schema(schema: Mapping[str, Any] | type) -> JsonSchema:
     Raises:
         OptionsError: it is no JSON Schema, or cannot be kept to; with the place.
     """
-    values = _column(checked(_mapping(schema)))
+    values = _column(checked(json_schema_of(schema)))
     return JsonSchema(values.language, values.type)
 
 
-def _mapping(schema: Mapping[str, Any] | type) -> Mapping[str, Any]:
+def json_schema_of(schema: Mapping[str, Any] | type) -> Mapping[str, Any]:
+    """Return a JSON Schema as it is, or that of a class.
+
+    Raises:
+        OptionsError: the class has none.
+    """
     if not isinstance(schema, type):
         return schema
     if not hasattr(schema, "model_json_schema"):

@@ -96,22 +96,6 @@ class StructuredOutput:
         return _compiled(json.dumps(self.json_schema))
 
 
-def json_schema_of(source: Mapping[str, Any] | type) -> Mapping[str, Any]:
-    """Return a JSON Schema, or that of a class which has one, such as a Pydantic model.
-
-    Raises:
-        OptionsError: it has none.
-    """
-    if isinstance(source, Mapping):
-        return source
-    if not hasattr(source, "model_json_schema"):
-        raise OptionsError(
-            "schema: expected a JSON Schema, or a class with model_json_schema, got "
-            f"{getattr(source, '__name__', type(source).__name__)}"
-        )
-    return source.model_json_schema()
-
-
 @functools.lru_cache(maxsize=64)
 def _compiled(schema: str) -> JsonSchema:
     return compile_schema(json.loads(schema))

@@ -9,9 +9,10 @@ import pytest
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.generate import GenerateSettings, constraint_of
+from beam_gemma.json_schema import json_schema_of
 from beam_gemma.language import Literal, OneOf
 from beam_gemma.sampling import SamplingParams
-from beam_gemma.structured import StructuredOutput, json_schema_of
+from beam_gemma.structured import StructuredOutput
 from tests.fake_models import TOKENIZER
 
 SCHEMA = {
@@ -145,7 +146,7 @@ def test_a_class_has_a_schema_too():
     structured = StructuredOutput(json_schema=json_schema_of(Person), flatten=True)
     assert structured.columns == fields_of(FIELDS)
     assert json_schema_of(SCHEMA) is SCHEMA
-    with pytest.raises(OptionsError, match=r"schema: expected .* model_json_schema, got date"):
+    with pytest.raises(OptionsError, match=r"schema: expected .* model_json_schema\(\), got date"):
         json_schema_of(datetime.date)
 
 
