@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.errors import OptionsError
 from beam_gemma.guide import Constraint, MaskMaker, allowed_ids
+from beam_gemma.json_schema import compile_schema
 from beam_gemma.language import ANY_CHAR, Concat, Literal, OneOf, Repeat, chars, to_regex
 from beam_gemma.sampling import SamplingParams, sample
 from beam_gemma.sequence import Request
 from beam_gemma.tokenizer import Tokenizer
 from tests.fakes import STATES, FakeSession, fake_signature, logits_of
+from tests.schemas import SCHEMAS, check_valid
 from tests.tiny_tokenizer import tiny_tokenizer_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -185,3 +187,27 @@ def test_masks_tell_of_the_tokenizers_tokens_alone():
 def test_a_constraint_alone_says_where_a_completion_ends():
     with pytest.raises(OptionsError, match="ignore_eos"):
         make_request("choices", 9, ignore_eos=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(schema=SCHEMAS, seed=st.integers(0, 99), extra=st.integers(0, 40))
+def test_any_way_through_any_schema_ends_as_valid_json(schema, seed, extra):
+    """Whatever a model prefers: here a token at random of those that the mask allows."""
+    constraint = Constraint(compile_schema(schema).language, TOKENIZER, [END])
+    rng = np.random.default_rng(seed)
+    max_tokens = constraint.num_shortest + extra
+    guide = constraint.start()
+    mask_of = MaskMaker().begin([])
+    ids = guide.take_forced(max_tokens)
+    while not guide.is_final:
+        num_left = max_tokens - len(ids)
+        token_id = int(rng.choice(allowed_ids(mask_of(guide))))
+        if not guide.fits(token_id, num_left - 1):
+            token_id = guide.next_of_shortest()
+        if token_id == END:
+            break
+        guide.take(token_id)
+        ids.append(token_id)
+        ids += guide.take_forced(max_tokens - len(ids), limit=15)
+    assert len(ids) <= max_tokens
+    check_valid(schema, TOKENIZER.decode(ids))
