@@ -112,7 +112,9 @@ def plan(
     output = _output(flags, options, source, handler.settings, facts)
     job = Job(source=source, handler=handler, output=output, options=options)
     if flags.dry_run:
-        return replace(job, preview=preview(source, handler.encoder(artifact)))
+        return replace(
+            job, preview=preview(source, handler.encoder(artifact), handler.settings.result_schema)
+        )
     pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, flags.device)}"
     handler.supervise(
         Supervision(

@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+import pyarrow as pa
+
 from beam_gemma.errors import RecordError
 from beam_gemma.examples import rows_of
 from beam_gemma.prompt_encoder import Prompt
@@ -15,12 +17,13 @@ SHOWN_PROMPTS = 3
 SHOWN_REASONS = 3
 
 
-def preview(source: Source, encoder: Encoder) -> str:
-    """Return a report: rows, prompt tokens, rows that would fail, the first prompts."""
+def preview(source: Source, encoder: Encoder, results: pa.Schema) -> str:
+    """Return a report: rows, new columns, prompt tokens, rows that would fail, first prompts."""
     prompts, reasons = _encode(source, encoder)
     num_sampled = len(prompts) + reasons.total()
     lines = [
         f"rows: {_size(source)}, of which {num_sampled:,} sampled",
+        f"columns to add: {_columns(results)}",
         f"prompt tokens: {_distribution([len(prompt.token_ids) for prompt in prompts])}",
         f"rows that would fail: {reasons.total():,} of the sample",
     ]
@@ -36,8 +39,13 @@ def _size(source: Source) -> str:
     """Return how many rows there are, or what is known in place of that."""
     if source.num_rows is not None:
         return f"{source.num_rows:,}"
-    columns = ", ".join(f"{field.name} {field.type}" for field in source.schema)
-    return f"not known, in {source.num_bytes:,} bytes to scan, with columns {columns}"
+    return (
+        f"not known, in {source.num_bytes:,} bytes to scan, with columns {_columns(source.schema)}"
+    )
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
 def _encode(source: Source, encoder: Encoder) -> tuple[list[Prompt], Counter[str]]:

@@ -67,7 +67,8 @@ def facts_of(
 
 def marks_of(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return what a file says of the job that has written it: version, models, hash of settings."""
-    settings = json.dumps([task["settings"] for task in facts["tasks"]], sort_keys=True)
+    # In their order: that of a schema's properties is part of what is asked.
+    settings = json.dumps([task["settings"] for task in facts["tasks"]])
     return {
         "beam_gemma.version": beam_gemma.__version__,
         "beam_gemma.models": ", ".join(

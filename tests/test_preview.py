@@ -15,7 +15,7 @@ def report_of(tmp_path, rows, *, max_tokens=1000, **settings):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = GenerateSettings(prompt="say {text}", **settings)
     encoder = PromptEncoder(TOKENIZER, settings, chat_template=None, max_tokens=max_tokens)
-    return preview(open_source(str(path)), encoder)
+    return preview(open_source(str(path)), encoder, settings.result_schema)
 
 
 def test_report(tmp_path):
@@ -25,6 +25,8 @@ def test_report(tmp_path):
     ]
     assert report_of(tmp_path, rows) == (
         "rows: 4, of which 4 sampled\n"
+        "columns to add: completion string, finish_reason string, num_prompt_tokens int64, "
+        "num_completion_tokens int64, error string\n"
         f"prompt tokens: mean {sum(lengths) / 4:.1f}, 95th percentile {max(lengths)}, "
         f"most {max(lengths)}\n"
         "rows that would fail: 0 of the sample\n"

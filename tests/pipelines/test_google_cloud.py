@@ -94,7 +94,8 @@ def test_a_table_becomes_a_table(run, gcp, table, task, mode):
     assert {f.name: f.mode for f in written.schema}["numbers"] == "REPEATED"
 
 
-def test_extracted_values_are_records(run, gcp, table, tiny_gemma3, tmp_path):
+def test_extracted_values_are_records(run, gcp, table, tiny_gemma3):
+    """By a schema that lies on Cloud Storage."""
     schema = {
         "type": "object",
         "properties": {
@@ -111,12 +112,13 @@ def test_extracted_values_are_records(run, gcp, table, tiny_gemma3, tmp_path):
         },
         "required": ["day"],
     }
-    (tmp_path / "schema.json").write_text(json.dumps(schema))
     name = next(NAMES)
+    with FileSystems.create(f"{gcp.bucket}/{name}.json") as stream:
+        stream.write(json.dumps(schema).encode())
     code, stdout, stderr = run(
         generate, f"--model={tiny_gemma3.artifact.path}", f"--input={gcp.table(table)}",
         f"--output={gcp.table(name)}", "--prompt_column=text", "--limit=9", "--completion",
-        f"--json_schema={tmp_path}/schema.json", "--max_tokens=100",
+        f"--json_schema={gcp.bucket}/{name}.json", "--max_tokens=100",
     )  # fmt: skip
     assert (code, stderr) == (0, "")
     assert "= ok 8 + failed 1 = written 9 rows" in stdout
