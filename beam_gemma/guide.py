@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int32, Int64
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask_par, get_bitmask_shape
 
 from beam_gemma.automaton import Automaton, Vocabulary
@@ -70,7 +70,9 @@ class Constraint:
             n_vocab=self.vocab_size,
             eos_token=sorted(self.end_token_ids),
         )
-        return LLMatcher(tokenizer, self._grammar)
+        # Errors become those of rows, which are no place for its own state.
+        limits = LLParserLimits(verbose_errors=False)
+        return LLMatcher(tokenizer, self._grammar, log_level=0, limits=limits)
 
 
 class Guide:
@@ -117,7 +119,7 @@ class Guide:
         """
         self._state = self._constraint.automaton.step(self._state, token_id)
         if not self.matcher.consume_token(token_id):
-            raise RecordError(f"constraint: {self.matcher.get_error()}")
+            raise RecordError(f"constraint: {self.matcher.get_error().splitlines()[0]}")
 
     def take_forced(self, num_left: int, *, limit: int | None = None) -> list[int]:
         """Go on by tokens that must follow, and return them.

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.errors import OptionsError
+from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.guide import Constraint, MaskMaker, allowed_ids
 from beam_gemma.json_schema import compile_schema
 from beam_gemma.language import ANY_CHAR, Concat, Literal, OneOf, Repeat, chars, to_regex
+from beam_gemma.prompt import Text
 from beam_gemma.sampling import SamplingParams, sample
 from beam_gemma.sequence import Request
 from beam_gemma.tokenizer import Tokenizer
@@ -182,6 +183,14 @@ def test_masks_tell_of_the_tokenizers_tokens_alone():
     assert {TOKENIZER.token_bytes(i) for i in ids[any_text]} >= {b"\n", b"  ", b"a", b"\xc3"}
     for guide, allowed in ids.items():
         assert allowed == [i for i in range(400) if guide.fits(i, 20) and i != END]
+
+
+def test_a_token_that_may_not_follow_is_an_error_of_one_line():
+    guide = CONSTRAINTS["choices"].start()
+    with pytest.raises(RecordError) as caught:
+        guide.take(TOKENIZER.encode([Text("z")], add_bos=False)[-1])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_constraint_alone_says_where_a_completion_ends():
