@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from beam_gemma.regex_language import parse_regex
 
 EXTRACTED = "extracted"
 """The column of typed values."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character that UTF-16 makes of two; no text holds one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +60,15 @@ class StructuredOutput:
         return getattr(self, name) not in (None, ())
 
     def _check_choices(self) -> None:
+        seen: set[str] = set()
         for choice in self.choices:
             if not choice:
                 raise OptionsError("choices: expected texts that are not empty, got an empty one")
-            if self.choices.count(choice) > 1:
+            if choice in seen:
                 raise OptionsError(f"choices: expected each text once, got {choice!r} twice")
+            if SURROGATE.search(choice):
+                raise OptionsError(f"choices: expected Unicode, got half a character in {choice!r}")
+            seen.add(choice)
 
     @property
     def language(self) -> Language:

@@ -101,6 +101,10 @@ def test_a_schema_may_be_no_object():
             "completion: expected a json_schema beside it, got choices",
         ),
         ({"choices": ("a", "b", "a")}, "choices: expected each text once, got 'a' twice"),
+        (
+            {"choices": ("a", "b\udcff")},
+            "choices: expected Unicode, got half a character in 'b\\udcff'",
+        ),
         ({"choices": ("a", "")}, "choices: expected texts that are not empty, got an empty one"),
         (
             {"json_schema": {"type": "integer"}, "flatten": True},
