@@ -14,6 +14,7 @@ import pytest
 from apache_beam.ml.rag.types import Chunk, Content
 from apache_beam.ml.transforms.base import MLTransform
 from apache_beam.testing.util import assert_that
+from apache_beam.typehints import List, Optional
 from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma import launch
@@ -138,7 +139,7 @@ def test_rows_keep_their_schema(model, expected):
         rows = pipeline | beam.Create(list(enumerate(TEXTS)))
         rows |= beam.MapTuple(lambda i, t: beam.Row(key=i, text=t)).with_output_types(fields)
         results = rows | Embed(GemmaEmbedModelHandler(model, settings, large_model=False))
-        assert dict(results.element_type._fields)["embedding"] == list[float] | None
+        assert dict(results.element_type._fields)["embedding"] == Optional[List[float]]
 
         def check(found):
             found = sorted(found, key=lambda row: row.key)
