@@ -126,7 +126,10 @@ def _python_type(kind: pa.DataType) -> Any:
     if pa.types.is_struct(kind):
         fields = [(field.name, _python_type(field.type)) for field in kind]
         return Optional[RowTypeConstraint.from_fields(fields)]
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+    if pa.types.is_fixed_size_list(kind):
+        # An embedding, of either precision, which has no nulls.
+        return Optional[List[float]]
+    if pa.types.is_list(kind):
         return Optional[List[_python_type(kind.value_type)]]
     return Optional[PYTHON_TYPES[kind]]
 
