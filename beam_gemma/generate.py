@@ -154,11 +154,8 @@ def constraint_of(
     if settings.structured is None:
         return None
     constraint = Constraint(settings.structured.language, tokenizer, end_token_ids)
-    if settings.sampling.max_tokens < constraint.num_shortest:
-        raise OptionsError(
-            f"max_tokens: expected at least {constraint.num_shortest:,}, the tokens of the "
-            f"shortest text that is valid, got {settings.sampling.max_tokens:,}"
-        )
+    if too_few := constraint.shortage(settings.sampling.max_tokens):
+        raise OptionsError(too_few)
     return constraint
 
 

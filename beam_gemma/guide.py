@@ -58,6 +58,15 @@ class Constraint:
         self.num_shortest = self.automaton.distance(self.automaton.start)
         """Tokens of a shortest text."""
 
+    def shortage(self, max_tokens: int) -> str | None:
+        """Return why no text has so few tokens, or None."""
+        if max_tokens >= self.num_shortest:
+            return None
+        return (
+            f"max_tokens: expected at least {self.num_shortest:,}, the tokens of the shortest text "
+            f"that is valid, got {max_tokens:,}"
+        )
+
     def start(self) -> "Guide":
         """Return the guide of a completion that has no token yet."""
         return Guide(self, self.matcher.deep_copy())

@@ -80,12 +80,8 @@ class Scheduler:
         """
         self._check_prompt(request)
         num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
-        shortest = request.constraint.num_shortest if request.constraint else 0
-        if max_tokens < shortest:
-            raise RecordError(
-                f"max_tokens: expected at least {shortest:,}, the tokens of a shortest text that "
-                f"is valid, got {max_tokens:,}"
-            )
+        if request.constraint and (too_few := request.constraint.shortage(max_tokens)):
+            raise RecordError(too_few)
         num_tokens, limit = num_prompt_tokens + max_tokens, self._signature.max_model_len
         wanted = f"prompt of {num_prompt_tokens:,} tokens with max_tokens {max_tokens:,}"
         if num_tokens > limit:
