@@ -181,7 +181,8 @@ def test_dry_run_loads_no_weights_and_writes_nothing(run, model, rows, tmp_path,
         "--prompt=say {text}", "--dry_run",
     )  # fmt: skip
     assert code == 0
-    assert stdout.startswith("rows: 4, of which 4 sampled\nprompt tokens: mean ")
+    assert stdout.startswith("rows: 4, of which 4 sampled\ncolumns to add: completion string, ")
+    assert "\nprompt tokens: mean " in stdout
     assert "rows that would fail: 1 of the sample\n  1 column 'text'" in stdout
     assert stdout.endswith("tokens:\nsay a tent\n")
     assert not (tmp_path / "out").exists()
