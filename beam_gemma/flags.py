@@ -18,6 +18,7 @@ from apache_beam.options.pipeline_options import (
 
 from beam_gemma.engine import EngineConfig
 from beam_gemma.errors import OptionsError, nearest
+from beam_gemma.flag_types import SWITCH, column_names, count, fraction, positive
 from beam_gemma.prompt_encoder import PromptSettings
 
 LOCAL_RUNNER = "DirectRunner"
@@ -191,12 +192,12 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--columns",
-        type=_names,
+        type=column_names,
         metavar="A,B",
         help="columns of the table to read and to keep (default: all)",
     )
-    add("--overwrite", action="store_true", help="replace an earlier output (default: refuse)")
-    add("--append", action="store_true", help="add to a table of BigQuery (default: refuse)")
+    add("--overwrite", **SWITCH, help="replace an earlier output (default: refuse)")
+    add("--append", **SWITCH, help="add to a table of BigQuery (default: refuse)")
     add(
         "--errors",
         metavar="URI",
@@ -238,7 +239,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--allow_special_tokens",
-        action="store_true",
+        **SWITCH,
         help="let text of rows become control tokens (default: no, it stays text)",
     )
     add(
@@ -293,18 +294,21 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("job").add_argument
     add(
         "--dry_run",
-        action="store_true",
-        help="read a sample, show its prompts and tokens, and do not load the model (default: no)",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="read a sample, show its prompts and tokens, and do not load the model; text where "
+        "no form is named (default: run)",
     )
     add(
         "--resume",
-        action="store_true",
+        **SWITCH,
         help="go on with a job that was broken off; what it has finished is not computed again "
         "(default: refuse where there is such a job)",
     )
     add(
         "--max_error_fraction",
-        type=_fraction,
+        type=fraction,
         default=1.0,
         metavar="X",
         help="rows that may fail, as a share of all; with more, the job stops early "
@@ -330,38 +334,4 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows of the output to show in the report (default: %(default)s rows)",
     )
-    add("--verbose", action="store_true", help="log what the job does (default: warnings only)")
-
-
-def count(text: str) -> int:
-    """Read a whole number from 0, for argparse."""
-    return _at_least(0, text)
-
-
-def positive(text: str) -> int:
-    """Read a whole number from 1, for argparse."""
-    return _at_least(1, text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
-
-
-def _at_least(minimum: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = minimum - 1
-    if value < minimum:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {minimum}, got {text!r}")
-    return value
+    add("--verbose", **SWITCH, help="log what the job does (default: warnings only)")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.flag_types import SWITCH
 from beam_gemma.flags import (
     FlagParser,
     add_engine,
@@ -199,7 +200,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--ignore_eos",
-        action="store_true",
+        **SWITCH,
         help="go on where the model would end (default: no)",
     )
 
@@ -220,12 +221,12 @@ def _add_structured(parser: argparse.ArgumentParser) -> None:
     add("--regex", metavar="PATTERN", help="a match of the whole text (default: none)")
     add(
         "--flatten",
-        action="store_true",
+        **SWITCH,
         help="make a column of each property of the schema, in place of extracted (default: no)",
     )
     add(
         "--completion",
-        action="store_true",
+        **SWITCH,
         help="keep the text too that values are extracted from (default: no)",
     )
 
@@ -237,11 +238,11 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN",
         help="identifies a row for its random draws (default: its prompt does)",
     )
-    add("--logprob", action="store_true", help="add the column logprob (default: no)")
-    add("--token_ids", action="store_true", help="add completion_token_ids (default: no)")
+    add("--logprob", **SWITCH, help="add the column logprob (default: no)")
+    add("--token_ids", **SWITCH, help="add completion_token_ids (default: no)")
     add(
         "--statistics",
-        action="store_true",
+        **SWITCH,
         help="add statistic_queries and statistic_values, which DataGemma RIG writes into "
         "completions (default: no)",
     )

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 import psutil
 from jaxtyping import Float32, Int64
 
@@ -26,6 +25,16 @@ from beam_gemma.signature import (
     StateTensor,
     blocks_for,
 )
+
+try:
+    import onnxruntime
+except ModuleNotFoundError as error:
+    # Its two builds are one package under two names, of which no dependency can ask for either.
+    raise ModuleNotFoundError(
+        "onnxruntime: expected one of its builds, got none; install beam-gemma[cpu], or "
+        "beam-gemma[gpu] for NVIDIA GPUs",
+        name="onnxruntime",
+    ) from error
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNNABLE: tuple[Device, ...] = ("cpu",)

@@ -63,6 +63,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         )
         self._key = uuid.uuid4().hex
         self._supervision: Supervision | None = None
+        self._resource_hints: Mapping[str, str] = {}
         self.settings = settings
         self._model = model
         self._device = device
@@ -101,6 +102,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def supervise(self, supervision: Supervision) -> None:
         """Have the model supervised; rows must come with the keys of their requests then."""
         self._supervision = supervision
+
+    def run_on(self, resource_hints: Mapping[str, str]) -> None:
+        """Ask for machines of a kind, by Beam's names; the inference step alone needs them."""
+        self._resource_hints = resource_hints
 
     @abstractmethod
     def _load(self, artifact: Artifact, device: Device) -> StreamingModel:
@@ -179,6 +184,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def get_metrics_namespace(self) -> str:
         """Return the namespace of RunInference's own metrics, the same as of ours."""
         return METRICS_NAMESPACE
+
+    def get_resource_hints(self) -> dict[str, str]:
+        """Return what the inference step needs of a machine."""
+        return dict(self._resource_hints)
 
     def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
         """Refuse arguments that would change nothing.

@@ -213,3 +213,23 @@ def test_help_has_groups_and_examples_of_known_flags():
 def test_processes_of_a_job(flags, one):
     _, options = parse(generate_parser(), [*FILES, "--prompt=x", *flags])
     assert in_one_process(options) is one
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_on"),
+    [
+        (["--logprob"], True),
+        (["--logprob=true"], True),
+        (["--logprob", "--max_tokens=3"], True),
+        (["--logprob=false"], False),
+        ([], False),
+    ],
+)
+def test_a_switch_stands_alone_or_has_a_value(flags, is_on):
+    """Launchers of templates write the value of every parameter."""
+    assert settings_of("--prompt=x", *flags).logprob == is_on
+
+
+def test_a_switch_has_no_other_values():
+    with pytest.raises(OptionsError, match=re.escape("expected true or false, got 'yes'")):
+        settings_of("--prompt=x", "--logprob=yes")

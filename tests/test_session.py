@@ -1,6 +1,8 @@
 """The session: capacity, refusals, and blocks that are really zeroed."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,3 +110,14 @@ def test_too_little_memory_is_an_error(tiny_gemma3: TinyModel) -> None:
     signature = tiny_gemma3.artifact.signature("generate", "cpu")
     with pytest.raises(OptionsError, match="expected memory for at least 2 blocks"):
         plan_capacity(signature, num_bytes=10_000, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+def test_without_onnxruntime_the_error_says_what_to_install() -> None:
+    """In a process that has neither of its builds."""
+    code = "import sys; sys.modules['onnxruntime'] = None; import beam_gemma.session"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: onnxruntime: expected one of its builds, got none; install "
+        "beam-gemma[cpu], or beam-gemma[gpu] for NVIDIA GPUs"
+    )

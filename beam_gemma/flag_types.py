@@ -1,0 +1,59 @@
+"""Values of flags, for argparse."""
+
+import argparse
+from typing import Any
+
+WORDS = {"true": True, "false": False}
+
+
+def switch(text: str) -> bool:
+    """Read true or false."""
+    if text not in WORDS:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return WORDS[text]
+
+
+SWITCH: dict[str, Any] = {
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "type": switch,
+    "metavar": "BOOL",
+}
+"""Of a flag that is on where it stands alone; templates write its value."""
+
+
+def count(text: str) -> int:
+    """Read a whole number from 0."""
+    return _at_least(0, text)
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1."""
+    return _at_least(1, text)
+
+
+def fraction(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def column_names(text: str) -> tuple[str, ...]:
+    """Read names of columns that commas part."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _at_least(minimum: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {minimum}, got {text!r}")
+    return value
