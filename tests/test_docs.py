@@ -59,7 +59,7 @@ def test_links_lead_somewhere(name: str) -> None:
     assert (ROOT / name).exists()
 
 
-PAGES = ("design", "models", "structured", "classification", "reliability", "tables")
+PAGES = ("dataflow", "design", "models", "structured", "classification", "reliability", "tables")
 
 
 def test_flags_named_in_the_docs_exist() -> None:
