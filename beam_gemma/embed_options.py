@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+from beam_gemma.dataflow import add_dataflow
 from beam_gemma.errors import OptionsError
 from beam_gemma.flag_types import SWITCH, positive
 from beam_gemma.flags import (
@@ -36,6 +37,7 @@ def embed_parser() -> FlagParser:
     _add_results(parser)
     add_steps(parser, EMBED_TOKENS)
     add_job(parser)
+    add_dataflow(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from beam_gemma.dataflow import add_dataflow
 from beam_gemma.errors import OptionsError
 from beam_gemma.flag_types import SWITCH
 from beam_gemma.flags import (
@@ -51,6 +52,7 @@ def generate_parser() -> FlagParser:
     _add_results(parser)
     add_engine(parser)
     add_job(parser)
+    add_dataflow(parser)
     return parser
 
 

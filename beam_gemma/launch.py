@@ -13,11 +13,12 @@ from typing import Any, Generic, TypeVar
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics.metric import MetricsFilter
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 
 from beam_gemma.ask import Ask
 from beam_gemma.columns import check_columns
+from beam_gemma.dataflow import on_dataflow, resource_hints, worker_device, worker_options
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
 from beam_gemma.file_sink import check_writable
 from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
@@ -88,6 +89,8 @@ def plan(
     """
     flags, options = parse(parser, argv)
     _set_up_logs(verbose=flags.verbose)
+    if on_dataflow(options):
+        flags.device = worker_device(flags)
     handler = handler_of(
         flags.model,
         settings_of(flags),
@@ -95,6 +98,8 @@ def plan(
         **engine_settings(flags),
     )
     artifact = handler.artifact()
+    options = worker_options(flags, options, artifact)
+    handler.run_on(resource_hints(flags, options))
     handler.check(artifact)
     if is_local(options):
         choose_device(artifact, handler.head, flags.device)
@@ -207,14 +212,14 @@ def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
     try:
         with _display(job):
             result: Any = pipeline.run()
-            if not _goes_on_alone(job.options):
+            if not on_dataflow(job.options):
                 result.wait_until_finish()
     except (BeamGemmaError, RuntimeError) as error:
         if (sentence := _sentence(error)) is None:
             raise
         sys.stderr.write(f"error: {sentence}\n")
         return STOPPED if BudgetError.__name__ in repr(error) else FAILURE
-    if _goes_on_alone(job.options):
+    if on_dataflow(job.options):
         sys.stdout.write(f"submitted the job {result.job_id()}\n")
         return SUCCESS
     return report(counters(result), time.monotonic() - started)
@@ -295,7 +300,3 @@ def _display(job: Job[Any]) -> AbstractContextManager[object]:
     if in_one_process(job.options):
         return Display(job.source.num_rows)
     return nullcontext()
-
-
-def _goes_on_alone(options: PipelineOptions) -> bool:
-    return options.view_as(StandardOptions).runner == "DataflowRunner"

@@ -1,0 +1,119 @@
+"""GPUs that workers of Dataflow can have, and where.
+
+Google's pages, as they were in 2026:
+
+- types: cloud.google.com/dataflow/docs/gpu/gpu-support, and Compute Engine's docs/gpus for memory,
+  machine types and how many GPUs each has;
+- bfloat16: NVIDIA's CUDA programming guide, compute capability 8.0 or higher;
+- regions: the zones that Compute Engine lists prices for, by the SkyPilot catalog
+  (catalogs/v8/gcp/vms.csv); what an account may use there is its quota.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+WEIGHTS_FRACTION = 0.85
+"""Share of a GPU's memory that weights may take; the rest is for caches, a step and the driver."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A type of GPU."""
+
+    name: str
+    """As Dataflow spells it."""
+    memory_gib: int
+    has_bfloat16: bool
+    machines: Mapping[int, tuple[str, ...]]
+    """Machine types by how many of these GPUs they have; the first of each is the default."""
+    regions: frozenset[str]
+    """Where it is offered; empty if that is not known."""
+
+    def holds(self, num_bytes: int) -> bool:
+        """Return whether weights of this size leave room for the rest."""
+        return num_bytes <= self.memory_gib * 2**30 * WEIGHTS_FRACTION
+
+
+_TYPES = (
+    Gpu(
+        name="nvidia-l4",
+        memory_gib=24,
+        has_bfloat16=True,
+        machines={
+            1: (
+                "g2-standard-8", "g2-standard-4", "g2-standard-12", "g2-standard-16",
+                "g2-standard-32",
+            ),
+            2: ("g2-standard-24",),
+            4: ("g2-standard-48",),
+            8: ("g2-standard-96",),
+        },
+        regions=frozenset([
+            "asia-east1", "asia-northeast1", "asia-northeast3", "asia-south1", "asia-southeast1",
+            "europe-west1", "europe-west2", "europe-west3", "europe-west4", "europe-west6",
+            "me-central2", "northamerica-northeast1", "northamerica-northeast2", "us-central1",
+            "us-east1", "us-east4", "us-west1", "us-west4",
+        ]),
+    ),
+    Gpu(
+        name="nvidia-tesla-a100",
+        memory_gib=40,
+        has_bfloat16=True,
+        machines={
+            1: ("a2-highgpu-1g",),
+            2: ("a2-highgpu-2g",),
+            4: ("a2-highgpu-4g",),
+            8: ("a2-highgpu-8g",),
+            16: ("a2-megagpu-16g",),
+        },
+        regions=frozenset([
+            "asia-northeast1", "asia-northeast3", "asia-southeast1", "europe-west4", "me-west1",
+            "us-central1", "us-east1", "us-west1", "us-west3", "us-west4",
+        ]),
+    ),
+    Gpu(
+        name="nvidia-a100-80gb",
+        memory_gib=80,
+        has_bfloat16=True,
+        machines={
+            1: ("a2-ultragpu-1g",),
+            2: ("a2-ultragpu-2g",),
+            4: ("a2-ultragpu-4g",),
+            8: ("a2-ultragpu-8g",),
+        },
+        regions=frozenset([
+            "asia-southeast1", "europe-west4", "us-central1", "us-east4", "us-east5",
+        ]),
+    ),
+    Gpu(
+        name="nvidia-h100-80gb",
+        memory_gib=80,
+        has_bfloat16=True,
+        machines={
+            1: ("a3-highgpu-1g",),
+            2: ("a3-highgpu-2g",),
+            4: ("a3-highgpu-4g",),
+            8: ("a3-highgpu-8g",),
+        },
+        regions=frozenset([
+            "asia-east1", "asia-northeast1", "asia-northeast3", "asia-south1", "asia-south2",
+            "asia-southeast1", "australia-southeast1", "europe-north1", "europe-west1",
+            "europe-west2", "europe-west3", "europe-west4", "europe-west8", "europe-west9",
+            "northamerica-northeast2", "us-central1", "us-east4", "us-east5", "us-west1",
+            "us-west4",
+        ]),
+    ),
+    Gpu(
+        name="nvidia-tesla-t4",
+        memory_gib=16,
+        has_bfloat16=False,
+        machines={
+            1: ("n1-standard-8", "n1-standard-4", "n1-standard-16"),
+            2: ("n1-standard-16", "n1-standard-8", "n1-standard-32"),
+            4: ("n1-standard-32", "n1-standard-16", "n1-standard-64"),
+        },
+        regions=frozenset(),
+    ),
+)  # fmt: skip
+GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _TYPES}
+"""By name, from the least to the dearest; T4, which runs no bfloat16, is last."""

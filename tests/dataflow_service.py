@@ -1,0 +1,147 @@
+"""Dataflow's REST API on this machine: it takes jobs, writes down what was asked, and runs nothing.
+
+Beam talks REST, and to a plain HTTP server, where the name of the endpoint has localhost in it.
+"""
+
+import gzip
+import json
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.portability import common_urns
+from apache_beam.portability.api.beam_runner_api_pb2 import DockerPayload, Environment, Pipeline
+
+CREATE_JOB = re.compile(r"/v1b3/projects/[^/]+/(locations/[^/]+/)?jobs(\?.*)?")
+LAUNCH_TEMPLATE = re.compile(r"/v1b3/projects/[^/]+/locations/[^/]+/flexTemplates:launch(\?.*)?")
+JOB_ID = "2026-01-01_00_00_00-1234567890"
+ACCELERATOR = "beam:resources:accelerator:v1"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, as it came."""
+
+    method: str
+    path: str
+    body: Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Dataflow is asked to run it."""
+
+    body: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return self.body["environment"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Beam's options, as workers get them."""
+        return self.environment["sdkPipelineOptions"]["options"]
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        """The only pool of workers."""
+        (pool,) = self.environment["workerPools"]
+        return pool
+
+    @property
+    def staged(self) -> list[str]:
+        """Names of the files that workers get."""
+        return [package["name"] for package in self.workers.get("packages", [])]
+
+    def pipeline(self) -> Pipeline:
+        """Read the pipeline that was staged on Cloud Storage."""
+        with FileSystems.open(self.options["pipelineUrl"]) as stream:
+            return Pipeline.FromString(stream.read())
+
+
+def accelerators(pipeline: Pipeline) -> dict[str, str]:
+    """Return the accelerator that each step of a pipeline asks for, by the step's name."""
+    environments = pipeline.components.environments
+    steps = pipeline.components.transforms.values()
+    asked = {s.unique_name: environments[s.environment_id].resource_hints for s in steps}
+    return {name: hints[ACCELERATOR].decode() for name, hints in asked.items() if hints}
+
+
+def image_of(environment: Environment) -> str:
+    """Return the image that an environment of a pipeline is."""
+    assert environment.urn == common_urns.environments.DOCKER.urn
+    return DockerPayload.FromString(environment.payload).container_image
+
+
+@dataclass
+class Dataflow:
+    """The service while it runs."""
+
+    port: int
+    requests: list[Request] = field(default_factory=list)
+    """All that came, in order."""
+
+    @property
+    def flags(self) -> Sequence[str]:
+        """Of a pipeline, so that it is submitted here."""
+        return ("--runner=DataflowRunner", f"--dataflow_endpoint=http://localhost:{self.port}")
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What was submitted."""
+        return [
+            Job(request.body)
+            for request in self.requests
+            if request.method == "POST" and CREATE_JOB.fullmatch(request.path)
+        ]
+
+    def answer(self, request: Request) -> dict[str, Any]:
+        """Write a request down and return the service's answer."""
+        self.requests.append(request)
+        job = {"id": JOB_ID, "currentState": "JOB_STATE_PENDING"}
+        if CREATE_JOB.fullmatch(request.path):
+            return {**request.body, **job}
+        return {"job": job} if LAUNCH_TEMPLATE.fullmatch(request.path) else job
+
+
+@contextmanager
+def dataflow_service() -> Iterator[Dataflow]:
+    """Run the service until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.service = Dataflow(server.server_address[1])
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.service
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            content = gzip.decompress(content)
+        request = Request(self.command, self.path, json.loads(content) if content else None)
+        answer = json.dumps(self.server.service.answer(request)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
