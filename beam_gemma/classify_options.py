@@ -8,14 +8,13 @@ from beam_gemma.bigquery_client import SCHEME
 from beam_gemma.dataflow import add_dataflow
 from beam_gemma.errors import OptionsError
 from beam_gemma.fewshot import POOL_ROWS, all_shots, draw_shots
-from beam_gemma.flag_types import SWITCH
+from beam_gemma.flag_types import SWITCH, count
 from beam_gemma.flags import (
     FlagParser,
     add_engine,
     add_files,
     add_job,
     add_prompt,
-    count,
     flag_parser,
     prompt_settings,
     text_of,

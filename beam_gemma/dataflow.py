@@ -17,7 +17,7 @@ from apache_beam.options.pipeline_options import (
 from beam_gemma.artifact import Artifact
 from beam_gemma.bigquery_client import SCHEME as BIGQUERY
 from beam_gemma.errors import OptionsError
-from beam_gemma.flags import positive
+from beam_gemma.flag_types import positive
 from beam_gemma.machines import GPUS, Gpu
 from beam_gemma.signature import Device
 

@@ -16,6 +16,7 @@ from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 
+from beam_gemma.artifact import Artifact
 from beam_gemma.ask import Ask
 from beam_gemma.columns import check_columns
 from beam_gemma.dataflow import on_dataflow, resource_hints, worker_device, worker_options
@@ -97,14 +98,7 @@ def plan(
         large_model=not in_one_process(options),
         **engine_settings(flags),
     )
-    artifact = handler.artifact()
-    options = worker_options(flags, options, artifact)
-    handler.run_on(resource_hints(flags, options))
-    handler.check(artifact)
-    if is_local(options):
-        choose_device(artifact, handler.head, flags.device)
-    elif flags.device != "auto":
-        artifact.signature(handler.head, flags.device)
+    artifact, options = _open(handler, flags, options)
     source = source_of(flags, options)
     check_columns(handler.settings, source.schema)
     command = [*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)]
@@ -134,6 +128,21 @@ def plan(
         _make_room("--errors", output.errors, source, flags)
     done = _make_room("--output", output.sink, source, flags)
     return replace(job, preview=done, durable=pieces if flags.resume else None)
+
+
+def _open(
+    handler: TaskHandler, flags: argparse.Namespace, options: PipelineOptions
+) -> tuple[Artifact, PipelineOptions]:
+    """Open what says of the model what it is, and compare it with what it is to do, and where."""
+    artifact = handler.artifact()
+    options = worker_options(flags, options, artifact)
+    handler.run_on(resource_hints(flags, options))
+    handler.check(artifact)
+    if is_local(options):
+        choose_device(artifact, handler.head, flags.device)
+    elif flags.device != "auto":
+        artifact.signature(handler.head, flags.device)
+    return artifact, options
 
 
 def _output(

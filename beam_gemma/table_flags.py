@@ -29,7 +29,7 @@ def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
                 f"got {flags.input}"
             )
         return open_source(
-            flags.input, limit=flags.limit, columns=flags.columns, dry_run=flags.dry_run
+            flags.input, limit=flags.limit, columns=flags.columns, dry_run=flags.dry_run is not None
         )
     export_to = cloud.temp_location if flags.read_method == "EXPORT" else None
     if flags.read_method == "EXPORT" and not (export_to or "").startswith("gs://"):
@@ -41,7 +41,7 @@ def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
     if flags.query is None:
         return BigQuerySource.of_table(flags.input, project=cloud.project, **what)
     return BigQuerySource.of_query(
-        flags.query, project=cloud.project, dry_run=flags.dry_run, **what
+        flags.query, project=cloud.project, dry_run=flags.dry_run is not None, **what
     )
 
 
