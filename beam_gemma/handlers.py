@@ -25,6 +25,7 @@ from beam_gemma.pulse import Pulse, Work
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
+from beam_gemma.start_up import FirstRow
 from beam_gemma.structured import StructuredOutput
 from beam_gemma.task import Encoder, Settings
 from beam_gemma.task_handler import DeviceChoice, TaskHandler
@@ -137,7 +138,9 @@ class GemmaModelHandler(EngineHandler):
             # What the first one takes seconds to make is made before any row waits for it.
             constraint.start()
         engine = start_engine(artifact, self.head, device, self._engine_config)
-        return Generator(engine, encoder, self.settings, constraint=constraint, on_result=METER.add)
+        return Generator(
+            engine, encoder, self.settings, constraint=constraint, on_result=FirstRow(METER.add)
+        )
 
 
 class GemmaClassifyModelHandler(EngineHandler):
@@ -158,7 +161,7 @@ class GemmaClassifyModelHandler(EngineHandler):
     def _load(self, artifact: Artifact, device: Device) -> Classifier:
         encoders = self._encoders(artifact)
         engine = start_engine(artifact, self.head, device, self._engine_config)
-        return Classifier(engine, encoders, self.settings, on_result=METER.add)
+        return Classifier(engine, encoders, self.settings, on_result=FirstRow(METER.add))
 
     def _encoders(self, artifact: Artifact) -> list[QuestionEncoder]:
         tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
@@ -245,7 +248,7 @@ class GemmaEmbedModelHandler(TaskHandler):
             pulse.add(Work(prompt_tokens=num_tokens, used_slots=num_tokens, slots=slots))
 
         steps = EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=on_step)
-        return Embedder(steps, encoder, self.settings, pulse=pulse, on_result=METER.add)
+        return Embedder(steps, encoder, self.settings, pulse=pulse, on_result=FirstRow(METER.add))
 
 
 def _embedding_of(artifact: Artifact) -> EmbeddingConfig:

@@ -1,7 +1,8 @@
 """Model folders on Cloud Storage: copied to this machine once, whole, and checked.
 
 A copy is named by the digest of its manifest. Each of its files is there only when it is what the
-manifest says, so a copy that was cut short is taken up where it ended.
+manifest says, so a copy that was cut short is taken up where it ended. An image of workers may
+bring the copy along, under the same name.
 """
 
 import fcntl
@@ -9,18 +10,23 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from google.cloud.storage import transfer_manager
+
 from beam_gemma.artifact import DESCRIPTION, MANIFEST, Artifact, FileEntry, sha256_of
 from beam_gemma.durable import storage_client
 from beam_gemma.errors import ArtifactError
+from beam_gemma.start_up import logged
 
 SCHEME = "gs://"
+BAKED = Path("/opt/beam-gemma/models")
+"""Copies that the image of workers brings along."""
 DOWNLOADS = 8
-"""Files that come at once."""
+"""Parts of a file that come at once."""
+PART_BYTES = 32 << 20
 ATTEMPTS = 2
 """For each file."""
 
@@ -28,10 +34,18 @@ ATTEMPTS = 2
 def open_model(model: str) -> Artifact:
     """Open a model folder, on this machine or on Cloud Storage, with all that it takes to run.
 
+    Every checksum has been compared then: of a copy when it was made, of another folder now.
+
     Raises:
         ArtifactError: the folder is missing, of another format, or damaged.
     """
-    return Artifact.open(_copy(model) if model.startswith(SCHEME) else model)
+    if model.startswith(SCHEME):
+        with logged(f"copied {model}"):
+            return Artifact.open(_copy(model))
+    artifact = Artifact.open(model)
+    with logged(f"checked {model}"):
+        artifact.verify()
+    return artifact
 
 
 def open_description(model: str) -> Artifact:
@@ -49,21 +63,18 @@ def _copy(model: str, *, of_weights: bool = True) -> Path:
     """Return a folder of this machine that holds the files of a model; others wait meanwhile."""
     manifest = _read(model, MANIFEST)
     digest = hashlib.sha256(manifest).hexdigest()
+    if (BAKED / digest).is_dir():
+        return BAKED / digest
     copies = Path(tempfile.gettempdir()) / f"beam-gemma-models-{os.getuid()}"
     copies.mkdir(mode=0o700, exist_ok=True)
     folder = copies / digest
-    with _locked(copies / f"{digest}.lock"), ThreadPoolExecutor(DOWNLOADS) as pool:
+    with _locked(copies / f"{digest}.lock"):
         folder.mkdir(exist_ok=True)
         if not (folder / MANIFEST).exists():
             _place(folder / MANIFEST, manifest)
-        files = Artifact.read(folder).files
-        missing = [
-            name
-            for name, entry in files.items()
-            if (of_weights or name in DESCRIPTION) and not _is_there(folder / name, entry)
-        ]
-        for _ in pool.map(lambda name: _fetch(model, folder, name, files[name]), missing):
-            pass  # so that errors are raised here
+        for name, entry in Artifact.read(folder).files.items():
+            if (of_weights or name in DESCRIPTION) and not _is_there(folder / name, entry):
+                _fetch(model, folder, name, entry)
     return folder
 
 
@@ -91,7 +102,7 @@ def _fetch(model: str, folder: Path, name: str, entry: FileEntry) -> None:
     reason = ""
     for _ in range(ATTEMPTS):
         try:
-            _blob(model, name).download_to_filename(str(partial))
+            _download(_blob(model, name), partial)
         except Exception as error:  # the client has many; the second is reported
             reason = _sentence(error)
             continue
@@ -102,6 +113,17 @@ def _fetch(model: str, folder: Path, name: str, entry: FileEntry) -> None:
     raise ArtifactError(
         f"{model.rstrip('/')}/{name}: expected {entry.num_bytes:,} bytes with sha256 "
         f"{entry.sha256}, got {reason}; upload the folder again"
+    )
+
+
+def _download(blob: Any, file: Path) -> None:
+    """Copy a file in parts, several at once."""
+    transfer_manager.download_chunks_concurrently(
+        blob,
+        str(file),
+        chunk_size=PART_BYTES,
+        worker_type=transfer_manager.THREAD,
+        max_workers=DOWNLOADS,
     )
 
 

@@ -22,8 +22,10 @@ from beam_gemma.prompt_encoder import Row
 from beam_gemma.pulse import with_pulse
 from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
+from beam_gemma.start_up import log_process, logged
 from beam_gemma.supervision import SupervisedModel, Supervision
 from beam_gemma.task import Encoder, Model, Settings, StreamingModel
+from beam_gemma.versions import check_versions, versions
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 BATCH_ROWS = 4096
@@ -64,6 +66,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         self._key = uuid.uuid4().hex
         self._supervision: Supervision | None = None
         self._resource_hints: Mapping[str, str] = {}
+        self._versions = versions()
         self.settings = settings
         self._model = model
         self._device = device
@@ -202,9 +205,12 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             )
 
     def _start(self) -> StreamingModel:
+        check_versions("the side that submitted the job", self._versions)
+        log_process()
         artifact = open_model(self._model)
-        artifact.verify()
-        return self._load(artifact, choose_device(artifact, self.head, self._device))
+        device = choose_device(artifact, self.head, self._device)
+        with logged(f"loaded {self.head} on {device}"):
+            return self._load(artifact, device)
 
     def _report(self, results: Sequence[Mapping[str, Any]], counts: dict[str, int]) -> None:
         """Add a batch's counts, and those of the model's latest steps, to Beam's metrics."""

@@ -15,8 +15,8 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches language machines",
     "config embedding_config prompt report durable partitions places prefix regex_language",
-    "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema",
-    "kv_cache artifact prompt_encoder source sink labels subschema automaton json_numbers",
+    "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema versions",
+    "kv_cache artifact prompt_encoder source sink labels subschema automaton json_numbers start_up",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
     "sequence layout model_folder json_formats flag_types",
     "scheduler packing next_token examples task json_values",

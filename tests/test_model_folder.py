@@ -1,6 +1,7 @@
 """A model on Cloud Storage is copied once, checked, and taken up where a copy was cut short."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from google.cloud.storage import Blob, Client
+from google.cloud.storage import Client
 
+from beam_gemma import model_folder
 from beam_gemma.artifact import CHAT_TEMPLATE, MANIFEST, TOKENIZER
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model_folder import open_description, open_model
@@ -18,13 +20,12 @@ from beam_gemma.model_folder import open_description, open_model
 ROOT = Path(__file__).parent.parent
 OPEN = """
 import sys
-from google.cloud.storage import Blob
 import tests.cloud_clients
-from beam_gemma.model_folder import open_model
+from beam_gemma import model_folder
 
-download = Blob.download_to_filename
-Blob.download_to_filename = lambda self, file: (print("download"), download(self, file))
-open_model(sys.argv[1]).verify()
+download = model_folder._download
+model_folder._download = lambda blob, file: (print("download"), download(blob, file))
+model_folder.open_model(sys.argv[1]).verify()
 """
 
 
@@ -43,13 +44,13 @@ def model(gcp, tiny_gemma3, tmp_path, monkeypatch):
 @pytest.fixture
 def downloads(monkeypatch):
     """The names of files that are downloaded."""
-    names, download = [], Blob.download_to_filename
+    names, download = [], model_folder._download
 
-    def counted(self, filename):
-        names.append(self.name.rpartition("/model/")[2])
-        return download(self, filename)
+    def counted(blob, file):
+        names.append(blob.name.rpartition("/model/")[2])
+        return download(blob, file)
 
-    monkeypatch.setattr(Blob, "download_to_filename", counted)
+    monkeypatch.setattr(model_folder, "_download", counted)
     return names
 
 
@@ -70,6 +71,25 @@ def test_what_a_model_is_comes_without_its_weights(model, downloads):
     assert sorted(downloads) == sorted(description.files)
 
 
+@pytest.mark.parametrize("part_bytes", [1000, 1 << 16])
+def test_a_file_comes_in_parts(model, tiny_gemma3, monkeypatch, part_bytes):
+    """Of a size that no file is a multiple of, and one larger than the smallest file."""
+    monkeypatch.setattr(model_folder, "PART_BYTES", part_bytes)
+    assert open_model(model).digest == tiny_gemma3.artifact.digest
+
+
+def test_an_image_may_bring_the_copy_along(model, downloads, monkeypatch, tmp_path):
+    copy = open_model(model).path
+    baked = tmp_path / "baked"
+    shutil.copytree(copy, baked / copy.name)
+    shutil.rmtree(copy)
+    downloads.clear()
+    monkeypatch.setattr(model_folder, "BAKED", baked)
+    assert open_model(model).path == baked / copy.name
+    assert open_description(model).path == baked / copy.name
+    assert downloads == []
+
+
 def test_threads_wait_for_one_copy(model, downloads):
     with ThreadPoolExecutor(4) as pool:
         paths = {copy.path for copy in pool.map(open_model, [model] * 4)}
@@ -88,18 +108,17 @@ def test_processes_wait_for_one_copy(model, tiny_gemma3):
 
 
 def test_a_copy_that_was_cut_short_is_taken_up(model, downloads, monkeypatch):
-    whole, cut = Blob.download_to_filename, threading.Event()
+    whole, cut = model_folder._download, threading.Event()
 
-    def killed(self, filename):
-        if TOKENIZER in self.name:
-            whole(self, filename)
-            Path(filename).write_bytes(Path(filename).read_bytes()[:100])
+    def killed(blob, file):
+        whole(blob, file)
+        if TOKENIZER in blob.name:
+            file.write_bytes(file.read_bytes()[:100])
             cut.set()
             raise KeyboardInterrupt
-        return whole(self, filename)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Blob, "download_to_filename", killed)
+        patch.setattr(model_folder, "_download", killed)
         with pytest.raises(KeyboardInterrupt):
             open_description(model)
     assert cut.is_set()
@@ -108,16 +127,16 @@ def test_a_copy_that_was_cut_short_is_taken_up(model, downloads, monkeypatch):
 
 
 def test_a_torn_download_is_repeated_once(model, downloads, monkeypatch):
-    whole, torn = Blob.download_to_filename, []
+    whole, torn = model_folder._download, []
 
-    def tear(self, filename):
-        whole(self, filename)
-        if TOKENIZER in self.name and not torn:
-            content = bytearray(Path(filename).read_bytes())
+    def tear(blob, file):
+        whole(blob, file)
+        if TOKENIZER in blob.name and not torn:
+            content = bytearray(file.read_bytes())
             content[50] ^= 1
-            torn.append(Path(filename).write_bytes(content))
+            torn.append(file.write_bytes(content))
 
-    monkeypatch.setattr(Blob, "download_to_filename", tear)
+    monkeypatch.setattr(model_folder, "_download", tear)
     open_model(model).verify()
     assert downloads.count(TOKENIZER) == 2
 
