@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix constraints
+.PHONY: help setup demo test check fix constraints requirements
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,3 +36,6 @@ fix: $(READY)  ## Format the code and repair what ruff can.
 constraints: $(READY)  ## Write down the versions that are installed now.
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
 	mv constraints.new constraints.txt
+
+requirements: $(READY)  ## Lock what images install, from the versions in constraints.txt.
+	for device in cpu gpu; do templates/lock.sh $$device || exit; done

