@@ -30,6 +30,7 @@ from beam_gemma.progress import METRICS_NAMESPACE, Display
 from beam_gemma.run_record import facts_of, marks_of
 from beam_gemma.sink import Sink
 from beam_gemma.source import Source
+from beam_gemma.staging import stage
 from beam_gemma.supervision import Supervision
 from beam_gemma.table_flags import sink_of, source_of
 from beam_gemma.tables import ReadTable
@@ -127,6 +128,8 @@ def plan(
     if output.errors is not None:
         _make_room("--errors", output.errors, source, flags)
     done = _make_room("--output", output.sink, source, flags)
+    if on_dataflow(options):
+        stage(options)
     return replace(job, preview=done, durable=pieces if flags.resume else None)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.portability import common_urns
-from apache_beam.portability.api.beam_runner_api_pb2 import DockerPayload, Environment, Pipeline
+from apache_beam.portability.api import beam_runner_api_pb2
 
 CREATE_JOB = re.compile(r"/v1b3/projects/[^/]+/(locations/[^/]+/)?jobs(\?.*)?")
 LAUNCH_TEMPLATE = re.compile(r"/v1b3/projects/[^/]+/locations/[^/]+/flexTemplates:launch(\?.*)?")
@@ -58,13 +58,13 @@ class Job:
         """Names of the files that workers get."""
         return [package["name"] for package in self.workers.get("packages", [])]
 
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> beam_runner_api_pb2.Pipeline:
         """Read the pipeline that was staged on Cloud Storage."""
         with FileSystems.open(self.options["pipelineUrl"]) as stream:
-            return Pipeline.FromString(stream.read())
+            return beam_runner_api_pb2.Pipeline.FromString(stream.read())
 
 
-def accelerators(pipeline: Pipeline) -> dict[str, str]:
+def accelerators(pipeline: beam_runner_api_pb2.Pipeline) -> dict[str, str]:
     """Return the accelerator that each step of a pipeline asks for, by the step's name."""
     environments = pipeline.components.environments
     steps = pipeline.components.transforms.values()
@@ -72,10 +72,10 @@ def accelerators(pipeline: Pipeline) -> dict[str, str]:
     return {name: hints[ACCELERATOR].decode() for name, hints in asked.items() if hints}
 
 
-def image_of(environment: Environment) -> str:
+def image_of(environment: beam_runner_api_pb2.Environment) -> str:
     """Return the image that an environment of a pipeline is."""
     assert environment.urn == common_urns.environments.DOCKER.urn
-    return DockerPayload.FromString(environment.payload).container_image
+    return beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image
 
 
 @dataclass

@@ -14,7 +14,7 @@ PACKAGES = ("beam_gemma", "export", "pipelines", "examples", "benchmarks")
 # Each module of beam_gemma may import only modules named on an earlier line.
 LAYERS = [
     "errors owner progress data_commons summary pulse charts keys batches language machines",
-    "config embedding_config prompt report durable partitions places prefix regex_language",
+    "config embedding_config prompt report durable partitions places prefix regex_language staging",
     "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema versions",
     "kv_cache artifact prompt_encoder source sink labels subschema automaton json_numbers start_up",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
@@ -36,7 +36,7 @@ EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenize
 USERS_OF_BEAM = (
     "durable pieces batches source sink parquet_source jsonl_source bigquery_source file_sink "
     "bigquery_sink tables table_flags examples task_handler handlers transforms ask write_table "
-    "text_embeddings flags dataflow launch"
+    "text_embeddings flags dataflow staging launch"
 )
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
