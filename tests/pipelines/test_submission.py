@@ -4,13 +4,10 @@ import itertools
 import json
 import shutil
 import sys
-import zipfile
 
 import pytest
-from apache_beam.io.filesystems import FileSystems
 from google.cloud import bigquery
 
-import beam_gemma
 from beam_gemma import launch
 from pipelines import classify, embed, generate
 from tests.dataflow_service import accelerators, dataflow_service, image_of
