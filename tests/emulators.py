@@ -22,6 +22,7 @@ import pytest
 from google.cloud.storage import Blob, Client
 
 from tests.cloud_clients import BIGQUERY_STORAGE_GRPC
+from tests.once import kept
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = Path(__file__).with_suffix(".txt")
@@ -101,12 +102,7 @@ def emulators(folder: Path) -> Iterator[Cloud]:
 def _environment() -> Path:
     """Return the interpreter of the emulators' environment, which is made if it is not there."""
     key = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:16]
-    folder = ROOT / "build" / f"emulators-{key}"
-    if not folder.exists():
-        partial = folder.with_suffix(f".{os.getpid()}")
-        _install(_python_3_13(), partial)
-        partial.rename(folder)
-    return folder / "bin/python"
+    return kept(f"emulators-{key}", lambda folder: _install(_python_3_13(), folder)) / "bin/python"
 
 
 def _python_3_13() -> str:
@@ -123,7 +119,6 @@ def _install(python: str, folder: Path) -> None:
     command = [folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", REQUIREMENTS]
     pip = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if pip.returncode:
-        shutil.rmtree(folder)
         reason = pip.stderr.strip().rpartition("\n")[2]
         pytest.skip(f"the emulators of BigQuery and Cloud Storage cannot be installed: {reason}")
 

