@@ -18,7 +18,7 @@ LAYERS = [
     "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema versions",
     "kv_cache artifact prompt_encoder source sink labels subschema automaton json_numbers start_up",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
-    "sequence layout model_folder json_formats flag_types",
+    "sequence layout model_folder json_formats flag_types container_image",
     "scheduler packing next_token examples task json_values",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed run_record supervision json_scalars",

@@ -1,0 +1,211 @@
+"""An image is compared with this side before a job is submitted, by its registry's word."""
+
+import hashlib
+import http.server
+import json
+import logging
+import platform
+import threading
+from contextlib import contextmanager
+from importlib import metadata
+
+import pytest
+
+import beam_gemma
+from beam_gemma import container_image
+from beam_gemma.container_image import INDEXES, MANIFESTS, check
+from beam_gemma.errors import OptionsError
+from tests.emulators import CREDENTIALS
+
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+LABELS = {
+    "beam-gemma.version": beam_gemma.__version__,
+    "beam-gemma.beam": metadata.version("apache-beam"),
+    "beam-gemma.python": PYTHON,
+    "beam-gemma.device": "gpu",
+    "maintainer": "somebody",
+}
+
+
+class Registry:
+    """The images `team/worker` of a registry on this machine."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.content: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+        """What requests say of who they are from."""
+        self.status = 200
+        """Of every answer, where it is an error."""
+
+    def push(self, tag: str, labels: dict[str, str] | None, *, in_index: bool = False) -> str:
+        """Add an image, among others where it is in an index; return its digest."""
+        config = self._add("blobs", {"config": {"Labels": labels}})
+        manifest = {"mediaType": MANIFESTS[0], "config": {"digest": config}}
+        digest = self._add("manifests", manifest)
+        if in_index:
+            other = {"os": "linux", "architecture": "arm64"}
+            ours = {"os": "linux", "architecture": "amd64", "os.version": "12"}
+            entries = [("sha256:none", {}), ("sha256:other", other), (digest, ours)]
+            manifests = [{"digest": d, "platform": p} for d, p in entries]
+            index = {"mediaType": INDEXES[0], "manifests": manifests}
+            digest = self._add("manifests", index)
+        self.content[f"/v2/team/worker/manifests/{tag}"] = self.content[
+            f"/v2/team/worker/manifests/{digest}"
+        ]
+        return digest
+
+    def _add(self, kind: str, value: dict) -> str:
+        content = json.dumps(value, indent=1).encode()
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.content[f"/v2/team/worker/{kind}/{digest}"] = content
+        return digest
+
+
+@contextmanager
+def serving():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            registry.tokens.add(self.headers.get("Authorization"))
+            content = registry.content.get(self.path)
+            known = content is not None and MANIFESTS[0] in self.headers["Accept"]
+            status = registry.status if registry.status != 200 else 200 if known else 404
+            self.send_response(status)
+            self.end_headers()
+            if status == 200:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    registry = Registry(f"127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield registry
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def registry():
+    with serving() as registry:
+        yield registry
+
+
+@pytest.mark.parametrize("in_index", [False, True])
+def test_an_image_that_is_as_this_side_comes_back_by_digest(registry, in_index, caplog):
+    digest = registry.push("1", LABELS, in_index=in_index)
+    by_digest = f"{registry.host}/team/worker@{digest}"
+    assert check(f"{registry.host}/team/worker:1", device="gpu") == by_digest
+    assert check(by_digest, device="gpu") == by_digest
+    assert not caplog.records
+
+
+def test_without_a_tag_it_is_the_latest(registry):
+    digest = registry.push("latest", LABELS)
+    assert check(f"{registry.host}/team/worker", device="gpu").endswith(digest)
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "expected"),
+    [
+        ("version", "0.0.1", f"expected version {beam_gemma.__version__}, got version 0.0.1;"),
+        ("beam", "2.0.0", f"expected beam {LABELS['beam-gemma.beam']}, got beam 2.0.0;"),
+        ("python", "3.8", f"expected python {PYTHON}, got python 3.8;"),
+        ("device", "cpu", "expected device gpu, got device cpu;"),
+        ("device", "launcher", "expected device gpu, got device launcher;"),
+    ],
+)
+def test_an_image_of_other_versions_is_refused(registry, label, value, expected):
+    registry.push("1", {**LABELS, f"beam-gemma.{label}": value})
+    with pytest.raises(OptionsError) as error:
+        check(f"{registry.host}/team/worker:1", device="gpu")
+    assert f"{registry.host}/team/worker:1: {expected}" in str(error.value)
+
+
+@pytest.mark.parametrize(("device", "runs"), [("cpu", True), ("gpu", True), ("launcher", False)])
+def test_what_runs_a_job_for_the_cpu(registry, device, runs):
+    registry.push("1", {**LABELS, "beam-gemma.device": device})
+    if runs:
+        check(f"{registry.host}/team/worker:1", device="cpu")
+    else:
+        with pytest.raises(OptionsError, match=r"expected device cpu or gpu, got device launcher"):
+            check(f"{registry.host}/team/worker:1", device="cpu")
+
+
+@pytest.mark.parametrize("labels", [None, {}, {"maintainer": "somebody"}])
+def test_an_image_that_is_none_of_ours_is_refused(registry, labels):
+    registry.push("1", labels)
+    with pytest.raises(OptionsError, match="got version unknown, beam unknown, python unknown"):
+        check(f"{registry.host}/team/worker:1", device="cpu")
+
+
+def test_an_image_that_is_not_there_is_refused(registry):
+    registry.push("1", LABELS)
+    with pytest.raises(OptionsError, match=r"worker:2: expected an image, got none; push it"):
+        check(f"{registry.host}/team/worker:2", device="gpu")
+
+
+def warning_of(caplog) -> str:
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    return record.getMessage()
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_registry_that_refuses_leaves_the_check_to_workers(registry, status, caplog):
+    registry.push("1", LABELS)
+    registry.status = status
+    image = f"{registry.host}/team/worker:1"
+    assert check(image, device="gpu") == image
+    assert str(status) in warning_of(caplog)
+    assert "\n" not in warning_of(caplog)
+
+
+@pytest.mark.parametrize("image", ["127.0.0.1:1/team/worker:1", "worker", "team/worker:1"])
+def test_no_registry_leaves_the_check_to_workers(image, caplog):
+    assert check(image, device="cpu") == image
+    assert f"{image}: its versions are left for the workers" in warning_of(caplog)
+
+
+def test_an_index_for_other_machines_leaves_the_check_to_workers(registry, caplog):
+    index = {"manifests": [{"digest": "sha256:x", "platform": {"os": "linux"}}]}
+    registry.content["/v2/team/worker/manifests/1"] = json.dumps(index).encode()
+    image = f"{registry.host}/team/worker:1"
+    assert check(image, device="cpu") == image
+    assert "x86-64" in warning_of(caplog)
+
+
+def test_only_google_gets_the_credentials(registry, tmp_path, monkeypatch):
+    credentials = tmp_path / "credentials.json"
+    credentials.write_text(json.dumps(CREDENTIALS))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(credentials))
+    registry.push("1", LABELS)
+    check(f"{registry.host}/team/worker:1", device="gpu")
+    assert registry.tokens == {None}
+    registry.tokens.clear()
+    monkeypatch.setattr(container_image, "GOOGLE", (f".{registry.host}",))
+    check(f"{registry.host}/team/worker:1", device="gpu")
+    assert registry.tokens == {"Bearer emulated"}
+
+
+@pytest.mark.parametrize(
+    ("host", "is_google"),
+    [
+        ("europe-docker.pkg.dev", True),
+        ("gcr.io", True),
+        ("eu.gcr.io", True),
+        ("pkg.dev.example.com", False),
+        ("notgcr.io", False),
+        ("localhost:5000", False),
+    ],
+)
+def test_which_hosts_are_google(host, is_google, tmp_path, monkeypatch):
+    credentials = tmp_path / "credentials.json"
+    credentials.write_text(json.dumps(CREDENTIALS))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(credentials))
+    assert hasattr(container_image._session(host), "credentials") == is_google
