@@ -7,9 +7,7 @@ manifest, which names its configuration, which has the labels that templates/Doc
 import hashlib
 import json
 import logging
-import sys
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import google.auth
@@ -17,11 +15,11 @@ import requests
 from google.auth.exceptions import GoogleAuthError
 from google.auth.transport.requests import AuthorizedSession
 
-import beam_gemma
 from beam_gemma.errors import OptionsError
+from beam_gemma.versions import check_versions
 
-LABELS = "beam-gemma."
-"""What the names of our labels begin with."""
+VERSIONS = {"beam-gemma": "version", "Beam": "beam", "Python": "python"}
+"""Labels of templates/Dockerfile that have the versions of each."""
 GOOGLE = (".pkg.dev", ".gcr.io")
 """Ends of the hosts that get the credentials of Google Cloud; no other host does."""
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -45,6 +43,10 @@ class Image:
     digest: str
     """The hash of its manifest, which no other image has."""
     labels: dict[str, str]
+
+    def label(self, name: str) -> str:
+        """Return what one of our labels says."""
+        return self.labels.get(f"beam-gemma.{name}", "unknown")
 
 
 def check(image: str, *, device: Literal["cpu", "gpu"]) -> str:
@@ -70,41 +72,15 @@ def check(image: str, *, device: Literal["cpu", "gpu"]) -> str:
             str(error).partition("\n")[0] or type(error).__name__,
         )
         return image
-    labels = {
-        name.removeprefix(LABELS): value
-        for name, value in described.labels.items()
-        if name.startswith(LABELS)
-    }
-    _compare(image, labels, device)
-    return f"{_name(image)}@{described.digest}"
-
-
-def _compare(image: str, labels: dict[str, str], device: str) -> None:
-    """Refuse an image that does not hold what this side has.
-
-    Raises:
-        OptionsError: a label is missing, or says something else.
-    """
-    here = {
-        "version": beam_gemma.__version__,
-        "beam": metadata.version("apache-beam"),
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-    }
+    where = f"--sdk_container_image {image}"
+    check_versions(where, {name: described.label(of) for name, of in VERSIONS.items()})
     # ONNX Runtime for a GPU runs on the CPU as well.
-    devices = ("cpu", "gpu") if device == "cpu" else (device,)
-    wrong = [name for name, value in here.items() if labels.get(name) != value]
-    if labels.get("device") not in devices:
-        wrong.append("device")
-        here["device"] = " or ".join(devices)
-    if wrong:
-        expected, got = (
-            ", ".join(f"{name} {of.get(name, 'unknown')}" for name in wrong)
-            for of in (here, labels)
-        )
+    if (got := described.label("device")) not in (device, "gpu"):
         raise OptionsError(
-            f"--sdk_container_image {image}: expected {expected}, got {got}; build the image from "
-            "this checkout, as docs/dataflow.md says"
+            f"{where}: expected an image for the {device}, got one for {got}; build it with "
+            f"--build-arg DEVICE={device}"
         )
+    return f"{_name(image)}@{described.digest}"
 
 
 def _describe(image: str) -> Image:
