@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import beam_gemma
+from beam_gemma.artifact import MANIFEST
+from beam_gemma.model_folder import BAKED
 from tests.test_architecture import NOT_ON_A_WORKER
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,15 @@ def test_images_install_by_hash_and_from_wheels() -> None:
         assert flag in installs[0]
     assert set(re.findall(r"--no-binary (\S+)", installs[0])) == BUILT_BY_THE_IMAGE
     assert "--no-index" in installs[1]
+
+
+def test_a_model_is_put_where_workers_look_for_it() -> None:
+    assert DOCKERFILE.endswith(f"COPY --from=model /models {BAKED}\n")
+    command = re.search(
+        r'digest=\$\(sha256sum /model/(\S+)\) .* mv .*/\$\{digest%% \*}"', DOCKERFILE
+    )
+    assert command
+    assert command[1] == MANIFEST
 
 
 def test_the_context_of_a_build_has_what_is_copied() -> None:
