@@ -1,0 +1,1 @@
+"""Flex Templates of the pipelines on Dataflow: what they say of themselves, and their images."""

@@ -1,0 +1,148 @@
+"""Writes what the Flex Templates say of their parameters, from the flags of the pipelines.
+
+python -m templates.metadata
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from beam_gemma.classify_options import classify_parser
+from beam_gemma.embed_options import embed_parser
+from beam_gemma.flag_types import column_names, count, fraction, positive, switch
+from beam_gemma.flags import FlagParser
+from beam_gemma.generate_options import generate_parser
+
+FOLDER = Path(__file__).parent
+PARSERS: dict[str, Callable[[], FlagParser]] = {
+    "generate": generate_parser,
+    "embed": embed_parser,
+    "classify": classify_parser,
+}
+Kind = tuple[str, str | None]
+"""A parameter's type, and the POSIX pattern that its values match as a whole."""
+ANY_TEXT: Kind = ("TEXT", None)
+OBJECT = "^gs://[^/]+/.+$"
+TABLE = "^(gs://[^/]+/|bq://).+$"
+KINDS_OF_TYPES: dict[Any, Kind] = {
+    None: ANY_TEXT,
+    column_names: ANY_TEXT,
+    switch: ("BOOLEAN", "^(true|false)$"),
+    count: ("NUMBER", "^[0-9]+$"),
+    positive: ("NUMBER", "^[1-9][0-9]*$"),
+    int: ("NUMBER", "^-?[0-9]+$"),
+    float: ("NUMBER", r"^-?[0-9]+(\.[0-9]+)?$"),
+    fraction: ("NUMBER", r"^(0(\.[0-9]+)?|1(\.0+)?)$"),
+}
+KINDS_OF_PLACES: dict[Any, Kind] = {
+    "DIR": ("GCS_READ_FOLDER", OBJECT),
+    "FILE": ("GCS_READ_FILE", OBJECT),
+    "URI": ("TEXT", TABLE),
+}
+"""By what help calls the value: a launcher has no files of its own."""
+KINDS_OF_FLAGS: dict[str, Kind] = {"report": ("GCS_WRITE_FILE", OBJECT)}
+ACRONYMS = {"gpu": "GPU", "json": "JSON", "ids": "IDs", "eos": "EOS", "sdk": "SDK"}
+NOT_IN_THE_FORM = ("dry_run",)
+"""A launch that starts no job counts as failed; its estimate is in the launcher's log."""
+WORKER_IMAGE = {
+    "name": "sdk_container_image",
+    "label": "Worker image",
+    "helpText": "image of the workers, which templates/build.sh made beside this template",
+    "groupName": "Dataflow",
+    "isOptional": False,
+    "paramType": "TEXT",
+    "regexes": ["^[^ ]+[:@][^ ]+$"],
+}
+"""The one option of Beam's that a launch always needs and that is no setting of a launch."""
+
+
+def metadata(task: str) -> dict[str, Any]:
+    """Return the metadata of a task's template."""
+    parser = PARSERS[task]()
+    return {
+        "name": f"Gemma batch inference: {task}",
+        "description": parser.description,
+        "streaming": False,
+        "parameters": [*_parameters(parser), WORKER_IMAGE],
+    }
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Write the metadata of every template; return the files."""
+    files = []
+    for task in PARSERS:
+        file = folder / f"{task}.json"
+        file.write_text(json.dumps(metadata(task), indent=2) + "\n")
+        files.append(file)
+    return files
+
+
+def _parameters(parser: argparse.ArgumentParser) -> Iterator[dict[str, Any]]:
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            if not isinstance(action, argparse._HelpAction):
+                yield _parameter(action, group.title or "")
+
+
+def _parameter(action: argparse.Action, group: str) -> dict[str, Any]:
+    param_type, pattern = _kind(action)
+    parameter = {
+        "name": action.dest,
+        "label": _label(action.dest),
+        "helpText": _help(action),
+        "groupName": group[:1].upper() + group[1:],
+        "isOptional": not action.required,
+        "paramType": param_type,
+    }
+    if pattern is not None:
+        parameter["regexes"] = [pattern]
+    if action.choices is not None:
+        parameter["enumOptions"] = [{"value": name, "label": name} for name in action.choices]
+    if (default := _default(action)) is not None:
+        parameter["defaultValue"] = default
+    if action.dest in NOT_IN_THE_FORM:
+        parameter["hiddenUi"] = True
+    return parameter
+
+
+def _kind(action: argparse.Action) -> Kind:
+    if action.choices is not None:
+        return ("ENUM", None)
+    if action.dest in KINDS_OF_FLAGS:
+        return KINDS_OF_FLAGS[action.dest]
+    if action.type is None:
+        return KINDS_OF_PLACES.get(action.metavar, ANY_TEXT)
+    if action.type not in KINDS_OF_TYPES:
+        raise LookupError(
+            f"--{action.dest}: expected a type of KINDS_OF_TYPES, got {action.type}; add it there"
+        )
+    return KINDS_OF_TYPES[action.type]
+
+
+def _label(name: str) -> str:
+    words = " ".join(ACRONYMS.get(word, word) for word in name.split("_"))
+    return words[0].upper() + words[1:]
+
+
+def _help(action: argparse.Action) -> str:
+    text = (action.help or "") % vars(action)
+    # A launch gives each parameter once.
+    return text.replace("; may be repeated", "").replace("; to be repeated", "")
+
+
+def _default(action: argparse.Action) -> str | None:
+    if action.default in (None, []):
+        return None
+    if isinstance(action.default, bool):
+        return str(action.default).lower()
+    default = str(action.default)
+    # A form would strip a default of white space, and so change it.
+    return default if default.strip() else None
+
+
+if __name__ == "__main__":
+    for path in write():
+        sys.stdout.write(f"wrote {path.relative_to(FOLDER.parent)}\n")
