@@ -220,21 +220,32 @@ def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
 
     A Dataflow job goes on alone: its state and counters are in its own console.
     """
+    if on_dataflow(job.options):
+        return _submit(pipeline)
     started = time.monotonic()
     try:
         with _display(job):
-            result: Any = pipeline.run()
-            if not on_dataflow(job.options):
-                result.wait_until_finish()
+            result = pipeline.run()
+            result.wait_until_finish()
     except (BeamGemmaError, RuntimeError) as error:
         if (sentence := _sentence(error)) is None:
             raise
         sys.stderr.write(f"error: {sentence}\n")
         return STOPPED if BudgetError.__name__ in repr(error) else FAILURE
-    if on_dataflow(job.options):
-        sys.stdout.write(f"submitted the job {result.job_id()}\n")
-        return SUCCESS
     return report(counters(result), time.monotonic() - started)
+
+
+def _submit(pipeline: beam.Pipeline) -> int:
+    try:
+        result: Any = pipeline.run()
+    except Exception as error:  # the clients of the services on the way have many, and one remedy
+        first, _, _ = str(error).partition("\n")
+        raise OptionsError(
+            f"Dataflow: expected the job to be taken, got {type(error).__name__}: {first}; "
+            "docs/dataflow.md names the roles and settings that it takes"
+        ) from error
+    sys.stdout.write(f"submitted the job {result.job_id()}\n")
+    return SUCCESS
 
 
 def report(counts: Mapping[str, int], elapsed_secs: float) -> int:

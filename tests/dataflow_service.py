@@ -85,6 +85,8 @@ class Dataflow:
     port: int
     requests: list[Request] = field(default_factory=list)
     """All that came, in order."""
+    refusal: str | None = None
+    """Why it takes no job, where it takes none."""
 
     @property
     def flags(self) -> Sequence[str]:
@@ -136,7 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             content = gzip.decompress(content)
         request = Request(self.command, self.path, json.loads(content) if content else None)
-        answer = json.dumps(self.server.service.answer(request)).encode()
+        service = self.server.service
+        answer = json.dumps(service.answer(request)).encode()
+        if service.refusal is not None:
+            self.send_error(403, service.refusal)
+            return
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
