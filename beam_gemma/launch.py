@@ -239,9 +239,9 @@ def _submit(pipeline: beam.Pipeline) -> int:
     try:
         result: Any = pipeline.run()
     except Exception as error:  # the clients of the services on the way have many, and one remedy
-        first, _, _ = str(error).partition("\n")
+        reason = " ".join(str(error).split())
         raise OptionsError(
-            f"Dataflow: expected the job to be taken, got {type(error).__name__}: {first}; "
+            f"Dataflow: expected the job to be taken, got {type(error).__name__}: {reason}; "
             "docs/dataflow.md names the roles and settings that it takes"
         ) from error
     sys.stdout.write(f"submitted the job {result.job_id()}\n")

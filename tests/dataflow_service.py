@@ -139,11 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
             content = gzip.decompress(content)
         request = Request(self.command, self.path, json.loads(content) if content else None)
         service = self.server.service
-        answer = json.dumps(service.answer(request)).encode()
+        status, body = 200, service.answer(request)
         if service.refusal is not None:
-            self.send_error(403, service.refusal)
-            return
-        self.send_response(200)
+            status, body = 403, {"error": {"code": 403, "message": service.refusal}}
+        answer = json.dumps(body, indent=2).encode()
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
