@@ -17,7 +17,14 @@ from beam_gemma.batches import Located, with_schema
 from beam_gemma.bigquery_client import asking, open_client, table_of
 from beam_gemma.bigquery_schema import EXTENSION, arrow_schema
 from beam_gemma.errors import OptionsError
-from beam_gemma.source import BATCH_BYTES, BATCH_ROWS, Source, match_files, selected
+from beam_gemma.source import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    SAMPLE_PLACES,
+    Source,
+    match_files,
+    selected,
+)
 
 ROW_BITS = 40
 """Of a position; the bits above say which stream or file the row is in."""
@@ -182,6 +189,17 @@ class BigQuerySource(Source):
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows by the API that lists them; nothing is scanned."""
+        return self._list([0], num_rows)
+
+    def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return rows from several places by the API that lists them; nothing is scanned."""
+        if self.num_rows is None or self.limit is not None or self.num_rows <= num_rows:
+            return self.head(num_rows)
+        places = [self.num_rows * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
+        return self._list(places, num_rows // SAMPLE_PLACES)
+
+    def _list(self, places: Sequence[int], num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return so many rows from each place on."""
         if self.table is None:
             return
         schema = self.schema.remove_metadata()
@@ -189,9 +207,10 @@ class BigQuerySource(Source):
         with asking(self.uri, role=VIEWER):
             table = client.get_table(self.table)
             fields = [field for field in table.schema if field.name in schema.names]
-            rows = client.list_rows(table, fields, max_results=num_rows)
-            for batch in rows.to_arrow_iterable():
-                yield with_schema(batch.select(schema.names), schema)
+            for place in places:
+                rows = client.list_rows(table, fields, start_index=place, max_results=num_rows)
+                for batch in rows.to_arrow_iterable():
+                    yield with_schema(batch.select(schema.names), schema)
 
     def _streams(self) -> list[str]:
         assert self.table is not None  # a dry run reads no part

@@ -7,6 +7,7 @@ from pathlib import Path
 from beam_gemma.bigquery_client import SCHEME
 from beam_gemma.dataflow import add_dataflow
 from beam_gemma.errors import OptionsError
+from beam_gemma.estimate_options import add_estimate
 from beam_gemma.fewshot import POOL_ROWS, all_shots, draw_shots
 from beam_gemma.flag_types import SWITCH, count
 from beam_gemma.flags import (
@@ -56,6 +57,7 @@ def classify_parser() -> FlagParser:
     _add_policies(parser)
     add_engine(parser)
     add_job(parser)
+    add_estimate(parser, completes=False)
     add_dataflow(parser)
     return parser
 

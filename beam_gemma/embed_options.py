@@ -5,6 +5,7 @@ import dataclasses
 
 from beam_gemma.dataflow import add_dataflow
 from beam_gemma.errors import OptionsError
+from beam_gemma.estimate_options import add_estimate
 from beam_gemma.flag_types import SWITCH, positive
 from beam_gemma.flags import (
     FlagParser,
@@ -37,6 +38,7 @@ def embed_parser() -> FlagParser:
     _add_results(parser)
     add_steps(parser, EMBED_TOKENS)
     add_job(parser)
+    add_estimate(parser, completes=False)
     add_dataflow(parser)
     return parser
 

@@ -1,6 +1,7 @@
 """Values of flags, for argparse."""
 
 import argparse
+import math
 from typing import Any
 
 WORDS = {"true": True, "false": False}
@@ -41,6 +42,17 @@ def fraction(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Read a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value
 
 

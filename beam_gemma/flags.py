@@ -297,8 +297,8 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="text",
         choices=("text", "json"),
-        help="read a sample, show its prompts and tokens, and do not load the model; text where "
-        "no form is named (default: run)",
+        help="read a sample, show its prompts and say what all rows take, and do not load the "
+        "model; text where no form is named (default: run)",
     )
     add(
         "--resume",

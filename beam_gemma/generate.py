@@ -106,6 +106,11 @@ class GenerateSettings(PromptSettings, Settings):
         """Whether completions are drawn."""
         return self.sampling.temperature > 0
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of a completion."""
+        return self.sampling.max_tokens
+
     def _parameters(self) -> dict[str, Any]:
         sampling = asdict(self.sampling)
         if not self.is_sampled:

@@ -8,6 +8,7 @@ from typing import Any
 
 from beam_gemma.dataflow import add_dataflow
 from beam_gemma.errors import OptionsError
+from beam_gemma.estimate_options import add_estimate
 from beam_gemma.flag_types import SWITCH
 from beam_gemma.flags import (
     FlagParser,
@@ -52,6 +53,7 @@ def generate_parser() -> FlagParser:
     _add_results(parser)
     add_engine(parser)
     add_job(parser)
+    add_estimate(parser, completes=True)
     add_dataflow(parser)
     return parser
 

@@ -27,7 +27,7 @@ from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
 from beam_gemma.start_up import FirstRow
 from beam_gemma.structured import StructuredOutput
-from beam_gemma.task import Encoder, Settings
+from beam_gemma.task import Asked, Encoder, Settings
 from beam_gemma.task_handler import DeviceChoice, TaskHandler
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
@@ -153,6 +153,21 @@ class GemmaClassifyModelHandler(EngineHandler):
         """Return what makes the first prompt of rows; no weights are loaded."""
         encode = self._encoders(artifact)[0]
         return lambda row: encode(row).prompt
+
+    def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
+        """Return what tells what the model computes of a row; no weights are loaded."""
+        encoders = self._encoders(artifact)
+
+        def asks(row: Row) -> Asked:
+            questions = [encode(row) for encode in encoders]
+            return Asked(
+                prompts=tuple(question.prompt for question in questions),
+                sequences=tuple(
+                    path.token_ids for question in questions for path in question.plan.paths
+                ),
+            )
+
+        return asks
 
     def _identify(self, artifact: Artifact) -> Callable[[Row], Any]:
         encoders = self._encoders(artifact)

@@ -1,18 +1,21 @@
 """Tables in files of JSON lines: all lines are looked at once at launch, for the types.
 
-For a dry run the first are enough, so types that show further down are not known to it.
+For a dry run some from all over the table are enough, so types that only others have are not known
+to it.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma import jsonl
 from beam_gemma.batches import Located
-from beam_gemma.source import BATCH_ROWS, SAMPLE_ROWS, Source, selected
+from beam_gemma.source import BATCH_ROWS, SAMPLE_PLACES, SAMPLE_ROWS, Source, selected
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,17 @@ class Part:
     first_row: int
     """Of the table."""
     num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """The lines that begin between two places of a file."""
+
+    path: str
+    start: int = 0
+    """In bytes."""
+    end: int | None = None
+    """None for all that follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +73,31 @@ class JsonlSource(Source):
             paths: Of its files, in order.
             limit: Rows to read; None for all.
             columns: To read; None for all.
-            dry_run: Whether only to look at the first lines. Such a source may have more rows than
-                it knows and reads.
+            dry_run: Whether only to look at some lines, from all over the table. Such a source may
+                have more rows than it knows and reads.
 
         Raises:
             OptionsError: a line is not a JSON object, or the files do not make one table.
         """
         is_sample = dry_run and limit is None
+        sections = [[_Stretch(path) for path in paths]]
         if is_sample:
-            limit = SAMPLE_ROWS
+            sections, limit = _sections(paths), math.ceil(SAMPLE_ROWS / SAMPLE_PLACES)
         schema = pa.schema([])
         parts: list[Part] = []
-        files: list[str] = []
-        num_rows = 0
-        for path in paths:
-            if limit is not None and num_rows >= limit:
-                break
-            found, lines = _scan(path, num_rows, limit)
-            schema = jsonl.unify_schemas(schema, found, path)
-            num_rows += sum(part.num_rows for part in lines)
-            files.append(path)
-            parts += lines
-        is_part = is_sample and num_rows == limit
+        files: dict[str, None] = {}
+        is_part = False
+        for section in sections:
+            left = limit
+            for stretch in section:
+                if left is not None and left <= 0:
+                    break
+                found, lines = _scan(stretch, _num_rows(parts), left)
+                schema = jsonl.unify_schemas(schema, found, stretch.path)
+                files[stretch.path] = None
+                parts += lines
+                left = None if left is None else left - _num_rows(lines)
+            is_part |= is_sample and left == 0
         schema = pa.schema([field.with_type(_settled(field.type)) for field in schema])
         return cls(
             uri=uri,
@@ -88,8 +105,8 @@ class JsonlSource(Source):
             file_schema=schema,
             files=tuple(files),
             lines=tuple(parts),
-            num_rows=None if is_part else num_rows,
-            num_bytes=_size(paths) if is_part else sum(part.num_bytes for part in parts),
+            num_rows=None if is_part else _num_rows(parts),
+            num_bytes=sum(_sizes(paths)) if is_part else _num_bytes(parts),
         )
 
     def parts(self) -> list[Part]:
@@ -114,13 +131,48 @@ class JsonlSource(Source):
                 return
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
 
+    def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return the first rows; for a dry run, the only ones from all over the table."""
+        return self.head(num_rows)
 
-def _size(paths: Sequence[str]) -> int:
-    return sum(
+    @property
+    def expected_rows(self) -> int | None:
+        """How many rows there are, or would be if all were as long as those looked at."""
+        if self.num_rows is not None:
+            return self.num_rows
+        return round(self.num_bytes * _num_rows(self.lines) / _num_bytes(self.lines))
+
+
+def _num_rows(parts: Sequence[Part]) -> int:
+    return sum(part.num_rows for part in parts)
+
+
+def _num_bytes(parts: Sequence[Part]) -> int:
+    return sum(part.num_bytes for part in parts)
+
+
+def _sizes(paths: Sequence[str]) -> list[int]:
+    """Return the bytes of each file."""
+    return [
         file.size_in_bytes
         for found in FileSystems.match(list(paths))
         for file in found.metadata_list
-    )
+    ]
+
+
+def _sections(paths: Sequence[str]) -> list[list[_Stretch]]:
+    """Return the table in as many sections as a sample has places, each of so many bytes."""
+    sizes = _sizes(paths)
+    starts = [sum(sizes) * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES + 1)]
+    files = list(zip(paths, itertools.accumulate(sizes, initial=0), sizes, strict=False))
+    return [
+        [
+            _Stretch(path, max(start - first, 0), min(end - first, size))
+            for path, first, size in files
+            if max(start, first) < min(end, first + size)
+        ]
+        for start, end in itertools.pairwise(starts)
+    ]
 
 
 def _settled(kind: pa.DataType) -> pa.DataType:
@@ -139,18 +191,18 @@ def _settled(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _scan(path: str, first_row: int, limit: int | None) -> tuple[pa.Schema, list[Part]]:
-    """Return the types of a file's columns and its lines in chunks."""
+def _scan(stretch: _Stretch, first_row: int, limit: int | None) -> tuple[pa.Schema, list[Part]]:
+    """Return the types of columns in a stretch of a file, and its lines in chunks."""
     schema = pa.schema([])
     parts = []
-    start = 0
-    with FileSystems.open(path) as stream:
-        left = None if limit is None else limit - first_row
-        for chunk in jsonl.chunks(stream, path, limit=left):
-            schema = jsonl.unify_schemas(schema, chunk.schema, path)
+    with FileSystems.open(stretch.path) as stream:
+        start = _begin(stream, stretch.start)
+        name = f"{stretch.path}, from byte {start:,} on" if start else stretch.path
+        for chunk in jsonl.chunks(_lines(stream, start, stretch.end), name, limit=limit):
+            schema = jsonl.unify_schemas(schema, chunk.schema, name)
             parts.append(
                 Part(
-                    path=path,
+                    path=stretch.path,
                     start=start,
                     num_bytes=chunk.num_bytes,
                     first_row=first_row,
@@ -160,3 +212,20 @@ def _scan(path: str, first_row: int, limit: int | None) -> tuple[pa.Schema, list
             start += chunk.num_bytes
             first_row += chunk.num_rows
     return schema, parts
+
+
+def _begin(stream: BinaryIO, place: int) -> int:
+    """Go to the first line that begins at a place or after it, and return where that is."""
+    if place == 0:
+        return 0
+    stream.seek(place - 1)  # where the line before may end
+    return place - 1 + len(stream.readline())
+
+
+def _lines(stream: Iterable[bytes], start: int, end: int | None) -> Iterator[bytes]:
+    """Return the lines that begin before a place."""
+    for line in stream:
+        if end is not None and start >= end:
+            return
+        start += len(line)
+        yield line

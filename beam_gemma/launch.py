@@ -21,6 +21,7 @@ from beam_gemma.ask import Ask
 from beam_gemma.columns import check_columns
 from beam_gemma.dataflow import on_dataflow, resource_hints, worker_device, worker_options
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
+from beam_gemma.estimate_options import check_estimate, means_of
 from beam_gemma.file_sink import check_writable
 from beam_gemma.flags import FlagParser, engine_settings, in_one_process, is_local, parse
 from beam_gemma.layout import Layout
@@ -99,6 +100,7 @@ def plan(
         large_model=not in_one_process(options),
         **engine_settings(flags),
     )
+    check_estimate(flags, handler.settings.max_new_tokens)
     artifact, options = _open(handler, flags, options)
     source = source_of(flags, options)
     check_columns(handler.settings, source.schema)
@@ -112,9 +114,8 @@ def plan(
     output = _output(flags, options, source, handler.settings, facts)
     job = Job(source=source, handler=handler, output=output, options=options)
     if flags.dry_run:
-        return replace(
-            job, preview=preview(source, handler.encoder(artifact), handler.settings.result_schema)
-        )
+        means = means_of(flags, options, handler, artifact)
+        return replace(job, preview=preview(source, handler, artifact, means, flags.dry_run))
     pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, flags.device)}"
     handler.supervise(
         Supervision(

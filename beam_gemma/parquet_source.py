@@ -1,6 +1,7 @@
 """Tables in Parquet files: footers are read at launch, row groups by workers."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from apache_beam.io.filesystems import FileSystems
 from beam_gemma.batches import Located, with_schema
 from beam_gemma.errors import OptionsError, StorageError
 from beam_gemma.partitions import partitions_of
-from beam_gemma.source import BATCH_BYTES, BATCH_ROWS, Source, selected
+from beam_gemma.source import BATCH_BYTES, BATCH_ROWS, SAMPLE_PLACES, Source, selected
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +156,29 @@ class ParquetSource(Source):
             if rows <= 0:
                 return
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+
+    def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return the first rows of row groups all over the table."""
+        if num_rows >= self.num_rows:
+            yield from self.head(num_rows)
+            return
+        places = [self.num_rows * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
+        groups = [
+            group
+            for part in self.parts()
+            if _holds_any(part, places)
+            for group in self.split(part)
+            if _holds_any(group, places)
+        ]
+        for index, group in enumerate(groups):
+            # What a short row group lacks is made up for by the others.
+            rows = min(group.num_rows, math.ceil(num_rows / (len(groups) - index)))
+            num_rows -= rows
+            yield from (batch for _, batch in self.read(replace(group, num_rows=rows)))
+
+
+def _holds_any(part: Part, rows: Sequence[int]) -> bool:
+    return any(part.first_row <= row < part.first_row + part.num_rows for row in rows)
 
 
 @contextmanager

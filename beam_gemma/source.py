@@ -15,7 +15,8 @@ BATCH_ROWS = 16_384
 BATCH_BYTES = 8 << 20
 """Most rows, and about the most bytes, that move through a pipeline together."""
 SAMPLE_ROWS = 1000
-"""The first rows, which are enough to look at a table by."""
+SAMPLE_PLACES = 10
+"""So many rows, from so many places all over a table, are enough to look at it by."""
 
 
 class Source(ABC):
@@ -52,6 +53,15 @@ class Source(ABC):
     @abstractmethod
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows, at launch; no more is read than what holds them."""
+
+    @abstractmethod
+    def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Return rows from several places of the table, at launch; all where there are no more."""
+
+    @property
+    def expected_rows(self) -> int | None:
+        """About how many rows there are; None where that cannot be told either."""
+        return self.num_rows
 
 
 def match_files(pattern: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -11,6 +12,16 @@ from beam_gemma.prompt_encoder import ColumnUse, Prompt, Row
 
 Encoder = Callable[[Row], Prompt]
 """Makes what the model sees of one row; needs no weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a row asks of the model."""
+
+    prompts: tuple[Prompt, ...]
+    """One, or one for each question."""
+    sequences: tuple[tuple[int, ...], ...]
+    """Token ids that are computed before anything new: the prompts, perhaps with labels."""
 
 
 class Settings(ABC):
@@ -40,6 +51,11 @@ class Settings(ABC):
     def is_sampled(self) -> bool:
         """Whether results are drawn, so that rows that ask the same may differ in theirs."""
         return False
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens that a row's completion may have."""
+        return 0
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.start_up import log_process, logged
 from beam_gemma.supervision import SupervisedModel, Supervision
-from beam_gemma.task import Encoder, Model, Settings, StreamingModel
+from beam_gemma.task import Asked, Encoder, Model, Settings, StreamingModel
 from beam_gemma.versions import check_versions, versions
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -101,6 +101,16 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             OptionsError: the model cannot be asked so.
         """
         self.encoder(artifact)
+
+    def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
+        """Return what tells what the model computes of a row; no weights are loaded."""
+        encode = self.encoder(artifact)
+
+        def asks(row: Row) -> Asked:
+            prompt = encode(row)
+            return Asked(prompts=(prompt,), sequences=(prompt.token_ids,))
+
+        return asks
 
     def supervise(self, supervision: Supervision) -> None:
         """Have the model supervised; rows must come with the keys of their requests then."""

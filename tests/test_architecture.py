@@ -18,7 +18,7 @@ LAYERS = [
     "signature tokenizer sampling jsonl block_pool infill bigquery_client bigquery_schema versions",
     "kv_cache artifact prompt_encoder source sink labels subschema automaton json_numbers start_up",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
-    "sequence layout model_folder json_formats flag_types container_image",
+    "sequence layout model_folder json_formats flag_types container_image profiles estimate",
     "scheduler packing next_token examples task json_values",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed run_record supervision json_scalars",
@@ -26,7 +26,7 @@ LAYERS = [
     "structured",
     "generate classify fewshot flags task_handler",
     "handlers dataflow",
-    "transforms ask write_table table_flags",
+    "transforms ask write_table table_flags estimate_options",
     "generate_options embed_options classify_options text_embeddings",
     "preview",
     "launch",
@@ -36,7 +36,7 @@ EXPORT_MAY_USE = {"errors", "config", "embedding_config", "signature", "tokenize
 USERS_OF_BEAM = (
     "durable pieces batches source sink parquet_source jsonl_source bigquery_source file_sink "
     "bigquery_sink tables table_flags examples task_handler handlers transforms ask write_table "
-    "text_embeddings flags dataflow staging launch"
+    "text_embeddings flags dataflow staging estimate_options launch"
 )
 HOME_OF_BEAM = set(USERS_OF_BEAM.split())
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}

@@ -138,6 +138,15 @@ def test_a_limit_reads_no_more(tables):
     assert sum(batch.num_rows for batch in source.head(3)) == 3
 
 
+def test_a_sample_is_from_places_all_over(tables):
+    source = BigQuerySource.of_table(tables.table("long"), columns=("id",))
+    (keys,) = pa.Table.from_batches(source.sample(50)).to_pydict().values()
+    place = NUM_ROWS // 10
+    assert keys == [start + i for start in range(0, NUM_ROWS, place) for i in range(5)]
+    limited = BigQuerySource.of_table(tables.table("long"), limit=20)
+    assert sum(batch.num_rows for batch in limited.sample(10)) == 10
+
+
 def test_an_empty_table_has_no_rows(tables):
     source = BigQuerySource.of_table(tables.table("nothing"))
     assert source.num_rows == 0

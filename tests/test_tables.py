@@ -147,22 +147,66 @@ def test_limit_of_json_lines(tmp_path):
     assert sorted(keys_of(read(source))) == list(range(30))
 
 
-def test_a_dry_run_looks_at_the_first_json_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl_source, "SAMPLE_ROWS", 5)
-    for i in range(3):
-        write_lines(tmp_path / f"{i}.jsonl", [{"key": 3 * i + n} for n in range(3)])
-    with (tmp_path / "1.jsonl").open("a") as file:
-        file.write("no JSON\n")
+def test_a_dry_run_looks_at_lines_from_all_over_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl_source, "SAMPLE_ROWS", 20)
+    for i in range(4):
+        write_lines(tmp_path / f"{i}.jsonl", [{"key": 25 * i + n + 100} for n in range(25)])
     uri = f"{tmp_path}/*.jsonl"
     source = open_source(uri, dry_run=True)
     assert source.num_rows is None
+    assert source.expected_rows == 100
     assert source.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert keys_of(source.head(100)) == [0, 1, 2, 3, 4]
+    pairs = [key + i for key in range(100, 200, 10) for i in range(2)]
+    assert keys_of(source.sample(100)) == pairs
     # What is asked for is looked at, and what is known is said.
-    assert open_source(uri, limit=6, dry_run=True).num_rows == 6
-    assert open_source(f"{tmp_path}/0.jsonl", dry_run=True).num_rows == 3
-    with pytest.raises(OptionsError, match="line 4"):
+    assert open_source(uri, limit=21, dry_run=True).num_rows == 21
+    with (tmp_path / "1.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    open_source(uri, dry_run=True)
+    with pytest.raises(OptionsError, match=r"1\.jsonl, line 26"):
         open_source(uri)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 40), max_size=12), min_size=1, max_size=4),
+    sample_rows=st.integers(1, 60),
+)
+@settings(max_examples=50)
+def test_a_dry_run_looks_at_no_line_twice_and_at_all_of_a_short_table(
+    lengths, sample_rows, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("lines")
+    keys = itertools.count()
+    for i, texts in enumerate(lengths):
+        write_lines(folder / f"{i}.jsonl", [{"key": next(keys), "x": "ü" * n} for n in texts])
+    num_rows = next(keys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl_source, "SAMPLE_ROWS", sample_rows)
+        source = open_source(f"{folder}/*.jsonl", dry_run=True)
+    found = keys_of(source.sample(1000)) if num_rows else []
+    assert found == sorted(set(found))
+    if source.num_rows is not None:
+        assert found == list(range(num_rows))
+        assert (source.num_rows, source.expected_rows) == (num_rows, num_rows)
+    assert len(found) >= min(num_rows, sample_rows // 10)
+
+
+def test_a_malformed_line_is_named_where_a_dry_run_meets_it(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"key": n} for n in range(10)])
+    path.write_text(path.read_text() + "no JSON\n")
+    with pytest.raises(OptionsError, match=r"a\.jsonl, from byte 110 on, line 1: expected a JSON"):
+        open_source(str(path), dry_run=True)
+
+
+def test_a_sample_of_parquet_is_from_row_groups_all_over(tmp_path):
+    for i, rows in enumerate((range(300), range(300, 320), range(320, 1000))):
+        write_parquet(tmp_path / f"{i}.parquet", rich_table(rows), rows_per_group=20)
+    source = open_source(str(tmp_path))
+    found = keys_of(source.sample(50))
+    assert [key // 100 for key in found[::5]] == list(range(10))
+    assert len(set(found)) == 50
+    assert keys_of(source.sample(2000)) == list(range(1000))
+    assert keys_of(open_source(str(tmp_path), limit=30).sample(10)) == [*range(5), *range(20, 25)]
 
 
 def test_head_and_limit_read_only_what_they_need(folder, monkeypatch):

@@ -1,0 +1,242 @@
+"""What a job will take: tokens, hours and money, from a sample of its rows.
+
+Everything is arithmetic with what is known. What nobody has measured or said stays unknown, and so
+does all that depends on it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+SECS_PER_HOUR = 3600
+
+Sequences = tuple[tuple[int, ...], ...]
+"""Token ids of each sequence that the model computes for a row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Some rows of a table, as the model would see them."""
+
+    lengths: Sequence[int]
+    """Prompt tokens of each row that can be asked."""
+    sequences: Sequence[Sequences]
+    """What the model would compute for each of them."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why the others cannot, and how many rows each reason has."""
+    num_truncated: int = 0
+    """Rows whose prompt would be cut."""
+    block_tokens: int | None = None
+    """What several prompts begin with is computed once, in blocks of so many tokens; None where it
+    is not."""
+    is_drawn: bool = False
+    """Whether results are drawn, so that each row is asked for itself."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the sample."""
+        return len(self.sequences) + self.reasons.total()
+
+    @property
+    def distinct(self) -> list[Sequences]:
+        """What is asked, once for all rows that ask the same."""
+        return list(self.sequences if self.is_drawn else dict.fromkeys(self.sequences))
+
+    @property
+    def num_duplicates(self) -> int:
+        """Rows that ask what others ask."""
+        return len(self.sequences) - len(self.distinct)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens to compute: for rows that ask the same once, for what they share once."""
+        sequences = [sequence for row in self.distinct for sequence in row]
+        reused = 0 if self.block_tokens is None else _num_reused(sequences, self.block_tokens)
+        return sum(map(len, sequences)) - reused
+
+    @property
+    def has_work_in_common(self) -> bool:
+        """Whether its rows have less computed together than each of them alone."""
+        alone = sum(len(sequence) for row in self.sequences for sequence in row)
+        return self.num_computed_tokens < alone
+
+
+class Distribution(NamedTuple):
+    """Figures of lengths, in tokens."""
+
+    mean: float
+    p95: int
+    """95th percentile."""
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throughput:
+    """What one worker computes in a second of each kind of step; None is not known."""
+
+    prompt_tokens_per_sec: float | None
+    completion_tokens_per_sec: float | None
+    origin: str
+    """Where the figures are from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """What a job has to work with; None is not known."""
+
+    throughput: Throughput
+    num_workers: int | None
+    worker_price: float | None
+    """US dollars for an hour of one worker."""
+    completion_tokens: float = 0.0
+    """Of each row, on average."""
+    completion_origin: str = ""
+    """Where that number is from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A whole table, as its sample has it."""
+
+    sample: Sample
+    means: Means
+    num_rows: int | None
+    is_counted: bool
+    """Whether the rows have been counted; else their number follows from the size of the table."""
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of all prompts."""
+        return self._scaled(sum(self.sample.lengths))
+
+    @property
+    def computed_prompt_tokens(self) -> int | None:
+        """Tokens of them that are computed."""
+        return self._scaled(self.sample.num_computed_tokens)
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Tokens of all completions that are computed."""
+        completions = self._scaled(len(self.sample.distinct))
+        return None if completions is None else round(completions * self.means.completion_tokens)
+
+    @property
+    def worker_hours(self) -> float | None:
+        """Hours of work, of all workers together."""
+        rates = self.means.throughput
+        parts = (
+            _secs(self.computed_prompt_tokens, rates.prompt_tokens_per_sec),
+            _secs(self.completion_tokens, rates.completion_tokens_per_sec),
+        )
+        known = [part for part in parts if part is not None]
+        return sum(known) / SECS_PER_HOUR if len(known) == len(parts) else None
+
+    @property
+    def hours(self) -> float | None:
+        """Hours that the workers take together."""
+        if self.worker_hours is None or self.means.num_workers is None:
+            return None
+        return self.worker_hours / self.means.num_workers
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars for the work."""
+        if self.worker_hours is None or self.means.worker_price is None:
+            return None
+        return self.worker_hours * self.means.worker_price
+
+    @property
+    def cost_per_million_rows(self) -> float | None:
+        """US dollars for a million rows alike."""
+        if self.cost is None or not self.num_rows:
+            return None
+        return self.cost / self.num_rows * 1e6
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What the figures rest on, a sentence each."""
+        sample, means = self.sample, self.means
+        said = ["the work alone counts, without the start of workers and of the model"]
+        if self.num_rows is not None and not self.is_counted:
+            said.append("the number of rows follows from the size of the table and of the sample")
+        if self.num_rows != sample.num_rows:
+            said.append("rows outside the sample are like those in it")
+        if means.completion_tokens:
+            said.append(
+                f"{means.completion_tokens:g} tokens a completion: {means.completion_origin}"
+            )
+        if sample.has_work_in_common:
+            said.append(
+                "what rows have in common is computed once, with the share that it has in the "
+                "sample; a larger table has rather more in common"
+            )
+        return [*said, means.throughput.origin]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all figures, and nothing that a row holds."""
+        sample, means = self.sample, self.means
+        lengths = distribution(sample.lengths)
+        return {
+            "rows": self.num_rows,
+            "rows_counted": self.is_counted,
+            "sample": {
+                "rows": sample.num_rows,
+                "failed": sample.reasons.total(),
+                "reasons": dict(sample.reasons.most_common()),
+                "truncated": sample.num_truncated,
+                "duplicates": sample.num_duplicates,
+                "prompt_tokens": lengths and lengths._asdict(),
+            },
+            "prompt_tokens": self.prompt_tokens,
+            "computed_prompt_tokens": self.computed_prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_per_sec": means.throughput.prompt_tokens_per_sec,
+            "completion_tokens_per_sec": means.throughput.completion_tokens_per_sec,
+            "workers": means.num_workers,
+            "worker_hours": self.worker_hours,
+            "hours": self.hours,
+            "worker_price_usd": means.worker_price,
+            "cost_usd": self.cost,
+            "cost_per_million_rows_usd": self.cost_per_million_rows,
+            "assumptions": self.assumptions,
+        }
+
+    def _scaled(self, of_sample: int) -> int | None:
+        """Return what the table has of something that the sample has so much of."""
+        if self.num_rows is None or (self.num_rows and not self.sample.num_rows):
+            return None
+        return round(of_sample * self.num_rows / max(1, self.sample.num_rows))
+
+
+def distribution(lengths: Sequence[int]) -> Distribution | None:
+    """Return figures of lengths; None where there are none."""
+    if not lengths:
+        return None
+    ordered = sorted(lengths)
+    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    return Distribution(mean=sum(ordered) / len(ordered), p95=p95, most=ordered[-1])
+
+
+def _num_reused(sequences: Iterable[Sequence[int]], block_tokens: int) -> int:
+    """Return how many tokens need no step, since a sequence before begins with the same blocks."""
+    known: dict[tuple[int, Sequence[int]], int] = {}
+    num_reused = 0
+    for sequence in sequences:
+        place = 0  # of the blocks so far, in a tree of all beginnings
+        for end in range(block_tokens, len(sequence) + 1, block_tokens):
+            block = place, sequence[end - block_tokens : end]
+            # The last token gives the next one, so it has to be computed.
+            num_reused += block_tokens if block in known and end < len(sequence) else 0
+            place = known.setdefault(block, len(known) + 1)
+    return num_reused
+
+
+def _secs(num_tokens: int | None, per_sec: float | None) -> float | None:
+    """Return how long some tokens take; none take no time, whatever the rate."""
+    if num_tokens == 0:
+        return 0.0
+    if num_tokens is None or per_sec is None:
+        return None
+    return num_tokens / per_sec
