@@ -63,6 +63,14 @@ def flag_parser(module: str, description: str, examples: str) -> FlagParser:
     )
 
 
+def beam_flag_parser() -> FlagParser:
+    """Return the parser of all flags that Beam has."""
+    parser = _BeamFlagParser(allow_abbrev=False, add_help=False)
+    for group in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
+        group._add_argparse_args(parser)
+    return parser
+
+
 def parse(
     parser: FlagParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, PipelineOptions]:
@@ -72,9 +80,7 @@ def parse(
         OptionsError: a flag is unknown, missing, or has a value of a wrong type.
     """
     argv = sys.argv[1:] if argv is None else argv
-    beam_parser = _BeamFlagParser(allow_abbrev=False, add_help=False)
-    for group in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
-        group._add_argparse_args(beam_parser)
+    beam_parser = beam_flag_parser()
     # Before anything else: a flag that seems to be missing may only be misspelt.
     _refuse_unknown(argv, [*parser._option_string_actions, *beam_parser._option_string_actions])
     flags, rest = parser.parse_known_args(argv)
