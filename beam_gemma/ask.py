@@ -24,7 +24,7 @@ from beam_gemma.layout import Layout
 from beam_gemma.progress import METER, METRICS_NAMESPACE, Count
 from beam_gemma.pulse import pulse_of
 from beam_gemma.requests import distinct, key_ranges, keyed, split_durable, spread
-from beam_gemma.task_handler import TaskHandler
+from beam_gemma.task_handler import TaskHandler, check_bounded
 
 ROWS, PIECES = 0, 1
 """What the batches of a range are."""
@@ -93,6 +93,7 @@ class Ask(beam.PTransform[PCollection[Located], Answers]):
     @no_annotations  # type: ignore[untyped-decorator]
     def expand(self, rows: PCollection[Located]) -> Answers:
         """Apply the transform."""
+        check_bounded(rows)
         requests = rows | "Key" >> beam.ParDo(
             _Key(self._handler, self._num_ranges)
         ).with_output_types(Grouped)
@@ -130,6 +131,10 @@ class _Key(beam.DoFn):
     def __init__(self, handler: TaskHandler, num_ranges: int) -> None:
         self._handler = handler
         self._num_ranges = num_ranges
+
+    def display_data(self) -> dict[str, str]:
+        # Runners show that of single steps; composite ones lose theirs on the way to Dataflow.
+        return self._handler.facts()
 
     def setup(self) -> None:
         self._fingerprint = self._handler.fingerprint(self._handler.artifact())

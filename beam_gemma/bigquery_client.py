@@ -49,6 +49,11 @@ def open_client(project: str | None) -> bigquery.Client:
         ) from error
 
 
+def encryption(kms_key: str | None) -> bigquery.EncryptionConfiguration | None:
+    """Return what has a job's result encrypted with a key of the customer's, if there is one."""
+    return None if kms_key is None else bigquery.EncryptionConfiguration(kms_key)
+
+
 @contextmanager
 def asking(what: str, *, role: str) -> Iterator[None]:
     """Give errors of BigQuery our words.

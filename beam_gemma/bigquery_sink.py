@@ -19,7 +19,7 @@ from google.api_core.exceptions import Conflict, NotFound
 from google.cloud import bigquery
 
 import beam_gemma
-from beam_gemma.bigquery_client import asking, open_client, table_of
+from beam_gemma.bigquery_client import asking, encryption, open_client, table_of
 from beam_gemma.bigquery_schema import conformed, table_schema
 from beam_gemma.durable import write_once
 from beam_gemma.errors import OptionsError
@@ -45,6 +45,8 @@ class BigQuerySink(Sink):
     disposition: Disposition
     project: str
     """Which one runs the load job."""
+    kms_key: str | None = None
+    """Cloud KMS key of the customer's that a new table is encrypted with."""
     format: Format = "parquet"
     can_append: ClassVar[bool] = True
 
@@ -56,6 +58,7 @@ class BigQuerySink(Sink):
         temp_location: str | None,
         disposition: Disposition = "create",
         project: str | None = None,
+        kms_key: str | None = None,
     ) -> "BigQuerySink":
         """Describe a table.
 
@@ -64,6 +67,7 @@ class BigQuerySink(Sink):
             temp_location: Folder on Cloud Storage, for what is not finished.
             disposition: What becomes of rows that are there: `create` allows none.
             project: Which one runs the load job; None for that of the credentials.
+            kms_key: What a new table is encrypted with; None for Google's own key.
 
         Raises:
             OptionsError: it is no table's name, or there is no such folder.
@@ -80,6 +84,7 @@ class BigQuerySink(Sink):
             work=f"{temp_location.rstrip('/')}/beam-gemma/{name}.work",
             disposition=disposition,
             project=open_client(project).project,
+            kms_key=kms_key,
         )
 
     def earlier(self) -> list[str]:
@@ -168,6 +173,7 @@ class BigQuerySink(Sink):
             labels=_labels(record),
         )
         config.parquet_options = parquet
+        config.destination_encryption_configuration = encryption(self.kms_key)
         return config
 
     def _job_id(self, record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from apache_beam.io.filesystems import FileSystems
 from google.cloud import bigquery, bigquery_storage_v1
 
 from beam_gemma.batches import Located, with_schema
-from beam_gemma.bigquery_client import asking, open_client, table_of
+from beam_gemma.bigquery_client import asking, encryption, open_client, table_of
 from beam_gemma.bigquery_schema import EXTENSION, arrow_schema
 from beam_gemma.errors import OptionsError
 from beam_gemma.source import (
@@ -99,6 +99,7 @@ class BigQuerySource(Source):
         limit: int | None = None,
         export_to: str | None = None,
         dry_run: bool = False,
+        kms_key: str | None = None,
     ) -> "BigQuerySource":
         """Run a query and describe its result.
 
@@ -110,13 +111,16 @@ class BigQuerySource(Source):
             export_to: As for a table.
             dry_run: Whether only to ask for the result's columns and the bytes that the query
                 would scan. Such a source has no rows to show.
+            kms_key: What the result is encrypted with; None for Google's own key.
 
         Raises:
             OptionsError: BigQuery refuses the query, or its result cannot be read.
         """
         client = open_client(project)
         with asking("--query", role=JOB_USER):
-            job = client.query(sql, job_config=bigquery.QueryJobConfig(dry_run=dry_run))
+            config = bigquery.QueryJobConfig(dry_run=dry_run)
+            config.destination_encryption_configuration = encryption(kms_key)
+            job = client.query(sql, job_config=config)
             if not dry_run:
                 job.result()
                 table = client.get_table(job.destination)

@@ -33,7 +33,7 @@ from beam_gemma.sink import Sink
 from beam_gemma.source import Source
 from beam_gemma.staging import stage
 from beam_gemma.supervision import Supervision
-from beam_gemma.table_flags import sink_of, source_of
+from beam_gemma.table_flags import refuse_streams, sink_of, source_of
 from beam_gemma.tables import ReadTable
 from beam_gemma.task import Settings
 from beam_gemma.task_handler import TaskHandler, choose_device
@@ -92,6 +92,7 @@ def plan(
     """
     flags, options = parse(parser, argv)
     _set_up_logs(verbose=flags.verbose)
+    refuse_streams(flags.input)
     if on_dataflow(options):
         flags.device = worker_device(flags)
     handler = handler_of(

@@ -1,6 +1,7 @@
 """From flags to the tables that a job reads and writes: files or BigQuery."""
 
 import argparse
+import re
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
@@ -12,6 +13,21 @@ from beam_gemma.file_sink import open_sink
 from beam_gemma.sink import Sink
 from beam_gemma.source import Source
 from beam_gemma.tables import open_source
+
+STREAM = re.compile(r"(pubsub|kafka|kinesis)://|projects/[^/]+/(topics|subscriptions)/")
+
+
+def refuse_streams(uri: str | None) -> None:
+    """Refuse an input that never ends.
+
+    Raises:
+        OptionsError: it is the name of a stream.
+    """
+    if uri is not None and STREAM.match(uri):
+        raise OptionsError(
+            f"--input {uri}: expected a table, which has an end, got a stream; have it written to "
+            "BigQuery or files, and read those"
+        )
 
 
 def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
@@ -41,7 +57,11 @@ def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
     if flags.query is None:
         return BigQuerySource.of_table(flags.input, project=cloud.project, **what)
     return BigQuerySource.of_query(
-        flags.query, project=cloud.project, dry_run=flags.dry_run is not None, **what
+        flags.query,
+        project=cloud.project,
+        dry_run=flags.dry_run is not None,
+        kms_key=cloud.dataflow_kms_key,
+        **what,
     )
 
 
@@ -64,6 +84,7 @@ def sink_of(uri: str, flags: argparse.Namespace, options: PipelineOptions) -> Si
         temp_location=cloud.temp_location,
         disposition=_disposition(flags),
         project=cloud.project,
+        kms_key=cloud.dataflow_kms_key,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+from apache_beam.pvalue import PCollection
 
 from beam_gemma import owner
 from beam_gemma.artifact import Artifact
@@ -20,6 +21,7 @@ from beam_gemma.model_folder import open_description, open_model
 from beam_gemma.progress import METRICS_NAMESPACE
 from beam_gemma.prompt_encoder import Row
 from beam_gemma.pulse import with_pulse
+from beam_gemma.run_record import task_name
 from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.start_up import log_process, logged
@@ -115,6 +117,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def supervise(self, supervision: Supervision) -> None:
         """Have the model supervised; rows must come with the keys of their requests then."""
         self._supervision = supervision
+
+    def facts(self) -> dict[str, str]:
+        """Return what may be shown of the task to all who see a job: nothing of rows or prompts."""
+        return {"task": task_name(self.settings), "model": self._model, **self._versions}
 
     def run_on(self, resource_hints: Mapping[str, str]) -> None:
         """Ask for machines of a kind, by Beam's names; the inference step alone needs them."""
@@ -242,6 +248,19 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             return next(results)
         own = [next(results) for _ in range(example.num_rows)]
         return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
+
+
+def check_bounded(rows: PCollection[Any]) -> None:
+    """Refuse rows that never end, for where a pipeline is made.
+
+    Raises:
+        OptionsError: they do not.
+    """
+    if not rows.is_bounded:
+        raise OptionsError(
+            f"rows: expected a PCollection that ends, got the stream {rows}; have it written to a "
+            "table, and read that"
+        )
 
 
 def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Device:

@@ -1,7 +1,7 @@
 """The transforms that pipelines are made of."""
 
 import datetime
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -15,7 +15,7 @@ from beam_gemma.batches import send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.examples import as_mapping
 from beam_gemma.handlers import GemmaClassifyModelHandler, GemmaEmbedModelHandler, GemmaModelHandler
-from beam_gemma.task_handler import TaskHandler
+from beam_gemma.task_handler import TaskHandler, check_bounded
 
 PYTHON_TYPES: dict[pa.DataType, type] = {
     pa.string(): str,
@@ -49,12 +49,13 @@ class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
 
     def expand(self, rows: PCollection[Any]) -> PCollection[Any]:
         """Apply the transform."""
+        check_bounded(rows)
         send_whole()
         schema = self._handler.settings.result_schema
         input_type, output_type = _types(rows.element_type, schema)
         return (
             rows
-            | "Check" >> beam.Map(_check, frozenset(schema.names)).with_output_types(input_type)
+            | "Check" >> beam.ParDo(_Check(self._handler)).with_output_types(input_type)
             | "Spread" >> beam.Reshuffle()
             | "Infer" >> RunInference(self._handler)
             | "Merge" >> beam.Map(_merge).with_output_types(output_type)
@@ -134,8 +135,21 @@ def _python_type(kind: pa.DataType) -> Any:
     return Optional[PYTHON_TYPES[kind]]
 
 
+class _Check(beam.DoFn):
+    """Refuses elements that are no rows, or that results would overwrite, before any is run."""
+
+    def __init__(self, handler: TaskHandler) -> None:
+        self._facts = handler.facts()
+        self._result_names = frozenset(handler.settings.result_schema.names)
+
+    def display_data(self) -> dict[str, str]:
+        return self._facts
+
+    def process(self, element: Any) -> Iterator[Any]:
+        yield _check(element, self._result_names)
+
+
 def _check(element: Any, result_names: frozenset[str]) -> Any:
-    """Refuse elements that are no rows, or that results would overwrite, before any is run."""
     columns = element.schema.names if isinstance(element, pa.RecordBatch) else as_mapping(element)
     if isinstance(columns, str) or not hasattr(columns, "__iter__"):
         raise OptionsError(

@@ -54,9 +54,10 @@ class Job:
         return pool
 
     @property
-    def staged(self) -> list[str]:
-        """Names of the files that workers get."""
-        return [package["name"] for package in self.workers.get("packages", [])]
+    def staged(self) -> dict[str, str]:
+        """Where on Cloud Storage the files are that workers get, by their names."""
+        packages = self.workers.get("packages", [])
+        return {p["name"]: f"gs://{p['location'].partition('/')[2]}" for p in packages}
 
     def pipeline(self) -> beam_runner_api_pb2.Pipeline:
         """Read the pipeline that was staged on Cloud Storage."""
@@ -70,6 +71,13 @@ def accelerators(pipeline: beam_runner_api_pb2.Pipeline) -> dict[str, str]:
     steps = pipeline.components.transforms.values()
     asked = {s.unique_name: environments[s.environment_id].resource_hints for s in steps}
     return {name: hints[ACCELERATOR].decode() for name, hints in asked.items() if hints}
+
+
+def display_of(step: beam_runner_api_pb2.PTransform) -> dict[str, Any]:
+    """Return what a step of a pipeline shows of itself, by key."""
+    payloads = [d.payload for d in step.display_data]
+    labels = map(beam_runner_api_pb2.LabelledPayload.FromString, payloads)
+    return {label.key: getattr(label, label.WhichOneof("value")) for label in labels}
 
 
 def image_of(environment: beam_runner_api_pb2.Environment) -> str:

@@ -86,6 +86,25 @@ def test_rows_arrive_with_labels_and_a_record(uri, sink_of):
     assert re.fullmatch(r"\d+-\d+-\d+", table.labels["beam_gemma_version"])
 
 
+def test_a_new_table_has_the_key_that_is_asked_for(uri, gcp, monkeypatch):
+    configs = []
+    load = bigquery.Client.load_table_from_uri
+
+    def spy(self, *args, job_config, **kwargs):
+        configs.append(job_config.destination_encryption_configuration)
+        return load(self, *args, job_config=job_config, **kwargs)
+
+    monkeypatch.setattr(bigquery.Client, "load_table_from_uri", spy)
+    for key in ("projects/p/locations/l/keyRings/r/cryptoKeys/k", None):
+        sink = BigQuerySink.open(
+            uri, temp_location=f"{gcp.bucket}/tmp", disposition="replace", kms_key=key
+        )
+        write(sink, ROWS)
+    asked, default = configs
+    assert asked.kms_key_name == "projects/p/locations/l/keyRings/r/cryptoKeys/k"
+    assert default is None
+
+
 def test_a_second_call_loads_nothing_again(uri, sink_of):
     sink = sink_of(uri, "append")
     staged = stage(sink, ROWS)

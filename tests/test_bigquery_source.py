@@ -160,6 +160,23 @@ def test_a_query_is_run_once_and_its_result_read():
     assert table_of(source).to_pydict() == {"id": [0, 1], "text": ["row 0", "row 1"]}
 
 
+@pytest.mark.usefixtures("tables")
+def test_the_result_of_a_query_has_the_key_that_is_asked_for(monkeypatch):
+    configs = []
+    query = bigquery.Client.query
+
+    def spy(self, sql, *, job_config):
+        configs.append(job_config.destination_encryption_configuration)
+        return query(self, sql, job_config=job_config)
+
+    monkeypatch.setattr(bigquery.Client, "query", spy)
+    key = "projects/p/locations/l/keyRings/r/cryptoKeys/k"
+    BigQuerySource.of_query("SELECT 1 AS id", kms_key=key)
+    BigQuerySource.of_query("SELECT 1 AS id")
+    assert configs[0].kms_key_name == key
+    assert configs[1] is None
+
+
 def test_a_dry_run_of_a_query_scans_nothing(tables):
     sql = "CREATE TABLE dataset.made AS SELECT 1 AS id"
     source = BigQuerySource.of_query("SELECT id, [1.5] AS v FROM dataset.long", dry_run=True)

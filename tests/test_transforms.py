@@ -1,5 +1,6 @@
 """Generate: what kind of rows goes in comes out, and none is lost on the way."""
 
+import json
 import typing
 from collections import defaultdict
 
@@ -10,11 +11,15 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.typehints.row_type import RowTypeConstraint
 
+from beam_gemma.ask import Ask
 from beam_gemma.errors import OptionsError
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.handlers import GemmaModelHandler
+from beam_gemma.layout import Layout
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.transforms import Generate
+from beam_gemma.versions import versions
+from tests.dataflow_service import display_of
 from tests.fake_models import FakeHandler, completion_of, local_pipeline
 from tests.tables import RICH, assert_same_schema, rich_table, text_of
 
@@ -193,3 +198,32 @@ def test_what_is_generated_is_kept_before_it_goes_on():
     ]
     assert names[-1] == "Generate"
     assert steps == ["Check", "Spread", "Infer", "Merge", "Keep"]
+
+
+def test_streams_are_refused():
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    rows = (
+        pipeline
+        | beam.io.ReadFromPubSub(topic="projects/a-project/topics/a-topic")
+        | beam.Map(json.loads)
+    )
+    for transform in (
+        Generate(FakeHandler(SETTINGS)),
+        Ask(FakeHandler(SETTINGS), Layout(num_shards=1, num_rows=1), num_rows=None),
+    ):
+        with pytest.raises(OptionsError) as caught:
+            rows | type(transform).__name__ >> transform
+        assert str(caught.value) == (
+            "rows: expected a PCollection that ends, got the stream PCollection[Map(loads).None]; "
+            "have it written to a table, and read that"
+        )
+
+
+def test_a_step_shows_its_task_model_and_versions_but_no_prompt():
+    handler = FakeHandler(GenerateSettings(prompt="secret {text}"))
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    _ = pipeline | beam.Create([{"text": "t"}]) | Generate(handler)
+    steps = pipeline.to_runner_api().components.transforms.values()
+    (shown,) = [display_of(step) for step in steps if step.unique_name == "Generate/Check"]
+    assert shown.items() >= {"task": "generate", "model": "fake", **versions()}.items()
+    assert "secret" not in str(shown)
