@@ -4,6 +4,7 @@ import argparse
 import copy
 import logging
 import math
+from typing import Literal
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
@@ -14,13 +15,16 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
+from beam_gemma import container_image
 from beam_gemma.artifact import Artifact
 from beam_gemma.bigquery_client import SCHEME as BIGQUERY
 from beam_gemma.errors import OptionsError
 from beam_gemma.flag_types import positive
 from beam_gemma.machines import GPUS, Gpu
+from beam_gemma.session import RUNNABLE
 from beam_gemma.signature import Device
 
+LOGGER = logging.getLogger(__name__)
 CLOUD_STORAGE = "gs://"
 DRIVER = "install-nvidia-driver:latest"
 """ONNX Runtime's CUDA 13 needs a driver from 580 on; of Google's two words, `default` and `latest`,
@@ -122,6 +126,11 @@ def worker_options(
     if workers.disk_size_gb is None:
         model_gb = math.ceil(_num_bytes(artifact) / 1e9)
         workers.disk_size_gb = DISK_GB[worker_device(flags)] + model_gb
+    if workers.sdk_container_image is not None:
+        device: Literal["cpu", "gpu"] = "gpu" if flags.gpu_type else "cpu"
+        workers.sdk_container_image = container_image.check(
+            workers.sdk_container_image, device=device
+        )
     return options
 
 
@@ -202,9 +211,15 @@ def _check_gpu(flags: argparse.Namespace, options: PipelineOptions, artifact: Ar
     _check_region(gpu, options)
     _check_fit(gpu, artifact)
     if flags.gpu_count not in (None, 1):
-        logging.getLogger(__name__).warning(
+        LOGGER.warning(
             "--gpu_count %d: the engine of a worker uses one GPU, the others are idle",
             flags.gpu_count,
+        )
+    if "cuda" not in RUNNABLE:
+        LOGGER.warning(
+            "--gpu_type %s: this version exports graphs for it and does not run them yet, so that "
+            "workers will end the job",
+            flags.gpu_type,
         )
 
 

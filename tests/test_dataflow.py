@@ -10,11 +10,13 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
+from beam_gemma import dataflow
 from beam_gemma.artifact import FileEntry
 from beam_gemma.dataflow import on_dataflow, resource_hints, worker_device, worker_options
 from beam_gemma.errors import OptionsError
 from beam_gemma.flags import parse
 from beam_gemma.generate_options import generate_parser
+from tests.registry import LABELS, serving
 
 FILES = ["--model=gs://b/m", "--input=gs://b/a.parquet", "--output=bq://p.d.t", "--prompt=x"]
 PLACES = ["--project=p", "--region=us-central1", "--temp_location=gs://b/tmp"]
@@ -131,9 +133,36 @@ def test_workers_run_the_model_on_what_they_have(argv, device):
 def test_idle_gpus_are_told_of(complete, caplog):
     with caplog.at_level(logging.WARNING):
         complete(*DATAFLOW, *L4, "--gpu_count=1")
-        assert not caplog.records
+        assert "--gpu_count" not in caplog.text
         complete(*DATAFLOW, *L4, "--gpu_count=4")
     assert "--gpu_count 4: the engine of a worker uses one GPU" in caplog.text
+
+
+@pytest.mark.parametrize(("gpu", "device"), [([], "cpu"), (L4[:1], "gpu")])
+def test_images_are_compared_and_named_by_digest(complete, gpu, device):
+    with serving() as registry:
+        digest = registry.push("1", {**LABELS, "beam-gemma.device": device})
+        flags = [*DATAFLOW, *gpu, f"--sdk_container_image={registry.host}/team/worker:1"]
+        image = complete(*flags).view_as(WorkerOptions).sdk_container_image
+        assert image == f"{registry.host}/team/worker@{digest}"
+        registry.push("1", {**LABELS, "beam-gemma.device": device, "beam-gemma.beam": "2.0.0"})
+        with pytest.raises(OptionsError, match=r"worker:1: expected .*got .*Beam 2\.0\.0"):
+            complete(*flags)
+
+
+def test_an_image_for_the_cpu_has_no_gpu(complete):
+    with serving() as registry:
+        registry.push("1", {**LABELS, "beam-gemma.device": "cpu"})
+        with pytest.raises(OptionsError, match="expected an image for the gpu, got one for cpu"):
+            complete(*DATAFLOW, L4[0], f"--sdk_container_image={registry.host}/team/worker:1")
+
+
+def test_gpus_that_this_version_cannot_use_are_told_of(complete, caplog, monkeypatch):
+    for runnable, is_told in ((("cpu", "cuda"), False), (("cpu",), True)):
+        monkeypatch.setattr(dataflow, "RUNNABLE", runnable)
+        with caplog.at_level(logging.WARNING):
+            complete(*DATAFLOW, *L4)
+        assert ("--gpu_type nvidia-l4: this version" in caplog.text) is is_told
 
 
 def test_regions_that_nobody_knows_of_are_left_to_dataflow(complete):
