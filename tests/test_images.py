@@ -122,6 +122,20 @@ def test_a_model_is_put_where_workers_look_for_it() -> None:
     assert command[1] == MANIFEST
 
 
+def test_the_loader_finds_the_driver_and_cuda() -> None:
+    """Wheels of CUDA have a folder for each of its major versions, which their names say too."""
+    path = re.search(r"LD_LIBRARY_PATH=(\S+)", DOCKERFILE)
+    assert path
+    (major,) = re.findall(r"^nvidia-cudnn-(cu\d+)==", lock("gpu"), re.MULTILINE)
+    wheels = "/usr/local/lib/python${PYTHON}/site-packages/nvidia"
+    assert f"ARG NVIDIA={wheels}\n" in DOCKERFILE
+    assert path[1].split(":") == [
+        "/usr/local/nvidia/lib64",
+        f"${{NVIDIA}}/{major}/lib",
+        "${NVIDIA}/cudnn/lib",
+    ]
+
+
 def test_the_context_of_a_build_has_what_is_copied() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
