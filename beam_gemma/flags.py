@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,9 @@ def parse(
     beam_parser = beam_flag_parser()
     # Before anything else: a flag that seems to be missing may only be misspelt.
     _refuse_unknown(argv, [*parser._option_string_actions, *beam_parser._option_string_actions])
-    flags, rest = parser.parse_known_args(argv)
+    of_job = [argument for argument in argv if _labels_job(argument)]
+    flags, rest = parser.parse_known_args([a for a in argv if a not in of_job])
+    rest += of_job
     _, stray = beam_parser.parse_known_args(rest)
     if stray:
         raise OptionsError(f"{stray[0]!r}: expected a flag before it, got none")
@@ -91,6 +94,15 @@ def parse(
     if is_local(options) and not any(flag.startswith("--prism_location") for flag in rest):
         options = PipelineOptions([*rest, NO_PRISM])
     return flags, options
+
+
+def _labels_job(argument: str) -> bool:
+    """Return whether a flag labels the job, as launchers of templates do, rather than rows."""
+    name, _, value = argument.partition("=")
+    try:
+        return name == "--labels" and isinstance(json.loads(value), dict)
+    except ValueError:
+        return False
 
 
 def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:

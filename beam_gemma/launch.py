@@ -246,7 +246,10 @@ def _submit(pipeline: beam.Pipeline) -> int:
             f"Dataflow: expected the job to be taken, got {type(error).__name__}: {reason}; "
             "docs/dataflow.md names the roles and settings that it takes"
         ) from error
-    sys.stdout.write(f"submitted the job {result.job_id()}\n")
+    if result.has_job:
+        sys.stdout.write(f"submitted the job {result.job_id()}\n")
+    else:  # --template_location, by which the launcher of a template gets it as a file
+        sys.stdout.write("wrote the job for its launcher\n")
     return SUCCESS
 
 

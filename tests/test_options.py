@@ -5,12 +5,14 @@ import re
 
 import pytest
 from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
     PipelineOptions,
     PrismRunnerOptions,
     StandardOptions,
     WorkerOptions,
 )
 
+from beam_gemma.classify_options import classify_parser
 from beam_gemma.errors import OptionsError
 from beam_gemma.flags import in_one_process, is_local, parse
 from beam_gemma.generate import GenerateSettings
@@ -179,6 +181,16 @@ def test_our_flags_are_not_beams():
     ours = {action.dest for action in generate_parser()._actions} - {"help"}
     # Beam has one of this name for tests of its runners; ours comes first.
     assert ours & known == {"dry_run"}
+
+
+def test_labels_of_a_job_are_no_classes():
+    """The launcher of a template labels a job by a flag that classify has too."""
+    of_job = '{\n   "team" : "a"\n}\n'
+    argv = [*FILES, "--labels=a,b", f"--labels={of_job}"]
+    for order in (argv, argv[::-1]):
+        flags, options = parse(classify_parser(), order)
+        assert flags.labels == "a,b"
+        assert options.view_as(GoogleCloudOptions).labels == [of_job]
 
 
 def test_every_help_line_ends_with_its_default():
