@@ -8,7 +8,10 @@ import pytest
 
 from beam_gemma.artifact import MANIFEST, Artifact
 from beam_gemma.errors import ArtifactError
+from export.published import SIZES
 from tests.conftest import TinyModel
+
+MANIFESTS = sorted((Path(__file__).parent / "data/manifests").glob("*.json"))
 
 
 @pytest.fixture
@@ -70,9 +73,22 @@ def test_a_flipped_bit_of_the_weights_is_found_by_verify(
 
 
 def test_another_format_is_refused_with_the_remedy(folder: Path) -> None:
-    edit_manifest(folder, format=99)
-    with pytest.raises(ArtifactError, match=r"format 99, this version reads 1; export .* again"):
-        Artifact.open(folder)
+    for other in (0, 99):
+        edit_manifest(folder, format=other)
+        message = rf"format {other}, this version reads 1; export .* again"
+        with pytest.raises(ArtifactError, match=message):
+            Artifact.open(folder)
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.stem)
+def test_what_older_versions_wrote_is_read(file: Path, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(file.read_text())
+    artifact = Artifact.read(tmp_path)
+    assert artifact.source["exporter"] == f"beam_gemma {file.stem}"
+    [config] = [size.config for size in SIZES if size.name == "Gemma 3 270M"]
+    assert artifact.config == config
+    assert artifact.signature("generate", "cpu").vocab_size == config.vocab_size
+    assert (artifact.embedding is None) == (("embed", "cpu") not in artifact.signatures)
 
 
 def test_a_manifest_without_its_fields_is_refused(folder: Path) -> None:

@@ -1,0 +1,51 @@
+"""The tables of the Dataflow page are what the arithmetic says, and that is the caches' own."""
+
+from pathlib import Path
+
+import pytest
+
+from beam_gemma.machines import GPUS
+from beam_gemma.session import block_bytes
+from beam_gemma.signature import PagedState, decoder_signature
+from benchmarks import gpus
+from export.published import SIZES
+
+PAGE = (Path(__file__).parent.parent / "docs/dataflow.md").read_text()
+BY_NAME = {size.name: size for size in SIZES}
+
+
+@pytest.mark.parametrize("made", [gpus.fit_table, gpus.cost_table])
+def test_the_page_has_the_tables(made):
+    assert f"\n{made()}\n" in PAGE, "python -m benchmarks.gpus prints them anew"
+
+
+@pytest.mark.parametrize("name", ["Gemma 1 7B", "Gemma 2 27B", "Gemma 3 4B"])
+@pytest.mark.parametrize("num_blocks", [1, 64, 1000])
+def test_a_cache_is_as_large_as_its_blocks(name, num_blocks):
+    config = BY_NAME[name].config
+    signature = decoder_signature(config, head="generate", device="cuda", dtype="bfloat16")
+
+    def held(state: PagedState) -> int:
+        return min(num_blocks, (state.sliding_window or 10**9) // signature.block_size)
+
+    blocks = sum(held(state) * block_bytes(signature, state) for state in signature.paged_states)
+    assert gpus.cache_bytes(config, num_blocks * signature.block_size) == blocks
+
+
+def test_what_fits_is_what_a_job_is_not_refused_for():
+    for size in SIZES:
+        for gpu in gpus.FITTING:
+            fits = gpus.num_rows(gpu, size)
+            assert bool(fits) == gpu.holds(gpus.weight_bytes(size))
+            cache = fits * gpus.cache_bytes(size.config, gpus.row_tokens(size))
+            assert not fits or gpu.holds(gpus.weight_bytes(size) + cache)
+    assert gpus.num_rows(GPUS["nvidia-l4"], BY_NAME["Gemma 3 12B"]) == 0
+
+
+def test_a_million_rows_by_hand():
+    rates = gpus.Throughput(
+        prompt_tokens_per_sec=500.0, completion_tokens_per_sec=100.0, origin="measured"
+    )
+    estimate = gpus.million_rows(250, 50, rates)
+    assert estimate.worker_hours == pytest.approx(1e6 / 3600, rel=1e-12)
+    assert estimate.cost == pytest.approx(1e6 / 3600 * gpus.EXAMPLE_PRICE, rel=1e-12)
