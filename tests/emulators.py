@@ -71,7 +71,7 @@ class Cloud:
 def emulators(folder: Path) -> Iterator[Cloud]:
     """Run both emulators over a folder."""
     python = _environment()
-    storage_port, bigquery_port, grpc_port = (_free_port() for _ in range(3))
+    storage_port, bigquery_port, grpc_port = (free_port() for _ in range(3))
     storage, bigquery = (f"http://127.0.0.1:{port}" for port in (storage_port, bigquery_port))
     credentials = folder / "credentials.json"
     credentials.write_text(json.dumps(CREDENTIALS))
@@ -193,7 +193,8 @@ def _create(url: str, body: dict) -> None:
     urllib.request.urlopen(request, timeout=10).close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,57 +1,27 @@
 """Worker processes that are killed amid a bundle: the job ends at once, and goes on."""
 
-import os
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.faults.conftest import ROOT, Faulty, assert_whole, resumed
+from tests.faults.conftest import Faulty, assert_whole, resumed
+from tests.job_server import WORKER, job_server, start
 
 pytestmark = pytest.mark.timeout(300)
-WORKER = "apache_beam.runners.worker.sdk_worker_main"
-SERVER = "apache_beam.runners.portability.local_job_service_main"
 SECS = 60
 """That a job may take to notice."""
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a Python module; what it says goes into a file."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=stream, stderr=stream
-        )
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[str]]]:
-    """A job server that starts its workers as processes; it, and the flags that lead to it."""
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    log = tmp_path / "server.log"
-    process = start([SERVER, "--port", str(port)], log)
-    try:
-        while "Listening" not in log.read_text():
-            assert process.poll() is None
-            time.sleep(0.1)
-        flags = [
-            "--runner=PortableRunner",
-            f"--job_endpoint=localhost:{port}",
-            "--environment_type=beam:env:harness_subprocess_python:v1",
-            f"--environment_config={sys.executable} -m {WORKER}",
-        ]
-        yield process, flags
-    finally:
-        process.kill()
-        process.wait()
+    """A job server, and the flags that lead to it."""
+    with job_server(tmp_path) as running:
+        yield running
 
 
 def workers(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -97,10 +67,3 @@ def test_a_worker_of_a_job_server_is_killed(job: Faulty, undisturbed: Faulty, ru
     process, flags = server
     lose_a_worker(job, flags, 0, process)
     assert_goes_on(job, undisturbed, run)
-
-
-def test_a_job_server_does_the_job(job: Faulty, undisturbed: Faulty, server) -> None:
-    log = job.folder / "job.log"
-    process = start(["pipelines.generate", *job.flags(), *server[1]], log)
-    assert process.wait(SECS) == 0, log.read_text()
-    assert_whole(job, undisturbed)
