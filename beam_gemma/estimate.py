@@ -172,6 +172,8 @@ class Estimate:
                 "what rows have in common is computed once, with the share that it has in the "
                 "sample; a larger table has rather more in common"
             )
+        if (means.num_workers or 1) > 1:
+            said.append(f"{means.num_workers:,} workers have work all the time")
         return [*said, means.throughput.origin]
 
     def as_json(self) -> dict[str, Any]:

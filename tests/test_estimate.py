@@ -1,5 +1,6 @@
 """Estimate: figures by hand, and nothing is known that does not follow from what is."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -89,8 +90,7 @@ def test_reuse_is_of_the_longest_beginning_before(rows, block):
     ],
 )  # fmt: skip
 def test_what_is_not_known_stays_unknown(num_rows, means, known):
-    fields = {name: getattr(MEANS, name) for name in MEANS.__slots__} | means
-    estimate = estimate_of(sample_of((1, 2)), num_rows, Means(**fields))
+    estimate = estimate_of(sample_of((1, 2)), num_rows, dataclasses.replace(MEANS, **means))
     names = {"prompt_tokens", "worker_hours", "hours", "cost", "cost_per_million_rows"}
     assert {name for name in names if getattr(estimate, name) is not None} == known
 
@@ -122,6 +122,9 @@ def test_assumptions_are_said_where_they_are_made():
     assert plain.endswith("as somebody measured")
     for words in ("outside the sample", "in common", "size of the table"):
         assert words not in plain
+    assert "2 workers have work all the time" in plain
+    alone = dataclasses.replace(MEANS, num_workers=1)
+    assert "all the time" not in said(sample_of((1, 2)), 2, means=alone)
     assert "outside the sample" in said(sample_of((1, 2)), 2)
     assert "in common" in said(sample_of((1, 2), (1, 2)), 2)
     assert "size of the table" in said(sample_of((1, 2)), 2, is_counted=False)
