@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import requests
 
 from beam_gemma import container_image
 from beam_gemma.container_image import check
@@ -95,6 +96,15 @@ def test_a_registry_that_refuses_leaves_the_check_to_workers(registry, status, c
 def test_no_registry_leaves_the_check_to_workers(image, caplog):
     assert check(image, device="cpu") == image
     assert f"{image}: its versions are left for the workers" in warning_of(caplog)
+
+
+def test_a_warning_is_one_line(monkeypatch, caplog):
+    def refuse(image):
+        raise requests.ConnectionError("no route\nand much more")
+
+    monkeypatch.setattr(container_image, "_describe", refuse)
+    check("localhost/worker", device="cpu")
+    assert warning_of(caplog).endswith("its registry cannot be read here: no route")
 
 
 def test_an_index_for_other_machines_leaves_the_check_to_workers(registry, caplog):
