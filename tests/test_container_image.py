@@ -2,6 +2,7 @@
 
 import json
 import logging
+from unittest import mock
 
 import pytest
 import requests
@@ -99,10 +100,8 @@ def test_no_registry_leaves_the_check_to_workers(image, caplog):
 
 
 def test_a_warning_is_one_line(monkeypatch, caplog):
-    def refuse(image):
-        raise requests.ConnectionError("no route\nand much more")
-
-    monkeypatch.setattr(container_image, "_describe", refuse)
+    error = requests.ConnectionError("no route\nand much more")
+    monkeypatch.setattr(container_image, "_describe", mock.Mock(side_effect=error))
     check("localhost/worker", device="cpu")
     assert warning_of(caplog).endswith("its registry cannot be read here: no route")
 
