@@ -14,6 +14,7 @@ from tests.once import kept
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ROOT / "templates/requirements-cpu.txt"
+INSTALL_SECS = 800
 
 
 def locked_python() -> Path:
@@ -23,10 +24,20 @@ def locked_python() -> Path:
 
 
 def _install(folder: Path) -> None:
+    """Make the environment: with uv, or more slowly where uv does not know pip's settings."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
-    uv = [Path(sys.executable).with_name("uv"), "pip", "install", "--quiet", "--require-hashes"]
-    command = [*uv, "--python", folder / "bin/python", "--requirements", REQUIREMENTS]
-    subprocess.run(command, check=True, timeout=600)
+    python = folder / "bin/python"
+    packages = [
+        "install",
+        "--quiet",
+        "--require-hashes",
+        "--no-deps",
+        "--requirement",
+        REQUIREMENTS,
+    ]
+    uv = [Path(sys.executable).with_name("uv"), "pip", *packages, "--python", python]
+    if subprocess.run(uv, check=False, timeout=INSTALL_SECS).returncode:
+        subprocess.run([python, "-m", "pip", *packages], check=True, timeout=INSTALL_SECS)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from tests.dataflow_service import Job, dataflow_service
 from tests.locked_environment import Image, locked_python
 from tests.worker_pool import run_submitted, worker_pool
 
-pytestmark = pytest.mark.timeout(300)
+# The first test makes an environment, which takes a minute or five.
+pytestmark = pytest.mark.timeout(1200)
 TASKS = {
     "generate": (generate, {"prompt": "in short: {text}", "max_tokens": "4", "logprob": "true"}),
     "classify": (classify, {"prompt": "{text}: ", "logliks": "true"}),
