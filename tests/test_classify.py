@@ -18,7 +18,6 @@ from beam_gemma.questions import ClassifySettings, QuestionEncoder, Shot
 from tests.fake_models import STATES, TOKENIZER
 from tests.fakes import FakeSession, fake_signature, logits_of, logsumexp
 
-pytestmark = pytest.mark.timeout(120)
 MAX_MODEL_LEN = 800
 SIGNATURE = fake_signature(
     states=STATES,

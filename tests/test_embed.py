@@ -20,7 +20,6 @@ from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
 from tests.sentence_model import PROMPTS, encode, texts
 
-pytestmark = pytest.mark.timeout(300)
 TOLERANCE = 2e-5
 """Of float32 embeddings of length 1."""
 CPU = ("embed", "cpu")

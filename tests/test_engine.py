@@ -19,7 +19,6 @@ from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Request
 from tests.fakes import RAREST, STATES, FakeSession, expected, fake_signature
 
-pytestmark = pytest.mark.timeout(120)
 EOS = (5, 6)
 
 

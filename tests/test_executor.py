@@ -14,7 +14,6 @@ from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Request
 from tests.fakes import RAREST, STATES, FakeSession, expected, fake_signature
 
-pytestmark = pytest.mark.timeout(120)
 PAGED = STATES[:2]
 BAD = RAREST
 """A token that no other row has and that is never chosen."""

@@ -13,8 +13,6 @@ from beam_gemma.file_sink import check_writable, open_sink, stage
 from beam_gemma.tables import open_source
 from tests.tables import RICH, assert_same_schema, rich_table, text_of
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def staged(sink, *tables):
     """Stage one shard for each table; return their names."""

@@ -21,7 +21,6 @@ from beam_gemma.text_encoder import EmbedSettings
 from tests.conftest import TinyModel
 from tests.fake_models import FakeHandler
 
-pytestmark = pytest.mark.timeout(120)
 GENERATE = GenerateSettings(prompt="Say {text}", max_prompt_tokens=30, truncate="right")
 CLASSIFY = ClassifySettings(prompt="{text}", labels=(" yes", " {other}"))
 

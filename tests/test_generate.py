@@ -19,8 +19,6 @@ from tests.fake_models import (
 )
 from tests.fakes import FakeSession, fake_signature
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def settings_of(max_tokens=3, **fields):
     sampling = SamplingParams(max_tokens=max_tokens, **fields.pop("sampling", {}))

@@ -21,7 +21,6 @@ from tests.fakes import STATES, FakeSession, fake_signature, logits_of
 from tests.schemas import SCHEMAS, check_valid
 from tests.tiny_tokenizer import tiny_tokenizer_model
 
-pytestmark = pytest.mark.timeout(120)
 TOKENIZER = Tokenizer(tiny_tokenizer_model())
 END = TOKENIZER.eos_token_id
 LETTERS = chars((ord("a"), ord("z")))

@@ -22,7 +22,6 @@ from tests.fake_models import FakeHandler, completion_of, local_pipeline
 from tests.tables import rich_table
 
 SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=3))
-pytestmark = pytest.mark.timeout(60)
 
 
 def batch_of(*texts):

@@ -18,7 +18,6 @@ from benchmarks.conditions import CONDITIONS, Condition
 from tests.conftest import TinyModel
 from tests.reference import VOCAB
 
-pytestmark = pytest.mark.timeout(300)
 NUM_ROWS = 64
 SMALL_CACHE = 24
 """Blocks: little more than the longest row needs."""

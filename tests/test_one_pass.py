@@ -13,7 +13,6 @@ from examples.one_pass import BODY, GIST, SUBJECT, main
 from export.__main__ import export
 from tests.reference import save_checkpoint, tiny_model
 
-pytestmark = pytest.mark.timeout(240)
 ROWS = [
     {"id": i, "title": f"t{i % 3}", "body": None if i == 4 else "cat " * (i % 4 + 1)}
     for i in range(12)

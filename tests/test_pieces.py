@@ -27,7 +27,6 @@ from beam_gemma.pieces import (
 from beam_gemma.sampling import SamplingParams
 from tests.conftest import TinyModel
 
-pytestmark = pytest.mark.timeout(180)
 SCHEMA = pa.schema({"completion": pa.string(), "scores": pa.list_(pa.float64(), 2)})
 SETTINGS = GenerateSettings(prompt_column="text")
 LONG = 3600.0

@@ -19,7 +19,6 @@ from tests.fakes import RAREST, STATES, FakeSession, fake_signature, logits_of, 
 from tests.ragged import Feeder
 from tests.reference import VOCAB
 
-pytestmark = pytest.mark.timeout(300)
 SIGNATURE = fake_signature(states=STATES[:2], optional_inputs=(), head="score")
 
 

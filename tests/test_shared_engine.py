@@ -30,7 +30,6 @@ SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_to
 NUM_ROWS = 512
 SMALL = 32
 """Rows of a Beam batch that is as small beside 20 slots as 100 rows are beside 64."""
-pytestmark = pytest.mark.timeout(120)
 
 
 def run_job(handler, *flags):

@@ -12,8 +12,6 @@ from beam_gemma import staging
 from beam_gemma.errors import OptionsError
 from beam_gemma.staging import CHECKOUT, REQUIREMENTS, SOURCES, stage
 
-pytestmark = pytest.mark.timeout(150)
-
 
 def staged(*flags):
     options = PipelineOptions(flags)

@@ -13,7 +13,6 @@ from tests.fakes import FakeSession
 from tests.test_classify import SIGNATURE as SCORE_SIGNATURE
 from tests.test_classify import classifier_of
 
-pytestmark = pytest.mark.timeout(60)
 GENERATE = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=5))
 CLASSIFY = ClassifySettings(prompt_column="text", labels=("yes", "no", "never mind"))
 ROWS = [{"text": None if i % 5 == 2 else "ab" * (1 + i % 7)} for i in range(20)]

@@ -21,7 +21,6 @@ from beam_gemma.supervision import MIN_ROWS, SupervisedModel, Supervision
 from tests.fake_models import SIGNATURE, FakeHandler, completion_of, fake_generator, next_letter
 from tests.fakes import FakeSession
 
-pytestmark = pytest.mark.timeout(60)
 SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=3))
 SLOTS = 4
 

@@ -18,7 +18,6 @@ from beam_gemma.tables import ReadTable, open_source
 from tests.fake_models import local_pipeline
 from tests.tables import RICH, assert_same_schema, keys_of, rich_table, text_of, write_parquet
 
-pytestmark = pytest.mark.timeout(60)
 FOUND = []
 
 

@@ -15,7 +15,6 @@ from templates.metadata import PARSERS, metadata
 from tests.dataflow_service import LAUNCH_TEMPLATE, dataflow_service
 from tests.emulators import PROJECT, ROOT
 
-pytestmark = pytest.mark.timeout(120)
 SCRIPTS = sorted([*ROOT.glob("templates/*.sh"), ROOT / ".ci/run"])
 REPOSITORY = "europe-west4-docker.pkg.dev/test-project/beam-gemma"
 REAL_GCLOUD = shutil.which("gcloud")

@@ -30,7 +30,6 @@ SETTINGS = GenerateSettings(
     token_ids=True,
     truncate="left",
 )
-pytestmark = pytest.mark.timeout(90)
 FOUND = []
 EXTRACTED = defaultdict(list)
 

@@ -43,9 +43,6 @@ class Watching(FakeHandler):
         return super().run_inference(batch, *args)
 
 
-pytestmark = pytest.mark.timeout(90)
-
-
 def job(folder, settings=SETTINGS, *, num_shards=2, prefixes=("",), **options):
     """Return the source and the output of a job over `in.parquet` of a folder."""
     source = open_source(f"{folder}/in.parquet")

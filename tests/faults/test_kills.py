@@ -4,7 +4,6 @@ import pytest
 
 from tests.faults.conftest import Faulty, assert_whole, resumed
 
-pytestmark = pytest.mark.timeout(300)
 PIECE, SLOTS, LENGTH = 16, 8, 24
 """Rows of a piece, rows that run at once, tokens of a completion."""
 

@@ -10,8 +10,6 @@ import pytest
 
 from tests.faults.conftest import NUM_ROWS, Faulty, assert_whole, resumed
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def broken_utf8() -> pa.Array:
     """Return strings of which the middle one is not UTF-8."""

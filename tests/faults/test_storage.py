@@ -8,8 +8,6 @@ from apache_beam.io.filesystems import FileSystems
 from beam_gemma import file_sink
 from tests.faults.conftest import Faulty, assert_whole, resumed
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")

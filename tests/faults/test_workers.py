@@ -12,7 +12,6 @@ import pytest
 from tests.faults.conftest import Faulty, assert_whole, resumed
 from tests.job_server import WORKER, job_server, start
 
-pytestmark = pytest.mark.timeout(300)
 SECS = 60
 """That a job may take to notice."""
 

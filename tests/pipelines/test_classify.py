@@ -18,8 +18,6 @@ from beam_gemma.transforms import Classify
 from pipelines.classify import main
 from tests.fake_models import local_pipeline
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def model(tiny_gemma3):

@@ -30,7 +30,6 @@ from tests.sentence_model import encode
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = ["the cat", "in the hat", "a tent", "the cat"]
 TOLERANCE = 2e-5
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from pipelines.generate import main
 from tests.tables import RICH, assert_same_schema, rich_table, text_of, write_parquet
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")

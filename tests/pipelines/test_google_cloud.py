@@ -14,7 +14,7 @@ from beam_gemma import launch
 from beam_gemma.source import match_files
 from pipelines import classify, embed, generate
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 NUM_ROWS = 50
 MODES = {
     "in_memory": (),

@@ -18,7 +18,6 @@ TASKS = {
     classify: ["--prompt={text} is", "--label={other}", "--label= b", "--max_prompt_tokens=30"],
     embed: ["--text_column=text"],
 }
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from beam_gemma import launch
 from pipelines import classify, embed, generate
 from tests.job_server import job_server, start
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 TASKS = {
     "generate": (generate, ["--prompt=say {text}", "--max_tokens=4", "--ignore_eos"]),
     "classify": (classify, ["--prompt={text}: ", "--labels=a,b"]),

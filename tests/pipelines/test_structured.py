@@ -12,7 +12,6 @@ import pytest
 from beam_gemma import launch
 from pipelines.generate import main
 
-pytestmark = pytest.mark.timeout(120)
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -28,7 +28,7 @@ from tests.dataflow_service import (
 )
 from tests.registry import LABELS, serving
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 TEXT = "what a row says and nobody else should see"
 PROMPT = "what is asked of a row"
 IMAGES = "images-host"
