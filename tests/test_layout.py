@@ -60,7 +60,7 @@ class Table(Source):
     def __init__(self, num_rows, num_bytes) -> None:
         self.num_rows, self.num_bytes, self.is_dense = num_rows, num_bytes, True
 
-    parts = read = head = None
+    parts = read = head = sample = None
 
 
 def test_no_shard_is_too_large(monkeypatch):
