@@ -29,7 +29,7 @@ REQUIREMENTS = Path(__file__).with_suffix(".txt")
 PROJECT = "test-project"
 BUCKET = "bucket"
 DATASET = "dataset"
-START_SECS = 60
+START_SECS = 120
 SERVE_BIGQUERY = "from local_bigquery.cli import main; main()"
 CREDENTIALS = {
     "type": "authorized_user",
@@ -115,7 +115,7 @@ def _python_3_13() -> str:
 
 
 def _install(python: str, folder: Path) -> None:
-    subprocess.run([python, "-m", "venv", folder], check=True, timeout=120)
+    subprocess.run([python, "-m", "venv", folder], check=True, timeout=200)
     command = [folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", REQUIREMENTS]
     pip = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if pip.returncode:

@@ -109,7 +109,7 @@ class FakeSession:
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
     ) -> StepOutput | ScoreOutput:
         """Write the new tokens, read each row's context, and return logits made of it."""
-        assert self.go.wait(timeout=60)
+        assert self.go.wait(timeout=200)
         try:
             return self._run(feeds, with_logits=with_logits)
         except AssertionError as fault:

@@ -25,7 +25,7 @@ def locked_python() -> Path:
 
 def _install(folder: Path) -> None:
     """Make the environment: with uv, or more slowly where uv does not know pip's settings."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=200)
     python = folder / "bin/python"
     packages = [
         "install",
@@ -58,6 +58,6 @@ class Image:
         (wheel,) = options.view_as(SetupOptions).extra_packages
         image = cls(locked_python(), folder / "packages", folder / "template")
         pip = [image.python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        subprocess.run([*pip, "--target", image.packages, wheel], check=True, timeout=120)
+        subprocess.run([*pip, "--target", image.packages, wheel], check=True, timeout=200)
         shutil.copytree(ROOT / "pipelines", image.template / "pipelines")
         return image

@@ -288,7 +288,7 @@ def test_an_exception_of_the_session_fails_all_and_closes_the_engine():
     futures = engine.submit([make_request(10, s, ignore_eos=True) for s in range(5)])
     for future in futures:
         with pytest.raises(EngineError, match="RuntimeError: the device is gone") as caught:
-            future.result(timeout=60)
+            future.result(timeout=200)
         assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(EngineError, match="the device is gone"):
         engine.generate([make_request(3)])

@@ -55,7 +55,7 @@ def run(session, requests, **config):
 
 
 def result_of(future: Future):
-    error = future.exception(timeout=60)
+    error = future.exception(timeout=200)
     return future.result() if error is None else error
 
 
@@ -226,4 +226,4 @@ def test_a_fault_of_the_engine_itself_stops_it(monkeypatch):
     with closing(Engine(FakeSession(), EngineConfig(max_num_seqs=2))) as engine:
         (future,) = engine.submit([make_request(9)])
         with pytest.raises(EngineError, match="KeyError: 'packing'"):
-            future.result(timeout=60)
+            future.result(timeout=200)

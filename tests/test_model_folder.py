@@ -102,7 +102,7 @@ def test_processes_wait_for_one_copy(model, tiny_gemma3):
         subprocess.Popen([sys.executable, "-c", OPEN, model], cwd=ROOT, stdout=subprocess.PIPE)
         for _ in range(3)
     ]
-    downloads = [worker.communicate(timeout=60)[0].count(b"download") for worker in workers]
+    downloads = [worker.communicate(timeout=200)[0].count(b"download") for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0, 0]
     assert sorted(downloads) == [0, 0, len(tiny_gemma3.artifact.files)]
 

@@ -51,7 +51,7 @@ def test_nor_do_the_logs_of_worker_processes(files, tiny_gemma3):
     processes = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     job = subprocess.run(
         [sys.executable, "-m", "pipelines.generate", model, *files, *TASKS[generate], *processes],
-        cwd=ROOT, capture_output=True, text=True, timeout=150, check=True,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     said = job.stdout + job.stderr
     assert "read 6 = ok 4 + failed 2" in said

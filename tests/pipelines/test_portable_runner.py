@@ -43,7 +43,7 @@ def test_the_same_files_as_in_this_process(
 
     there = f"--output={tmp_path}/there/rows.parquet"
     process = start([module.__name__, *flags, there, *server], log := tmp_path / "job.log")
-    assert process.wait(120) == 0, log.read_text()
+    assert process.wait(300) == 0, log.read_text()
     assert BALANCE in log.read_text()
 
     files = [
