@@ -22,3 +22,18 @@ VIRTUAL_ENV=$packages uv pip install --quiet --require-hashes --requirements "$l
 uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py environment \
     --output-reproducible --output-file "templates/sbom-$device.json" "$packages"
 rm -r "$packages"
+
+# Addresses of pages say nothing of what is installed.
+python - "templates/sbom-$device.json" <<'PYTHON'
+import json, pathlib, sys
+
+
+def without_pages(fields):
+    fields.pop("externalReferences", None)
+    return fields
+
+
+file = pathlib.Path(sys.argv[1])
+sbom = json.loads(file.read_text(), object_hook=without_pages)
+file.write_text(json.dumps(sbom, indent=2) + "\n")
+PYTHON
