@@ -21,11 +21,11 @@ from beam_gemma.bigquery_client import SCHEME as BIGQUERY
 from beam_gemma.errors import OptionsError
 from beam_gemma.flag_types import positive
 from beam_gemma.machines import GPUS, Gpu
+from beam_gemma.model_folder import SCHEME as CLOUD_STORAGE
 from beam_gemma.session import RUNNABLE
 from beam_gemma.signature import Device
 
 LOGGER = logging.getLogger(__name__)
-CLOUD_STORAGE = "gs://"
 DRIVER = "install-nvidia-driver:latest"
 """ONNX Runtime's CUDA 13 needs a driver from 580 on; of Google's two words, `default` and `latest`,
 this is the one that promises the newer."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from google.cloud import bigquery
 from google.cloud.storage import Blob, Client
 
 from tests.cloud_clients import BIGQUERY_STORAGE_GRPC
@@ -58,6 +59,14 @@ class Cloud:
     def table(self, name: str) -> str:
         """Return the URI of a table."""
         return f"bq://{self.project}.{self.dataset}.{name}"
+
+    def fill(self, name: str, columns: str, num_rows: int) -> str:
+        """Make a table of expressions over x, which counts its rows from 0; return its URI."""
+        bigquery.Client().query_and_wait(
+            f"CREATE TABLE {self.dataset}.{name} AS SELECT {columns} "
+            f"FROM UNNEST(GENERATE_ARRAY(0, {num_rows - 1})) AS x"
+        )
+        return self.table(name)
 
     def upload(self, folder: Path, uri: str) -> None:
         """Copy a folder to Cloud Storage."""

@@ -36,11 +36,7 @@ def image(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(gcp):
     """A table of short texts."""
-    bigquery.Client().query_and_wait(
-        f"CREATE TABLE {gcp.dataset}.launched AS SELECT x AS id, CONCAT('text ', x) AS text "
-        "FROM UNNEST(GENERATE_ARRAY(0, 29)) AS x"
-    )
-    return gcp.table("launched")
+    return gcp.fill("launched", "x AS id, CONCAT('text ', x) AS text", 30)
 
 
 @pytest.fixture(scope="module")

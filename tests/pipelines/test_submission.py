@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import pytest
 from apache_beam.io.filesystems import FileSystems
-from google.cloud import bigquery
 from google.cloud.dataflow import WorkerIPAddressConfiguration
 
 import beam_gemma
@@ -48,11 +47,7 @@ NAMES = (f"submitted_{i}" for i in itertools.count())
 @pytest.fixture(scope="module")
 def table(gcp):
     """A table whose rows all have the same text."""
-    bigquery.Client().query_and_wait(
-        f"CREATE TABLE {gcp.dataset}.private AS SELECT x AS id, '{TEXT}' AS text "
-        "FROM UNNEST(GENERATE_ARRAY(0, 9)) AS x"
-    )
-    return gcp.table("private")
+    return gcp.fill("private", f"x AS id, '{TEXT}' AS text", 10)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +91,11 @@ class Outcome(NamedTuple):
 def run(gcp, table, model_of, registry, monkeypatch, capsys):
     """Run a task's command line in this process, by default with a model for what it asks for."""
 
-    def run_with(task, *flags, device=None):
+    def run_with(task, *flags, device=None, refusal=None):
         module, _, settings = TASKS[task]
         device = device or ("cuda" if set(GPU) <= set(flags) else "cpu")
         with dataflow_service() as service:
+            service.refusal = refusal
             command = [
                 module.__name__, *settings, f"--model={model_of(task, device)}",
                 f"--input={table}", f"--output={gcp.table(next(NAMES))}",
@@ -246,3 +242,17 @@ def test_a_dry_run_asks_for_no_job(run):
     assert code == launch.SUCCESS
     assert "10" in out.partition("\n")[0]
     assert service.requests == []
+
+
+def test_a_job_that_dataflow_does_not_take_is_one_sentence(run):
+    """Whatever its clients raise."""
+    refusal = "the account may not create jobs"
+    code, out, err, _ = run(
+        "generate", f"--sdk_container_image={IMAGES}/team/worker:cpu", refusal=refusal
+    )
+    assert (code, out) == (launch.USAGE, "")
+    sentence = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert sentence.startswith("error: Dataflow: expected the job to be taken, got ")
+    assert refusal in sentence
+    assert sentence.endswith("; docs/dataflow.md names the roles and settings that it takes")
+    assert "Traceback" not in err
