@@ -4,4 +4,4 @@ This package is what a Beam worker imports: numpy, onnxruntime, sentencepiece, p
 never torch or transformers. Models are exported by the `export` package of the same repository.
 """
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
