@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from beam_gemma.errors import ArtifactError, EngineError
-from beam_gemma.session import EmbedOutput
+from beam_gemma.runner import EmbedOutput
 
 MAX_FAILURES_IN_A_ROW = 3
 """Texts that may fail one after another, with no step between them that succeeds."""

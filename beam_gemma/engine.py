@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 
 from beam_gemma.errors import EngineError, OptionsError, RecordError
-from beam_gemma.executor import Executor, Runner, failure
+from beam_gemma.executor import Executor, failure
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.progress import Count
 from beam_gemma.pulse import Pulse, Work
+from beam_gemma.runner import Runner
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, Request, Sequence, Step
 

@@ -19,7 +19,6 @@ the device that failed, and the engine must stop.
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,33 +27,15 @@ from beam_gemma.guide import MaskMaker, MaskOf
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.next_token import draw, draw_within, wants_logits, wants_mask
 from beam_gemma.packing import pack
+from beam_gemma.runner import Runner, ScoreOutput, StepOutput
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Status, Step
-from beam_gemma.session import ScoreOutput, StepOutput
-from beam_gemma.signature import Signature
 
 MAX_FAILURES_IN_A_ROW = 3
 """Rows that may fail one after another, with no step between them that succeeds."""
 PROBE = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1))
 Finished = tuple[Sequence, Completion]
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """What an engine asks of a session."""
-
-    signature: Signature
-    num_blocks: dict[str, int]
-    num_state_slots: int
-
-    def run(
-        self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
-    ) -> StepOutput | ScoreOutput:
-        """Run one step."""
-
-    def zero_blocks(self, group: str, blocks: list[int]) -> None:
-        """Overwrite cache blocks with zeros."""
 
 
 class Executor:
@@ -100,7 +81,7 @@ class Executor:
         """Compute one token for nobody; the session's exception if it cannot even do that."""
         probe = Sequence(PROBE, frozenset())
         self._scheduler.add([probe])
-        self._session.run(self._feeds(self._scheduler.schedule()))
+        self._session.start(self._feeds(self._scheduler.schedule())).result()
         self._scheduler.finish(probe, clean=False)
         self._settle()
 
@@ -115,7 +96,7 @@ class Executor:
         feeds = self._feeds(step)
         mask_of = self._begin_masks(rows)
         try:
-            output = self._session.run(feeds, with_logits=with_logits)
+            output = self._session.start(feeds, with_logits=with_logits).result()
         except Exception as error:  # a device may raise anything; only the rows at fault may end
             self._recover(step, error, is_retry=is_retry)
             return
@@ -179,6 +160,8 @@ class Executor:
 
     def _choose(self, rows: list[Sequence], output: StepOutput, mask_of: MaskOf) -> None:
         """Give each row its next token."""
+        assert output.topk_ids is not None
+        assert output.topk_logits is not None
         best = zip(output.topk_ids[:, 0].tolist(), output.topk_logits[:, 0].tolist(), strict=True)
         probabilities = iter(output.top_probability.tolist())
         for row, (sequence, (token_id, top_logit)) in enumerate(zip(rows, best, strict=True)):

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from beam_gemma.guide import MaskOf, allowed_ids
+from beam_gemma.runner import StepOutput
 from beam_gemma.sampling import needs_logits, sample
 from beam_gemma.sequence import Sequence
-from beam_gemma.session import StepOutput
 
 Chosen = tuple[int, float]
 """A token, and its logit."""
@@ -35,7 +35,7 @@ def wants_mask(sequence: Sequence, candidates: int) -> bool:
 
 def draw(sequence: Sequence, output: StepOutput, row: int) -> Chosen:
     """Return the next token of a row without a constraint."""
-    logits, ids = output.topk_logits[row], output.topk_ids[row]
+    logits, ids = _candidates(output, row)
     if needs_logits(sequence.request.params, len(ids)):
         logits = _all_logits(output, row)
         ids = np.arange(len(logits))
@@ -77,9 +77,8 @@ def _fitting(sequence: Sequence, output: StepOutput, row: int) -> Int64[np.ndarr
     is_drawn = sequence.request.params.temperature > 0
     fitting: list[int] = []
     least = -np.inf
-    for token_id, logit in zip(
-        output.topk_ids[row].tolist(), output.topk_logits[row].tolist(), strict=True
-    ):
+    logits, ids = _candidates(output, row)
+    for token_id, logit in zip(ids.tolist(), logits.tolist(), strict=True):
         # Candidates come in order; those as likely as the first one that fits compete with it.
         if logit < least:
             break
@@ -87,6 +86,14 @@ def _fitting(sequence: Sequence, output: StepOutput, row: int) -> Int64[np.ndarr
             fitting.append(token_id)
             least = -np.inf if is_drawn else logit
     return np.array(fitting, np.int64)
+
+
+def _candidates(
+    output: StepOutput, row: int
+) -> tuple[Float32[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
+    assert output.topk_logits is not None
+    assert output.topk_ids is not None
+    return output.topk_logits[row], output.topk_ids[row]
 
 
 def _all_logits(output: StepOutput, row: int) -> Float32[np.ndarray, " V"]:

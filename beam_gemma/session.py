@@ -2,9 +2,6 @@
 
 A session owns the loaded graph and the state buffers, which are bound once, as input and as output
 of every step, so that a step updates them in place.
-
-Dimensions: R packed positions that need a head, Q of these that need a probability, Y targets,
-V vocabulary, C candidates, B sequences, W width of an embedding, D hidden.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import psutil
-from jaxtyping import Float32, Int64
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.runner import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
 from beam_gemma.signature import (
     CONTEXT_ALIGNMENT,
     Device,
@@ -46,33 +43,6 @@ CACHE_FRACTION = 0.4
 LOGITS = "logits"
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What the `generate` head says of each row of `logit_rows`."""
-
-    topk_logits: Float32[np.ndarray, "R C"]
-    topk_ids: Int64[np.ndarray, "R C"]
-    top_probability: Float32[np.ndarray, " Q"]
-    logits: Float32[np.ndarray, "R V"] | None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreOutput:
-    """What the `score` head says of targets, and of the rows of `probability_rows`."""
-
-    target_logits: Float32[np.ndarray, " Y"]
-    top_logits: Float32[np.ndarray, " Q"]
-    top_probability: Float32[np.ndarray, " Q"]
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedOutput:
-    """What the `embed` head says of each sequence."""
-
-    embedding: Float32[np.ndarray, "B W"]
-    first_state: Float32[np.ndarray, "B D"]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
     """How much state a session keeps."""
@@ -85,6 +55,8 @@ class Capacity:
 
 class Session:
     """A loaded graph with its state."""
+
+    max_steps_in_flight = 1
 
     def __init__(
         self,
@@ -144,27 +116,38 @@ class Session:
         )
         return cls(graph_path, signature, capacity, num_threads=num_threads)
 
-    def run(
-        self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
-    ) -> StepOutput | ScoreOutput:
-        """Run one step and update the state in place.
+    def run(self, feeds: Feeds, *, with_logits: bool = False) -> StepOutput | ScoreOutput:
+        """Run one step to its end, as `start` does."""
+        return self.start(feeds, with_logits=with_logits).result()
+
+    def start(
+        self,
+        feeds: Feeds,
+        *,
+        with_logits: bool = False,
+        with_candidates: bool = True,  # noqa: ARG002 - the host chooses among them
+    ) -> Finished:
+        """Run one step, at once, and update the state in place.
 
         Args:
             feeds: Exactly the arrays of `Signature.step_inputs`.
             with_logits: Whether to return the whole distribution of each row.
+            with_candidates: Without effect, since the host chooses here: they always come.
         """
         arrays = self._run(feeds, with_logits=with_logits)
         if self.signature.head == "score":
-            return ScoreOutput(**arrays)
+            return Finished(ScoreOutput(**arrays))
         # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
         ids = arrays["topk_ids"].view(np.int64)
-        return StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
+        return Finished(
+            StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
+        )
 
-    def embed(self, feeds: Mapping[str, np.ndarray]) -> EmbedOutput:
+    def embed(self, feeds: Feeds) -> EmbedOutput:
         """Run one step over whole texts."""
         return EmbedOutput(**self._run(feeds, with_logits=False))
 
-    def _run(self, feeds: Mapping[str, np.ndarray], *, with_logits: bool) -> dict[str, np.ndarray]:
+    def _run(self, feeds: Feeds, *, with_logits: bool) -> dict[str, np.ndarray]:
         """Run the graph and return its outputs, but the state, by name."""
         binding = self._bindings[with_logits]
         for name, array in feeds.items():

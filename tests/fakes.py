@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from beam_gemma.runner import Finished, ScoreOutput, StepOutput
 from beam_gemma.sampling import sample
 from beam_gemma.sequence import Completion, Request
-from beam_gemma.session import ScoreOutput, StepOutput
 from beam_gemma.signature import (
     CONTEXT_ALIGNMENT,
     Device,
@@ -66,6 +66,8 @@ def fake_signature(
 class FakeSession:
     """Stands in for `session.Session`."""
 
+    max_steps_in_flight = 1
+
     def __init__(
         self,
         signature: Signature | None = None,
@@ -104,6 +106,16 @@ class FakeSession:
         size = self.signature.block_size
         self._cache = {g: np.full(n * size, NEVER_WRITTEN) for g, n in self.num_blocks.items()}
         self._recurrent = np.zeros(num_state_slots, np.uint64)
+
+    def start(
+        self,
+        feeds: Mapping[str, np.ndarray],
+        *,
+        with_logits: bool = False,
+        with_candidates: bool = True,  # noqa: ARG002
+    ) -> Finished:
+        """Run a step at once."""
+        return Finished(self.run(feeds, with_logits=with_logits))
 
     def run(
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False

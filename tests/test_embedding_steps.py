@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from beam_gemma.embedding_steps import EmbeddingSteps, Result, check_sight
 from beam_gemma.errors import ArtifactError, EngineError
-from beam_gemma.session import EmbedOutput
+from beam_gemma.runner import EmbedOutput
 
 BAD = 13
 

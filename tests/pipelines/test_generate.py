@@ -218,7 +218,7 @@ def test_engine_that_stops_fails_the_job_in_one_sentence(run, model, rows, tmp_p
     def fail(*_, **__):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(Session, "run", fail)
+    monkeypatch.setattr(Session, "start", fail)
     code, stdout, stderr = run(
         f"--model={model}", f"--input={rows}", f"--output={tmp_path}/out/x.jsonl",
         "--prompt_column=text", "--max_tokens=1",
