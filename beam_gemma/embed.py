@@ -52,7 +52,9 @@ class Embedder:
         self._on_result = on_result
         self._names = settings.result_schema.names
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()  # guarded by the lock
+        self._counts: Counter[str] = Counter()  # guarded by the lock, as the next
+        self._told: Counter[str] = Counter()
+        """Of the pulse's counts."""
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
@@ -90,6 +92,9 @@ class Embedder:
         """Return what has been counted and no call has returned yet."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
+            totals = self._pulse.counts()
+            counts += totals - self._told
+            self._told = totals
         return dict(counts)
 
     def take_pulse(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.executor import Executor, failure
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.progress import Count
-from beam_gemma.pulse import Pulse, Work
+from beam_gemma.pulse import DeviceStats, Pulse, Work
 from beam_gemma.runner import Runner
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, Request, Sequence, Step
@@ -101,6 +101,7 @@ class Engine:
         config: EngineConfig,
         *,
         on_step: Callable[[Count], None] = lambda _: None,
+        device_stats: Callable[[], DeviceStats] = DeviceStats,
     ) -> None:
         """Start the thread.
 
@@ -108,12 +109,13 @@ class Engine:
             session: Runs the steps.
             config: How large they may be.
             on_step: Called after each step with the tokens that it computed.
+            device_stats: What the device says after each step; a CPU says nothing.
 
         Raises:
             OptionsError: the session keeps less recurrent state than the config needs.
         """
         self.signature = session.signature
-        self.pulse = Pulse(self.signature.device)
+        self.pulse = Pulse(self.signature.device, stats=device_stats)
         if self.signature.has_recurrent_state and session.num_state_slots < config.max_num_seqs:
             raise OptionsError(
                 f"max_num_seqs: expected at most the session's {session.num_state_slots} state "
@@ -127,6 +129,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        self._cache = cache
         self._scheduler = Scheduler(
             cache,
             self.signature,
@@ -285,6 +288,7 @@ class Engine:
             stats.num_cached_tokens += num_cached_tokens
             stats.num_preemptions = self._scheduler.num_preemptions
             stats.num_completion_tokens += num_new_tokens
+        used_cache, whole_cache = self._cache.use
         self.pulse.add(
             Work(
                 prompt_tokens=num_prompt_tokens,
@@ -292,6 +296,8 @@ class Engine:
                 completion_tokens=num_new_tokens,
                 used_slots=len(step) if is_decode else 0,
                 slots=self._config.max_num_seqs if is_decode else 0,
+                used_cache=used_cache,
+                cache=whole_cache,
             )
         )
         self._on_step(Count(prompt_tokens=num_prompt_tokens, completion_tokens=num_new_tokens))

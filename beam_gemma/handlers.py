@@ -138,9 +138,8 @@ class GemmaModelHandler(EngineHandler):
             # What the first one takes seconds to make is made before any row waits for it.
             constraint.start()
         engine = start_engine(artifact, self.head, device, self._engine_config)
-        return Generator(
-            engine, encoder, self.settings, constraint=constraint, on_result=FirstRow(METER.add)
-        )
+        on_result = FirstRow(METER.add, engine.pulse.note_first_row)
+        return Generator(engine, encoder, self.settings, constraint=constraint, on_result=on_result)
 
 
 class GemmaClassifyModelHandler(EngineHandler):
@@ -176,7 +175,8 @@ class GemmaClassifyModelHandler(EngineHandler):
     def _load(self, artifact: Artifact, device: Device) -> Classifier:
         encoders = self._encoders(artifact)
         engine = start_engine(artifact, self.head, device, self._engine_config)
-        return Classifier(engine, encoders, self.settings, on_result=FirstRow(METER.add))
+        on_result = FirstRow(METER.add, engine.pulse.note_first_row)
+        return Classifier(engine, encoders, self.settings, on_result=on_result)
 
     def _encoders(self, artifact: Artifact) -> list[QuestionEncoder]:
         tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
@@ -263,7 +263,8 @@ class GemmaEmbedModelHandler(TaskHandler):
             pulse.add(Work(prompt_tokens=num_tokens, used_slots=num_tokens, slots=slots))
 
         steps = EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=on_step)
-        return Embedder(steps, encoder, self.settings, pulse=pulse, on_result=FirstRow(METER.add))
+        on_result = FirstRow(METER.add, pulse.note_first_row)
+        return Embedder(steps, encoder, self.settings, pulse=pulse, on_result=on_result)
 
 
 def _embedding_of(artifact: Artifact) -> EmbeddingConfig:

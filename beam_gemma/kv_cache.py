@@ -67,6 +67,7 @@ class KVCache:
             )
             for state in signature.paged_states
         }
+        self._layers = {state.group: state.layers for state in signature.paged_states}
         self._block_size = signature.block_size
         self._prefixes: dict[int, Prefix] = {}
         self._free_slots = list(range(max_num_seqs))[::-1]
@@ -75,6 +76,13 @@ class KVCache:
     def num_free_slots(self) -> int:
         """Sequences that could still be admitted if blocks suffice."""
         return len(self._free_slots)
+
+    @property
+    def use(self) -> tuple[int, int]:
+        """How much of the cache sequences hold, and how much there is, in blocks of one layer."""
+        pools = [(len(self._layers[name]), g.pool) for name, g in self._groups.items()]
+        held = sum(n * (pool.num_blocks - pool.num_free) for n, pool in pools)
+        return held, sum(n * pool.num_blocks for n, pool in pools)
 
     def num_free_blocks(self, group: str) -> int:
         """Return how many blocks of a group no sequence holds."""

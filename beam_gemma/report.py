@@ -156,12 +156,25 @@ def _timeline(line: Mapping[str, Sequence[Number]]) -> list[tuple[str, str]]:
         if any(rates):
             chart = over_time(seconds, rates, unit="tokens/s", top=1)
             charts.append((f"{title} tokens computed per second", chart))
-    used, slots = _steps(line["used_slots"]), _steps(line["slots"])
-    if any(slots):
-        shares = [100 * u / s if s else 0.0 for u, s in zip(used, slots, strict=True)]
-        chart = over_time(seconds, shares, unit="percent", top=100)
-        charts.append(("Slots of each step in use, percent", chart))
-    return charts
+    for used, whole, title in (
+        ("used_slots", "slots", "Slots of each step in use, percent"),
+        ("used_cache", "cache", "Cache in use, percent"),
+        ("busy_secs", "gpu_secs", "GPU busy, percent of the time"),
+        ("replays", "steps", "GPU steps that replayed a captured graph, percent"),
+    ):
+        charts += _shares(title, seconds, _steps(line.get(used, [])), _steps(line.get(whole, [])))
+    used_mib, total_mib = (line.get(name, [])[1:] for name in ("used_mib", "total_mib"))
+    return charts + _shares("GPU memory in use, percent", seconds, used_mib, total_mib)
+
+
+def _shares(
+    title: str, seconds: Sequence[Number], used: Sequence[Number], whole: Sequence[Number]
+) -> list[tuple[str, str]]:
+    """Return a chart of what part of a whole was in use in each step of time, if there is any."""
+    if not any(whole):
+        return []
+    shares = [100 * u / w if w else 0.0 for u, w in zip(used, whole, strict=True)]
+    return [(title, over_time(seconds, shares, unit="percent", top=100))]
 
 
 def _last(totals: Sequence[Number]) -> Number:
@@ -250,6 +263,8 @@ def _run(record: Mapping[str, Any]) -> str:
         ("packages", packages),
         ("processors", "; ".join(record["processors"]) or "none was needed"),
         ("engines", f"{record['engines']:,}"),
+        *_starts(record.get("first_row_secs", [])),
+        *_gpus(record),
         ("shards", f"{record['shards']:,}"),
     ]
     for task in record["tasks"]:
@@ -258,6 +273,31 @@ def _run(record: Mapping[str, Any]) -> str:
     rows = [f"<tr><th>{_text(name)}</th><td>{_value(value)}</td></tr>" for name, value in facts]
     command = f"<pre>{_text(shlex.join(record['command']))}</pre>"
     return f'<table class="facts">{"".join(rows)}</table><h2>Run again</h2>{command}'
+
+
+def _starts(secs: Sequence[Number]) -> list[tuple[str, str]]:
+    """Return how long engines took from the start of their process to their first row."""
+    if not secs:
+        return []
+    span = duration(secs[0]) if secs[0] == secs[-1] else f"{secs[0]:g} to {duration(secs[-1])}"
+    return [("process start to first row", span)]
+
+
+def _gpus(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what GPUs did for each task that had one."""
+    facts = []
+    for name, line in zip(_names(record), record["timelines"], strict=True):
+        if not any(line.get("total_mib", [])):
+            continue
+        last = {key: _last(totals) for key, totals in line.items()}
+        told = (
+            f"busy {100 * last['busy_secs'] / max(last['gpu_secs'], 1e-9):.1f} % of the time; "
+            f"{last['used_mib'] / 1024:,.1f} of {last['total_mib'] / 1024:,.1f} GiB of memory in "
+            f"use at the end; {last['replays']:,} of {last['steps']:,} steps replayed "
+            f"{last['graphs']:,} captured graphs"
+        )
+        facts.append((f"GPU {name}".strip(), told))
+    return facts
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -118,6 +118,9 @@ def record_of(
         "tasks": tasks,
         "processors": sorted({f"{p['device']}: {p['processor']}" for p in every}),
         "engines": len({pulse["engine"] for pulse in every}),
+        "first_row_secs": sorted(
+            {p["engine"]: secs for p in every if (secs := p["first_row_secs"]) is not None}.values()
+        ),
         "timelines": [timeline(own) for own in pulses],
     }
 

@@ -38,22 +38,28 @@ def logged(part: str) -> Iterator[None]:
 class FirstRow:
     """A callback for each row, which logs when the first of them has come."""
 
-    def __init__(self, callback: Callable[[Count], None]) -> None:
+    def __init__(
+        self, callback: Callable[[Count], None], note: Callable[[float], None] = lambda _: None
+    ) -> None:
         """Begin to wait.
 
         Args:
             callback: What else there is to do with each row; threads may call it at once.
+            note: Told once how many seconds old this process was at the first row.
         """
         self._callback = callback
+        self._note = note
         self._began = time.monotonic()
         self._is_first = threading.Lock()
 
     def __call__(self, count: Count) -> None:
         """Take a row."""
         if self._is_first.acquire(blocking=False):
+            age = time.time() - psutil.Process().create_time()
             LOGGER.info(
                 "start: first row %.1f s after the model was there, %.1f s after the process began",
                 time.monotonic() - self._began,
-                time.time() - psutil.Process().create_time(),
+                age,
             )
+            self._note(round(age, 1))
         self._callback(count)

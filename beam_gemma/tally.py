@@ -17,7 +17,7 @@ class Tally:
     def take(self) -> dict[str, int]:
         """Return the counts since this was last called, without those that are zero."""
         with self._lock:
-            totals = _counts(self._engine.stats)
+            totals = _counts(self._engine.stats) + self._engine.pulse.counts()
             new = totals - self._taken
             self._taken = totals
         return dict(new)

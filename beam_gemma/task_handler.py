@@ -20,7 +20,7 @@ from beam_gemma.keys import KEY_BYTES
 from beam_gemma.model_folder import open_description, open_model
 from beam_gemma.progress import METRICS_NAMESPACE
 from beam_gemma.prompt_encoder import Row
-from beam_gemma.pulse import with_pulse
+from beam_gemma.pulse import used_mib, with_pulse
 from beam_gemma.run_record import task_name
 from beam_gemma.session import require_device
 from beam_gemma.signature import Device, Head
@@ -187,6 +187,8 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
                 "are lost unless the runner retries their bundle"
             ) from error
         self._report(results, counts)
+        if (memory := used_mib(pulse)) is not None:
+            Metrics.distribution(METRICS_NAMESPACE, "gpu_used_mib").update(memory)
         remaining = iter(results)
         inferences = [self._inference(example, remaining) for example in batch]
         if inferences and isinstance(inferences[-1], pa.RecordBatch):

@@ -180,15 +180,17 @@ def test_samples_of_the_engine():
     generate([{"text": "a"}, {"text": "b"}, {"text": "c"}])
     samples = generate.take_pulse()["samples"]
     # Tokens of prompts, computed and cached, of completions, and slots of decode steps: used, all.
-    assert [samples[0][1:], samples[-1][1:]] == [(0, 0, 0, 0, 0), (3 * 2, 0, 12, 9, 12)]
+    assert [samples[0][1:6], samples[-1][1:6]] == [(0, 0, 0, 0, 0), (3 * 2, 0, 12, 9, 12)]
 
 
 def test_every_count_of_the_engine_is_given_once():
     generate = fake_generator(settings_of(4), max_num_seqs=2)
     assert generate.take_counts() == {}
     generate([{"text": "a"}, {"text": "b"}, {"text": "c"}])
+    counts = generate.take_counts()
+    assert 0 < counts.pop("used_cache") < counts.pop("cache")
     # The first token of each row is its prefill step's; the third row waits for the others.
-    assert generate.take_counts() == {
+    assert counts == {
         "decode_rows": 9, "decode_slots": 12, "backlog_decode_rows": 6, "backlog_decode_slots": 6
     }  # fmt: skip
     assert generate.take_counts() == {}

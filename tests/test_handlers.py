@@ -201,5 +201,6 @@ def test_metrics_count_rows_and_tokens():
     assert counters["completion_tokens"] == 6
     assert counters["decode_rows"] == 4
     assert counters["decode_slots"] == 2 * 64
+    assert 0 < counters["used_cache"] < counters["cache"]
     distributions = {m.key.metric.name: m.result for m in metrics["distributions"]}
     assert distributions["num_prompt_tokens"].sum == counters["prompt_tokens"] > 0

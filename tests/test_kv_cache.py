@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beam_gemma.kv_cache import KVCache
 from beam_gemma.prefix import PrefixChain
-from beam_gemma.signature import CONTEXT_ALIGNMENT
+from beam_gemma.signature import CONTEXT_ALIGNMENT, PagedState
 from tests.caches import BLOCK, GROUPS, admit, make_cache
+from tests.fakes import fake_signature
 
 
 class Row:
@@ -302,3 +304,23 @@ def test_a_window_moves_by_blocks_on_cuda_and_leaves_zeros():
     cache.extend(slot, 295, 1)  # reaches back to 256
     assert cache.block_table("sliding")[slot, :19].tolist() == [0] * 16 + before[16:]
     assert cache.context_starts("sliding")[slot] == 0
+
+
+def test_use_counts_blocks_of_each_layer_that_are_held():
+    states = (
+        PagedState(group="full", layers=(2, 5), num_key_value_heads=1, head_dim=8),
+        PagedState(
+            group="sliding", layers=(0, 1, 3), num_key_value_heads=1, head_dim=8, sliding_window=40
+        ),
+    )
+    cache = KVCache(
+        fake_signature(states=states),
+        num_blocks={"full": 11, "sliding": 21},
+        max_num_seqs=4,
+        max_num_batched_tokens=300,
+    )
+    assert cache.use == (0, 2 * 10 + 3 * 20)
+    slot = admit(cache, 40, 40)
+    assert cache.use == (2 * 3 + 3 * 3, 80)
+    cache.release(slot, num_computed_tokens=40)
+    assert cache.use == (0, 80)

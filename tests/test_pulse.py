@@ -11,16 +11,22 @@ from hypothesis import strategies as st
 
 from beam_gemma.pulse import (
     COLUMNS,
+    GPU_SECS,
     MAX_STEPS,
+    DeviceStats,
     Pulse,
     Work,
     processor_of,
     pulse_of,
     timeline,
+    used_mib,
     with_pulse,
 )
 
-STEP = Work(prompt_tokens=1, cached_tokens=5, completion_tokens=2, used_slots=3, slots=4)
+STEP = Work(
+    prompt_tokens=1, cached_tokens=5, completion_tokens=2, used_slots=3, slots=4,
+    used_cache=6, cache=7,
+)  # fmt: skip
 DAY = 86_400
 
 
@@ -38,7 +44,15 @@ def clock():
 
 
 def engine(name, *samples):
+    width = 1 + len(COLUMNS)
+    samples = [(*sample, *[0] * (width - len(sample))) for sample in samples]
     return {"engine": name, "device": "cpu", "processor": "x", "samples": samples}
+
+
+def of_gpu(name, *samples):
+    """An engine whose samples are a time, then (busy, steps, replays, graphs, used, total)."""
+    padding = [0] * (len(COLUMNS) - 6)
+    return engine(name, *((now, *padding, *stats) for now, *stats in samples))
 
 
 def test_one_sample_a_second(clock):
@@ -48,9 +62,9 @@ def test_one_sample_a_second(clock):
         pulse.add(STEP)
     samples = pulse.take()["samples"]
     start = samples[0][0]
-    assert samples[0][1:] == (0, 0, 0, 0, 0)
+    assert samples[0][1:] == (0,) * len(COLUMNS)
     assert [round(s[0] - start) for s in samples[1:-1]] == list(range(1, 11))
-    assert samples[-1][1:] == (83, 415, 166, 249, 332)
+    assert samples[-1][1:8] == (83, 415, 166, 249, 332, 498, 581)
     assert samples[-1][0] - start == pytest.approx(10.375)
 
 
@@ -87,7 +101,7 @@ def test_a_timeline_holds_every_step(clock):
     line = timeline([pulse.take()])
     assert len(line["seconds"]) == MAX_STEPS + 1
     assert line["seconds"][-1] == pytest.approx(2000, abs=0.01)
-    assert [line[name][-1] for name in COLUMNS] == [2000, 10_000, 4000, 6000, 8000]
+    assert [line[name][-1] for name in COLUMNS[:5]] == [2000, 10_000, 4000, 6000, 8000]
     assert line["slots"][MAX_STEPS // 2] == pytest.approx(4000, rel=0.02)
 
 
@@ -129,7 +143,7 @@ def test_lost_and_shuffled_samples_leave_the_totals(engines, rng):
 
 
 def test_no_samples():
-    assert set(timeline([])) == {"seconds", *COLUMNS}
+    assert set(timeline([])) == {"seconds", *COLUMNS, GPU_SECS}
     assert timeline([])["seconds"] == []
 
 
@@ -151,3 +165,56 @@ def test_samples_travel_with_a_batch(clock):
 def test_names_of_processors():
     assert processor_of("cpu").endswith(" cores")
     assert processor_of("cuda")
+
+
+def test_samples_hold_what_the_device_says(clock):
+    told = iter(DeviceStats(busy_secs=0.25 * n, steps=n, used_mib=9) for n in range(1, 10))
+    pulse = Pulse("cuda", stats=lambda: next(told), clock=clock)
+    for _ in range(4):
+        clock.now += 0.5
+        pulse.add(STEP)
+    # Whoever takes samples is in another thread, and does not ask the device.
+    assert [s[8:] for s in pulse.take()["samples"]] == [
+        (0.0, 0, 0, 0, 0, 0),
+        (0.5, 2, 0, 0, 9, 0),
+        (1.0, 4, 0, 0, 9, 0),
+        (1.0, 4, 0, 0, 9, 0),
+    ]
+    assert pulse.counts() == {
+        "used_cache": 24, "cache": 28, "gpu_busy_ms": 1000, "gpu_steps": 4, "gpu_replays": 0
+    }  # fmt: skip
+
+
+def test_memory_is_that_of_the_last_sample():
+    pulse = of_gpu("a", (10.0, 0, 0, 0, 0, 0, 0), (12.0, 1.5, 20, 10, 2, 30, 80))
+    assert used_mib(pulse) == 30
+    assert used_mib(engine("c", (10.0, 0))) is None
+
+
+def test_gpus_add_up_on_one_timeline():
+    """Each counts for the time that it had an engine; a CPU counts for nothing."""
+    line = timeline(
+        [
+            of_gpu("a", (10.0, 0, 0, 0, 0, 0, 0), (12.0, 1.5, 20, 10, 2, 30, 80)),
+            of_gpu("b", (11.0, 0, 0, 0, 0, 0, 0), (14.0, 3.0, 30, 30, 1, 50, 80)),
+            engine("c", (10.0, 0), (14.0, 9)),
+        ]
+    )
+    assert line["seconds"] == [0, 1, 2, 3, 4]
+    assert line["gpu_secs"] == [0, 1, 3, 4, 5]
+    assert line["busy_secs"] == [0, 0.75, 2.5, 3.5, 4.5]
+    assert line["steps"] == [0, 10, 30, 40, 50]
+    assert line["replays"] == [0, 5, 20, 30, 40]
+    assert [line[name][-1] for name in ("graphs", "used_mib", "total_mib")] == [3, 80, 160]
+
+
+def test_without_a_gpu_there_is_no_time_of_gpus():
+    line = timeline([engine("c", (10.0, 0), (14.0, 9))])
+    assert line["gpu_secs"] == [0, 0, 0, 0, 0]
+
+
+def test_the_first_row_is_noted(clock):
+    pulse = Pulse("cpu", clock=clock)
+    assert pulse.take()["first_row_secs"] is None
+    pulse.note_first_row(7.5)
+    assert [pulse.take()["first_row_secs"] for _ in range(2)] == [7.5, 7.5]

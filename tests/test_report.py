@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_gemma.pulse import COLUMNS, timeline
+from beam_gemma.pulse import COLUMNS, GPU_SECS, timeline
 from beam_gemma.report import MAX_BINS, bins_of, render
 from beam_gemma.summary import Summary, length_bin
 
@@ -66,6 +66,7 @@ RECORD = {
         }
     ],
 }
+FIGURES = (*COLUMNS, GPU_SECS)
 VOID = {"meta", "br", "rect", "line", "polygon", "polyline"}
 
 
@@ -182,7 +183,7 @@ def test_a_run_without_an_engine_has_no_charts_of_time():
 
 @pytest.mark.parametrize("seconds", [[0.0, 0.0], [0.0, 1.0]])
 def test_a_moment(seconds):
-    record = changed(timelines=[{"seconds": seconds, **{name: [3, 5] for name in COLUMNS}}])
+    record = changed(timelines=[{"seconds": seconds, **{name: [3, 5] for name in FIGURES}}])
     assert "tokens computed per second" in text_of(record)
 
 
@@ -203,3 +204,61 @@ def test_the_last_bin_takes_what_is_far_out():
     assert "last bar: ≥ 11" in render(
         changed(tasks=[task("embed", Summary(prompt_lengths=Counter({10: 500, 11: 500, 9000: 3})))])
     )
+
+
+GPU_LINE = {
+    "used_cache": [0, 30, 130],
+    "cache": [0, 100, 300],
+    "busy_secs": [0.0, 0.5, 1.4],
+    "gpu_secs": [0.0, 1.0, 2.0],
+    "steps": [0, 10, 1110],
+    "replays": [0, 0, 1000],
+    "graphs": [0, 1, 2],
+    "used_mib": [0, 20_480, 30_720],
+    "total_mib": [0, 40_960, 40_960],
+}
+
+
+def heights_of(record):
+    """The values of each chart over time, by its title, from the height of its line."""
+    charts = re.findall(r"<h3>([^<]*)</h3>(<svg.*?</svg>)", render(record))
+    found = {}
+    for title, svg in charts:
+        if line := re.search(r'polyline class="line" points="([^"]*)"', svg):
+            points = line[1].split()
+            found[title] = [round(100 * (124 - float(p.split(",")[1])) / 114) for p in points[::2]]
+    return found
+
+
+def test_a_gpu_shows_its_figures():
+    (line,) = RECORD["timelines"]
+    record = changed(timelines=[line | GPU_LINE], first_row_secs=[12.5, 70.0])
+    text = text_of(record)
+    assert (
+        "GPU busy 70.0 % of the time; 30.0 of 40.0 GiB of memory in use at the end; "
+        "1,000 of 1,110 steps replayed 2 captured graphs"
+    ) in text
+    assert "process start to first row 12.5 to 1 min 10 s" in text
+    heights = heights_of(record)
+    assert heights["Cache in use, percent"] == [30, 50]
+    assert heights["GPU busy, percent of the time"] == [50, 90]
+    assert heights["GPU steps that replayed a captured graph, percent"] == [0, 91]
+    assert heights["GPU memory in use, percent"] == [50, 75]
+
+
+def test_without_a_gpu_there_is_nothing_of_it():
+    (line,) = RECORD["timelines"]
+    zeros = {name: [0, 0, 0] for name in GPU_LINE}
+    cache = {name: GPU_LINE[name] for name in ("used_cache", "cache")}
+    text = text_of(changed(timelines=[line | zeros | cache], first_row_secs=[3.1]))
+    assert "GPU" not in text
+    assert "Cache in use" in text
+    assert "process start to first row 3.1 s" in text
+
+
+def test_each_task_has_its_gpu():
+    (line,) = RECORD["timelines"]
+    tasks = [task("generate", SUMMARY, "a_"), task("classify", SUMMARY, "b_")]
+    text = text_of(changed(tasks=tasks, timelines=[line, line | GPU_LINE]))
+    assert "GPU classify b_… busy 70.0 %" in text
+    assert text.count("GPU busy, percent of the time") == 1

@@ -8,6 +8,7 @@ import pytest
 
 from beam_gemma.generate import GenerateSettings
 from beam_gemma.policy import ModerateSettings, Policy
+from beam_gemma.pulse import COLUMNS
 from beam_gemma.questions import ClassifySettings, Shot
 from beam_gemma.run_record import facts_of, record_of, task_name
 from beam_gemma.sampling import SamplingParams
@@ -35,8 +36,14 @@ def facts(tiny_gemma3):
     return make
 
 
-def pulse(engine, *samples):
-    return {"engine": engine, "device": "cpu", "processor": "abacus", "samples": samples}
+def pulse(engine, *samples, first_row_secs=None):
+    return {
+        "engine": engine,
+        "device": "cpu",
+        "processor": "abacus",
+        "first_row_secs": first_row_secs,
+        "samples": [(*s, *[0] * (1 + len(COLUMNS) - len(s))) for s in samples],
+    }
 
 
 def told(tag, **what):
@@ -69,9 +76,11 @@ def test_what_came_of_it(facts):
     summaries = [Summary(rows=7, failed=1, reasons=Counter(no=1))]
     ledger = [
         told(0, counts={"requests": 3, "duplicate_rows": 1, "resumed_rows": 0}),
-        told(0, pulse=pulse("a", (0.0, 0, 0, 0, 0, 0), (2.0, 9, 0, 4, 0, 0))),
+        told(0, pulse=pulse("a", (0.0, 0, 0, 0, 0, 0), first_row_secs=None)),
+        told(0, pulse=pulse("a", (2.0, 9, 0, 4, 0, 0), first_row_secs=8.5)),
+        told(0, pulse=pulse("a", (2.0, 9, 0, 4, 0, 0), first_row_secs=8.5)),
         told(0, counts={"requests": 2, "duplicate_rows": 0, "resumed_rows": 1}),
-        told(0, pulse=pulse("b", (1.0, 0, 0, 0, 0, 0), (2.0, 1, 0, 1, 0, 0))),
+        told(0, pulse=pulse("b", (1.0, 0, 0, 0, 0, 0), (2.0, 1, 0, 1, 0, 0), first_row_secs=3.5)),
     ]
     record = record_of(
         facts(GENERATE), num_shards=2, prefixes=[""], summaries=summaries, ledger=ledger
@@ -82,6 +91,7 @@ def test_what_came_of_it(facts):
     (task,) = record["tasks"]
     assert (task["requests"], task["duplicate_rows"], task["resumed_rows"]) == (5, 1, 1)
     assert (record["processors"], record["engines"]) == (["cpu: abacus"], 2)
+    assert record["first_row_secs"] == [3.5, 8.5]
     assert [line["completion_tokens"] for line in record["timelines"]] == [[0, 2, 5]]
     assert Summary.from_dict(task["results"]) == summaries[0]
 
