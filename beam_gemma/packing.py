@@ -20,6 +20,8 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
         "past_seqlens": layout.past_seqlens,
         **(_targets(step, layout) if signature.head == "score" else _last_tokens(step, layout)),
     }
+    if signature.chooses:
+        feeds |= _choices(len(layout.input_ids), len(feeds["logit_rows"]))
     for state in signature.paged_states:
         feeds |= _tables(layout, signature, cache, state)
     if signature.has_recurrent_state:
@@ -75,6 +77,19 @@ def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
     return {
         "logit_rows": layout.cu_seqlens[1:][done].astype(np.int64) - 1,
         "probability_rows": np.flatnonzero(wanted[done]),
+    }
+
+
+def _choices(num_tokens: int, num_rows: int) -> dict[str, np.ndarray]:
+    """Return what lets the graph choose: here the most likely tokens, which nobody reads."""
+    return {
+        "token_slots": np.full(num_tokens, -1, np.int32),
+        "logit_slots": np.zeros(num_rows, np.int32),
+        "temperatures": np.zeros(num_rows, np.float32),
+        "uniforms": np.zeros(num_rows, np.float32),
+        "top_ks": np.ones(num_rows, np.int32),
+        "top_ps": np.ones(num_rows, np.float32),
+        "full_rows": np.zeros(0, np.int64),
     }
 
 

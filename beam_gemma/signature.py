@@ -4,9 +4,10 @@ A graph computes one *ragged step*: the new tokens of many sequences, packed wit
 module names every input and output, with dtype and symbolic shape, for each device, so that neither
 the exporter nor the engine writes a name as a literal.
 
-Dimensions: B sequences of the step, T new tokens, R packed positions that need a head,
-Y targets, V vocabulary, D hidden, K key-value heads, H head dimension, P cache blocks, M blocks in
-a table row, S state slots, E positions with given embeddings, W width of an embedding.
+Dimensions: B sequences of the step, T new tokens, R packed positions that need a head, Q of these
+that need a probability, F of these that need the whole distribution, Y targets, V vocabulary,
+D hidden, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
+sequences, E positions with given embeddings, W width of an embedding.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -54,8 +55,25 @@ Head `embed`: no state, since every text is computed whole in one step
     first_state [B, D] float32     output, of each sequence's first token: with two-sided attention
                                    it follows from all tokens, else from itself alone
 
-CUDA decoders also take attention_metadata [3] int32 in host memory: upper bounds that let kernels
-be chosen without waiting for the stream.
+CUDA decoders also take
+    position_ids [T]               always, so that no position is computed on the device
+    attention_metadata [3] int32   in host memory: upper bounds that let kernels be chosen without
+                                   waiting for the stream
+
+and with the head `generate` they choose the next tokens themselves, so that a step can follow
+another before the host has seen what it chose:
+    token_slots [T] int32          where a token lies in `next_ids`; -1: it is that of `input_ids`
+    logit_slots [R] int32          where in `next_ids` a row's token goes
+    temperatures [R] float32       0 takes the most likely token
+    uniforms [R] float32           a number in [0, 1) for the row's draw
+    top_ks [R] int32               1 to 64 candidates to draw from; any with temperature 0
+    top_ps [R] float32             the share of their probability to draw from
+    full_rows [F] int64            of these R rows, those whose whole distribution is fetched:
+                                   `logits` is [F, V] there
+    next_ids [S] int64             state: the last token that was chosen for each slot
+    chosen_ids [R] int64, chosen_logits [R] float32    output: what `sampling.sample` would choose
+    top_logits [R] float32         output, of the most likely token; NaN where the row's hidden
+                                   state is not finite
 """
 
 import math
@@ -63,7 +81,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from beam_gemma.config import FULL, SLIDING, GemmaConfig
 from beam_gemma.errors import ArtifactError
 
 Device = Literal["cpu", "cuda"]
@@ -71,8 +88,6 @@ Head = Literal["generate", "score", "embed"]
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
 """The head of each task."""
-BLOCK_SIZE = {"cpu": 16, "cuda": 16}
-"""Tokens of one cache block."""
 CONTEXT_ALIGNMENT = 64
 """CPU: tables start and end at multiples of this many tokens.
 
@@ -83,6 +98,8 @@ MAX_HEAD_DIM = 256
 """CPU: most channels that one query-key product sums in one go, for the same reason."""
 QUERY_TILE = 64
 """CPU: most new tokens of one sequence that attend together; attention pads only to whole tiles."""
+PREFILL_ROWS = 64
+"""CUDA: rows of a prefill step that reach the head, hence the most sequences it can end with."""
 TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
 OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "position_ids")
@@ -192,6 +209,11 @@ class Signature:
         """Whether each running sequence needs a state slot."""
         return any(isinstance(s, RecurrentState) for s in self.states)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the graph chooses next tokens, and keeps them for the step that follows."""
+        return self.device == "cuda" and self.head == "generate"
+
     def takes_context_starts(self, state: PagedState) -> bool:
         """Return whether the graph is told where a group's tables start."""
         return self.device == "cpu" and state.sliding_window is not None
@@ -223,6 +245,8 @@ class Signature:
                 Tensor(name=f"block_table.{CROSS}", dtype="int32", shape=("B", f"M_{CROSS}")),
                 Tensor(name="source_seqlens", dtype="int32", shape=("B",)),
             ]
+        if self.chooses:
+            tensors += _CHOICE_INPUTS
         tensors += self._optional_tensors()
         if self.device == "cuda" and self.paged_states:
             tensors.append(Tensor(name="attention_metadata", dtype="int32", shape=(3,)))
@@ -240,6 +264,12 @@ class Signature:
                 ]
             else:
                 tensors += self._cache_tensors(state)
+        if self.chooses:
+            tensors.append(
+                StateTensor(
+                    input_name="next_ids", output_name="next_ids_out", dtype="int64", shape=("S",)
+                )
+            )
         return tuple(tensors)
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -255,12 +285,17 @@ class Signature:
                 Tensor(name="top_logits", dtype="float32", shape=("Q",)),
                 Tensor(name="top_probability", dtype="float32", shape=("Q",)),
             )
-        return (
+        tensors = (
             Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
             Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
             Tensor(name="top_probability", dtype="float32", shape=("Q",)),
-            Tensor(name="logits", dtype="float32", shape=("R", self.vocab_size)),
+            Tensor(
+                name="logits",
+                dtype="float32",
+                shape=("F" if self.chooses else "R", self.vocab_size),
+            ),
         )
+        return (*tensors, *_CHOICE_OUTPUTS) if self.chooses else tensors
 
     @property
     def candidates(self) -> int:
@@ -318,61 +353,35 @@ class Signature:
         ]
 
 
-def decoder_signature(
-    config: GemmaConfig, *, device: Device, dtype: str, head: Head = "generate"
-) -> Signature:
-    """Return the signature of a text decoder: one group of paged layers for each layer type."""
-    _check_head_dim(config, device)
-    states = tuple(
-        PagedState(
-            group=group,
-            layers=config.layers_of(group),
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            sliding_window=config.window(group),
-        )
-        for group in (FULL, SLIDING)
-        if config.layers_of(group)
-    )
-    return Signature(
-        head=head,
-        device=device,
-        dtype=dtype,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        max_model_len=config.max_position_embeddings,
-        states=states,
-        block_size=BLOCK_SIZE[device],
-    )
+_CHOICE_INPUTS = (
+    Tensor(name="token_slots", dtype="int32", shape=("T",)),
+    Tensor(name="logit_slots", dtype="int32", shape=("R",)),
+    Tensor(name="temperatures", dtype="float32", shape=("R",)),
+    Tensor(name="uniforms", dtype="float32", shape=("R",)),
+    Tensor(name="top_ks", dtype="int32", shape=("R",)),
+    Tensor(name="top_ps", dtype="float32", shape=("R",)),
+    Tensor(name="full_rows", dtype="int64", shape=("F",)),
+)
+_CHOICE_OUTPUTS = (
+    Tensor(name="chosen_ids", dtype="int64", shape=("R",)),
+    Tensor(name="chosen_logits", dtype="float32", shape=("R",)),
+    Tensor(name="top_logits", dtype="float32", shape=("R",)),
+)
 
 
-def encoder_signature(
-    config: GemmaConfig, *, device: Device, dtype: str, embedding_size: int, max_model_len: int
-) -> Signature:
-    """Return the signature of a model that gives one embedding for each text."""
-    _check_head_dim(config, device)
-    return Signature(
-        head="embed",
-        device=device,
-        dtype=dtype,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        max_model_len=max_model_len,
-        states=(),
-        embedding_size=embedding_size,
-    )
+def block_size_for(device: Device, head_dim: int) -> int:
+    """Return the tokens of one cache block.
+
+    On CUDA the fast kernels take only multiples of so many, the more the narrower the heads.
+    """
+    if device == "cpu":
+        return 16
+    return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Return how many cache blocks hold so many tokens."""
     return math.ceil(num_tokens / block_size)
-
-
-def _check_head_dim(config: GemmaConfig, device: Device) -> None:
-    if device == "cpu" and config.head_dim > MAX_HEAD_DIM:
-        raise ArtifactError(
-            f"head_dim: expected at most {MAX_HEAD_DIM} on the CPU, got {config.head_dim}"
-        )
 
 
 def _state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from beam_gemma.signature import Signature
+from beam_gemma.signature import Device, Signature
 
 Named = dict[str, Tensor]
 
@@ -20,33 +20,35 @@ def generate_head(logits: Tensor, probability_rows: Tensor, signature: Signature
     return {
         "topk_logits": top.values,
         "topk_ids": top.indices,
-        "top_probability": top_probability(logits.index_select(0, probability_rows)),
+        "top_probability": top_probability(logits.index_select(0, probability_rows), "cpu"),
         "logits": logits,
     }
 
 
-def score_head(target_logits: Tensor, logits: Tensor) -> Named:
+def score_head(target_logits: Tensor, logits: Tensor, device: Device) -> Named:
     """Return the outputs of the `score` head for target_logits [Y] and logits [Q, V]."""
     return {
         "target_logits": target_logits,
         "top_logits": logits.amax(dim=1),
-        "top_probability": top_probability(logits),
+        "top_probability": top_probability(logits, device),
     }
 
 
-def top_probability(logits: Tensor) -> Tensor:
+def top_probability(logits: Tensor, device: Device) -> Tensor:
     """Return the largest probability of each row of logits [Q, V], as [Q].
 
     Taken in two levels of about sqrt(V) terms: one pass over 262,144 float32 terms is off by 6e-5.
-    Of exponentials and sums in ONNX Runtime, only those of a softmax over whole rows and of a
-    product with more than one row are the same bits in every batch.
+    Of exponentials and sums in ONNX Runtime on the CPU, only those of a softmax over whole rows and
+    of a product with more than one row are the same bits in every batch.
     """
-    rows, vocab = logits.shape
+    vocab = logits.shape[1]
     outer = next(n for n in range(math.isqrt(vocab), 0, -1) if vocab % n == 0)
-    parts = logits.reshape(rows * outer, vocab // outer)
+    parts = logits.reshape(-1, vocab // outer)
     # A softmax's largest weight is 1 / sum(exp(x - max(x))).
-    sums = torch.softmax(parts, dim=1).amax(dim=1).reciprocal().view(rows, outer)
-    shares = torch.softmax(parts.amax(dim=1).view(rows, outer), dim=1)
+    sums = torch.softmax(parts, dim=1).amax(dim=1).reciprocal().view(-1, outer)
+    shares = torch.softmax(parts.amax(dim=1).view(-1, outer), dim=1)
+    if device == "cuda":
+        return shares.amax(dim=1) / (shares * sums).sum(dim=1)
     ones = torch.ones(outer, 2, dtype=logits.dtype)
     total = torch.cat([shares * sums] * 2) @ ones
-    return shares.amax(dim=1) / total[:rows, 0]
+    return shares.amax(dim=1) / total[: logits.shape[0], 0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from beam_gemma.config import GemmaConfig
 from beam_gemma.signature import Signature
+from export.choice import choosing_head
 from export.heads import Named, generate_head, score_head
 from export.ops import NO_WINDOW, ragged_attention, rms_norm
 
@@ -181,11 +182,14 @@ class GemmaDecoder(GemmaLayers):
         Returns:
             `Signature.outputs` by name, and the updated state by input name.
         """
-        positions = sequence_positions(step)
+        positions = step["position_ids"] if "position_ids" in step else sequence_positions(step)
         new_state = dict(state)
         attend = partial(self._attend, step, positions.to(torch.int32), new_state)
+        if self.signature.chooses:
+            step = step | {"input_ids": _token_ids(step, state["next_ids"])}
         x = self.residual(step, positions, attend)
-        return self._head(self.norm(x.index_select(0, step["logit_rows"])), step), new_state
+        rows = self.norm(x.index_select(0, step["logit_rows"]))
+        return self._head(rows, step, new_state), new_state
 
     def _attend(
         self, step: Named, last_keys: Tensor, state: Named, layer: int, *rows: Tensor
@@ -214,23 +218,59 @@ class GemmaDecoder(GemmaLayers):
         state.update(zip(names, caches, strict=True))
         return output
 
-    def _head(self, rows: Tensor, step: Named) -> Named:
-        """Return the outputs for normalized rows [R, D]."""
+    def _head(self, rows: Tensor, step: Named, state: Named) -> Named:
+        """Return the outputs for normalized rows [R, D]; what was chosen goes to the state."""
+        signature = self.signature
         weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
-        if self.signature.head == "generate":
-            logits = self._softcapped(nn.functional.linear(rows, weight))
-            return generate_head(logits, probability_rows, self.signature)
+        poison = torch.zeros(())
+        if signature.device == "cuda":
+            rows, poison = _split_poison(rows)
+        if signature.head == "score":
+            return self._scores(rows, poison, step)
+        logits = nn.functional.linear(rows, weight)
+        if not signature.chooses:
+            return generate_head(self._softcapped(logits), probability_rows, signature)
+        outputs, state["next_ids"] = choosing_head(
+            logits, poison, self._softcapped, step, state["next_ids"], signature
+        )
+        return outputs
+
+    def _scores(self, rows: Tensor, poison: Tensor, step: Named) -> Named:
+        """Return the outputs of the `score` head for normalized rows [R, D] and poison [R]."""
+        weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
         # One product for each target, so that no other column of the vocabulary is computed.
         targets = rows.index_select(0, step["target_rows"])[:, None, :]
         products = targets @ weight.index_select(0, step["target_ids"])[:, :, None]
         logits = nn.functional.linear(rows.index_select(0, probability_rows), weight)
-        return score_head(self._softcapped(products[:, 0, 0]), self._softcapped(logits))
+        target_logits = self._softcapped(products[:, 0, 0])
+        outputs = score_head(target_logits, self._softcapped(logits), self.signature.device)
+        if self.signature.device == "cuda":
+            outputs["top_logits"] += poison.index_select(0, probability_rows)
+            outputs["target_logits"] += poison.index_select(0, step["target_rows"])
+        return outputs
 
     def _softcapped(self, logits: Tensor) -> Tensor:
         """Return logits in float32 or wider, capped where the model does so."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_logit_softcapping
         return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def _token_ids(step: Named, next_ids: Tensor) -> Tensor:
+    """Return the packed tokens [T]: given ones, and those that the step before has chosen."""
+    slots = step["token_slots"]
+    chosen = next_ids.index_select(0, slots.clamp(min=0))
+    return torch.where(slots >= 0, chosen, step["input_ids"])
+
+
+def _split_poison(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows [R, D] with zeros for those that are not finite, and [R], NaN for those.
+
+    So no kernel sorts NaN, and no product with others' rows meets one.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    poison = (wide - wide).sum(dim=1)
+    return torch.where(poison.isnan()[:, None], 0.0, rows), poison
 
 
 def sequence_positions(step: Named) -> Tensor:

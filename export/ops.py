@@ -13,13 +13,15 @@ g = n // (N / K):
 
     reach  = q - back <= k <= q + ahead                within the sequence of q
 
+`column_maxima` is the maximum of each column, over the parts that rows are cut into.
+
 `packed_sum` adds up the rows of each sequence.
 
 `rms_norm` is x / sqrt(mean(x^2) + epsilon) * weight in float32; the weight is the effective one,
 1 + w where a checkpoint stores w.
 
 Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head dimension, P cache
-blocks, M blocks in a table row, D hidden.
+blocks, M blocks in a table row, D hidden, R rows, V vocabulary, U columns.
 """
 
 import itertools
@@ -153,6 +155,17 @@ def packed_sum(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
 @packed_sum.register_fake
 def _(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # noqa: ARG001
     return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
+
+
+@torch.library.custom_op("beam_gemma::column_maxima", mutates_args=())
+def column_maxima(x: Tensor, parts: int) -> Tensor:
+    """Return [R, U], the maximum over the parts, of x [R, V] in parts of U columns."""
+    return x.view(x.shape[0], parts, -1).amax(dim=1)
+
+
+@column_maxima.register_fake
+def _(x: Tensor, parts: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // parts)
 
 
 def _slots(blocks: Tensor, block_size: int) -> Tensor:

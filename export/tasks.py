@@ -11,12 +11,11 @@ from beam_gemma.signature import (
     HEADS,
     Device,
     Signature,
-    decoder_signature,
-    encoder_signature,
 )
 from export.encoder import GemmaEncoder
 from export.model import GemmaDecoder
 from export.sentence_folder import MODULES
+from export.signatures import decoder_signature, encoder_signature
 from export.tensors import Checkpoint
 
 LONGEST_TEXT = 8192

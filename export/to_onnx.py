@@ -170,6 +170,7 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         ),
         torch.ops.beam_gemma.packed_attention.default: _packed_attention,
         torch.ops.beam_gemma.packed_sum.default: _packed_sum,
+        torch.ops.beam_gemma.column_maxima.default: _column_maxima,
         torch.ops.beam_gemma.rms_norm.default: _rms_norm,
         torch.ops.aten.linear.default: _linear,
     }
@@ -261,6 +262,10 @@ def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
         longest = math.ceil(longest / SUM_CHUNK)
         if longest == 1:
             return x
+
+
+def _column_maxima(x, parts: int):  # type: ignore[no-untyped-def]
+    return op.Max(*op.Split(x, axis=1, num_outputs=parts))
 
 
 def _rms_norm(x, weight, epsilon: float):  # type: ignore[no-untyped-def]

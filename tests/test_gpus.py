@@ -6,9 +6,10 @@ import pytest
 
 from beam_gemma.machines import GPUS
 from beam_gemma.session import block_bytes
-from beam_gemma.signature import PagedState, decoder_signature
+from beam_gemma.signature import PagedState
 from benchmarks import gpus
 from export.published import SIZES
+from export.signatures import decoder_signature
 
 PAGE = (Path(__file__).parent.parent / "docs/dataflow.md").read_text()
 BY_NAME = {size.name: size for size in SIZES}

@@ -10,8 +10,9 @@ from beam_gemma.signature import (
     PagedState,
     RecurrentState,
     Signature,
-    decoder_signature,
+    block_size_for,
 )
+from export.signatures import decoder_signature
 from tests.conftest import TinyModel
 
 PAGED = PagedState(
@@ -62,8 +63,18 @@ def test_the_device_decides_layout_and_bounds() -> None:
     cuda = dataclasses.replace(EVERYTHING, device="cuda", dtype="bfloat16")
     assert "attention_metadata" in names(cuda)
     assert "context_starts.sliding_attention" not in names(cuda)
+    assert cuda.chooses
+    assert {"token_slots", "logit_slots", "full_rows"} <= set(names(cuda)) - set(names(EVERYTHING))
+    assert cuda.state_tensors()[-1].input_name == "next_ids"
+    assert not dataclasses.replace(cuda, head="score").chooses
     assert PAGED.shape("cuda", 16) == ("P_sliding_attention", 16, 4, 256)
     assert PAGED.shape("cpu", 16) == (4, "P_sliding_attention", 16, 256)
+
+
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 256), (128, 128), (256, 64)])
+def test_blocks_are_as_large_as_the_fast_kernels_want(head_dim: int, tokens: int) -> None:
+    assert block_size_for("cuda", head_dim) == tokens
+    assert block_size_for("cpu", head_dim) == 16
 
 
 def test_the_manifest_form_says_everything() -> None:

@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from beam_gemma.artifact import MANIFEST, Artifact
-from beam_gemma.signature import decoder_signature
 from export.__main__ import export, main
+from export.signatures import decoder_signature
 from export.weights import inverse_frequencies
 from tests.conftest import TinyModel
 from tests.reference import save_checkpoint, tiny_model

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from beam_gemma.session import Capacity, Session
-from beam_gemma.signature import Device, decoder_signature
+from beam_gemma.signature import Device
 from export.model import GemmaDecoder
+from export.signatures import decoder_signature
 from export.weights import inverse_frequencies
 from tests.conftest import SEQUENCE_LENGTHS, TinyModel
 from tests.ragged import Feeder, Feeds, run_schedule, schedules
