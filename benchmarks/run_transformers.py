@@ -26,7 +26,7 @@ class Clock(transformers.StoppingCriteria):
         """Note the time."""
         del scores
         self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def run(job: Job) -> Run:
@@ -34,10 +34,10 @@ def run(job: Job) -> Run:
     model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return timed_run(job, lambda rows: _complete(model, rows, job))
+    return timed_run(job, lambda rows: complete(model, rows, job))
 
 
-def _complete(
+def complete(
     model: transformers.PreTrainedModel, rows: list[Row], job: Job
 ) -> tuple[list[list[int]], list[Step]]:
     """Return the new tokens of each row, and the steps of all batches."""
@@ -69,9 +69,12 @@ def _generate(
     clock = Clock()
     output = model.generate(
         torch.tensor(
-            [[PAD] * n + list(r.prompt_token_ids) for n, r in zip(padding, rows, strict=True)]
+            [[PAD] * n + list(r.prompt_token_ids) for n, r in zip(padding, rows, strict=True)],
+            device=model.device,
         ),
-        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding]),
+        attention_mask=torch.tensor(
+            [[0] * n + [1] * (width - n) for n in padding], device=model.device
+        ),
         max_new_tokens=longest,
         do_sample=False,
         stopping_criteria=transformers.StoppingCriteriaList([clock]),

@@ -1,0 +1,68 @@
+"""Our own engine and steps for the benchmark on a GPU; what other systems need not import."""
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.embedding_steps import EmbeddingSteps
+from beam_gemma.engine import Engine, EngineConfig
+from beam_gemma.sampling import SamplingParams
+from beam_gemma.sequence import Request
+from beam_gemma.session import Session
+from beam_gemma.signature import Head
+from benchmarks.gpu_work import Job
+from benchmarks.runs import Timeline
+
+LABELS = SamplingParams(max_tokens=1)
+
+
+def engine_of(job: Job, head: Head) -> tuple[Engine, Timeline]:
+    """Return an engine for a job, and what takes the time of its steps."""
+    timeline = Timeline()
+    config = EngineConfig(
+        max_num_seqs=job.scale.slots, max_num_batched_tokens=job.scale.prefill_tokens
+    )
+    session = open_session(job, head, config)
+    return Engine(session, config, on_step=timeline.add), timeline
+
+
+def open_session(job: Job, head: Head, config: EngineConfig) -> Session:
+    """Load a job's model on its device."""
+    return Session.of(
+        Artifact.open(job.model),
+        head=head,
+        device=job.device,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+
+
+def steps_of(job: Job) -> EmbeddingSteps:
+    """Return steps over whole texts."""
+    budget = job.scale.prefill_tokens
+    config = EngineConfig(max_num_seqs=budget, max_num_batched_tokens=budget)
+    session = open_session(job, "embed", config)
+    return EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=lambda _: None)
+
+
+def requests_of(prompts: list[list[int]], new_tokens: list[int]) -> list[Request]:
+    """Return requests for completions of so many tokens each."""
+    return [
+        Request(
+            request_id=str(i),
+            prompt_token_ids=tuple(ids),
+            params=SamplingParams(max_tokens=n, ignore_eos=True),
+        )
+        for i, (ids, n) in enumerate(zip(prompts, new_tokens, strict=True))
+    ]
+
+
+def scores_of(prompts: list[list[int]], label_ids: list[int]) -> list[Request]:
+    """Return requests for the scores of labels of one token; their softmax needs no more."""
+    return [
+        Request(
+            request_id=str(i),
+            prompt_token_ids=tuple(ids),
+            params=LABELS,
+            targets=tuple((len(ids) - 1, label) for label in label_ids),
+            normalized=False,
+        )
+        for i, ids in enumerate(prompts)
+    ]
