@@ -79,13 +79,15 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     width = vocab // parts
     num_columns = SPARE * count
     if num_columns >= width:
-        return _top(logits, torch.arange(vocab)[None], count)
+        places = _places(logits, torch.arange(vocab), count)
+        return logits.gather(1, places), places
     maxima = column_maxima(logits, parts)
-    columns = torch.topk(_keys(maxima, torch.arange(width)), num_columns).indices[:, None, :]
+    columns = _places(maxima, torch.arange(width), num_columns)[:, None, :]
     values = logits.view(-1, parts, width).gather(2, columns.expand(-1, parts, -1))
-    ids = columns + width * torch.arange(parts)[:, None]
-    size = parts * num_columns
-    return _top(values.view(-1, size), ids.view(-1, size), count)
+    values = values.reshape(-1, parts * num_columns)
+    ids = (columns + width * torch.arange(parts)[:, None]).view(-1, parts * num_columns)
+    places = _places(values, ids, count)
+    return values.gather(1, places), ids.gather(1, places)
 
 
 def choose(values: Tensor, step: Named) -> Tensor:
@@ -111,16 +113,11 @@ def choose(values: Tensor, step: Named) -> Tensor:
     return torch.where(is_drawn, drawn, 0)[:, 0]
 
 
-def _top(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the highest of values [R, U] and their ids, both [R, C]."""
-    places = torch.topk(_keys(values, ids), count).indices
-    return values.gather(1, places), ids.gather(1, places) if len(ids) != 1 else places
-
-
-def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """Return float64 keys in the order of values, then of ids from the highest down."""
+def _places(values: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Return where the highest of values [R, U] lie, [R, C]: of equal ones those of lowest ids."""
     wide = values.double()
-    return wide - (wide.abs() * ID_UNIT + LEAST_KEY) * ids
+    keys = wide - (wide.abs() * ID_UNIT + LEAST_KEY) * ids
+    return torch.topk(keys, count).indices
 
 
 def _count(marks: Tensor) -> Tensor:

@@ -42,20 +42,21 @@ class GemmaEncoder(GemmaLayers):
             `Signature.outputs` by name, and the empty state.
         """
         x = self.residual(step, sequence_positions(step), partial(self._attend, step))
-        first = self.norm(x.index_select(0, step["cu_seqlens"][:-1]))
-        embedding = self._pooled(x, step["cu_seqlens"])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        first = self.norm(x.index_select(0, step["cu_seqlens"][:-1]), wide)
+        embedding = self._pooled(x, step["cu_seqlens"], wide)
         for dense in self.dense:
-            embedding = dense(embedding)
-        embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+            embedding = dense(embedding.to(self.embed_tokens.weight.dtype))
+        embedding = embedding.to(wide)
         if self.embedding.normalize:
             embedding = nn.functional.normalize(embedding)
         return {"embedding": embedding, "first_state": first}, state
 
-    def _pooled(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _pooled(self, x: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:
         """Return [B, D] of the residual stream [T, D]."""
         if self.embedding.pooling == "lasttoken":
-            return self.norm(x.index_select(0, cu_seqlens[1:] - 1))
-        sums = packed_sum(self.norm(x), cu_seqlens, self.signature.max_model_len)
+            return self.norm(x.index_select(0, cu_seqlens[1:] - 1), dtype)
+        sums = packed_sum(self.norm(x, dtype), cu_seqlens, self.signature.max_model_len)
         return sums / cu_seqlens.diff()[:, None].to(sums.dtype)
 
     def _attend(self, step: Named, layer: int, *rows: Tensor) -> Tensor:

@@ -34,10 +34,19 @@ def RaggedAttention(
 
 
 @script(DOMAIN, default_opset=op)
-def RmsNorm(x, weight, epsilon: float) -> TensorType:
-    """In float32, as the reference does: the squares of a bfloat16 residual stream need it."""
-    wide = op.Cast(x, to=1)
-    return op.CastLike(op.RMSNormalization(wide, weight, axis=-1, epsilon=epsilon), x)
+def RmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
+    """One kernel reads float16 or float32, computes in float32 and writes either.
+
+    The result has the type of the weight, which is cast when the graph is loaded.
+    """
+    return op.RMSNormalization(x, op.Cast(weight, to=to), axis=-1, epsilon=epsilon)
 
 
-FUNCTIONS = (RaggedAttention, RmsNorm)
+@script(DOMAIN, default_opset=op)
+def RmsNormAndCast(x, weight, epsilon: float, to: int) -> TensorType:
+    """For bfloat16, which has too few digits for 1 + w: its kernel takes no wider weight."""
+    normed = op.RMSNormalization(op.Cast(x, to=1), weight, axis=-1, epsilon=epsilon)
+    return op.Cast(normed, to=to)
+
+
+FUNCTIONS = (RaggedAttention, RmsNorm, RmsNormAndCast)

@@ -20,7 +20,7 @@ from beam_gemma.config import GemmaConfig
 from beam_gemma.signature import Signature
 from export.choice import choosing_head
 from export.heads import Named, generate_head, score_head
-from export.ops import NO_WINDOW, ragged_attention, rms_norm
+from export.ops import NO_WINDOW, ragged_attention, rms_norm, rotate, rotate_heads
 
 
 class RMSNorm(nn.Module):
@@ -31,9 +31,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
         self.epsilon = epsilon
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., D], normalized."""
-        return rms_norm(x, self.weight, self.epsilon)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return x [..., D], normalized, in a dtype: its own where none is given."""
+        return rms_norm(x, self.weight, self.epsilon, dtype or x.dtype)
 
 
 class Rotary(nn.Module):
@@ -49,15 +49,8 @@ class Rotary(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the last dimension: x [T, N, H]."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of each token, [T, 1, H / 2]."""
+Rotation = Callable[[Tensor, int], Tensor]
+"""From [T, N * H] and N to the same, each head rotated by its token's position."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From query [T, N * H], key and value [T, K * H], the first two rotated, to [T, N * H]."""
 
@@ -90,7 +83,7 @@ class Attention(nn.Module):
         heads = x.view(-1, num_heads, self.config.head_dim)
         if self.config.has_qk_norm:
             heads = getattr(self, norm)(heads)
-        return rotate(heads, *rotation).reshape(x.shape)
+        return rotation(heads.reshape(x.shape), num_heads)
 
 
 class FeedForward(nn.Module):
@@ -114,10 +107,14 @@ class Layer(nn.Module):
 
     `post_attention_layernorm` is the norm *before* the feed-forward in Gemma 1 and the one *after*
     attention from Gemma 2 on: the checkpoints' names, kept.
+
+    The residual stream may be wider than `inner`, the dtype of what lies between its sums; norms
+    lead from one to the other.
     """
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, inner: torch.dtype | None) -> None:
         super().__init__()
+        self.inner = inner
         dim, epsilon = config.hidden_size, config.rms_norm_eps
         self.has_post_norms = config.has_post_norms
         self.self_attn = Attention(config)
@@ -130,13 +127,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         """Return the residual stream [T, D]."""
-        attended = self.self_attn(self.input_layernorm(x), rotation, attend)
+        attended = self.self_attn(self.input_layernorm(x, self.inner), rotation, attend)
         if not self.has_post_norms:
-            x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(attended)
-        wide = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(wide)
+            x = x + attended.to(x.dtype)
+            return x + self.mlp(self.post_attention_layernorm(x, self.inner)).to(x.dtype)
+        x = x + self.post_attention_layernorm(attended, x.dtype)
+        wide = self.mlp(self.pre_feedforward_layernorm(x, self.inner))
+        return x + self.post_feedforward_layernorm(wide, x.dtype)
 
 
 class GemmaLayers(nn.Module):
@@ -150,7 +147,9 @@ class GemmaLayers(nn.Module):
         round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in config.layer_types)
+        # The residual stream of Gemma 3 grows beyond float16, whose greatest number is 65,504.
+        self.inner = torch.float16 if signature.dtype == "float16" else None
+        self.layers = nn.ModuleList(Layer(config, self.inner) for _ in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = nn.ModuleDict({group: Rotary(config.head_dim) for group in config.groups})
 
@@ -162,11 +161,20 @@ class GemmaLayers(nn.Module):
             positions: [T], in their sequences.
             attend: `Attend`, behind the number of a layer.
         """
-        x = self.embed_tokens(step["input_ids"]) * self.embedding_factor
-        rotations = {group: self.rotary[group](positions, x.dtype) for group in self.config.groups}
+        x = self.embed_tokens(step["input_ids"])
+        x = (x if self.inner is None else x.float()) * self.embedding_factor
+        rotations = {group: self._rotation(group, positions) for group in self.config.groups}
         for i, layer in enumerate(self.layers):
             x = layer(x, rotations[self.config.layer_types[i]], partial(attend, i))
         return x
+
+    def _rotation(self, group: str, positions: Tensor) -> Rotation:
+        cos, sin = self.rotary[group](positions, self.embed_tokens.weight.dtype)
+        if self.signature.device == "cuda":
+            return lambda x, num_heads: rotate(x, cos, sin, num_heads)
+        return lambda x, num_heads: rotate_heads(
+            x.view(-1, num_heads, self.config.head_dim), cos, sin
+        ).reshape(x.shape)
 
 
 class GemmaDecoder(GemmaLayers):
@@ -188,7 +196,7 @@ class GemmaDecoder(GemmaLayers):
         if self.signature.chooses:
             step = step | {"input_ids": _token_ids(step, state["next_ids"])}
         x = self.residual(step, positions, attend)
-        rows = self.norm(x.index_select(0, step["logit_rows"]))
+        rows = self.norm(x.index_select(0, step["logit_rows"]), self.inner)
         return self._head(rows, step, new_state), new_state
 
     def _attend(

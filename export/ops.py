@@ -20,6 +20,8 @@ g = n // (N / K):
 `rms_norm` is x / sqrt(mean(x^2) + epsilon) * weight in float32; the weight is the effective one,
 1 + w where a checkpoint stores w.
 
+`rotate` turns each head (a, b), in halves, to (a cos - b sin, b cos + a sin).
+
 Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head dimension, P cache
 blocks, M blocks in a table row, D hidden, R rows, V vocabulary, U columns.
 """
@@ -217,13 +219,31 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("beam_gemma::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     """Normalize the last dimension of x [..., D] by its root mean square; weight [D] is float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return (normed * weight).to(x.dtype)
+    return (normed * weight).to(dtype)
 
 
 @rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("beam_gemma::rotate", mutates_args=())
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Rotate the heads of x [T, N * H]; cos and sin are [T, 1, H / 2]."""
+    return rotate_heads(x.view(x.shape[0], num_heads, -1), cos, sin).reshape(x.shape)
+
+
+@rotate.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of the last dimension: x [T, N, H]."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

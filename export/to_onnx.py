@@ -29,10 +29,13 @@ OPSET = 23
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
     "int32": torch.int32,
     "int64": torch.int64,
 }
-TENSOR_TYPES = ["tensor(float)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
+TENSOR_TYPES = [
+    *("tensor(float)", "tensor(bfloat16)", "tensor(float16)", "tensor(int32)", "tensor(int64)")
+]
 DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
 
 
@@ -171,7 +174,8 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.beam_gemma.packed_attention.default: _packed_attention,
         torch.ops.beam_gemma.packed_sum.default: _packed_sum,
         torch.ops.beam_gemma.column_maxima.default: _column_maxima,
-        torch.ops.beam_gemma.rms_norm.default: _rms_norm,
+        torch.ops.beam_gemma.rms_norm.default: _rms_norm_cpu if device == "cpu" else _rms_norm_cuda,
+        torch.ops.beam_gemma.rotate.default: _rotate,
         torch.ops.aten.linear.default: _linear,
     }
 
@@ -268,8 +272,27 @@ def _column_maxima(x, parts: int):  # type: ignore[no-untyped-def]
     return op.Max(*op.Split(x, axis=1, num_outputs=parts))
 
 
-def _rms_norm(x, weight, epsilon: float):  # type: ignore[no-untyped-def]
+def _rms_norm_cpu(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
+    del dtype
     return _node(lowering_cpu.RmsNorm)(x, weight, epsilon=epsilon)
+
+
+def _rms_norm_cuda(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
+    name = "RmsNormAndCast" if ir.DataType.BFLOAT16 in (x.dtype, dtype) else "RmsNorm"
+    return _node(getattr(lowering_cuda, name))(x, weight, epsilon=epsilon, to=dtype)
+
+
+def _rotate(x, cos, sin, num_heads: int):  # type: ignore[no-untyped-def]
+    """All tokens are one row of a batch of one."""
+    width = x.shape[1]
+    half = width // num_heads // 2
+    tables = (op.Reshape(table, _ints(1, -1, half)) for table in (cos, sin))
+    rotated = op.RotaryEmbedding(op.Reshape(x, _ints(1, -1, width)), *tables, num_heads=num_heads)
+    return op.Reshape(rotated, _ints(-1, width))
+
+
+def _ints(*values: int) -> Any:
+    return op.Constant(value_ints=values)
 
 
 def _linear(x, weight, bias=None):  # type: ignore[no-untyped-def]

@@ -205,7 +205,7 @@ def test_rms_norm_equals_the_formula() -> None:
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((5, 48)), rng.standard_normal(48)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
-    eager = rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-6).numpy()
+    eager = rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-6, torch.float64).numpy()
     np.testing.assert_allclose(eager, expected, rtol=0, atol=1e-12)
     node = onnx.helper.make_node("RmsNorm", ["x", "w"], ["y"], domain="beam_gemma", epsilon=1e-6)
     feeds = {"x": x.astype(np.float32), "w": weight.astype(np.float32)}
