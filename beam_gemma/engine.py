@@ -15,12 +15,13 @@ from concurrent.futures import CancelledError, Future
 
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.executor import Executor, failure
+from beam_gemma.flight import StepCount
 from beam_gemma.kv_cache import KVCache
 from beam_gemma.progress import Count
 from beam_gemma.pulse import DeviceStats, Pulse, Work
 from beam_gemma.runner import Runner
 from beam_gemma.scheduler import Scheduler
-from beam_gemma.sequence import Completion, Request, Sequence, Step
+from beam_gemma.sequence import Completion, Request, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +227,8 @@ class Engine:
         try:
             while self._receive():
                 self._step()
+            while self._executor.is_busy:
+                self._executor.collect()
         except Exception as error:  # whatever it is, callers that wait must hear of it
             self._fail(error)
 
@@ -251,8 +254,14 @@ class Engine:
             future.set_exception(CancelledError())
 
     def _step(self) -> None:
-        step = self._scheduler.schedule()
-        for sequence, completion in self._executor.execute(step):
+        """Launch a step, collect one once the device has enough to do, and deliver what ended."""
+        executor = self._executor
+        step = () if executor.is_full else self._scheduler.schedule(ahead=executor.is_busy)
+        if step:
+            executor.launch(step)
+        if executor.is_full or not step:
+            executor.collect()
+        for sequence, completion in executor.take_ended():
             with self._condition:
                 future = self._futures.pop(sequence)
                 self._stats.num_finished += 1
@@ -272,17 +281,17 @@ class Engine:
             failure.__cause__ = error
             future.set_exception(failure)
 
-    def _count(self, step: Step, num_new_tokens: int) -> None:
-        num_prompt_tokens = sum(n for sequence, n in step if sequence.is_prefilling)
+    def _count(self, count: StepCount) -> None:
+        num_sequences, num_prompt_tokens, num_new_tokens = count
         is_decode = not num_prompt_tokens
         has_backlog = is_decode and self._scheduler.num_waiting > 0
         with self._condition:
             stats = self._stats
             stats.num_prefill_steps += not is_decode
             stats.num_decode_steps += is_decode
-            stats.num_decode_rows += len(step) if is_decode else 0
+            stats.num_decode_rows += num_sequences if is_decode else 0
             stats.num_backlog_decode_steps += has_backlog
-            stats.num_backlog_decode_rows += len(step) if has_backlog else 0
+            stats.num_backlog_decode_rows += num_sequences if has_backlog else 0
             stats.num_prompt_tokens += num_prompt_tokens
             num_cached_tokens = self._scheduler.num_cached_tokens - stats.num_cached_tokens
             stats.num_cached_tokens += num_cached_tokens
@@ -294,7 +303,7 @@ class Engine:
                 prompt_tokens=num_prompt_tokens,
                 cached_tokens=num_cached_tokens,
                 completion_tokens=num_new_tokens,
-                used_slots=len(step) if is_decode else 0,
+                used_slots=num_sequences if is_decode else 0,
                 slots=self._config.max_num_seqs if is_decode else 0,
                 used_cache=used_cache,
                 cache=whole_cache,

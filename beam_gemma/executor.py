@@ -1,5 +1,16 @@
 """Runs steps and gives each sequence its next token; what goes wrong ends only the rows at fault.
 
+Steps in flight. `launch` starts a step; `collect` waits for the oldest one and gives each of its
+sequences what it computed. Where the graph itself chooses tokens, a device may have two steps: the
+second is launched before the host knows what the first chooses, so the device never waits for the
+host to look at it. A sequence that ends by what it chose may be in the second step as well. What
+that computes of it is surplus: nobody counts it, and slot and blocks are kept until it is over.
+Where the host has to choose for a row, nothing is launched before it has.
+
+Anything that goes wrong is dealt with as if there was one step at a time: all steps in flight are
+waited for first. What was started after a step that failed counts for nothing, and runs again after
+it.
+
 An exception of the session. Nothing of the step counts as computed. The step is cut in two parts,
 which are tried in order, so that whoever computes a shared block still comes before those that read
 it; and so on, down to a block of a prompt, since half a chunk needs half the memory. What can be
@@ -18,24 +29,27 @@ the device that failed, and the engine must stop.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from beam_gemma.errors import RecordError
+from beam_gemma.flight import Flight, StepCount, is_finite, top_logits
 from beam_gemma.guide import MaskMaker, MaskOf
 from beam_gemma.kv_cache import KVCache
-from beam_gemma.next_token import draw, draw_within, wants_logits, wants_mask
+from beam_gemma.next_token import candidates_of, next_token, wants_mask
 from beam_gemma.packing import pack
-from beam_gemma.runner import Runner, ScoreOutput, StepOutput
+from beam_gemma.runner import Feeds, Runner, ScoreOutput, StepOutput
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Completion, FinishReason, Request, Sequence, Status, Step
+from beam_gemma.signature import blocks_for
 
 MAX_FAILURES_IN_A_ROW = 3
 """Rows that may fail one after another, with no step between them that succeeds."""
 PROBE = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1))
-Finished = tuple[Sequence, Completion]
+Ended = tuple[Sequence, Completion]
 
 
 class Executor:
@@ -47,7 +61,7 @@ class Executor:
         cache: KVCache,
         scheduler: Scheduler,
         *,
-        on_run: Callable[[Step, int], None],
+        on_run: Callable[[StepCount], None],
     ) -> None:
         """Join what a step needs.
 
@@ -55,27 +69,51 @@ class Executor:
             session: Runs the steps.
             cache: Has the blocks of each step in place.
             scheduler: Made the steps; hears which sequences end or must start anew.
-            on_run: Called after each run with what it computed and the number of new tokens.
+            on_run: Called after each run with what it computed.
         """
         self._session = session
+        self._signature = session.signature
         self._cache = cache
         self._scheduler = scheduler
         self._on_run = on_run
+        # Recurrent state cannot go back to before a step that failed.
+        self._most = 1 if self._signature.has_recurrent_state else session.max_steps_in_flight
+        self._flights: deque[Flight] = deque()
         self._mask_maker = MaskMaker()
-        self._finished: list[Finished] = []
-        self._failed: list[Finished] = []  # since a run last succeeded
+        self._ended: list[Ended] = []
+        self._failed: list[Ended] = []  # since a run last succeeded
 
-    def execute(self, step: Step) -> list[Finished]:
-        """Run a step, in parts if need be; return the sequences that ended.
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._flights)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a step must be collected before another is launched."""
+        flights = self._flights
+        return bool(flights) and (len(flights) >= self._most or flights[-1].is_last)
+
+    def launch(self, step: Step) -> None:
+        """Start a step that was scheduled with those in flight in mind."""
+        self._flights.append(self._start(step))
+
+    def collect(self) -> None:
+        """Wait for the oldest step in flight, and for the others if anything is wrong with it.
 
         Raises:
             Exception: the session's own, once it fails whatever it is given.
         """
-        self._run(step, is_retry=False)
+        self._land(self._flights.popleft())
+        while self._flights and self._flights[0].is_over:
+            self._land(self._flights.popleft())
         if self._failed and not self._scheduler.has_unfinished:
             self._prove_alive()
-        finished, self._finished = self._finished, []
-        return finished
+
+    def take_ended(self) -> list[Ended]:
+        """Return the sequences that ended since this was last called."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def _prove_alive(self) -> None:
         """Compute one token for nobody; the session's exception if it cannot even do that."""
@@ -85,52 +123,105 @@ class Executor:
         self._scheduler.finish(probe, clean=False)
         self._settle()
 
-    def _run(self, step: Step, *, is_retry: bool) -> None:
-        # A part that failed may have ended sequences of this one, or made them start anew.
-        step = tuple(item for item in step if item[0].status is Status.RUNNING)
-        if not step:
-            return
-        signature = self._session.signature
+    def _start(self, step: Step) -> Flight:
+        """Start a step; where that fails, its result is the failure."""
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
-        with_logits = any(wants_logits(s, signature.candidates) for s in rows)
+        with_logits = any(row.wants_logits(self._signature.candidates) for row in rows)
+        host_chooses = with_logits or not self._signature.chooses
         feeds = self._feeds(step)
-        mask_of = self._begin_masks(rows)
+        flight = Flight(
+            step=step,
+            feeds=feeds,
+            rows=rows,
+            mask_of=self._begin_masks(rows),
+            num_prompt_tokens=sum(n for sequence, n in step if sequence.is_prefilling),
+            is_last=step[0][0].isolated or (self._signature.head == "generate" and host_chooses),
+        )
         try:
-            output = self._session.start(feeds, with_logits=with_logits).result()
+            flight.pending = self._session.start(
+                feeds, with_logits=with_logits, with_candidates=host_chooses
+            )
         except Exception as error:  # a device may raise anything; only the rows at fault may end
-            self._recover(step, error, is_retry=is_retry)
-            return
-        self._settle()
-        if isinstance(output, ScoreOutput):
-            self._on_run(step, 0)
-            self._score(step, _scores(feeds, output))
-            return
-        self._on_run(step, _num_completion_tokens(step))
+            flight.fail(error)
         for sequence, num_new_tokens in step:
-            sequence.num_computed_tokens += num_new_tokens
-        if rows:
-            self._choose(rows, output, mask_of)
+            sequence.launch(num_new_tokens)
+        return flight
 
     def _feeds(self, step: Step) -> dict[str, np.ndarray]:
         """Return the inputs of a step, all blocks of which are finite from here on."""
         for group, blocks in self._cache.take_unclean().items():
             self._session.zero_blocks(group, blocks)
-        return pack(step, self._session.signature, self._cache)
+        return pack(step, self._signature, self._cache)
 
     def _begin_masks(self, rows: list[Sequence]) -> MaskOf:
         """Have masks that are sure to be needed made while the model runs."""
-        candidates = self._session.signature.candidates
+        candidates = self._signature.candidates
         guides = [row.guide for row in rows if row.guide and wants_mask(row, candidates)]
         return self._mask_maker.begin(guides)
 
+    def _land(self, flight: Flight, *, is_retry: bool = False) -> None:
+        """Give the sequences of a step what it computed."""
+        try:
+            output = flight.pending.result()
+        except Exception as error:  # as above
+            self._go_back(flight, error, is_retry=is_retry)
+            return
+        self._settle()
+        if not is_finite(output):
+            self._wait()  # since blocks may change hands
+        num_sequences = flight.settle()
+        if isinstance(output, ScoreOutput):
+            self._score(flight, output)
+            num_chosen = 0
+        else:
+            num_chosen = self._choose(flight, output)
+        for sequence, _ in flight.step:
+            if sequence.status is Status.FINISHED:
+                self._scheduler.finish(sequence)
+        self._on_run(StepCount(num_sequences, flight.num_prompt_tokens, num_chosen))
+
+    def _wait(self) -> None:
+        """Wait for all steps in flight, so that no one reads or writes a block any more."""
+        for flight in self._flights:
+            flight.wait()
+
+    def _run(self, step: Step, *, is_retry: bool = False) -> None:
+        """Run a part of a step that failed, or a step after one, with nothing else in flight."""
+        # What ran before it may have ended sequences of it, or made them start anew.
+        step = tuple(item for item in step if item[0].status is Status.RUNNING)
+        if step:
+            self._land(self._start(step), is_retry=is_retry)
+
     def _settle(self) -> None:
         """Let go of failed rows: they were at fault, not the device."""
-        self._finished += self._failed
+        self._ended += self._failed
         self._failed = []
+
+    def _go_back(self, flight: Flight, error: Exception, *, is_retry: bool) -> None:
+        """Stand where the sequences were before a step that failed, and run all again from there.
+
+        What was started after it has read what it left behind, or nothing at all.
+        """
+        self._wait()
+        later = list(self._flights)
+        self._flights.clear()
+        for sequence in dict.fromkeys(s for f in (flight, *later) for s, _ in f.step):
+            sequence.restart(sequence.num_settled_tokens)
+            if sequence.status is Status.FINISHED:
+                self._scheduler.finish(sequence, clean=False)
+        size = self._signature.block_size
+        for sequence in (s for f in later for s, _ in f.step if s.status is Status.RUNNING):
+            num_blocks = blocks_for(sequence.num_settled_tokens, size)
+            self._cache.wipe(sequence.slot, num_blocks * size)
+        step = tuple(item for item in flight.step if item[0].status is Status.RUNNING)
+        if step:
+            self._recover(step, error, is_retry=is_retry)
+        for after in later:
+            self._run(after.step)
 
     def _recover(self, step: Step, error: Exception, *, is_retry: bool) -> None:
         """Try again what failed, in parts; end a row that can fail no smaller."""
-        if self._session.signature.has_recurrent_state:
+        if self._signature.has_recurrent_state:
             if not step[0][0].isolated:
                 for sequence, _ in reversed(step):
                     self._scheduler.preempt(sequence, clean=False, isolated=True)
@@ -158,43 +249,55 @@ class Executor:
         self._cache.wipe(sequence.slot, sequence.num_computed_tokens + middle)
         return [((sequence, middle),), ((sequence, num_new_tokens - middle),)]
 
-    def _choose(self, rows: list[Sequence], output: StepOutput, mask_of: MaskOf) -> None:
-        """Give each row its next token."""
-        assert output.topk_ids is not None
-        assert output.topk_logits is not None
-        best = zip(output.topk_ids[:, 0].tolist(), output.topk_logits[:, 0].tolist(), strict=True)
+    def _choose(self, flight: Flight, output: StepOutput) -> int:
+        """Give each row its next token; return how many tokens completions gain."""
+        num_chosen = 0
         probabilities = iter(output.top_probability.tolist())
-        for row, (sequence, (token_id, top_logit)) in enumerate(zip(rows, best, strict=True)):
+        for row, (sequence, best) in enumerate(zip(flight.rows, _best(output), strict=True)):
+            token_id, logit, top_logit = best
             probability = next(probabilities) if sequence.request.logprob else 1.0
             if not (math.isfinite(top_logit) and probability > 0):
                 self._refuse(sequence)
                 continue
+            if sequence.status is not Status.RUNNING:
+                continue  # it ended, or began anew, while the step was in flight
             sequence.isolated = False
-            logit = top_logit
-            if sequence.guide is not None:
-                token_id, logit = draw_within(sequence, output, row, mask_of)
-            elif sequence.request.params.temperature > 0:
-                token_id, logit = draw(sequence, output, row)
+            if self._host_chooses(sequence):
+                candidates = candidates_of(output, row, flight.full_row(row))
+                token_id, logit = next_token(sequence, candidates, flight.mask_of)
+            num_known = len(sequence.token_ids)
             self._accept(sequence, token_id, logit - top_logit + math.log(probability))
+            num_chosen += max(len(sequence.token_ids) - num_known, 1)
+        return num_chosen
 
-    def _score(self, step: Step, scores: list[float]) -> None:
+    def _host_chooses(self, sequence: Sequence) -> bool:
+        """Return whether a row's token is not simply the one that came first."""
+        if self._signature.chooses:
+            return sequence.wants_logits(self._signature.candidates)
+        return sequence.guide is not None or sequence.request.params.temperature > 0
+
+    def _score(self, flight: Flight, output: ScoreOutput) -> None:
         """Hand each sequence the scores of its targets, and finish what has all of them."""
-        rest = iter(scores)
+        rest = iter(_scores(flight.feeds, output))
+        starts = flight.feeds["past_seqlens"].tolist()
         finite = {}
-        for sequence, num_new_tokens in step:
-            places = sequence.targets_within(num_new_tokens)
+        for (sequence, num_new_tokens), start in zip(flight.step, starts, strict=True):
+            places = sequence.targets_within(start, num_new_tokens)
             own = list(itertools.islice(rest, len(places)))
             sequence.scores[places.start : places.stop] = own
-            sequence.num_computed_tokens += num_new_tokens
             finite[sequence] = all(map(math.isfinite, own))
-        for sequence, is_finite in finite.items():
-            if not is_finite:
+        for sequence, has_all in finite.items():
+            if not has_all:
                 self._refuse(sequence)
-            elif sequence.num_pending_tokens == 0:
+            elif sequence.num_settled_tokens == sequence.num_tokens:
                 self._finish(sequence, sequence.completion("stop"))
 
     def _refuse(self, sequence: Sequence) -> None:
         """End a row that is not finite, or find out whether it is by itself."""
+        if sequence.status is not Status.RUNNING:
+            if sequence.status is Status.FINISHED:
+                self._scheduler.finish(sequence, clean=False)
+            return
         if sequence.num_cached_tokens:
             self._scheduler.preempt(sequence, clean=False, isolated=True)
             return
@@ -223,7 +326,7 @@ class Executor:
 
     def _finish(self, sequence: Sequence, completion: Completion, *, clean: bool = True) -> None:
         self._scheduler.finish(sequence, clean=clean)
-        self._finished.append((sequence, completion))
+        self._ended.append((sequence, completion))
 
 
 def failure(message: str) -> Completion:
@@ -231,7 +334,7 @@ def failure(message: str) -> Completion:
     return Completion(token_ids=(), finish_reason="error", logprob=None, error=message)
 
 
-def _scores(feeds: Mapping[str, np.ndarray], output: ScoreOutput) -> list[float]:
+def _scores(feeds: Feeds, output: ScoreOutput) -> list[float]:
     """Return the score of each target of a step; NaN where the model gave no finite one."""
     normalizers = np.zeros(len(feeds["logit_rows"]))
     tops = zip(output.top_logits.tolist(), output.top_probability.tolist(), strict=True)
@@ -243,6 +346,10 @@ def _scores(feeds: Mapping[str, np.ndarray], output: ScoreOutput) -> list[float]
     return (output.target_logits - normalizers[feeds["target_rows"]]).tolist()
 
 
-def _num_completion_tokens(step: Step) -> int:
-    """Return how many tokens completions gain by a step: those it chooses, and those forced."""
-    return sum(s.num_pending_tokens == n if s.is_prefilling else n for s, n in step)
+def _best(output: StepOutput) -> Iterator[tuple[int, float, float]]:
+    """Yield for each row a token, its logit and that of the likeliest: what the device chose."""
+    tops = top_logits(output).tolist()
+    if output.chosen_ids is not None and output.chosen_logits is not None:
+        return zip(output.chosen_ids.tolist(), output.chosen_logits.tolist(), tops, strict=True)
+    assert output.topk_ids is not None
+    return zip(output.topk_ids[:, 0].tolist(), tops, tops, strict=True)

@@ -73,6 +73,11 @@ class KVCache:
         self._free_slots = list(range(max_num_seqs))[::-1]
 
     @property
+    def num_slots(self) -> int:
+        """Sequences that may run at once."""
+        return len(self._free_slots) + len(self._prefixes)
+
+    @property
     def num_free_slots(self) -> int:
         """Sequences that could still be admitted if blocks suffice."""
         return len(self._free_slots)
@@ -137,22 +142,35 @@ class KVCache:
         assert extended
         return slot
 
-    def extend(self, slot: int, num_computed_tokens: int, num_new_tokens: int) -> bool:
+    def extend(
+        self,
+        slot: int,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        *,
+        num_in_flight: int = 0,
+    ) -> bool:
         """Fit a slot's tables to its next step; return False if blocks are short.
 
         What a window has left behind is given back in any case.
+
+        Args:
+            slot: Of a running sequence.
+            num_computed_tokens: How far it has come.
+            num_new_tokens: How far it goes.
+            num_in_flight: Of the computed ones, those that may have to be computed again.
         """
         num_tokens = num_computed_tokens + num_new_tokens
         for group in self._groups.values():
-            group.give_back(slot, num_computed_tokens)
+            group.give_back(slot, num_computed_tokens - num_in_flight)
         for group in self._groups.values():
             if group.num_missing(slot, num_tokens) > group.pool.num_free:
                 return False
         for group in self._groups.values():
             group.take(slot, num_tokens)
-        begin, end = num_computed_tokens // self._block_size, num_tokens // self._block_size
         chain = self._prefixes[slot].chain
-        if chain is not None and begin < end:
+        begin, end = num_computed_tokens // self._block_size, num_tokens // self._block_size
+        if chain is not None and begin < (end := min(end, chain.num_blocks)):
             digests = chain.digests(begin, end)
             for group in self._groups.values():
                 group.register(slot, begin, digests)

@@ -11,10 +11,12 @@ it depends on the row alone.
 Dimensions: C candidates, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from beam_gemma.guide import MaskOf, allowed_ids
+from beam_gemma.guide import Guide, MaskOf, allowed_ids
 from beam_gemma.runner import StepOutput
 from beam_gemma.sampling import needs_logits, sample
 from beam_gemma.sequence import Sequence
@@ -23,9 +25,28 @@ Chosen = tuple[int, float]
 """A token, and its logit."""
 
 
-def wants_logits(sequence: Sequence, candidates: int) -> bool:
-    """Return whether the candidates of a step may be too few to choose from."""
-    return sequence.guide is not None or needs_logits(sequence.request.params, candidates)
+class Candidates(NamedTuple):
+    """What a step says of a row."""
+
+    logits: Float32[np.ndarray, " C"]
+    """The highest ones first."""
+    ids: Int64[np.ndarray, " C"]
+    every: Float32[np.ndarray, " V"] | None
+    """The logits of all tokens, where the candidates may be too few."""
+
+
+def candidates_of(output: StepOutput, row: int, full_row: int) -> Candidates:
+    """Return what a step says of a row.
+
+    Args:
+        output: Of the step.
+        row: Which row.
+        full_row: Which row of the whole distributions, if there are any.
+    """
+    assert output.topk_logits is not None
+    assert output.topk_ids is not None
+    every = None if output.logits is None else output.logits[full_row]
+    return Candidates(output.topk_logits[row], output.topk_ids[row], every)
 
 
 def wants_mask(sequence: Sequence, candidates: int) -> bool:
@@ -33,29 +54,32 @@ def wants_mask(sequence: Sequence, candidates: int) -> bool:
     return sequence.guide is not None and needs_logits(sequence.request.params, candidates)
 
 
-def draw(sequence: Sequence, output: StepOutput, row: int) -> Chosen:
-    """Return the next token of a row without a constraint."""
-    logits, ids = _candidates(output, row)
+def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> Chosen:
+    """Return the next token of a row.
+
+    Args:
+        sequence: The row's.
+        candidates: What the step says of it.
+        mask_of: Returns the mask of its guide.
+    """
+    if sequence.guide is not None:
+        return _draw_within(sequence, sequence.guide, candidates, mask_of)
+    logits, ids, _ = candidates
     if needs_logits(sequence.request.params, len(ids)):
-        logits = _all_logits(output, row)
+        logits = _all_logits(candidates)
         ids = np.arange(len(logits))
     token_id = _sample(sequence, logits, ids)
     return token_id, float(logits[np.flatnonzero(ids == token_id)[0]])
 
 
-def draw_within(sequence: Sequence, output: StepOutput, row: int, mask_of: MaskOf) -> Chosen:
-    """Return the next token of a row that its constraint allows and that leaves a way to end.
-
-    Args:
-        sequence: The row's, with a guide.
-        output: Of the step, with all logits.
-        row: Which of its rows.
-        mask_of: Returns the mask of its guide.
-    """
-    guide, num_left = sequence.guide, sequence.num_tokens_left - 1
-    assert guide is not None
-    logits = _all_logits(output, row)
-    fitting = _fitting(sequence, output, row)
+def _draw_within(
+    sequence: Sequence, guide: Guide, candidates: Candidates, mask_of: MaskOf
+) -> Chosen:
+    """Return the next token that a row's constraint allows and that leaves a way to end."""
+    num_left = sequence.num_tokens_left - 1
+    logits = _all_logits(candidates)
+    is_drawn = sequence.request.params.temperature > 0
+    fitting = _fitting(guide, num_left, candidates, is_drawn=is_drawn)
     if len(fitting) and not needs_logits(sequence.request.params, len(fitting)):
         token_id = _sample(sequence, logits[fitting], fitting)
         return token_id, float(logits[token_id])
@@ -70,15 +94,13 @@ def draw_within(sequence: Sequence, output: StepOutput, row: int, mask_of: MaskO
     return token_id, float(logits[token_id])
 
 
-def _fitting(sequence: Sequence, output: StepOutput, row: int) -> Int64[np.ndarray, " C"]:
+def _fitting(
+    guide: Guide, num_left: int, candidates: Candidates, *, is_drawn: bool
+) -> Int64[np.ndarray, " C"]:
     """Return the candidates that are allowed; without a draw, the likeliest of them alone."""
-    guide, num_left = sequence.guide, sequence.num_tokens_left - 1
-    assert guide is not None
-    is_drawn = sequence.request.params.temperature > 0
     fitting: list[int] = []
     least = -np.inf
-    logits, ids = _candidates(output, row)
-    for token_id, logit in zip(ids.tolist(), logits.tolist(), strict=True):
+    for token_id, logit in zip(candidates.ids.tolist(), candidates.logits.tolist(), strict=True):
         # Candidates come in order; those as likely as the first one that fits compete with it.
         if logit < least:
             break
@@ -88,17 +110,9 @@ def _fitting(sequence: Sequence, output: StepOutput, row: int) -> Int64[np.ndarr
     return np.array(fitting, np.int64)
 
 
-def _candidates(
-    output: StepOutput, row: int
-) -> tuple[Float32[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
-    assert output.topk_logits is not None
-    assert output.topk_ids is not None
-    return output.topk_logits[row], output.topk_ids[row]
-
-
-def _all_logits(output: StepOutput, row: int) -> Float32[np.ndarray, " V"]:
-    assert output.logits is not None
-    return output.logits[row]
+def _all_logits(candidates: Candidates) -> Float32[np.ndarray, " V"]:
+    assert candidates.every is not None
+    return candidates.every
 
 
 def _sample(

@@ -1,14 +1,21 @@
 """One step's arrays, under the names that the graph's signature gives them.
 
-Dimensions: B sequences, T new tokens.
+Where the graph chooses next tokens, one that it chooses in a step still in flight is unknown here,
+and the step is told where the device keeps it. A row whose token the host chooses all the same is
+greedy on the device, and nobody reads it there.
+
+Dimensions: B sequences, T new tokens, R rows that need a next token.
 """
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from beam_gemma.kv_cache import KVCache
-from beam_gemma.sequence import Step
+from beam_gemma.sampling import uniform_at
+from beam_gemma.sequence import Sequence, Step
 from beam_gemma.signature import CONTEXT_ALIGNMENT, PagedState, Signature, blocks_for
+
+BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
 def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarray]:
@@ -21,7 +28,8 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
         **(_targets(step, layout) if signature.head == "score" else _last_tokens(step, layout)),
     }
     if signature.chooses:
-        feeds |= _choices(len(layout.input_ids), len(feeds["logit_rows"]))
+        rows = [s for s, n in step if s.num_pending_tokens == n]
+        feeds |= {"token_slots": layout.token_slots, **_choices(rows, signature.candidates)}
     for state in signature.paged_states:
         feeds |= _tables(layout, signature, cache, state)
     if signature.has_recurrent_state:
@@ -36,7 +44,8 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
     if "position_ids" in signature.optional_inputs:
         feeds["position_ids"] = layout.positions.astype(np.int64)
     if signature.device == "cuda" and signature.paged_states:
-        feeds["attention_metadata"] = _attention_metadata(layout)
+        is_decode = not any(sequence.is_prefilling for sequence, _ in step)
+        feeds["attention_metadata"] = _attention_metadata(layout, is_decode=is_decode)
     return feeds
 
 
@@ -44,6 +53,9 @@ class _Layout:
     """Where each new token of a step lies: its sequence and its position there."""
 
     input_ids: Int64[np.ndarray, " T"]
+    """0 where the device has chosen the token, and the host does not know it yet."""
+    token_slots: Int32[np.ndarray, " T"]
+    """Where the device keeps such a token; -1 elsewhere."""
     rows: Int64[np.ndarray, " T"]
     """Which of the step's sequences each token belongs to."""
     positions: Int32[np.ndarray, " T"]
@@ -56,10 +68,16 @@ class _Layout:
         self.num_new_tokens = np.array([n for _, n in step], np.int32)
         self.past_seqlens = np.array([s.num_computed_tokens for s, _ in step], np.int32)
         self.slots = np.array([s.slot for s, _ in step], np.int32)
-        new_ids = (s.token_ids[s.num_computed_tokens : s.num_computed_tokens + n] for s, n in step)
-        self.input_ids = np.array([i for ids in new_ids for i in ids], np.int64)
         self.cu_seqlens = np.zeros(len(step) + 1, np.int32)
         np.cumsum(self.num_new_tokens, out=self.cu_seqlens[1:])
+        is_unknown = np.array([s.num_unknown_tokens > 0 for s, _ in step], bool)
+        new_ids = (
+            [0] if unknown else s.token_ids[s.num_computed_tokens : s.num_computed_tokens + n]
+            for (s, n), unknown in zip(step, is_unknown.tolist(), strict=True)
+        )
+        self.input_ids = np.array([i for ids in new_ids for i in ids], np.int64)
+        self.token_slots = np.full(len(self.input_ids), -1, np.int32)
+        self.token_slots[self.cu_seqlens[:-1][is_unknown]] = self.slots[is_unknown]
         self.rows = np.repeat(np.arange(len(step)), self.num_new_tokens)
         shift = self.past_seqlens - self.cu_seqlens[:-1]
         self.positions = np.arange(len(self.rows), dtype=np.int32) + shift[self.rows]
@@ -80,16 +98,25 @@ def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
     }
 
 
-def _choices(num_tokens: int, num_rows: int) -> dict[str, np.ndarray]:
-    """Return what lets the graph choose: here the most likely tokens, which nobody reads."""
+def _choices(rows: list[Sequence], candidates: int) -> dict[str, np.ndarray]:
+    """Return how the graph chooses the next token of each row, and where it keeps it."""
+    is_hosts = [row.wants_logits(candidates) for row in rows]
+    params = [row.request.params for row in rows]
+    is_drawn = [p.temperature > 0 and not host for p, host in zip(params, is_hosts, strict=True)]
+    uniforms = [
+        uniform_at(row.request.params.seed, row.request.sampling_key, row.num_tokens)
+        if drawn
+        else 0
+        for row, drawn in zip(rows, is_drawn, strict=True)
+    ]
     return {
-        "token_slots": np.full(num_tokens, -1, np.int32),
-        "logit_slots": np.zeros(num_rows, np.int32),
-        "temperatures": np.zeros(num_rows, np.float32),
-        "uniforms": np.zeros(num_rows, np.float32),
-        "top_ks": np.ones(num_rows, np.int32),
-        "top_ps": np.ones(num_rows, np.float32),
-        "full_rows": np.zeros(0, np.int64),
+        "logit_slots": np.array([row.slot for row in rows], np.int32),
+        "temperatures": np.where(is_drawn, [p.temperature for p in params], 0).astype(np.float32),
+        # Rounding must not lift a number to 1.
+        "uniforms": np.minimum(np.array(uniforms, np.float32), BELOW_ONE),
+        "top_ks": np.where(is_drawn, [p.top_k for p in params], 1).astype(np.int32),
+        "top_ps": np.array([p.top_p for p in params], np.float32),
+        "full_rows": np.flatnonzero(is_hosts),
     }
 
 
@@ -97,7 +124,7 @@ def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
     """Return the targets of the step, and the rows before them, each once."""
     rows, ids, wanted = [], [], []
     for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
-        for i in sequence.targets_within(num_new_tokens):
+        for i in sequence.targets_within(sequence.num_computed_tokens, num_new_tokens):
             position, token_id = sequence.request.targets[i]
             rows.append(begin + position - sequence.num_computed_tokens)
             ids.append(token_id)
@@ -145,10 +172,12 @@ def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
     return ends
 
 
-def _attention_metadata(layout: _Layout) -> Int32[np.ndarray, " 3"]:
+def _attention_metadata(layout: _Layout, *, is_decode: bool) -> Int32[np.ndarray, " 3"]:
     """Return bounds of new tokens and of context in one sequence; 0 is an unknown lower bound.
 
-    Bounds only choose kernels and size their workspaces. Powers of two keep the choices few.
+    Bounds only choose kernels and size their workspaces. Powers of two keep the choices few. One
+    new token means decode, so a step of prompts says two even where each has one token left.
     """
-    bounds = (int(lengths.max()) for lengths in (layout.num_new_tokens, layout.seqlens))
+    longest = 1 if is_decode else max(2, int(layout.num_new_tokens.max()))
+    bounds = (longest, int(layout.seqlens.max()))
     return np.array([*(1 << (bound - 1).bit_length() for bound in bounds), 0], np.int32)

@@ -7,6 +7,7 @@ equal tokens from the start of the sequence to the block's end, and nothing else
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 
 DIGEST_SIZE = 32
 """Bytes of a digest; no one finds two prefixes with the same."""
@@ -15,11 +16,16 @@ DIGEST_SIZE = 32
 class PrefixChain:
     """The digests of a sequence's full blocks, in order; made when they are first asked for."""
 
-    def __init__(self, token_ids: list[int], block_size: int) -> None:
-        """Follow a list of token ids, which may grow."""
+    def __init__(self, token_ids: Sequence[int], block_size: int) -> None:
+        """Follow token ids, of which there may be more later."""
         self.block_size = block_size
         self._token_ids = token_ids
         self._digests: list[bytes] = []
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that have a name."""
+        return len(self._token_ids) // self.block_size
 
     def digests(self, begin: int, end: int) -> list[bytes]:
         """Return the digests of blocks `begin` to `end`; their tokens must be known."""

@@ -3,8 +3,9 @@
 A step is started, and waited for later: where a device works by itself the next step can be started
 in between. Two steps never run at once: each reads what the one before it has written.
 
-Dimensions: R packed positions that need a head, Q of these that need a probability, Y targets,
-V vocabulary, C candidates, B sequences, W width of an embedding, D hidden.
+Dimensions: R packed positions that need a head, Q of these that need a probability, F of these that
+need the whole distribution, Y targets, V vocabulary, C candidates, B sequences, W width of an
+embedding, D hidden.
 """
 
 from collections.abc import Mapping
@@ -28,8 +29,9 @@ class StepOutput:
     """None, like the ids, where the device chooses and nobody asked for the candidates."""
     topk_ids: Int64[np.ndarray, "R C"] | None
     top_probability: Float32[np.ndarray, " Q"]
-    logits: Float32[np.ndarray, "R V"] | None = None
-    """Only where somebody asked for them."""
+    logits: Float32[np.ndarray, "F V"] | None = None
+    """Only where somebody asked for them: of `full_rows`, or of all rows where a graph takes none.
+    """
     chosen_ids: Int64[np.ndarray, " R"] | None = None
     """None, like what follows, where the host chooses."""
     chosen_logits: Float32[np.ndarray, " R"] | None = None
@@ -71,6 +73,17 @@ class Finished:
     def result(self) -> StepOutput | ScoreOutput:
         """Return the outputs."""
         return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A step that is known to have failed."""
+
+    error: Exception
+
+    def result(self) -> StepOutput | ScoreOutput:
+        """Raise what went wrong."""
+        raise self.error
 
 
 @runtime_checkable

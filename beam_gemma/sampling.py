@@ -81,7 +81,7 @@ def sample(
     """
     if params.temperature == 0:
         return int(ids[logits == logits.max()].min())
-    uniform = _uniform(params.seed, key, position)
+    uniform = uniform_at(params.seed, key, position)
     if params.top_k:
         order = _most_likely(logits, ids, params.top_k)
         mass = _unnormalized(logits[order].astype(np.float64), params.temperature)
@@ -95,7 +95,7 @@ def sample(
     return int(ids[order[_place(nucleus, uniform * nucleus[-1])]])
 
 
-def _uniform(seed: int, key: str, position: int) -> float:
+def uniform_at(seed: int, key: str, position: int) -> float:
     """Return a row's number in [0, 1) at a position: a hash serves as counter-based generator."""
     counter = f"{seed}\0{position}\0{key}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(counter, digest_size=8).digest()

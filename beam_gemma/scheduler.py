@@ -4,10 +4,21 @@ Order. What arrives while others wait makes up the next generation, which is put
 once the present one has been admitted: rows with a common prefix together, then longest first, so
 that what starts last has the least left to do and the end of a job keeps its slots full.
 
-Steps. Prefill (parts of prompts) comes first while a slot is free, which keeps decode (one token of
-every running sequence, and those that its constraint forces to follow) full. On the CPU, attention
-pads each sequence to whole tiles, so prompts join a step only while most of its area is real.
-Decode rows seldom meet that beside a prompt; where they do, and on CUDA, they run with it.
+Steps on the CPU. Prefill (parts of prompts) comes first while a slot is free, which keeps decode
+(one token of every running sequence, and those that its constraint forces to follow) full.
+Attention pads each sequence to whole tiles, so prompts join a step only while most of its area is
+real. Decode rows seldom meet that beside a prompt; where they do, they run with it.
+
+Steps on CUDA. A token must be computed by the same kernels whatever runs beside it, so prefill and
+decode never share a step, and which of the two computes a token is certain from the start: prefill
+what a request begins with, decode all that comes of it, one token at a time, forced ones too, and
+again after a preemption. Steps are padded to one size, so a prefill step costs the same with few
+tokens, while decode waits: it runs only when it can be filled, when many slots are free, or when
+nothing decodes. A prompt may be cut anywhere to fill it.
+
+Ahead. A step may be scheduled while another is in flight, as if that had gone well and no row had
+ended by what it chooses. Nobody makes room then, since all blocks may be in use; where blocks are
+short nothing is scheduled until what is in flight is over.
 
 Memory. A sequence is admitted when blocks are free for all tokens that it has, and one more for
 each running sequence. Where a running sequence finds none for its next token, the newest one is
@@ -23,19 +34,22 @@ generations are finite. What failures add is finite too (executor.py).
 
 from collections import deque
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 
 from beam_gemma.errors import PromptTooLongError, RecordError
-from beam_gemma.kv_cache import KVCache
+from beam_gemma.kv_cache import KVCache, Prefix
 from beam_gemma.prefix import PrefixChain
 from beam_gemma.sequence import Request, Sequence, Status, Step
-from beam_gemma.signature import QUERY_TILE, Signature, blocks_for
+from beam_gemma.signature import PREFILL_ROWS, QUERY_TILE, Signature, blocks_for
 
 MAX_PADDED_SHARE = 1.5
 """Limit of a step's padded area, relative to its real tokens."""
 MAX_CHUNK_AREA = 1 << 23
 """Limit of a chunk's new tokens times its context on the CPU, which holds the scores of all of them
 at once: 3 GB of memory with 8 heads of 256 (`benchmarks/long_prompts.py`)."""
+
+MIN_FREE_SHARE = 1 / 16
+"""Share of the slots without a completion from which a prefill step on CUDA need not be full."""
 
 
 class Scheduler:
@@ -57,7 +71,8 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         all_paged = 0 < len(signature.paged_states) == len(signature.states)
         self._reuses_blocks = enable_prefix_caching and all_paged
-        self._tile = QUERY_TILE if signature.device == "cpu" else 1
+        self._is_apart = signature.device == "cuda"
+        """Whether prefill and decode are steps of their own."""
         self._waiting: deque[Sequence] = deque()
         self._arrived: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -98,7 +113,9 @@ class Scheduler:
             # Here rather than where requests come from, since a constraint serves one thread.
             sequence.begin()
             if self._reuses_blocks and not sequence.request.spans:
-                sequence.chain = PrefixChain(sequence.token_ids, self._signature.block_size)
+                # What decode computes has other bits on CUDA: only prefilled blocks are named.
+                token_ids = tuple(sequence.token_ids) if self._is_apart else sequence.token_ids
+                sequence.chain = PrefixChain(token_ids, self._signature.block_size)
             self._arrived.append(sequence)
 
     def drop_waiting(self) -> list[Sequence]:
@@ -108,19 +125,34 @@ class Scheduler:
         self._arrived = []
         return dropped
 
-    def schedule(self) -> Step:
-        """Return the next step, with cache blocks in place; empty if nothing is left to run."""
-        step = self._go_on_with_prompts()
-        decoding = self._go_on_with_completions([s for s in self._running if not s.is_prefilling])
-        self._admit_into(step)
+    def schedule(self, *, ahead: bool = False) -> Step:
+        """Return the next step, with cache blocks in place; empty if there is nothing to run.
+
+        Args:
+            ahead: Whether a step is in flight: nobody is preempted then.
+        """
+        step: list[tuple[Sequence, int]] = []
+        if not self._is_apart or self._has_prompts_for_a_step():
+            started = [s for s in self._running if s.goes_on and s.is_prefilling]
+            step = self._go_on_with_prompts(started, ahead=ahead)
+            if started and ahead and not step:
+                return ()
+            decoding = self._next_of_completions()
+            self._admit_into(step, ahead=ahead)
+        else:
+            decoding = self._next_of_completions()
         if not step or self._may_decode_beside(step, [n for _, n in decoding]):
-            step += [(s, n) for s, n in decoding if self._extend(s, n)]
+            step += self._with_blocks(decoding, ahead=ahead)
         return tuple(step)
 
     def finish(self, sequence: Sequence, *, clean: bool = True) -> None:
-        """End a running sequence; `clean=False` if its blocks may not be what they should be."""
-        self._release(sequence, clean=clean)
+        """End a running sequence; `clean=False` if its blocks may not be what they should be.
+
+        While a step in flight names it, it keeps slot and blocks: call this again then.
+        """
         sequence.status = Status.FINISHED
+        if sequence.slot >= 0 and not sequence.is_in_flight:
+            self._release(sequence, clean=clean)
 
     def preempt(self, sequence: Sequence, *, clean: bool = True, isolated: bool = False) -> None:
         """Put a running sequence before all that wait, to be computed again from its tokens.
@@ -133,7 +165,9 @@ class Scheduler:
         self._release(sequence, clean=clean)
         sequence.status = Status.WAITING
         sequence.isolated |= isolated
-        sequence.num_computed_tokens = 0
+        sequence.restart(0)
+        if not self._is_apart:
+            sequence.prefill_end = len(sequence.token_ids)
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -166,17 +200,38 @@ class Scheduler:
                 "(max_num_batched_tokens), since a span is never split over steps"
             )
 
-    def _go_on_with_prompts(self) -> list[tuple[Sequence, int]]:
+    def _has_prompts_for_a_step(self) -> bool:
+        """Return whether a step of prompts alone is worth that completions wait for it."""
+        num_decoding = sum(s.goes_on and not s.is_prefilling for s in self._running)
+        prefilling = [s for s in self._running if s.goes_on and s.is_prefilling]
+        num_slots = len(prefilling) + self._cache.num_free_slots
+        if not num_decoding or num_slots >= MIN_FREE_SHARE * self._cache.num_slots:
+            return True
+        room = self._max_num_batched_tokens
+        room -= sum(s.prefill_end - s.num_computed_tokens for s in prefilling)
+        self._next_waiting()
+        for sequence in islice(self._waiting, self._cache.num_free_slots):
+            if room <= 0:
+                break
+            room -= sequence.prefill_end - self._prefix_of(sequence).num_tokens
+        return room <= 0
+
+    def _go_on_with_prompts(
+        self, started: list[Sequence], *, ahead: bool
+    ) -> list[tuple[Sequence, int]]:
         """Start a step with the next chunk of a running prompt; at most one is unfinished."""
-        step = []
-        for sequence in [s for s in self._running if s.is_prefilling]:
-            chunk = self._chunk(sequence, sequence.num_computed_tokens)
-            if self._extend(sequence, chunk):
-                step.append((sequence, chunk))
+        step: list[tuple[Sequence, int]] = []
+        for sequence in started:
+            if chunk := self._chunk_beside(step, sequence, sequence.num_computed_tokens):
+                step += self._with_blocks([(sequence, chunk)], ahead=ahead)
         return step
 
-    def _go_on_with_completions(self, decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
+    def _next_of_completions(self) -> list[tuple[Sequence, int]]:
         """Return what each completion has to compute: one token, and those forced after it."""
+        decoding = [s for s in self._running if s.goes_on and not s.is_prefilling]
+        if self._is_apart:
+            alone = [s for s in decoding if s.isolated]
+            return [(s, 1) for s in alone[:1] or decoding]
         room = self._max_num_batched_tokens - len(decoding)
         step = []
         for sequence in decoding:
@@ -185,20 +240,14 @@ class Scheduler:
             step.append((sequence, 1 + num_forced))
         return step
 
-    def _admit_into(self, step: list[tuple[Sequence, int]]) -> None:
-        """Add waiting sequences to a step while they fit; beside others, only whole."""
+    def _admit_into(self, step: list[tuple[Sequence, int]], *, ahead: bool) -> None:
+        """Add waiting sequences to a step while they fit."""
         while self._cache.num_free_slots and (sequence := self._next_waiting()):
-            prefix = self._cache.find_prefix(
-                None if sequence.isolated else sequence.chain,
-                len(sequence.token_ids),
-                num_reusable_tokens=sequence.num_reusable_tokens,
-            )
-            chunk = len(sequence.token_ids) - prefix.num_tokens
-            if not step:
-                chunk = self._chunk(sequence, prefix.num_tokens)
-            elif sequence.isolated or step[0][0].isolated:
+            if (step and step[0][0].isolated) or (sequence.isolated and (step or ahead)):
                 return
-            if not self._fits([*(n for _, n in step), chunk]):
+            prefix = self._prefix_of(sequence)
+            chunk = self._chunk_beside(step, sequence, prefix.num_tokens)
+            if not chunk:
                 return
             slot = self._cache.admit(prefix, chunk, num_spare_blocks=len(self._running))
             if slot is None:
@@ -206,11 +255,41 @@ class Scheduler:
             self._start(sequence, slot, prefix.num_tokens)
             step.append((sequence, chunk))
 
+    def _prefix_of(self, sequence: Sequence) -> Prefix:
+        """Return what the cache has of a waiting sequence."""
+        return self._cache.find_prefix(
+            None if sequence.isolated else sequence.chain,
+            len(sequence.token_ids),
+            num_reusable_tokens=sequence.num_reusable_tokens,
+        )
+
+    def _chunk_beside(
+        self, step: list[tuple[Sequence, int]], sequence: Sequence, start: int
+    ) -> int:
+        """Return how much of a prompt from `start` on joins a step; 0 if it must wait."""
+        if self._is_apart:
+            return self._filling_chunk(step, sequence, start)
+        if not step:
+            return self._chunk(sequence, start)
+        chunk = sequence.prefill_end - start  # beside others, only whole
+        return chunk if self._fits([*(n for _, n in step), chunk]) else 0
+
+    def _filling_chunk(
+        self, step: list[tuple[Sequence, int]], sequence: Sequence, start: int
+    ) -> int:
+        """Return how much of a prompt fills a step on CUDA, by its tokens and its rows."""
+        room = self._max_num_batched_tokens - sum(n for _, n in step)
+        num_rows = sum(len(s.rows_within(s.num_computed_tokens, n)) for s, n in step)
+        if room <= 0 or max(num_rows, len(step)) >= PREFILL_ROWS:
+            return 0
+        rows = sequence.rows_within(start, room)[PREFILL_ROWS - num_rows :]
+        return sequence.chunk(start, rows[0] - start if rows else room, evenly=False)
+
     def _chunk(self, sequence: Sequence, start: int) -> int:
         """Return how much of a prompt to compute next: less, in whole tiles, the further it is."""
         limit = self._max_num_batched_tokens
         # A span is never split, whatever it takes.
-        if self._signature.device == "cpu" and not sequence.request.spans:
+        if not sequence.request.spans:
             tiles = MAX_CHUNK_AREA // (start + limit) // QUERY_TILE
             limit = min(limit, max(tiles, 1) * QUERY_TILE)
         return sequence.chunk(start, limit)
@@ -220,7 +299,8 @@ class Scheduler:
         self._running.append(sequence)
         sequence.status = Status.RUNNING
         sequence.slot = slot
-        sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached_tokens
+        sequence.restart(num_cached_tokens)
+        sequence.num_cached_tokens = num_cached_tokens
         self.num_cached_tokens += num_cached_tokens
 
     def _next_waiting(self) -> Sequence | None:
@@ -232,6 +312,8 @@ class Scheduler:
 
     def _may_decode_beside(self, step: list[tuple[Sequence, int]], decoding: list[int]) -> bool:
         """Return whether decode rows of these lengths fit beside prompts, and none makes room."""
+        if self._is_apart:
+            return False
         size = self._signature.block_size
         num_blocks = sum(blocks_for(n + size - 1, size) for n in decoding)
         have_blocks = all(
@@ -247,17 +329,32 @@ class Scheduler:
         A sequence alone always does, if few enough.
         """
         longest, num_tokens = max(lengths), sum(lengths)
-        tile = -(-longest // -(-longest // self._tile))
+        tile = -(-longest // -(-longest // QUERY_TILE))
         padded = tile * sum(-(-n // tile) for n in lengths)
         return (
             num_tokens <= self._max_num_batched_tokens and padded <= MAX_PADDED_SHARE * num_tokens
         )
 
-    def _extend(self, sequence: Sequence, num_new_tokens: int) -> bool:
-        """Get a sequence its blocks, at the cost of newer ones; False if it was preempted."""
+    def _with_blocks(
+        self, wanted: list[tuple[Sequence, int]], *, ahead: bool
+    ) -> list[tuple[Sequence, int]]:
+        """Return those that get their blocks, at the cost of newer ones; ahead, all or none."""
+        got = [(s, n) for s, n in wanted if self._extend(s, n, may_preempt=not ahead)]
+        return got if len(got) == len(wanted) or not ahead else []
+
+    def _extend(self, sequence: Sequence, num_new_tokens: int, *, may_preempt: bool) -> bool:
+        """Get a sequence its blocks; False if there are none, or it was preempted for an older."""
         while sequence.status is Status.RUNNING:
-            if self._cache.extend(sequence.slot, sequence.num_computed_tokens, num_new_tokens):
+            num_computed = sequence.num_computed_tokens
+            if self._cache.extend(
+                sequence.slot,
+                num_computed,
+                num_new_tokens,
+                num_in_flight=num_computed - sequence.num_settled_tokens,
+            ):
                 return True
+            if not may_preempt:
+                return False
             self.preempt(self._running[-1])
         return False
 

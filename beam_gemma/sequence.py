@@ -1,6 +1,13 @@
 """A request, the state of its sequence while it runs, and the completion that comes of it.
 
 All three are about token ids; text stays above the engine.
+
+While steps are in flight a sequence is ahead of what the host has seen of it:
+
+    num_settled_tokens <= num_computed_tokens <= len(token_ids) + num_unknown_tokens
+
+Steps that are over have computed the first, steps in flight will have computed the second, and what
+they choose is counted in the third; the device knows it, the host does not yet.
 """
 
 import bisect
@@ -12,7 +19,7 @@ from typing import Literal
 from beam_gemma.errors import OptionsError
 from beam_gemma.guide import Constraint, Guide
 from beam_gemma.prefix import PrefixChain
-from beam_gemma.sampling import SamplingParams
+from beam_gemma.sampling import SamplingParams, needs_logits
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_FORCED_TOKENS = 15
@@ -106,7 +113,13 @@ class Sequence:
     num_cached_tokens: int = 0
     """Leading tokens that other sequences have computed, or will in the same step."""
     num_computed_tokens: int = 0
-    """Leading tokens that the caches hold, those included."""
+    """Leading tokens that the caches hold, those included, once the steps in flight are over."""
+    num_settled_tokens: int = 0
+    """Leading tokens that they hold already."""
+    num_unknown_tokens: int = 0
+    """Tokens after `token_ids` that steps in flight choose."""
+    prefill_end: int = 0
+    """Leading tokens that are computed in chunks; those that follow are computed by decode."""
     isolated: bool = False
     """Whether it runs in steps of its own, on blocks of its own, until it has its next token."""
     guide: Guide | None = None
@@ -126,6 +139,7 @@ class Sequence:
         if self.request.constraint is not None:
             self.guide = self.request.constraint.start()
             self.token_ids += self.guide.take_forced(self.num_tokens_left)
+        self.prefill_end = len(self.token_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -142,32 +156,78 @@ class Sequence:
     def num_reusable_tokens(self) -> int:
         """Leading tokens whose outputs nobody needs, so that others may have computed them."""
         targets = self.request.targets
-        return targets[0][0] if targets else len(self.token_ids) - 1
+        return targets[0][0] if targets else self.prefill_end - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, those that steps in flight choose included."""
+        return len(self.token_ids) + self.num_unknown_tokens
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that are known but not computed; the step that takes all gives the next token."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that are not computed; the step that takes all gives the next token."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step in flight reads or writes its blocks."""
+        return self.num_settled_tokens < self.num_computed_tokens
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has something to compute, for all that the host knows."""
+        num_unknown = self.num_unknown_tokens
+        ends_by_length = num_unknown > 0 and num_unknown >= self.num_tokens_left
+        is_running = self.status is Status.RUNNING
+        return is_running and self.num_pending_tokens > 0 and not ends_by_length
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt, or of what a preemption undid, is not computed yet."""
-        return (
-            self.isolated
-            or self.num_computed_tokens < self.num_prompt_tokens
-            or self.num_pending_tokens > 1 + MAX_FORCED_TOKENS
-        )
+        """Whether a part is left that is computed in chunks."""
+        return self.num_computed_tokens < self.prefill_end
 
-    def chunk(self, start: int, limit: int) -> int:
-        """Return how much of the tokens from `start` on to compute in one step, at most `limit`.
+    def wants_logits(self, candidates: int) -> bool:
+        """Return whether the candidates of a step may be too few to choose its next token from."""
+        return self.guide is not None or needs_logits(self.request.params, candidates)
 
-        They are cut evenly, so that no step is left with a few. Where the cut would fall into a
-        span it moves to the span's end, or to its start if the step cannot hold that.
+    def launch(self, num_new_tokens: int) -> None:
+        """Go ahead by a step that was started."""
+        if num_new_tokens == self.num_pending_tokens and not self.request.targets:
+            self.num_unknown_tokens += 1
+        self.num_computed_tokens += num_new_tokens
+
+    def settle(self, num_new_tokens: int) -> None:
+        """Follow by a step that is over."""
+        self.num_settled_tokens += num_new_tokens
+
+    def restart(self, num_tokens: int) -> None:
+        """Stand where the caches hold so many leading tokens, with nothing in flight."""
+        self.num_computed_tokens = self.num_settled_tokens = num_tokens
+        self.num_unknown_tokens = 0
+
+    def chunk(self, start: int, limit: int, *, evenly: bool = True) -> int:
+        """Return how many of the tokens from `start` on to compute in one step, at most `limit`.
+
+        Where the cut would fall into a span it moves to the span's end, or to its start if the step
+        cannot hold that.
+
+        Args:
+            start: Tokens that come before.
+            limit: Most that the step takes.
+            evenly: Whether chunks are of one size, so that no step is left with a few.
         """
-        num_tokens = len(self.token_ids) - start
-        end = start + -(-num_tokens // -(-num_tokens // limit))
+        num_tokens = self.prefill_end - start
+        length = -(-num_tokens // -(-num_tokens // limit)) if evenly else min(num_tokens, limit)
+        end = start + length
         a, b = self._span_around(end)
-        return (b if b - start <= limit else a) - start
+        return max((b if b - start <= limit else a) - start, 0)
+
+    def rows_within(self, start: int, num_new_tokens: int) -> list[int]:
+        """Return which of so many tokens from `start` on may need the head."""
+        if not self.request.targets:
+            return [start + num_new_tokens - 1]
+        places = self.targets_within(start, num_new_tokens)
+        return sorted({self.request.targets[i][0] for i in places})
 
     def middle(self, num_new_tokens: int, block_size: int) -> int:
         """Return how many of the next tokens to compute first if all together are too many.
@@ -182,9 +242,8 @@ class Sequence:
         cuts = [place for place in places if self._span_around(place) == (place, place)]
         return min(cuts, key=lambda place: abs(place - halfway), default=start) - start
 
-    def targets_within(self, num_new_tokens: int) -> range:
-        """Return which targets the next tokens give scores for."""
-        start = self.num_computed_tokens
+    def targets_within(self, start: int, num_new_tokens: int) -> range:
+        """Return which targets so many tokens from `start` on give scores for."""
         bounds = (
             bisect.bisect_left(self.request.targets, place, key=lambda target: target[0])
             for place in (start, start + num_new_tokens)
@@ -193,6 +252,7 @@ class Sequence:
 
     def accept(self, token_id: int, logprob: float) -> FinishReason | None:
         """Take the next token; return why the sequence ends with it, or None to go on."""
+        self.num_unknown_tokens -= 1
         self.logprob += logprob
         if token_id in self.end_token_ids:
             return "stop"

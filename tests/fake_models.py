@@ -8,13 +8,14 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.artifact import Artifact
+from beam_gemma.config import FULL
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.generate import Generator, constraint_of
 from beam_gemma.handlers import GemmaModelHandler
 from beam_gemma.progress import METER
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder
-from beam_gemma.signature import FULL, PagedState
+from beam_gemma.signature import PagedState
 from beam_gemma.task_handler import BATCH_ROWS
 from beam_gemma.tokenizer import Tokenizer
 from tests.fakes import FakeSession, fake_signature

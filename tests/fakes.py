@@ -11,6 +11,7 @@ be given is kept in `faults`, since an engine answers for exceptions of its sess
 """
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -106,16 +107,21 @@ class FakeSession:
         size = self.signature.block_size
         self._cache = {g: np.full(n * size, NEVER_WRITTEN) for g, n in self.num_blocks.items()}
         self._recurrent = np.zeros(num_state_slots, np.uint64)
+        self._next_ids = np.full(num_state_slots + 1, -1)
 
     def start(
         self,
         feeds: Mapping[str, np.ndarray],
         *,
         with_logits: bool = False,
-        with_candidates: bool = True,  # noqa: ARG002
+        with_candidates: bool = True,
     ) -> Finished:
         """Run a step at once."""
-        return Finished(self.run(feeds, with_logits=with_logits))
+        output = self.run(feeds, with_logits=with_logits)
+        if isinstance(output, StepOutput) and not with_candidates:
+            assert self.signature.chooses, "the host cannot choose among no candidates"
+            output = replace(output, topk_logits=None, topk_ids=None)
+        return Finished(output)
 
     def run(
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool = False
@@ -137,6 +143,8 @@ class FakeSession:
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool
     ) -> StepOutput | ScoreOutput:
         self._check_names(feeds)
+        if self.signature.chooses:
+            feeds = {**feeds, "input_ids": self._known(feeds)}
         num_new_tokens = np.diff(feeds["cu_seqlens"])
         self.steps.append(
             list(zip(feeds["past_seqlens"].tolist(), num_new_tokens.tolist(), strict=True))
@@ -156,7 +164,33 @@ class FakeSession:
         if self.signature.head == "score":
             return score_output(logits, feeds)
         output = step_output(logits, self.signature.candidates, with_logits=with_logits)
-        return replace(output, top_probability=output.top_probability[feeds["probability_rows"]])
+        output = replace(output, top_probability=output.top_probability[feeds["probability_rows"]])
+        return self._choose(output, logits, feeds) if self.signature.chooses else output
+
+    def _known(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the step's tokens, those that earlier steps chose included."""
+        slots = feeds["token_slots"]
+        chosen = self._next_ids[slots]
+        assert (chosen[slots >= 0] >= 0).all(), "a token is used that nobody chose"
+        assert not feeds["input_ids"][slots >= 0].any()
+        return np.where(slots >= 0, chosen, feeds["input_ids"])
+
+    def _choose(
+        self, output: StepOutput, logits: np.ndarray, feeds: Mapping[str, np.ndarray]
+    ) -> StepOutput:
+        """Choose next tokens as a graph does, and keep them."""
+        names = ("temperatures", "uniforms", "top_ks", "top_ps")
+        params = zip(*(feeds[name].tolist() for name in names), strict=True)
+        ids = np.array(list(itertools.starmap(draw, zip(logits, params, strict=True))), np.int64)
+        assert len(set(feeds["logit_slots"].tolist())) == len(ids)
+        self._next_ids[feeds["logit_slots"]] = ids
+        return replace(
+            output,
+            logits=None if output.logits is None else logits[feeds["full_rows"]],
+            chosen_ids=ids,
+            chosen_logits=logits[np.arange(len(ids)), ids],
+            top_logits=logits.max(axis=1, initial=-np.inf),
+        )
 
     def _spoil(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Leave behind the worst that a step can which ended halfway."""
@@ -199,6 +233,8 @@ class FakeSession:
             blocks = feeds[f"block_table.{state.group}"][row]
             context = self._cache[state.group].reshape(-1, self.signature.block_size)[blocks]
             context = context.reshape(-1)
+            if self.signature.device == "cuda":  # where kernels mask before they multiply
+                context = context[: past + end - begin]
             poisoned |= bool(np.isnan(context).any())
             start = int(self._starts(state, feeds)[row])
             last = past + place - begin
@@ -298,6 +334,17 @@ def step_output(logits: np.ndarray, candidates: int, *, with_logits: bool) -> St
     top = np.take_along_axis(logits, order, axis=1)
     probability = np.exp(top[:, 0] - logsumexp(logits)).astype(np.float32)
     return StepOutput(top, order, probability, logits if with_logits else None)
+
+
+def draw(logits: np.ndarray, params: tuple[float, float, int, float]) -> int:
+    """Return the token that a graph chooses."""
+    temperature, uniform, top_k, top_p = params
+    if temperature == 0 or np.isnan(logits).any():
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    mass = np.exp((logits[order] - logits.max()).astype(np.float64) / temperature).cumsum()
+    nucleus = mass[: 1 + mass.searchsorted(top_p * mass[-1])]
+    return int(order[nucleus.searchsorted(uniform * nucleus[-1], side="right")])
 
 
 def score_output(logits: np.ndarray, feeds: Mapping[str, np.ndarray]) -> ScoreOutput:

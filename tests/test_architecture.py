@@ -19,7 +19,7 @@ LAYERS = [
     "kv_cache artifact runner prompt_encoder source sink labels subschema automaton start_up",
     "guide session parquet_source jsonl_source bigquery_source file_sink bigquery_sink",
     "sequence layout model_folder json_formats flag_types container_image profiles estimate",
-    "scheduler packing next_token examples task json_values json_numbers",
+    "scheduler packing next_token flight examples task json_values json_numbers",
     "executor columns questions text_encoder embedding_steps tables requests shard pieces",
     "engine policy embed run_record supervision json_scalars",
     "tally json_schema",
