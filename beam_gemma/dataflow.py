@@ -22,7 +22,6 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.flag_types import positive
 from beam_gemma.machines import GPUS, Gpu
 from beam_gemma.model_folder import SCHEME as CLOUD_STORAGE
-from beam_gemma.session import RUNNABLE
 from beam_gemma.signature import Device
 
 LOGGER = logging.getLogger(__name__)
@@ -214,12 +213,6 @@ def _check_gpu(flags: argparse.Namespace, options: PipelineOptions, artifact: Ar
         LOGGER.warning(
             "--gpu_count %d: the engine of a worker uses one GPU, the others are idle",
             flags.gpu_count,
-        )
-    if "cuda" not in RUNNABLE:
-        LOGGER.warning(
-            "--gpu_type %s: this version exports graphs for it and does not run them yet, so that "
-            "workers will end the job",
-            flags.gpu_type,
         )
 
 

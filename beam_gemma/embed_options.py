@@ -14,7 +14,7 @@ from beam_gemma.flags import (
     add_steps,
     flag_parser,
 )
-from beam_gemma.handlers import EMBED_TOKENS
+from beam_gemma.limits import EMBED_TOKENS
 from beam_gemma.text_encoder import EmbedSettings
 
 EXAMPLES = """\

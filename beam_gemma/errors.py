@@ -6,6 +6,7 @@
     ├── CheckpointError       a checkpoint that cannot be read in full
     ├── ArtifactError         a model folder that is damaged, missing or of another format
     ├── StorageError          a file of a job that cannot be written, or is not what it was
+    ├── DeviceError           a device that has no room, or fails; the step may be at fault
     ├── EngineError           the engine stopped; no row is at fault
     ├── BalanceError          rows were lost or doubled on the way
     ├── FailuresError         more rows failed than a job may have
@@ -42,6 +43,10 @@ class ArtifactError(BeamGemmaError):
 
 class StorageError(BeamGemmaError):
     """A file of a job cannot be written, or is not what was written."""
+
+
+class DeviceError(BeamGemmaError):
+    """A device has no room for a step, or failed; the step may be at fault."""
 
 
 class EngineError(BeamGemmaError):

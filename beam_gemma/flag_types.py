@@ -56,6 +56,17 @@ def above_zero(text: str) -> float:
     return value
 
 
+def rising(text: str) -> tuple[int, ...]:
+    """Read whole numbers from 1 that commas part, each above the one before."""
+    try:
+        numbers = tuple(map(int, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or numbers[0] < 1 or list(numbers) != sorted(set(numbers)):
+        raise argparse.ArgumentTypeError(f"expected rising numbers such as 16,64, got {text!r}")
+    return numbers
+
+
 def column_names(text: str) -> tuple[str, ...]:
     """Read names of columns that commas part."""
     return tuple(name.strip() for name in text.split(","))

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from apache_beam.io.filesystem import BeamIOError
@@ -17,9 +17,14 @@ from apache_beam.options.pipeline_options import (
     _BeamArgumentParser,
 )
 
-from beam_gemma.engine import EngineConfig
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.flag_types import SWITCH, column_names, count, fraction, positive
+from beam_gemma.flag_types import SWITCH, column_names, count, fraction, positive, rising
+from beam_gemma.limits import (
+    GPU_MEMORY_UTILIZATION,
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
+    Limits,
+)
 from beam_gemma.prompt_encoder import PromptSettings
 
 LOCAL_RUNNER = "DirectRunner"
@@ -125,7 +130,7 @@ def in_one_process(options: PipelineOptions) -> bool:
 
 def engine_settings(flags: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags of `add_engine` say."""
-    names = ("device", "max_num_seqs", "max_num_batched_tokens")
+    names = ("device", *(field.name for field in dataclasses.fields(Limits)))
     return {name: value for name, value in vars(flags).items() if name in names}
 
 
@@ -275,21 +280,27 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add how an engine runs."""
-    defaults = EngineConfig()
-    add = add_steps(parser, defaults.max_num_batched_tokens).add_argument
+    add = add_steps(parser, MAX_NUM_BATCHED_TOKENS).add_argument
     add(
         "--max_num_seqs",
         type=int,
-        default=defaults.max_num_seqs,
         metavar="N",
-        help="rows that run at once (default: %(default)s rows)",
+        help=f"rows that run at once (default: {_by_device(MAX_NUM_SEQS)} rows)",
+    )
+    add(
+        "--cudagraph_capture_sizes",
+        type=rising,
+        metavar="N,N",
+        help="CUDA: what the rows of a decode step are padded to, up to --max_num_seqs; with "
+        "several, steps of few rows cost less, and a row's last bits may depend on the others "
+        "(default: --max_num_seqs alone)",
     )
 
 
 def add_steps(
-    parser: argparse.ArgumentParser, max_num_batched_tokens: int
+    parser: argparse.ArgumentParser, max_num_batched_tokens: Mapping[str, int]
 ) -> argparse._ArgumentGroup:
-    """Add where steps run and how large they are by default."""
+    """Add where steps run and how large they are, by default on each device."""
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--device",
@@ -300,11 +311,21 @@ def add_steps(
     group.add_argument(
         "--max_num_batched_tokens",
         type=positive,
-        default=max_num_batched_tokens,
         metavar="N",
-        help="new tokens of one step (default: %(default)s tokens)",
+        help=f"new tokens of one step (default: {_by_device(max_num_batched_tokens)} tokens)",
+    )
+    group.add_argument(
+        "--gpu_memory_utilization",
+        type=fraction,
+        metavar="X",
+        help="CUDA: share of the GPU's memory to use, the rest is for others "
+        f"(default: {GPU_MEMORY_UTILIZATION})",
     )
     return group
+
+
+def _by_device(defaults: Mapping[str, int]) -> str:
+    return f"{defaults['cpu']}, on CUDA {defaults['cuda']}"
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:

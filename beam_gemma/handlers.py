@@ -11,19 +11,20 @@ from beam_gemma.classify import Classifier
 from beam_gemma.embed import Embedder
 from beam_gemma.embedding_config import EmbeddingConfig
 from beam_gemma.embedding_steps import EmbeddingSteps, check_sight
-from beam_gemma.engine import Engine, EngineConfig
+from beam_gemma.engine import Engine
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.generate import GenerateSettings, Generator, constraint_of
 from beam_gemma.guide import Constraint
 from beam_gemma.json_schema import json_schema_of
+from beam_gemma.limits import FOR_CUDA, Limits
 from beam_gemma.model_folder import open_description
+from beam_gemma.open_session import open_session
 from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
 from beam_gemma.prompt import Text
 from beam_gemma.prompt_encoder import PromptEncoder, Row
 from beam_gemma.pulse import Pulse, Work
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
-from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head
 from beam_gemma.start_up import FirstRow
 from beam_gemma.structured import StructuredOutput
@@ -32,9 +33,6 @@ from beam_gemma.task_handler import DeviceChoice, TaskHandler
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
 
-ENGINE = EngineConfig()
-EMBED_TOKENS = 1024
-"""Of a step over whole texts, unless told otherwise."""
 SIGHT_TEXT = "one two three"
 """Its first three tokens differ, whether they are words or letters."""
 
@@ -48,9 +46,8 @@ class EngineHandler(TaskHandler):
         settings: Settings,
         *,
         device: DeviceChoice = "auto",
-        max_num_seqs: int = ENGINE.max_num_seqs,
-        max_num_batched_tokens: int = ENGINE.max_num_batched_tokens,
         large_model: bool = True,
+        **limits: Any,
     ) -> None:
         """Describe a model and what to ask of it; nothing is loaded yet.
 
@@ -58,20 +55,16 @@ class EngineHandler(TaskHandler):
             model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to ask.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
-            max_num_seqs: Sequences that run at once.
-            max_num_batched_tokens: New tokens of one step.
             large_model: Whether the processes of a machine share one model.
+            limits: Fields of `Limits`, such as `max_num_seqs`.
         """
         super().__init__(model, settings, device=device, large_model=large_model)
-        self._engine_config = EngineConfig(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
+        self._limits = _limits_of(device, limits)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(model={self._model!r}, device={self._device!r}, "
-            f"max_num_seqs={self._engine_config.max_num_seqs}, "
-            f"max_num_batched_tokens={self._engine_config.max_num_batched_tokens})"
+            f"{self._limits!r})"
         )
 
 
@@ -137,7 +130,7 @@ class GemmaModelHandler(EngineHandler):
         if constraint is not None:
             # What the first one takes seconds to make is made before any row waits for it.
             constraint.start()
-        engine = start_engine(artifact, self.head, device, self._engine_config)
+        engine = start_engine(artifact, self.head, device, self._limits)
         on_result = FirstRow(METER.add, engine.pulse.note_first_row)
         return Generator(engine, encoder, self.settings, constraint=constraint, on_result=on_result)
 
@@ -174,7 +167,7 @@ class GemmaClassifyModelHandler(EngineHandler):
 
     def _load(self, artifact: Artifact, device: Device) -> Classifier:
         encoders = self._encoders(artifact)
-        engine = start_engine(artifact, self.head, device, self._engine_config)
+        engine = start_engine(artifact, self.head, device, self._limits)
         on_result = FirstRow(METER.add, engine.pulse.note_first_row)
         return Classifier(engine, encoders, self.settings, on_result=on_result)
 
@@ -204,7 +197,8 @@ class GemmaEmbedModelHandler(TaskHandler):
         settings: EmbedSettings | None = None,
         *,
         device: DeviceChoice = "auto",
-        max_num_batched_tokens: int = EMBED_TOKENS,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float | None = None,
         large_model: bool = True,
     ) -> None:
         """Describe a model and what to embed; of its folder only the manifest is read.
@@ -213,7 +207,8 @@ class GemmaEmbedModelHandler(TaskHandler):
             model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to embed.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
-            max_num_batched_tokens: Tokens of one step.
+            max_num_batched_tokens: Tokens of one step; None for what suits the device.
+            gpu_memory_utilization: Share of a GPU's memory to use; None for most of it.
             large_model: Whether the processes of a machine share one model.
 
         Raises:
@@ -226,12 +221,16 @@ class GemmaEmbedModelHandler(TaskHandler):
         size = next(s.embedding_size for (h, _), s in artifact.signatures.items() if h == "embed")
         settings = (settings or EmbedSettings()).of_size(size)
         super().__init__(model, settings, device=device, large_model=large_model)
-        self._max_num_batched_tokens = max_num_batched_tokens
+        limits = {
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        }
+        self._limits = _limits_of(device, limits)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(model={self._model!r}, device={self._device!r}, "
-            f"max_num_batched_tokens={self._max_num_batched_tokens})"
+            f"{self._limits!r})"
         )
 
     def encoder(self, artifact: Artifact) -> TextEncoder:
@@ -241,20 +240,14 @@ class GemmaEmbedModelHandler(TaskHandler):
 
     def _load(self, artifact: Artifact, device: Device) -> Embedder:
         encoder = self.encoder(artifact)
-        budget = self._max_num_batched_tokens
-        session = Session.of(
-            artifact,
-            head=self.head,
-            device=device,
-            max_num_seqs=budget,
-            max_num_batched_tokens=budget,
-        )
+        budget = self._limits.embed_tokens(device)
+        session = open_session(artifact, self.head, device, self._limits)
         check_sight(
             session,
             encoder.tokenizer.encode([Text(SIGHT_TEXT)], add_bos=False)[:3],
             is_two_sided=artifact.config.use_bidirectional_attention,
         )
-        pulse = Pulse(device)
+        pulse = Pulse(device, stats=session.stats)
 
         def on_step(num_tokens: int) -> None:
             METER.add(Count(prompt_tokens=num_tokens))
@@ -276,14 +269,18 @@ def _embedding_of(artifact: Artifact) -> EmbeddingConfig:
     return artifact.embedding
 
 
-def start_engine(artifact: Artifact, head: Head, device: Device, config: EngineConfig) -> Engine:
+def start_engine(artifact: Artifact, head: Head, device: Device, limits: Limits) -> Engine:
     """Load a model folder's graph and start an engine over it."""
-    session = Session.of(
-        artifact,
-        head=head,
-        device=device,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
-    config = dataclasses.replace(config, eos_token_ids=artifact.eos_token_ids)
-    return Engine(session, config, on_step=METER.add)
+    session = open_session(artifact, head, device, limits)
+    config = dataclasses.replace(limits.engine_config(device), eos_token_ids=artifact.eos_token_ids)
+    return Engine(session, config, on_step=METER.add, device_stats=session.stats)
+
+
+def _limits_of(device: DeviceChoice, given: Mapping[str, Any]) -> Limits:
+    """Return limits, unless the device that was asked for has no use for them."""
+    limits = Limits(**given)
+    if device != "auto":
+        limits.check(device)
+    elif all(getattr(limits, name) is None for name in FOR_CUDA):
+        limits.check("cpu")
+    return limits

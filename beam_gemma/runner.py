@@ -21,6 +21,14 @@ Feeds: TypeAlias = Mapping[str, np.ndarray]
 """Exactly the arrays of `Signature.step_inputs`."""
 
 
+@runtime_checkable
+class Logits(Protocol):
+    """The whole distribution of each row of a step, until the next one is started."""
+
+    def __getitem__(self, row: int, /) -> Float32[np.ndarray, " V"]:
+        """Return that of one row."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What the `generate` head says of each row of `logit_rows`."""
@@ -29,7 +37,7 @@ class StepOutput:
     """None, like the ids, where the device chooses and nobody asked for the candidates."""
     topk_ids: Int64[np.ndarray, "R C"] | None
     top_probability: Float32[np.ndarray, " Q"]
-    logits: Float32[np.ndarray, "F V"] | None = None
+    logits: Logits | None = None
     """Only where somebody asked for them: of `full_rows`, or of all rows where a graph takes none.
     """
     chosen_ids: Int64[np.ndarray, " R"] | None = None

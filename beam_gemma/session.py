@@ -1,27 +1,21 @@
-"""One forward pass: the only module that imports onnxruntime.
+"""Steps on the CPU, and which devices ONNX Runtime has.
 
 A session owns the loaded graph and the state buffers, which are bound once, as input and as output
 of every step, so that a step updates them in place.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import psutil
 
 from beam_gemma.artifact import Artifact
+from beam_gemma.capacity import Capacity, plan_capacity
+from beam_gemma.device_memory import has_gpu, require_gpu
 from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.pulse import DeviceStats
 from beam_gemma.runner import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
-from beam_gemma.signature import (
-    CONTEXT_ALIGNMENT,
-    Device,
-    Head,
-    PagedState,
-    Signature,
-    StateTensor,
-    blocks_for,
-)
+from beam_gemma.signature import Device, Head, Signature, StateTensor
 
 try:
     import onnxruntime
@@ -34,23 +28,19 @@ except ModuleNotFoundError as error:
     ) from error
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-RUNNABLE: tuple[Device, ...] = ("cpu",)
-"""Devices whose state buffers a session can keep."""
 NUMERICS = 1
 """Raised where a request may give other bits than with the version before."""
 CACHE_FRACTION = 0.4
 """Share of the free memory that caches may fill once the weights are loaded."""
 LOGITS = "logits"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Capacity:
-    """How much state a session keeps."""
-
-    num_blocks: Mapping[str, int]
-    """Cache blocks for each paged group; block 0 is padding and belongs to nobody."""
-    num_state_slots: int
-    """Sequences with recurrent state."""
+_STATES = onnxruntime.capi.onnxruntime_pybind11_state
+LOAD_ERRORS = (
+    _STATES.Fail,
+    _STATES.InvalidGraph,
+    _STATES.InvalidProtobuf,
+    _STATES.NoSuchFile,
+)
+"""What ONNX Runtime raises where it cannot make a session."""
 
 
 class Session:
@@ -75,14 +65,13 @@ class Session:
             num_threads: Threads of one operator; 0 for one per core.
 
         Raises:
-            OptionsError: the device is absent.
             ArtifactError: the graph is not what the signature says.
         """
         self.signature = signature
         self.num_blocks = dict(capacity.num_blocks)
         self.num_state_slots = capacity.num_state_slots
-        self._session = _load(graph_path, signature.device, num_threads)
-        _check_names(self._session, signature)
+        self._session = _load(graph_path, num_threads)
+        check_names(self._session, signature)
         sizes = {"S": capacity.num_state_slots}
         sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
         self._state = {t.input_name: _zeros(t, sizes) for t in signature.state_tensors()}
@@ -95,14 +84,13 @@ class Session:
         artifact: Artifact,
         *,
         head: Head = "generate",
-        device: Device = "cpu",
         max_num_seqs: int,
         max_num_batched_tokens: int,
         num_threads: int = 0,
     ) -> "Session":
         """Load a model folder's graph, with caches sized from the free memory."""
-        signature = artifact.signature(head, device)
-        graph_path = str(artifact.graph_path(head, device))
+        signature = artifact.signature(head, "cpu")
+        graph_path = str(artifact.graph_path(head, "cpu"))
         weights = sum(
             entry.num_bytes for name, entry in artifact.files.items() if name.startswith("weights/")
         )
@@ -147,6 +135,10 @@ class Session:
         """Run one step over whole texts."""
         return EmbedOutput(**self._run(feeds, with_logits=False))
 
+    def stats(self) -> DeviceStats:
+        """Return what a GPU has to say: nothing."""
+        return DeviceStats()
+
     def _run(self, feeds: Feeds, *, with_logits: bool) -> dict[str, np.ndarray]:
         """Run the graph and return its outputs, but the state, by name."""
         binding = self._bindings[with_logits]
@@ -163,10 +155,9 @@ class Session:
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
         """Overwrite cache blocks with zeros, so that no NaN outlives its row."""
         state = next(s for s in self.signature.paged_states if s.group == group)
-        axis = 0 if self.signature.device == "cuda" else 1
         for layer in state.layers:
             for name in (f"key_cache.{layer}", f"value_cache.{layer}"):
-                np.moveaxis(self._state[name], axis, 0)[list(blocks)] = 0
+                self._state[name][:, list(blocks)] = 0
 
     def _bind(self) -> onnxruntime.IOBinding:
         """Return a binding that reads and writes the state buffers."""
@@ -176,49 +167,6 @@ class Session:
             binding.bind_ortvalue_input(tensor.input_name, value)
             binding.bind_ortvalue_output(tensor.output_name, value)
         return binding
-
-
-def plan_capacity(
-    signature: Signature, *, num_bytes: int, max_num_seqs: int, max_num_batched_tokens: int
-) -> Capacity:
-    """Divide memory among the paged groups.
-
-    A group with a window never needs more than the window, one chunk and the alignment of tables
-    for each sequence; what it leaves goes to the others, up to the longest sequences there can be.
-    """
-    block = signature.block_size
-    longest = blocks_for(signature.max_model_len + CONTEXT_ALIGNMENT, block)
-    need, cost = {}, {}
-    for state in signature.paged_states:
-        per_sequence = longest
-        if state.sliding_window is not None and signature.device == "cpu":
-            reach = state.sliding_window + max_num_batched_tokens + 2 * CONTEXT_ALIGNMENT
-            per_sequence = min(longest, blocks_for(reach, block))
-        need[state.group] = max_num_seqs * per_sequence + 1
-        cost[state.group] = block_bytes(signature, state)
-    if not need:
-        return Capacity(num_blocks={}, num_state_slots=max_num_seqs)
-    num_blocks = {}
-    left = num_bytes
-    # The cheapest need first, each with at most an equal share of what is left.
-    for i, group in enumerate(sorted(need, key=lambda g: need[g] * cost[g])):
-        share = left // (len(need) - i)
-        num_blocks[group] = min(need[group], share // cost[group])
-        left -= num_blocks[group] * cost[group]
-    starved = [group for group, count in num_blocks.items() if count < 2]
-    if starved:
-        raise OptionsError(
-            f"cache: expected memory for at least 2 blocks of {starved[0]}, "
-            f"got {num_bytes:,} bytes in all; free memory or run on a larger machine"
-        )
-    return Capacity(num_blocks=num_blocks, num_state_slots=max_num_seqs)
-
-
-def block_bytes(signature: Signature, state: PagedState) -> int:
-    """Return the bytes of one block in all layers of a group, keys and values."""
-    item = np.dtype(signature.dtype).itemsize if signature.dtype != "bfloat16" else 2
-    elements = state.num_key_value_heads * state.head_dim * signature.block_size
-    return 2 * len(state.layers) * elements * item
 
 
 def _zeros(tensor: StateTensor, sizes: Mapping[str, int]) -> np.ndarray:
@@ -233,7 +181,7 @@ def numerics() -> str:
 
 
 def require_device(device: Device) -> None:
-    """Refuse a device that this machine's ONNX Runtime does not have.
+    """Refuse a device that this machine or its ONNX Runtime does not have.
 
     Raises:
         OptionsError: with the remedy; nothing falls back in silence.
@@ -244,33 +192,28 @@ def require_device(device: Device) -> None:
             f"device: expected {device}, got an ONNX Runtime with {', '.join(have)}; install "
             "onnxruntime-gpu on a machine with an NVIDIA GPU, or run with --device cpu"
         )
-    if device not in RUNNABLE:
-        raise OptionsError(
-            f"device: expected {' or '.join(RUNNABLE)}, got {device}; this version exports graphs "
-            "for it and does not run them yet"
-        )
+    if device == "cuda":
+        require_gpu()
 
 
-def _load(graph_path: str, device: Device, num_threads: int) -> onnxruntime.InferenceSession:
-    require_device(device)
+def has_device(device: Device) -> bool:
+    """Return whether ONNX Runtime knows of a device and the machine has one, fit for use or not."""
+    return PROVIDERS[device] in onnxruntime.get_available_providers() and (
+        device == "cpu" or has_gpu()
+    )
+
+
+def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(graph_path, options, providers=[PROVIDERS[device]])
-    except (
-        onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-        onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
-        onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf,
-        onnxruntime.capi.onnxruntime_pybind11_state.NoSuchFile,
-    ) as error:
+        return onnxruntime.InferenceSession(graph_path, options, providers=[PROVIDERS["cpu"]])
+    except LOAD_ERRORS as error:
         raise ArtifactError(f"{graph_path}: ONNX Runtime cannot load it: {error}") from error
-    if PROVIDERS[device] not in session.get_providers():
-        raise OptionsError(f"device: expected {device}, got a session without it")
-    return session
 
 
-def _check_names(session: onnxruntime.InferenceSession, signature: Signature) -> None:
+def check_names(session: onnxruntime.InferenceSession, signature: Signature) -> None:
     """Compare the graph's inputs and outputs with the signature."""
     state = signature.state_tensors()
     inputs = [t.name for t in signature.step_inputs()] + [t.input_name for t in state]

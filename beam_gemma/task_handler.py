@@ -22,7 +22,7 @@ from beam_gemma.progress import METRICS_NAMESPACE
 from beam_gemma.prompt_encoder import Row
 from beam_gemma.pulse import used_mib, with_pulse
 from beam_gemma.run_record import task_name
-from beam_gemma.session import require_device
+from beam_gemma.session import has_device, require_device
 from beam_gemma.signature import Device, Head
 from beam_gemma.start_up import log_process, logged
 from beam_gemma.supervision import SupervisedModel, Supervision
@@ -270,17 +270,14 @@ def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Devic
 
     Raises:
         ArtifactError: the model has no graph for the device that was asked for.
-        OptionsError: the machine does not have that device.
+        OptionsError: the machine does not have that device, or has one that is of no use.
     """
     if device != "auto":
         artifact.signature(head, device)
         require_device(device)
         return device
-    if (head, "cuda") in artifact.signatures:
-        try:
-            require_device("cuda")
-        except OptionsError:
-            return "cpu"
+    if (head, "cuda") in artifact.signatures and has_device("cuda"):
+        require_device("cuda")
         return "cuda"
     artifact.signature(head, "cpu")
     return "cpu"

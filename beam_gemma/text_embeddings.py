@@ -10,7 +10,7 @@ from apache_beam.ml.rag.types import EmbeddableItem
 from apache_beam.ml.transforms.base import EmbeddingsManager, _TextEmbeddingHandler
 
 from beam_gemma.errors import RecordError
-from beam_gemma.handlers import EMBED_TOKENS, GemmaEmbedModelHandler
+from beam_gemma.handlers import GemmaEmbedModelHandler
 from beam_gemma.task import Model
 from beam_gemma.task_handler import DeviceChoice
 from beam_gemma.text_encoder import EmbedSettings
@@ -35,7 +35,7 @@ class GemmaTextEmbeddings(EmbeddingsManager):
         truncate: bool = False,
         truncate_dim: int | None = None,
         device: DeviceChoice = "auto",
-        max_num_batched_tokens: int = EMBED_TOKENS,
+        max_num_batched_tokens: int | None = None,
     ) -> None:
         """Describe a model and what to embed.
 
@@ -47,7 +47,7 @@ class GemmaTextEmbeddings(EmbeddingsManager):
             truncate: Whether a text that is too long loses its end.
             truncate_dim: Numbers to keep of each embedding; None for all.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
-            max_num_batched_tokens: Tokens of one step.
+            max_num_batched_tokens: Tokens of one step; None for what suits the device.
         """
         super().__init__(columns=columns, type_adapter=create_text_adapter())
         self._model = model

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from beam_gemma.artifact import Artifact
+from beam_gemma.capacity import Capacity
 from beam_gemma.engine import Engine, EngineConfig, EngineStats
 from beam_gemma.prompt import Text
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
-from beam_gemma.session import Capacity, Session
+from beam_gemma.session import Session
 from beam_gemma.tokenizer import Tokenizer
 from benchmarks.workload import SEED, Passages
 

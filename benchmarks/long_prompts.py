@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from beam_gemma.artifact import Artifact
+from beam_gemma.capacity import Capacity
 from beam_gemma.config import FULL, SLIDING
 from beam_gemma.engine import EngineConfig
 from beam_gemma.kv_cache import KVCache
@@ -28,7 +29,7 @@ from beam_gemma.packing import pack
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.scheduler import Scheduler
 from beam_gemma.sequence import Request, Sequence
-from beam_gemma.session import Capacity, Session
+from beam_gemma.session import Session
 from benchmarks.table import table
 from export.__main__ import export
 from export.published import Size

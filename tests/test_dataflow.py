@@ -10,7 +10,6 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from beam_gemma import dataflow
 from beam_gemma.artifact import FileEntry
 from beam_gemma.dataflow import on_dataflow, resource_hints, worker_device, worker_options
 from beam_gemma.errors import OptionsError
@@ -155,14 +154,6 @@ def test_an_image_for_the_cpu_has_no_gpu(complete):
         registry.push("1", {**LABELS, "beam-gemma.device": "cpu"})
         with pytest.raises(OptionsError, match="expected an image for the gpu, got one for cpu"):
             complete(*DATAFLOW, L4[0], f"--sdk_container_image={registry.host}/team/worker:1")
-
-
-def test_gpus_that_this_version_cannot_use_are_told_of(complete, caplog, monkeypatch):
-    for runnable, is_told in ((("cpu", "cuda"), False), (("cpu",), True)):
-        monkeypatch.setattr(dataflow, "RUNNABLE", runnable)
-        with caplog.at_level(logging.WARNING):
-            complete(*DATAFLOW, *L4)
-        assert ("--gpu_type nvidia-l4: this version" in caplog.text) is is_told
 
 
 def test_regions_that_nobody_knows_of_are_left_to_dataflow(complete):

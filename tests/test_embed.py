@@ -10,13 +10,14 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from beam_gemma.artifact import Artifact
+from beam_gemma.capacity import Capacity
 from beam_gemma.embed import Embedder, shortened
 from beam_gemma.embedding_steps import EmbeddingSteps
 from beam_gemma.errors import OptionsError
 from beam_gemma.progress import Count
 from beam_gemma.pulse import Pulse
 from beam_gemma.runner import EmbedOutput
-from beam_gemma.session import Capacity, Session
+from beam_gemma.session import Session
 from beam_gemma.text_encoder import EmbedSettings, TextEncoder
 from beam_gemma.tokenizer import Tokenizer
 from tests.sentence_model import PROMPTS, encode, texts

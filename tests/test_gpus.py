@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from beam_gemma.capacity import block_bytes
 from beam_gemma.machines import GPUS
-from beam_gemma.session import block_bytes
 from beam_gemma.signature import PagedState
 from benchmarks import gpus
 from export.published import SIZES

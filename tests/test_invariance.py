@@ -10,10 +10,11 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from beam_gemma.capacity import Capacity
 from beam_gemma.engine import Engine, EngineStats
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
-from beam_gemma.session import Capacity, Session
+from beam_gemma.session import Session
 from benchmarks.conditions import CONDITIONS, Condition
 from tests.conftest import TinyModel
 from tests.reference import VOCAB

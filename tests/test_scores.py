@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beam_gemma.capacity import Capacity
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.errors import OptionsError
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
-from beam_gemma.session import Capacity, Session
+from beam_gemma.session import Session
 from tests.conftest import TinyModel
 from tests.fakes import RAREST, STATES, FakeSession, fake_signature, logits_of, logsumexp
 from tests.ragged import Feeder

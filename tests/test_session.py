@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from beam_gemma.capacity import Capacity, block_bytes, plan_capacity
 from beam_gemma.errors import ArtifactError, OptionsError
-from beam_gemma.session import Capacity, Session, block_bytes, plan_capacity, require_device
+from beam_gemma.session import Session, has_device, require_device
 from tests.conftest import TinyModel
 from tests.ragged import Feeder
 
@@ -78,13 +79,31 @@ def test_a_gpu_that_is_absent_is_an_error() -> None:
         require_device("cuda")
 
 
-def test_a_device_that_cannot_run_yet_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_its_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime lists what it was built for, whatever the machine has."""
     monkeypatch.setattr(
         "beam_gemma.session.onnxruntime.get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
-    with pytest.raises(OptionsError, match="expected cpu, got cuda; this version exports"):
-        require_device("cuda")
+    for version, words in ((0, "without its driver"), (12080, "580 or newer.* for CUDA 12.8")):
+        monkeypatch.setattr("beam_gemma.device_memory.driver_version", lambda v=version: v)
+        with pytest.raises(OptionsError, match=f"expected an NVIDIA .*{words}"):
+            require_device("cuda")
+        assert has_device("cuda") is (version > 0)
+
+
+def test_a_window_on_cuda_takes_blocks_for_itself_and_a_chunk(tiny_gemma3: TinyModel) -> None:
+    signature = dataclasses.replace(
+        tiny_gemma3.artifact.signature("generate", "cpu"),
+        device="cuda",
+        block_size=64,
+        max_model_len=100_000,
+    )
+    plan = plan_capacity(signature, num_bytes=1 << 30, max_num_seqs=4, max_num_batched_tokens=64)
+    full, sliding = (plan.num_blocks[state.group] for state in signature.paged_states)
+    # 24 of the window, 64 new ones and two blocks for where these begin and end.
+    assert sliding == 4 * 4 + 1
+    assert full > 1000
 
 
 def test_capacity_gives_windows_only_what_they_can_use(tiny_gemma3: TinyModel) -> None:

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beam_gemma.capacity import Capacity
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Request
-from beam_gemma.session import Capacity, Session
+from beam_gemma.session import Session
 from beam_gemma.signature import Signature
 from export.to_onnx import trace
 from tests.toys import DECAY, RECURRENT, SPAN, VOCAB, RecurrentToy, SpanToy

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from beam_gemma.session import Capacity, Session
+from beam_gemma.capacity import Capacity
+from beam_gemma.session import Session
 from beam_gemma.signature import Device
 from export.model import GemmaDecoder
 from export.signatures import decoder_signature
