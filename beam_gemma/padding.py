@@ -192,7 +192,7 @@ def pad(
 def no_step(signature: Signature) -> dict[str, np.ndarray]:
     """Return the inputs of a step without any sequence."""
     return {
-        t.name: np.zeros([t.name == "cu_seqlens", *[0] * (len(t.shape) - 1)], t.dtype)
+        t.name: np.zeros([int(t.name == "cu_seqlens"), *[0] * (len(t.shape) - 1)], t.dtype)
         for t in signature.step_inputs()
     }
 
