@@ -233,7 +233,7 @@ class CudaSession:
         """Have no more steps of a size that the device has no room for."""
         kind = "decode" if shape.is_decode else "prefill"
         sizes: tuple[int, ...] = getattr(self._sizes, kind)
-        size = shape.num_tokens
+        size = shape.size
         if size not in sizes or size == 1:
             return
         smaller = tuple(s for s in sizes if s < size) or (size // 2,)

@@ -18,6 +18,8 @@ from beam_gemma.errors import DeviceError, OptionsError
 
 ALIGNMENT = 256
 """Of whatever an address is given for, in bytes; kernels read words of up to 16."""
+MAX_PITCH = 2**31 - 1
+"""Bytes between rows of one call, as all GPUs have it."""
 MIN_DRIVER = 13000
 """What a driver says of itself from release 580 on, the first with CUDA 13."""
 BF16_CAPABILITY = (8, 0)
@@ -124,8 +126,12 @@ class CudaMemory:
 
     def zero(self, address: int, *, width: int, pitch: int, height: int) -> None:
         """Zero `width` bytes at an address, and at each of `height` places `pitch` apart."""
-        stream = self._stream
-        _checked(self._cuda.cudaMemset2DAsync(address, pitch, 0, width, height, stream))
+        if pitch <= MAX_PITCH:
+            stream = self._stream
+            _checked(self._cuda.cudaMemset2DAsync(address, pitch, 0, width, height, stream))
+            return
+        for row in range(height):
+            _checked(self._cuda.cudaMemsetAsync(address + row * pitch, 0, width, self._stream))
 
     def mark(self) -> Mark:
         """Return the place that the stream has come to."""

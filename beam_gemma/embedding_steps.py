@@ -36,17 +36,24 @@ class EmbeddingSteps:
     """Runs steps on a session that many threads share."""
 
     def __init__(
-        self, session: Runner, *, max_num_batched_tokens: int, on_step: Callable[[int], None]
+        self,
+        session: Runner,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int | None = None,
+        on_step: Callable[[int], None],
     ) -> None:
         """Join a session.
 
         Args:
             session: Runs the graph.
             max_num_batched_tokens: Tokens of one step, unless one text has more.
+            max_num_seqs: Texts of one step; None for no limit.
             on_step: Called with the tokens of each step that succeeded.
         """
         self._session = session
         self._budget = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
         self._on_step = on_step
         self._lock = threading.Lock()
         self._num_failures = 0  # in a row; guarded by the lock
@@ -74,7 +81,8 @@ class EmbeddingSteps:
         step: list[int] = []
         num_tokens = 0
         for i in order:
-            if step and num_tokens + len(texts[i]) > self._budget:
+            is_full = len(step) == self._max_num_seqs or num_tokens + len(texts[i]) > self._budget
+            if step and is_full:
                 yield step
                 step, num_tokens = [], 0
             step.append(i)

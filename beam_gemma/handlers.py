@@ -19,6 +19,7 @@ from beam_gemma.json_schema import json_schema_of
 from beam_gemma.limits import FOR_CUDA, Limits
 from beam_gemma.model_folder import open_description
 from beam_gemma.open_session import open_session
+from beam_gemma.padding import num_texts
 from beam_gemma.policy import ModerateSettings
 from beam_gemma.progress import METER, Count
 from beam_gemma.prompt import Text
@@ -255,7 +256,12 @@ class GemmaEmbedModelHandler(TaskHandler):
             slots = max(num_tokens, budget)
             pulse.add(Work(prompt_tokens=num_tokens, used_slots=num_tokens, slots=slots))
 
-        steps = EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=on_step)
+        steps = EmbeddingSteps(
+            session,
+            max_num_batched_tokens=budget,
+            max_num_seqs=num_texts(budget) if device == "cuda" else None,
+            on_step=on_step,
+        )
         on_result = FirstRow(METER.add, pulse.note_first_row)
         return Embedder(steps, encoder, self.settings, pulse=pulse, on_result=on_result)
 

@@ -35,6 +35,8 @@ class StepShape:
     """The sizes of a padded step."""
 
     is_decode: bool
+    size: int
+    """Of those that there are."""
     num_tokens: int
     num_sequences: int
     num_rows: int = 0
@@ -88,8 +90,7 @@ class StepSizes:
         num_tokens, num_sequences = len(feeds["input_ids"]), len(feeds["cu_seqlens"]) - 1
         if signature.head == "embed":
             size = _least(self.prefill, num_tokens)
-            texts = max(num_texts(size), num_sequences)
-            return StepShape(is_decode=False, num_tokens=size, num_sequences=texts + 1)
+            return _embed_shape(size, max(num_texts(size), num_sequences))
         num_probabilities = len(feeds["probability_rows"])
         if signature.head == "generate" and feeds[METADATA][0] == 1:
             size = _least(self.decode, num_sequences)
@@ -105,6 +106,7 @@ class StepSizes:
         num_rows = max(PREFILL_ROWS, _rounded(len(feeds["logit_rows"])))
         return StepShape(
             is_decode=False,
+            size=size,
             num_tokens=size,
             num_sequences=num_sequences + (padding > 0),
             num_rows=num_rows,
@@ -126,6 +128,7 @@ def decode_shape(
     """Return the shape of decode steps of a width."""
     return StepShape(
         is_decode=True,
+        size=width,
         num_tokens=width,
         num_sequences=width,
         num_rows=width,
@@ -139,10 +142,11 @@ def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
     """Return the shapes of the steps that take the most memory."""
     most = sizes.prefill[-1]
     if signature.head == "embed":
-        return [StepShape(is_decode=False, num_tokens=most, num_sequences=num_texts(most) + 1)]
+        return [_embed_shape(most, num_texts(most))]
     widest = power_of_two(blocks_for(signature.max_model_len, signature.block_size))
     prefill = StepShape(
         is_decode=False,
+        size=most,
         num_tokens=most,
         num_sequences=min(PREFILL_ROWS, most) + 1,
         num_rows=PREFILL_ROWS,
@@ -205,6 +209,13 @@ def num_texts(num_tokens: int) -> int:
 def power_of_two(number: int) -> int:
     """Return the least power of two that is not below a number."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def _embed_shape(size: int, num_sequences: int) -> StepShape:
+    """Return a shape with a token for each text that is left over, since none may be empty."""
+    num_sequences += 1
+    num_tokens = _rounded(size + num_sequences)
+    return StepShape(is_decode=False, size=size, num_tokens=num_tokens, num_sequences=num_sequences)
 
 
 def _pad_starts(

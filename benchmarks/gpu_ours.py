@@ -1,8 +1,12 @@
 """Our own engine and steps for the benchmark on a GPU; what other systems need not import."""
 
 from beam_gemma.artifact import Artifact
+from beam_gemma.cuda_session import CudaSession
 from beam_gemma.embedding_steps import EmbeddingSteps
 from beam_gemma.engine import Engine, EngineConfig
+from beam_gemma.limits import Limits
+from beam_gemma.open_session import open_session
+from beam_gemma.padding import num_texts
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Request
 from beam_gemma.session import Session
@@ -19,27 +23,31 @@ def engine_of(job: Job, head: Head) -> tuple[Engine, Timeline]:
     config = EngineConfig(
         max_num_seqs=job.scale.slots, max_num_batched_tokens=job.scale.prefill_tokens
     )
-    session = open_session(job, head, config)
-    return Engine(session, config, on_step=timeline.add), timeline
-
-
-def open_session(job: Job, head: Head, config: EngineConfig) -> Session:
-    """Load a job's model on its device."""
-    return Session.of(
-        Artifact.open(job.model),
-        head=head,
-        device=job.device,
+    session = session_of(
+        job,
+        head,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
+    return Engine(session, config, on_step=timeline.add), timeline
+
+
+def session_of(job: Job, head: Head, **limits: int) -> Session | CudaSession:
+    """Load a job's model on its device."""
+    artifact = Artifact.open(job.model)
+    return open_session(artifact, head, job.device, Limits(**limits))
 
 
 def steps_of(job: Job) -> EmbeddingSteps:
     """Return steps over whole texts."""
     budget = job.scale.prefill_tokens
-    config = EngineConfig(max_num_seqs=budget, max_num_batched_tokens=budget)
-    session = open_session(job, "embed", config)
-    return EmbeddingSteps(session, max_num_batched_tokens=budget, on_step=lambda _: None)
+    session = session_of(job, "embed", max_num_batched_tokens=budget)
+    return EmbeddingSteps(
+        session,
+        max_num_batched_tokens=budget,
+        max_num_seqs=num_texts(budget) if job.device == "cuda" else None,
+        on_step=lambda _: None,
+    )
 
 
 def requests_of(prompts: list[list[int]], new_tokens: list[int]) -> list[Request]:

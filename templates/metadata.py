@@ -13,7 +13,15 @@ from typing import Any
 from beam_gemma.classify_options import classify_parser
 from beam_gemma.embed_options import embed_parser
 from beam_gemma.estimate_options import FLAGS as OF_A_DRY_RUN
-from beam_gemma.flag_types import above_zero, column_names, count, fraction, positive, switch
+from beam_gemma.flag_types import (
+    above_zero,
+    column_names,
+    count,
+    fraction,
+    positive,
+    rising,
+    switch,
+)
 from beam_gemma.flags import FlagParser
 from beam_gemma.generate_options import generate_parser
 
@@ -31,6 +39,7 @@ TABLE = "^(gs://[^/]+/|bq://).+$"
 KINDS_OF_TYPES: dict[Any, Kind] = {
     None: ANY_TEXT,
     column_names: ANY_TEXT,
+    rising: ("TEXT", "^[1-9][0-9]*(,[1-9][0-9]*)*$"),
     switch: ("BOOLEAN", "^(true|false)$"),
     count: ("NUMBER", "^[0-9]+$"),
     positive: ("NUMBER", "^[1-9][0-9]*$"),
@@ -46,7 +55,14 @@ KINDS_OF_PLACES: dict[Any, Kind] = {
 }
 """By what help calls the value: a launcher has no files of its own."""
 KINDS_OF_FLAGS: dict[str, Kind] = {"report": ("GCS_WRITE_FILE", OBJECT)}
-ACRONYMS = {"gpu": "GPU", "json": "JSON", "ids": "IDs", "eos": "EOS", "sdk": "SDK"}
+ACRONYMS = {
+    "cudagraph": "CUDA graph",
+    "gpu": "GPU",
+    "json": "JSON",
+    "ids": "IDs",
+    "eos": "EOS",
+    "sdk": "SDK",
+}
 NOT_IN_THE_FORM = ("dry_run", *OF_A_DRY_RUN)
 """A launch that starts no job counts as failed; its estimate is in the launcher's log."""
 WORKER_IMAGE = {

@@ -108,3 +108,12 @@ def test_a_graph_must_see_what_its_model_sees(is_two_sided: bool) -> None:
     check_sight(session, [5, 6, 7], is_two_sided=is_two_sided)
     with pytest.raises(ArtifactError, match=r"graph: expected (causal|two-sided) attention"):
         check_sight(session, [5, 6, 7], is_two_sided=not is_two_sided)
+
+
+def test_steps_have_no_more_texts_than_they_may():
+    counted = []
+    task = EmbeddingSteps(
+        FakeSession(), max_num_batched_tokens=100, max_num_seqs=2, on_step=counted.append
+    )
+    assert len(list(task([[1], [2, 3], [4], [5], [6]]))) == 5
+    assert counted == [3, 2, 1]
