@@ -2,6 +2,8 @@
 
 `CudaMemory` is NVIDIA's runtime. `HostMemory` is plain memory: the session above is the same
 code on a machine without a GPU.
+
+Dimensions: N bytes.
 """
 
 import ctypes

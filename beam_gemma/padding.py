@@ -219,7 +219,7 @@ def _embed_shape(size: int, num_sequences: int) -> StepShape:
 
 
 def _pad_starts(
-    source: Int32[np.ndarray, " B"], target: Int32[np.ndarray, " C"], shape: StepShape
+    source: Int32[np.ndarray, " B"], target: Int32[np.ndarray, "..."], shape: StepShape
 ) -> None:
     """Give the tokens that are left over to the sequences that are, evenly."""
     count = len(source)
