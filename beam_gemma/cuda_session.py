@@ -92,7 +92,7 @@ class CudaSession:
 
         Args:
             feeds: The step.
-            with_logits: Whether the whole distribution of each row can be asked for.
+            with_logits: Whether the whole distribution of the `full_rows` can be asked for.
             with_candidates: Whether to return candidates even where the device chooses.
 
         Raises:
@@ -141,7 +141,7 @@ class CudaSession:
         return self._stats
 
     def logits(self, row: int) -> Float32[np.ndarray, " V"]:
-        """Return the distribution of a row of the step that was started last, with logits."""
+        """Return the distribution of one of the `full_rows` of the step that was started last."""
         return self._buffers.logits(row)
 
     def count(self, seconds: float) -> None:

@@ -43,7 +43,7 @@ class StepShape:
     num_probabilities: int = 0
     num_targets: int = 0
     num_full: int = 0
-    """Rows whose whole distribution can be asked for: all, or none."""
+    """Rows whose whole distribution can be asked for: as many as rows, or none."""
     num_blocks: int = 0
     """In a row of each table."""
 
@@ -185,8 +185,7 @@ def pad(
             _pad_starts(source, target, shape)
             continue
         if name == "full_rows":
-            target[...] = np.arange(shape.num_full)
-            continue
+            source = source[: shape.num_full]
         kind = name.partition(".")[0]
         fill = spare_slot if kind in _SLOTS else _FILL.get(kind, 0)
         target[...] = fill

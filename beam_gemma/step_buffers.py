@@ -135,7 +135,7 @@ class StepBuffers:
         return inputs, outputs
 
     def logits(self, row: int) -> Float32[np.ndarray, " V"]:
-        """Return a row of the logits that the latest step gave."""
+        """Return one of the `full_rows` of the latest step."""
         self._memory.copy_out(self._row, self._logits_address + row * self._row.nbytes)
         self._memory.mark().wait()
         return self._row.view(np.float32).copy()

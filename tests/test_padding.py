@@ -122,12 +122,13 @@ def test_a_prompt_of_one_token_is_no_decode_step():
     assert SIZES.shape(feeds, sig, with_logits=False).is_decode
 
 
-def test_all_rows_of_a_step_have_logits_or_none():
+def test_a_step_has_room_for_the_logits_of_all_rows_or_of_none():
     sig = signature()
     feeds = Feeder(sig, 2, 100).feeds([(0, [5, 6]), (1, [7])], all_rows=False)
-    for with_logits in (False, True):
+    feeds["full_rows"] = np.array([1])
+    for with_logits, wanted in ((False, []), (True, [1] + [0] * (PREFILL_ROWS - 1))):
         _, into = padded(feeds, sig, with_logits=with_logits)
-        assert into["full_rows"].tolist() == list(range(PREFILL_ROWS if with_logits else 0))
+        assert into["full_rows"].tolist() == wanted
 
 
 @pytest.mark.parametrize("head", ["generate", "score"])
