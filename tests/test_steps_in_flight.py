@@ -12,7 +12,7 @@ from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Request
 from tests.async_session import AsyncSession
-from tests.fakes import RAREST, STATES, fake_signature
+from tests.fakes import RAREST, STATES, FakeSession, expected, fake_signature
 
 SIGNATURE = fake_signature(device="cuda", states=STATES[:2], optional_inputs=())
 EOS = (5,)
@@ -124,8 +124,42 @@ def test_every_row_completes_as_it_does_alone(
             assert completion.finish_reason == "error"
         else:
             assert completion == alone(request)
+    assert session.deepest <= 2
     if not bad:
         # A token that ends a completion is chosen, and no part of it.
         chosen = sum(len(c.token_ids) + (c.finish_reason == "stop") for c in completions)
         assert stats.num_completion_tokens == chosen
     assert stats.num_finished == stats.num_requests == len(requests)
+
+
+def test_two_steps_are_in_flight_and_completions_are_those_of_the_definition():
+    """With a session whose prefill and decode have the same bits, as the CPU's have."""
+    requests = [make_request(length, 30, 0, kind) for length in (20, 40) for kind in (0, 1, 2, 4)]
+    session = AsyncSession(SIGNATURE)
+    session._write = lambda state, feeds: FakeSession._write(session, state, feeds)
+    completions, stats = run(session, [requests], max_num_seqs=4, max_num_batched_tokens=100)
+    assert session.deepest == 2
+    for completion, request in zip(completions, requests, strict=True):
+        right = expected(SIGNATURE, request, eos_token_ids=EOS)
+        assert completion.token_ids == right.token_ids
+        assert completion.finish_reason == right.finish_reason
+    assert stats.num_prompt_tokens + stats.num_cached_tokens == 4 * (20 + 40)
+
+
+def test_a_row_that_the_host_chooses_for_leaves_the_others_as_they_are():
+    requests = [make_request(20, 30, 0, kind) for kind in (0, 3, 2)]
+    session = AsyncSession(SIGNATURE)
+    completions, _ = run(session, [requests], max_num_seqs=4, max_num_batched_tokens=100)
+    assert completions == [alone(request) for request in requests]
+
+
+def test_occupancy_leaves_out_what_nobody_wants():
+    """Two rows end by their first decoded token, which is in the next step as well."""
+    token_at = {21: 30, 22: EOS[0]}
+    session = AsyncSession(SIGNATURE, next_token=lambda ids: token_at.get(len(ids), 30))
+    requests = [make_request(20, 30, 0, 0), make_request(20, 29, 0, 0)]
+    completions, stats = run(session, [requests], max_num_seqs=2, max_num_batched_tokens=100)
+    assert [len(completion.token_ids) for completion in completions] == [2, 2]
+    assert (stats.num_decode_rows, stats.num_completion_tokens) == (4, 6)
+    assert len(session.steps) == 4, "with one surplus step"
+    assert stats.num_decode_steps == 3
