@@ -249,10 +249,10 @@ def _check_region(gpu: Gpu, options: PipelineOptions) -> None:
 
 
 def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
-    if artifact.precision == "bf16" and not gpu.has_bfloat16:
+    if not gpu.computes(artifact.precision):
         raise OptionsError(
             f"--gpu_type {gpu.name}: expected a GPU that computes in the model's bfloat16, got one "
-            f"that does not; take {_smallest(artifact)}"
+            f"that does not; export it with --precision fp16, or take {_smallest(artifact)}"
         )
     num_bytes = _num_bytes(artifact)
     if not gpu.holds(num_bytes):
@@ -264,7 +264,8 @@ def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
 
 def _smallest(artifact: Artifact) -> str:
     """Return the name of the smallest GPU for a model."""
-    fit = (g for g in GPUS.values() if g.has_bfloat16 and g.holds(_num_bytes(artifact)))
+    precision, num_bytes = artifact.precision, _num_bytes(artifact)
+    fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(num_bytes))
     smallest = min(fit, key=lambda gpu: gpu.memory_gib, default=None)
     return smallest.name if smallest else "a smaller model, no type has as much"
 

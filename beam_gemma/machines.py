@@ -29,6 +29,10 @@ class Gpu:
     regions: frozenset[str]
     """Where it is offered; empty if that is not known."""
 
+    def computes(self, precision: str) -> bool:
+        """Return whether it has the number format of a model's precision."""
+        return self.has_bfloat16 or precision != "bf16"
+
     def holds(self, num_bytes: int) -> bool:
         """Return whether weights of this size leave room for the rest."""
         return num_bytes <= self.memory_gib * 2**30 * WEIGHTS_FRACTION

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpus
 
-Prints the tables of `docs/dataflow.md`. Weights are two bytes a parameter. A row's cache holds a
+Prints the tables of `docs/dataflow.md`. Weights are two bytes a parameter, or in int8 and int4 what
+their blocks take (`export.quantize`). A row's cache holds a
 key and a value, two bytes a number, for each layer, key-value head and token; a layer with a window
 keeps no more tokens than that. Weights and caches together stay within the share of the memory that
 weights alone may take.
@@ -16,9 +17,10 @@ from beam_gemma.machines import GPUS, WEIGHTS_FRACTION, Gpu
 from beam_gemma.profiles import profiles
 from benchmarks.table import table
 from export.published import SIZES, Size
+from export.quantize import BITS, CodedMatrix
 
 BYTES = 2
-"""Of a number in bfloat16."""
+"""Of a number in bfloat16 or float16."""
 ROW_TOKENS = 2048
 """Of a prompt and its completion."""
 EXAMPLE_PRICE = 0.10
@@ -28,9 +30,20 @@ WORK = {"generate": (500, 100), "score": (200, 0), "embed": (200, 0)}
 FITTING = [gpu for gpu in GPUS.values() if gpu.has_bfloat16]
 
 
-def weight_bytes(size: Size) -> int:
+def weight_bytes(size: Size, precision: str = "bf16") -> int:
     """Return the bytes of a model's weights."""
-    return BYTES * sum(math.prod(shape) for shape in size.tensor_shapes().values())
+    return sum(
+        num_bytes(name, shape, BITS.get(precision)) for name, shape in size.tensor_shapes().items()
+    )
+
+
+def num_bytes(name: str, shape: tuple[int, ...], bits: int | None) -> int:
+    """Return the bytes of a tensor; only matrices come in blocks."""
+    if bits is None or len(shape) == 1:
+        return BYTES * math.prod(shape)
+    matrix = CodedMatrix.of(name, bits, shape)
+    blocks = math.prod(matrix.shape_of(matrix.scales))
+    return math.prod(matrix.shape_of(matrix.codes)) + BYTES * blocks
 
 
 def cache_bytes(config: GemmaConfig, num_tokens: int) -> int:
@@ -68,6 +81,22 @@ def fit_table() -> str:
     return table(header, rows)
 
 
+def precision_table() -> str:
+    """Return what weights take in each precision, and the smallest GPU that has room for them."""
+    rows = []
+    for size in SIZES:
+        if size.config.use_bidirectional_attention:
+            continue
+        cells = []
+        for precision in ("bf16", "fp16", *BITS):
+            weights = weight_bytes(size, precision)
+            fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(weights))
+            smallest = min(fit, key=lambda gpu: gpu.memory_gib)
+            cells.append(f"{weights / 1e9:.1f}, {smallest.name.removeprefix('nvidia-')}")
+        rows.append([size.name, *cells])
+    return table(["model", "bf16", "fp16", *BITS], rows)
+
+
 def cost_table() -> str:
     """Return what a million rows take, for each measured profile."""
     header = ["model", "task", "machine", "prompt tok/s", "completion tok/s", "tokens of a row",
@@ -103,8 +132,8 @@ def million_rows(prompt: int, completion: int, throughput: Throughput) -> Estima
 
 
 def main() -> None:
-    """Print both tables."""
-    print(fit_table(), cost_table(), sep="\n\n")
+    """Print all tables."""
+    print(fit_table(), precision_table(), cost_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,21 @@ from beam_gemma.signature import HEADS, Device, Signature
 from export.adapter import merge_adapter
 from export.checkpoint import read_checkpoint
 from export.legal import write_legal
+from export.quantize import BITS, quantize_graph
 from export.tasks import check_tasks, default_tasks, embedding_config, graph_module, graph_signature
 from export.tensors import Checkpoint
 from export.to_onnx import trace
 from export.weights import WEIGHTS, WRITTEN, attach
 
 LOGGER = logging.getLogger("export")
-PRECISIONS = {"cpu": {"auto": "fp32", "fp32": "fp32"}, "cuda": {"auto": "bf16", "bf16": "bf16"}}
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "int8", "int4")}
+"""By device; the first is the default."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"} | dict.fromkeys(("fp16", *BITS), "float16")
 EPILOG = """examples:
   python -m export --checkpoint gemma-3-270m.gguf --output models/gemma-3-270m
   python -m export --checkpoint gemma-3-27b-it --output models/gemma-3-27b-it --device cuda
+  python -m export --checkpoint gemma-3-12b-it-qat-q4_0.gguf --output models/gemma-3-12b-it \
+    --device cuda --precision int4
 """
 
 
@@ -86,7 +90,7 @@ def export(
     """
     _check(output, precision, device, overwrite=overwrite)
     start = time.monotonic()
-    precision = PRECISIONS[device][precision]
+    precision = PRECISIONS[device][0] if precision == "auto" else precision
     checkpoint = read_checkpoint(checkpoint_path)
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
@@ -100,7 +104,7 @@ def export(
     folder = output.with_name(output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WEIGHTS).mkdir(parents=True)
-    _write_graphs(checkpoint, embedding, signatures, folder)
+    _write_graphs(checkpoint, embedding, signatures, precision, folder)
     _write_texts(checkpoint, folder)
     linked = {f"{WEIGHTS}/{f.name}" for f in (folder / WEIGHTS).iterdir()} - {WRITTEN}
     write_manifest(
@@ -125,10 +129,9 @@ def export(
 
 
 def _check(output: Path, precision: str, device: Device, *, overwrite: bool) -> None:
-    if precision not in PRECISIONS[device]:
+    if precision not in (allowed := ("auto", *PRECISIONS[device])):
         raise OptionsError(
-            f"--precision: expected {' or '.join(PRECISIONS[device])} for --device {device}, "
-            f"got {precision}"
+            f"--precision: expected {' or '.join(allowed)} for --device {device}, got {precision}"
         )
     if output.exists() and not overwrite:
         raise OptionsError(f"{output}: the output exists already; pass --overwrite to replace it")
@@ -138,10 +141,14 @@ def _write_graphs(
     checkpoint: Checkpoint,
     embedding: EmbeddingConfig | None,
     signatures: Sequence[Signature],
+    precision: str,
     folder: Path,
 ) -> None:
     """Write a graph for each head; all share one set of weights."""
     models = [trace(partial(graph_module, checkpoint.config, embedding, s), s) for s in signatures]
+    if precision in BITS:
+        for model in models:
+            quantize_graph(model, BITS[precision])
     attach(models, checkpoint, signatures[0].dtype, folder)
     for model, signature in zip(models, signatures, strict=True):
         ir.save(model, folder / graph_name(signature.head, signature.device))
@@ -195,9 +202,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Device that will run the graph (default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="Number format of weights and caches: fp32 on cpu, bf16 on cuda "
-        "(default: %(default)s).",
+        "--precision", choices=("auto", *DTYPES), default="auto",
+        help="Number format of weights and caches: fp32 on cpu; on cuda bf16, fp16, which a T4 "
+        "has too, or int8 or int4 for weights and fp16 for the rest (default: %(default)s, the "
+        "first of its device).",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", type=_tasks, metavar="TASK,TASK",

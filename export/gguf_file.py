@@ -162,5 +162,10 @@ def _stored(path: Path, tensor: ReaderTensor) -> StoredTensor:
         return dequantize(tensor.data[start:stop], tensor.tensor_type)
 
     return StoredTensor(
-        name=tensor.name, shape=shape, dtype=tensor.tensor_type.name, raw=None, rows=rows
+        name=tensor.name,
+        shape=shape,
+        dtype=tensor.tensor_type.name,
+        raw=None,
+        rows=rows,
+        coded_rows=lambda start, stop: tensor.data[start:stop],
     )

@@ -20,6 +20,7 @@ NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
 }
 
 
@@ -44,13 +45,19 @@ class StoredTensor:
     """None where the bytes need decoding."""
     rows: Callable[[int, int], np.ndarray]
     """Decodes rows [start, stop) of the first dimension."""
+    coded_rows: Callable[[int, int], np.ndarray] | None = None
+    """Returns these rows as ggml packs them, as bytes; None where the tensor is no such one."""
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the tensor in slices of its first dimension."""
+        return self.slices(self.rows)
+
+    def slices(self, rows: Callable[[int, int], np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield what `rows` makes of one slice after the other."""
         row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
         step = max(1, CHUNK_BYTES // row_bytes)
         for start in range(0, self.shape[0], step):
-            yield self.rows(start, min(start + step, self.shape[0]))
+            yield rows(start, min(start + step, self.shape[0]))
 
 
 @dataclass(frozen=True, kw_only=True)

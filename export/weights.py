@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,19 @@ import torch
 
 from beam_gemma.config import GemmaConfig
 from export.checkpoint import check_names
+from export.quantize import Blocks, CodedMatrix, coded_matrices, is_part
 from export.tensors import NUMPY_DTYPES, Checkpoint, StoredTensor
 
 LOGGER = logging.getLogger("export")
 WEIGHTS = "weights"
 WRITTEN = f"{WEIGHTS}/written.safetensors"
-IR_DTYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
-SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
+}
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +44,17 @@ class Written:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    source: StoredTensor | np.ndarray
+    source: StoredTensor | np.ndarray | Callable[[], Iterator[np.ndarray]]
+    """An array, or what yields its slices."""
     offset: float = 0.0
     """Added to every element."""
+    aliases: tuple[str, ...] = ()
+    """Initializers of the same bytes in another shape."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All initializers of these bytes."""
+        return self.name, *self.aliases
 
     @property
     def num_bytes(self) -> int:
@@ -49,10 +63,14 @@ class Written:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the values, converted, slice by slice."""
-        source = self.source
-        for chunk in source.chunks() if isinstance(source, StoredTensor) else [source]:
+        for chunk in self._stored_chunks():
             shifted = chunk.astype(np.float32) + np.float32(self.offset) if self.offset else chunk
             yield shifted.astype(NUMPY_DTYPES[self.dtype], copy=False)
+
+    def _stored_chunks(self) -> Iterable[np.ndarray]:
+        if isinstance(self.source, np.ndarray):
+            return [self.source]
+        return self.source.chunks() if isinstance(self.source, StoredTensor) else self.source()
 
 
 def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
@@ -67,37 +85,65 @@ def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folde
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape.
     """
-    initializers: dict[str, list[ir.Value]] = {}
-    for model in models:
-        for name, value in model.graph.initializers.items():
-            if value.const_value is None:
-                initializers.setdefault(name, []).append(value)
+    initializers = _without_bytes(models)
+    shapes = {name: _shape(values[0]) for name, values in initializers.items()}
 
-    def place(name: str, kind: str, shape: tuple[int, ...], where: tuple[str, int, int]) -> None:
-        for value in initializers[name]:
-            value.const_value = _external(name, kind, shape, where, folder)
+    def place(name: str, kind: str, where: tuple[str, int, int]) -> None:
+        for value in initializers.get(name, ()):
+            value.const_value = _external(name, kind, shapes[name], where, folder)
 
     derived = _derived(checkpoint.config, initializers)
-    expected = {
-        name: tuple(int(dim) for dim in values[0].shape)  # type: ignore[union-attr, arg-type]
-        for name, values in initializers.items()
-        if name not in derived
-    }
-    check_names(checkpoint.tensors, expected)
+    coded = coded_matrices(shapes)
+    plain = {n: shape for n, shape in shapes.items() if n not in derived and not is_part(n)}
+    check_names(checkpoint.tensors, plain | {name: matrix.shape for name, matrix in coded.items()})
     links = _Links(folder)
     writes = list(derived.values())
-    for name, shape in expected.items():
+    for name, matrix in coded.items():
+        writes += _coded(matrix, checkpoint.tensors[name])
+    for name, shape in plain.items():
         stored = checkpoint.tensors[name]
         is_norm = name.endswith("norm.weight")
         kind = "float32" if is_norm else dtype
         offset = checkpoint.norm_offset if is_norm else 0.0
         if stored.raw is not None and stored.dtype == kind and not is_norm:
             location = links.location(stored.raw.file)
-            place(name, kind, shape, (location, stored.raw.offset, stored.raw.length))
+            place(name, kind, (location, stored.raw.offset, stored.raw.length))
         else:
             writes.append(Written(name=name, shape=shape, dtype=kind, source=stored, offset=offset))
     for item, position in _write(writes, folder / WRITTEN):
-        place(item.name, item.dtype, item.shape, (WRITTEN, position, item.num_bytes))
+        for name in item.names:
+            place(name, item.dtype, (WRITTEN, position, item.num_bytes))
+
+
+def _without_bytes(models: Iterable[ir.Model]) -> dict[str, list[ir.Value]]:
+    """Return the initializers that have no value yet, of each name those of all graphs."""
+    found: dict[str, list[ir.Value]] = {}
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return value.shape.numpy()
+
+
+def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]:
+    """Return the parts of a matrix; the first is to be written first."""
+    blocks = Blocks(stored, matrix.bits)
+    codes = Written(
+        name=matrix.codes, shape=matrix.shape_of(matrix.codes), dtype="uint8", source=blocks.codes
+    )
+    scales = Written(
+        name=matrix.scales,
+        shape=matrix.shape_of(matrix.scales),
+        dtype="float16",
+        source=blocks.scales,
+        aliases=(matrix.lookup_scales,),
+    )
+    return codes, scales
 
 
 def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:

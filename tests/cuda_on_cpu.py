@@ -43,7 +43,7 @@ KEPT = {
         "Sin", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "TopK", "Transpose",
         "Unsqueeze", "Where",
     },
-    "com.microsoft": {"MatMulNBits"},
+    "com.microsoft": {"GatherBlockQuantized", "MatMulNBits"},
     "beam_gemma": {"RmsNorm", "RmsNormAndCast"},
 }  # fmt: skip
 """What stays as it is, by domain."""

@@ -321,5 +321,5 @@ def test_models_whose_numbers_a_gpu_cannot_compute_with(complete):
         complete(*DATAFLOW, L4[1], "--gpu_type=nvidia-tesla-t4")
     assert str(caught.value) == (
         "--gpu_type nvidia-tesla-t4: expected a GPU that computes in the model's bfloat16, got one "
-        "that does not; take nvidia-l4"
+        "that does not; export it with --precision fp16, or take nvidia-l4"
     )

@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parent.parent / "docs/dataflow.md").read_text()
 BY_NAME = {size.name: size for size in SIZES}
 
 
-@pytest.mark.parametrize("made", [gpus.fit_table, gpus.cost_table])
+@pytest.mark.parametrize("made", [gpus.fit_table, gpus.precision_table, gpus.cost_table])
 def test_the_page_has_the_tables(made):
     assert f"\n{made()}\n" in PAGE, "python -m benchmarks.gpus prints them anew"
 
@@ -41,6 +41,18 @@ def test_what_fits_is_what_a_job_is_not_refused_for():
             cache = fits * gpus.cache_bytes(size.config, gpus.row_tokens(size))
             assert not fits or gpu.holds(gpus.weight_bytes(size) + cache)
     assert gpus.num_rows(GPUS["nvidia-l4"], BY_NAME["Gemma 3 12B"]) == 0
+
+
+def test_weights_in_blocks_by_hand():
+    """34 bytes for 32 numbers of the embedding, 18 for 32 of the rest in int4."""
+    size = BY_NAME["Gemma 3 270M"]
+    shapes = size.tensor_shapes()
+    embedding = 262144 * 640
+    norms = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    rest = size.num_parameters - embedding - norms
+    assert gpus.weight_bytes(size, "int8") == (embedding + rest) * 34 // 32 + 2 * norms
+    assert gpus.weight_bytes(size, "int4") == (embedding * 34 + rest * 18) // 32 + 2 * norms
+    assert gpus.weight_bytes(size, "fp16") == 2 * size.num_parameters
 
 
 def test_a_million_rows_by_hand():

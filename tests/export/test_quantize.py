@@ -1,0 +1,171 @@
+"""Matrices of 4 and 8 bits: their numbers are ggml's, and those of a GGUF file stay as they are."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from beam_gemma.errors import CheckpointError
+from export import tensors
+from export.gguf_file import _stored
+from export.quantize import BLOCK, EMBEDDING, Blocks, coded_matrices, quantize_graph
+from export.tensors import StoredTensor
+
+KINDS = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
+
+
+@pytest.fixture(autouse=True)
+def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut matrices of these tests into several slices."""
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", 4 * 64 * 10)
+
+
+def matrix(kind: type = np.float32) -> np.ndarray:
+    """Return [35, 64] with a block of zeros and outliers of both signs."""
+    values = np.random.default_rng(5).standard_normal((35, 64)).astype(np.float32)
+    values[3, :32] = 0
+    values[4, 40], values[5, 41] = 50, -50
+    return values.astype(kind)
+
+
+def plain(values: np.ndarray) -> StoredTensor:
+    def rows(start: int, stop: int) -> np.ndarray:
+        return values[start:stop]
+
+    return StoredTensor(name="x", shape=values.shape, dtype="float32", raw=None, rows=rows)
+
+
+def from_gguf(folder: Path, values: np.ndarray, kind: GGMLQuantizationType) -> StoredTensor:
+    """Return a matrix as a GGUF file holds it."""
+    writer = gguf.GGUFWriter(folder / "x.gguf", "gemma3")
+    writer.add_tensor("x", quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = folder / "x.gguf"
+    return _stored(path, gguf.GGUFReader(path).tensors[0])
+
+
+def decoded(stored: StoredTensor, bits: int) -> np.ndarray:
+    """Return what ONNX Runtime's definition makes of codes and scales, in float32."""
+    blocks = Blocks(stored, bits)
+    codes = np.concatenate(list(blocks.codes()))
+    scales = np.concatenate(list(blocks.scales()))
+    assert (codes.dtype, scales.dtype) == (np.uint8, np.float16)
+    assert codes.shape == (*scales.shape, BLOCK * bits // 8)
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, BLOCK)
+    numbers = codes.astype(np.float32) - 2 ** (bits - 1)
+    return (numbers * scales[..., None].astype(np.float32)).reshape(stored.shape)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_rounding_is_ggmls(bits: int, kind: type) -> None:
+    values = matrix(kind)
+    expected = dequantize(quantize(values.astype(np.float32), KINDS[bits]), KINDS[bits])
+    np.testing.assert_array_equal(decoded(plain(values), bits), expected)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("Q4_0", 4), ("Q4_0", 8), ("Q8_0", 8)])
+def test_numbers_of_a_gguf_file_are_not_rounded_again(tmp_path: Path, name: str, bits: int) -> None:
+    """Q4_0 in 8 bits too, which have room for its numbers under the same scale."""
+    kind = GGMLQuantizationType[name]
+    values = matrix()
+    # A scale that rounding would not choose again, as a model trained for Q4_0 may have.
+    values[7] /= 3
+    stored = from_gguf(tmp_path, values, kind)
+    expected = dequantize(quantize(values, kind), kind)
+    np.testing.assert_array_equal(decoded(stored, bits), expected)
+
+
+def test_the_scales_of_a_gguf_file_are_kept_bit_by_bit() -> None:
+    """Also where no number of a block is as large as its scale allows."""
+    packed = np.zeros((1, 18), np.uint8)
+    packed[0, :2] = np.array([0.125], np.float16).view(np.uint8)
+    packed[0, 2:] = np.arange(0x77, 0x87, dtype=np.uint8)  # small numbers, none of them -8
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return dequantize(packed[start:stop], GGMLQuantizationType.Q4_0)
+
+    stored = StoredTensor(
+        name="x", shape=(1, 32), dtype="Q4_0", raw=None, rows=rows,
+        coded_rows=lambda start, stop: packed[start:stop],
+    )  # fmt: skip
+    np.testing.assert_array_equal(decoded(stored, 4), rows(0, 1))
+
+
+def test_wider_numbers_of_a_gguf_file_are_rounded(tmp_path: Path) -> None:
+    stored = from_gguf(tmp_path, matrix(), GGMLQuantizationType.Q8_0)
+    values = np.concatenate(list(stored.chunks()))
+    expected = dequantize(quantize(values, KINDS[4]), KINDS[4])
+    np.testing.assert_array_equal(decoded(stored, 4), expected)
+
+
+def float16(name: str, *shape: int) -> ir.Value:
+    kind = ir.TensorType(ir.DataType.FLOAT16)
+    return ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+
+
+def graph(width: int = 64) -> ir.Model:
+    """Return a graph that looks rows up in an embedding, and multiplies with it and another."""
+    ids = ir.Value(name="ids", shape=ir.Shape(["T"]), type=ir.TensorType(ir.DataType.INT64))
+    embedding, proj = float16(EMBEDDING, 300, width), float16("proj.weight", 96, width)
+    rows = ir.node("Gather", [embedding, ids], {"axis": 0})
+    nodes = [
+        rows,
+        ir.node("Gemm", [rows.outputs[0], proj], {"transB": 1}),
+        ir.node("Gemm", [rows.outputs[0], embedding], {"transB": 1}),
+    ]
+    outputs = [node.outputs[0] for node in nodes[1:]]
+    for name, value in zip(("x", "logits"), outputs, strict=True):
+        value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT16)
+    return ir.Model(
+        ir.Graph([ids], outputs, nodes=nodes, initializers=[embedding, proj],
+                 opset_imports={"": 23, "com.microsoft": 1}, name="graph"),
+        ir_version=10,
+    )  # fmt: skip
+
+
+def test_products_and_look_ups_read_the_same_codes() -> None:
+    """The embedding keeps 8 bits in a graph of 4, once for both of its uses."""
+    model = graph()
+    quantize_graph(model, 4)
+    nodes = {node.op_type: node for node in model.graph}
+    assert sorted(nodes) == ["GatherBlockQuantized", "MatMulNBits", "Reshape"]
+    products = [n for n in model.graph if n.op_type == "MatMulNBits"]
+    sizes = [tuple(n.attributes[a].as_int() for a in ("N", "K", "bits", "block_size"))
+             for n in products]  # fmt: skip
+    assert sizes == [(96, 64, 4, 32), (300, 64, 8, 32)]
+    assert nodes["GatherBlockQuantized"].inputs[0] is products[1].inputs[1]
+    shapes = {name: tuple(v.shape) for name, v in model.graph.initializers.items() if v.shape}
+    assert shapes == {
+        "proj.weight:4:codes": (96, 2, 16),
+        "proj.weight:4:scales": (96, 2),
+        "embed_tokens.weight:8:codes": (300, 2, 32),
+        "embed_tokens.weight:8:scales": (300, 2),
+        "embed_tokens.weight:8:lookup_scales": (300, 2, 1),
+    }
+    found = coded_matrices(shapes)
+    assert {name: (m.bits, m.shape) for name, m in found.items()} == {
+        "proj.weight": (4, (96, 64)),
+        EMBEDDING: (8, (300, 64)),
+    }
+
+
+def test_inputs_must_make_whole_blocks() -> None:
+    with pytest.raises(CheckpointError, match="expected a multiple of 32 inputs"):
+        quantize_graph(graph(width=48), 8)
+
+
+def test_another_use_of_a_matrix_is_no_product() -> None:
+    model = graph()
+    proj = model.graph.initializers["proj.weight"]
+    model.graph.append(ir.node("Transpose", [proj], {"perm": [1, 0]}))
+    with pytest.raises(AssertionError, match="Transpose of a matrix"):
+        quantize_graph(model, 8)
