@@ -70,6 +70,10 @@ def examples(parameter):
             found = {"true": True, "false": False}
         case "NUMBER":
             found = {text: float(text) for text in NUMBERS if is_allowed(parameter, text)}
+        case _ if parameter["name"] == "cudagraph_capture_sizes":
+            found = {"8,64": (8, 64)}
+            assert not any(is_allowed(parameter, text) for text in ("", "0,1", "1,", "a"))
+            assert is_allowed(parameter, "8,64")
         case _:
             found = {text: text for text in ("gs://b/a b/c", "gs://b/{x}=1", "gs://b/--x")}
     return found
