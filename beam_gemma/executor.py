@@ -126,7 +126,7 @@ class Executor:
     def _start(self, step: Step) -> Flight:
         """Start a step; where that fails, its result is the failure."""
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
-        with_logits = any(row.wants_logits(self._signature.candidates) for row in rows)
+        with_logits = any(row.wants_logits for row in rows)
         host_chooses = with_logits or not self._signature.chooses
         feeds = self._feeds(step)
         flight = Flight(
@@ -273,7 +273,7 @@ class Executor:
     def _host_chooses(self, sequence: Sequence) -> bool:
         """Return whether a row's token is not simply the one that came first."""
         if self._signature.chooses:
-            return sequence.wants_logits(self._signature.candidates)
+            return sequence.wants_logits
         return sequence.guide is not None or sequence.request.params.temperature > 0
 
     def _score(self, flight: Flight, output: ScoreOutput) -> None:

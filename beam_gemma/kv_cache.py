@@ -70,6 +70,8 @@ class KVCache:
         self._layers = {state.group: state.layers for state in signature.paged_states}
         self._block_size = signature.block_size
         self._prefixes: dict[int, Prefix] = {}
+        self._quiet_until = [0] * max_num_seqs
+        """Tokens of each slot up to which a single one more changes nothing here."""
         self._free_slots = list(range(max_num_seqs))[::-1]
 
     @property
@@ -161,6 +163,8 @@ class KVCache:
             num_in_flight: Of the computed ones, those that may have to be computed again.
         """
         num_tokens = num_computed_tokens + num_new_tokens
+        if num_new_tokens == 1 and num_tokens <= self._quiet_until[slot]:
+            return True
         for group in self._groups.values():
             group.give_back(slot, num_computed_tokens - num_in_flight)
         for group in self._groups.values():
@@ -174,6 +178,8 @@ class KVCache:
             digests = chain.digests(begin, end)
             for group in self._groups.values():
                 group.register(slot, begin, digests)
+        quiet = (group.quiet_until(slot) for group in self._groups.values())
+        self._quiet_until[slot] = min(quiet, default=0)
         return True
 
     def release(self, slot: int, *, num_computed_tokens: int, clean: bool = True) -> None:
@@ -185,6 +191,7 @@ class KVCache:
             clean: False if blocks may hold a NaN or were not computed: no one finds them again.
         """
         prefix = self._prefixes.pop(slot)
+        self._quiet_until[slot] = 0
         proven = clean and num_computed_tokens >= prefix.num_known_tokens
         for group in self._groups.values():
             group.close(slot, keep_digests=clean, proven=proven)
@@ -324,6 +331,14 @@ class _Group:
             taken = [self.pool.allocate() for _ in range(end - held.end)]
             self.table[slot, self._columns(held.end, end, slot)] = taken
             held.end = end
+
+    def quiet_until(self, slot: int) -> int:
+        """Return the tokens up to which a slot fills no block and leaves none behind."""
+        held = self._held[slot]
+        last = held.end * self._block_size - 1
+        if self._window is None:
+            return last
+        return min(last, held.begin * self._block_size + self._alignment + self._window - 1)
 
     def register(self, slot: int, begin: int, digests: list[bytes]) -> None:
         """Name a slot's blocks from `begin` on."""

@@ -29,7 +29,7 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
     }
     if signature.chooses:
         rows = [s for s, n in step if s.num_pending_tokens == n]
-        feeds |= {"token_slots": layout.token_slots, **_choices(rows, signature.candidates)}
+        feeds |= {"token_slots": layout.token_slots, **_choices(rows)}
     for state in signature.paged_states:
         feeds |= _tables(layout, signature, cache, state)
     if signature.has_recurrent_state:
@@ -98,9 +98,9 @@ def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
     }
 
 
-def _choices(rows: list[Sequence], candidates: int) -> dict[str, np.ndarray]:
+def _choices(rows: list[Sequence]) -> dict[str, np.ndarray]:
     """Return how the graph chooses the next token of each row, and where it keeps it."""
-    is_hosts = [row.wants_logits(candidates) for row in rows]
+    is_hosts = [row.wants_logits for row in rows]
     params = [row.request.params for row in rows]
     is_drawn = [p.temperature > 0 and not host for p, host in zip(params, is_hosts, strict=True)]
     uniforms = [

@@ -111,7 +111,7 @@ class Scheduler:
         """Queue sequences for the next generation."""
         for sequence in sequences:
             # Here rather than where requests come from, since a constraint serves one thread.
-            sequence.begin()
+            sequence.begin(self._signature.candidates)
             if self._reuses_blocks and not sequence.request.spans:
                 # What decode computes has other bits on CUDA: only prefilled blocks are named.
                 token_ids = tuple(sequence.token_ids) if self._is_apart else sequence.token_ids
@@ -132,15 +132,15 @@ class Scheduler:
             ahead: Whether a step is in flight: nobody is preempted then.
         """
         step: list[tuple[Sequence, int]] = []
-        if not self._is_apart or self._has_prompts_for_a_step():
-            started = [s for s in self._running if s.goes_on and s.is_prefilling]
+        going = [s for s in self._running if s.goes_on]
+        started = [s for s in going if s.is_prefilling]
+        completing = [s for s in going if not s.is_prefilling] if started else going
+        if not self._is_apart or self._has_prompts_for_a_step(started, len(completing)):
             step = self._go_on_with_prompts(started, ahead=ahead)
             if started and ahead and not step:
                 return ()
-            decoding = self._next_of_completions()
             self._admit_into(step, ahead=ahead)
-        else:
-            decoding = self._next_of_completions()
+        decoding = self._next_of_completions(completing)
         if not step or self._may_decode_beside(step, [n for _, n in decoding]):
             step += self._with_blocks(decoding, ahead=ahead)
         return tuple(step)
@@ -200,15 +200,13 @@ class Scheduler:
                 "(max_num_batched_tokens), since a span is never split over steps"
             )
 
-    def _has_prompts_for_a_step(self) -> bool:
+    def _has_prompts_for_a_step(self, started: list[Sequence], num_completing: int) -> bool:
         """Return whether a step of prompts alone is worth that completions wait for it."""
-        num_decoding = sum(s.goes_on and not s.is_prefilling for s in self._running)
-        prefilling = [s for s in self._running if s.goes_on and s.is_prefilling]
-        num_slots = len(prefilling) + self._cache.num_free_slots
-        if not num_decoding or num_slots >= MIN_FREE_SHARE * self._cache.num_slots:
+        num_slots = len(started) + self._cache.num_free_slots
+        if not num_completing or num_slots >= MIN_FREE_SHARE * self._cache.num_slots:
             return True
         room = self._max_num_batched_tokens
-        room -= sum(s.prefill_end - s.num_computed_tokens for s in prefilling)
+        room -= sum(s.prefill_end - s.num_computed_tokens for s in started)
         self._next_waiting()
         for sequence in islice(self._waiting, self._cache.num_free_slots):
             if room <= 0:
@@ -226,9 +224,9 @@ class Scheduler:
                 step += self._with_blocks([(sequence, chunk)], ahead=ahead)
         return step
 
-    def _next_of_completions(self) -> list[tuple[Sequence, int]]:
+    def _next_of_completions(self, completing: list[Sequence]) -> list[tuple[Sequence, int]]:
         """Return what each completion has to compute: one token, and those forced after it."""
-        decoding = [s for s in self._running if s.goes_on and not s.is_prefilling]
+        decoding = [s for s in completing if s.status is Status.RUNNING]  # others made room
         if self._is_apart:
             alone = [s for s in decoding if s.isolated]
             return [(s, 1) for s in alone[:1] or decoding]

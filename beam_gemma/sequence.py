@@ -124,6 +124,10 @@ class Sequence:
     """Whether it runs in steps of its own, on blocks of its own, until it has its next token."""
     guide: Guide | None = None
     """Where in the language of its constraint the completion is."""
+    wants_logits: bool = False
+    """Whether the candidates of a step may be too few to choose its next token from."""
+    max_length: int = field(init=False)
+    """Most tokens of prompt and completion."""
     logprob: float = 0.0
     scores: list[float] = field(default_factory=list)
     """Of the targets so far; those of a preempted sequence are written again."""
@@ -133,13 +137,19 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.max_length = self.num_prompt_tokens + self.request.params.max_tokens
 
-    def begin(self) -> None:
-        """Take the first tokens of the completion where they are certain; come before any step."""
+    def begin(self, candidates: int) -> None:
+        """Take the first tokens of the completion where they are certain; come before any step.
+
+        Args:
+            candidates: That each step returns.
+        """
         if self.request.constraint is not None:
             self.guide = self.request.constraint.start()
             self.token_ids += self.guide.take_forced(self.num_tokens_left)
         self.prefill_end = len(self.token_ids)
+        self.wants_logits = self.guide is not None or needs_logits(self.request.params, candidates)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -149,8 +159,7 @@ class Sequence:
     @property
     def num_tokens_left(self) -> int:
         """Tokens by which the completion may still grow."""
-        num_tokens = len(self.token_ids) - self.num_prompt_tokens
-        return self.request.params.max_tokens - num_tokens
+        return self.max_length - len(self.token_ids)
 
     @property
     def num_reusable_tokens(self) -> int:
@@ -166,7 +175,7 @@ class Sequence:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens that are not computed; the step that takes all gives the next token."""
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.token_ids) + self.num_unknown_tokens - self.num_computed_tokens
 
     @property
     def is_in_flight(self) -> bool:
@@ -176,19 +185,15 @@ class Sequence:
     @property
     def goes_on(self) -> bool:
         """Whether it has something to compute, for all that the host knows."""
-        num_unknown = self.num_unknown_tokens
-        ends_by_length = num_unknown > 0 and num_unknown >= self.num_tokens_left
-        is_running = self.status is Status.RUNNING
-        return is_running and self.num_pending_tokens > 0 and not ends_by_length
+        num_known, num_unknown = len(self.token_ids), self.num_unknown_tokens
+        is_pending = num_known + num_unknown > self.num_computed_tokens
+        ends_by_length = num_unknown > 0 and num_known + num_unknown >= self.max_length
+        return is_pending and not ends_by_length and self.status is Status.RUNNING
 
     @property
     def is_prefilling(self) -> bool:
         """Whether a part is left that is computed in chunks."""
         return self.num_computed_tokens < self.prefill_end
-
-    def wants_logits(self, candidates: int) -> bool:
-        """Return whether the candidates of a step may be too few to choose its next token from."""
-        return self.guide is not None or needs_logits(self.request.params, candidates)
 
     def launch(self, num_new_tokens: int) -> None:
         """Go ahead by a step that was started."""
@@ -265,7 +270,7 @@ class Sequence:
             self.token_ids += self.guide.take_forced(left, limit=MAX_FORCED_TOKENS)
             if self.guide.is_final:
                 return "stop"
-        return "length" if self.num_tokens_left <= 0 else None
+        return "length" if len(self.token_ids) >= self.max_length else None
 
     def _span_around(self, position: int) -> tuple[int, int]:
         """Return the span that a cut at a position would split, or the position twice."""

@@ -31,7 +31,7 @@ def admit(cache, prompt, *, computed=0, spans=(), logprob=False):
         logprob=logprob,
     )
     sequence = Sequence(request, frozenset())
-    sequence.begin()
+    sequence.begin(candidates=64)
     prefix = cache.find_prefix(None, len(prompt), num_reusable_tokens=len(prompt) - 1)
     sequence.slot = cache.admit(prefix, computed, num_spare_blocks=0)
     sequence.restart(computed)
