@@ -31,6 +31,7 @@ from beam_gemma.pulse import DeviceStats
 from beam_gemma.runner import EmbedOutput, Feeds, ScoreOutput, StepOutput
 from beam_gemma.signature import Signature
 from beam_gemma.step_buffers import CANDIDATES, Layout, StepBuffers, num_real
+from beam_gemma.text_rows import side_by_side
 
 LOGGER = logging.getLogger(__name__)
 MAX_STEPS_IN_FLIGHT = 2
@@ -130,6 +131,8 @@ class CudaSession:
 
     def embed(self, feeds: Feeds) -> EmbedOutput:
         """Run one step over whole texts."""
+        if self.signature.device == "cuda":
+            feeds = side_by_side(feeds)
         return EmbedOutput(**self.start(feeds).arrays())
 
     def zero_blocks(self, group: str, blocks: list[int]) -> None:

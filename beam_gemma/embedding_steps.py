@@ -17,6 +17,9 @@ import numpy as np
 from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.runner import EmbedOutput
 
+SPREAD = 2
+"""Most places that the texts of a step take side by side, as long as the longest, for each token of
+the budget: some kernels lay them so."""
 MAX_FAILURES_IN_A_ROW = 3
 """Texts that may fail one after another, with no step between them that succeeds."""
 TokenIds: TypeAlias = Sequence[int]
@@ -82,7 +85,7 @@ class EmbeddingSteps:
         num_tokens = 0
         for i in order:
             is_full = len(step) == self._max_num_seqs or num_tokens + len(texts[i]) > self._budget
-            if step and is_full:
+            if step and (is_full or (len(step) + 1) * len(texts[step[0]]) > SPREAD * self._budget):
                 yield step
                 step, num_tokens = [], 0
             step.append(i)

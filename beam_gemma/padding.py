@@ -8,7 +8,8 @@ token each in a decode step, one of all tokens that are left in a prefill step. 
 over repeat row 0, and what they choose goes to a slot that no sequence has.
 
 Dimensions: T tokens, B sequences, R rows that need a head, Q of these that need a probability,
-Y targets, F rows whose whole distribution is fetched, M blocks in a row of a table.
+Y targets, F rows whose whole distribution is fetched, M blocks in a row of a table, L places of a
+text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ MIN_CONTEXT = 1024
 """Tokens that the narrowest table has room for: below, another graph costs more than it saves."""
 TOKENS_PER_TEXT = 16
 """Of a step that embeds, a text of this length or less takes so many."""
-_FILL = {"token_slots": -1, "slot_mapping": -1, "top_ps": 1}
+_FILL = {"token_slots": -1, "slot_mapping": -1, "token_rows": -1, "top_ps": 1}
 _SLOTS = ("logit_slots", "state_slots")
 
 
@@ -46,6 +47,8 @@ class StepShape:
     """Rows whose whole distribution can be asked for: as many as rows, or none."""
     num_blocks: int = 0
     """In a row of each table."""
+    text_length: int = 0
+    """Places of a text, where texts lie side by side."""
 
     def of(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the shape of an input or output of the graph."""
@@ -67,6 +70,7 @@ class StepShape:
             "Q": self.num_probabilities,
             "Y": self.num_targets,
             "F": self.num_full,
+            "L": self.text_length,
         }[letter]
 
 
@@ -90,7 +94,10 @@ class StepSizes:
         num_tokens, num_sequences = len(feeds["input_ids"]), len(feeds["cu_seqlens"]) - 1
         if signature.head == "embed":
             size = _least(self.prefill, num_tokens)
-            return _embed_shape(size, max(num_texts(size), num_sequences))
+            if "token_rows" not in feeds:
+                return _embed_shape(size, max(num_texts(size), num_sequences))
+            length = power_of_two(feeds["token_rows"].shape[1])
+            return _embed_shape(size, max(size // length, num_sequences), length)
         num_probabilities = len(feeds["probability_rows"])
         if signature.head == "generate" and feeds[METADATA][0] == 1:
             size = _least(self.decode, num_sequences)
@@ -142,7 +149,9 @@ def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
     """Return the shapes of the steps that take the most memory."""
     most = sizes.prefill[-1]
     if signature.head == "embed":
-        return [_embed_shape(most, num_texts(most))]
+        longest = power_of_two(signature.max_model_len)
+        most_texts = _embed_shape(most, num_texts(most), 2 * TOKENS_PER_TEXT)
+        return [most_texts, _embed_shape(most, max(1, 2 * most // longest), longest)]
     widest = power_of_two(blocks_for(signature.max_model_len, signature.block_size))
     prefill = StepShape(
         is_decode=False,
@@ -210,11 +219,19 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _embed_shape(size: int, num_sequences: int) -> StepShape:
-    """Return a shape with a token for each text that is left over, since none may be empty."""
+def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepShape:
+    """Return a shape with a token for each text that is left over, since none may be empty.
+
+    Where texts lie side by side, such texts have no place there, and their embeddings are zeros.
+    """
     num_sequences += 1
-    num_tokens = _rounded(size + num_sequences)
-    return StepShape(is_decode=False, size=size, num_tokens=num_tokens, num_sequences=num_sequences)
+    return StepShape(
+        is_decode=False,
+        size=size,
+        num_tokens=_rounded(size + num_sequences),
+        num_sequences=num_sequences,
+        text_length=text_length,
+    )
 
 
 def _pad_starts(

@@ -7,7 +7,7 @@ the exporter nor the engine writes a name as a literal.
 Dimensions: B sequences of the step, T new tokens, R packed positions that need a head, Q of these
 that need a probability, F of these that need the whole distribution, Y targets, V vocabulary,
 D hidden, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
-sequences, E positions with given embeddings, W width of an embedding.
+sequences, E positions with given embeddings, W width of an embedding, L places of a text.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -55,6 +55,12 @@ Head `embed`: no state, since every text is computed whole in one step
     first_state [B, D] float32     output, of each sequence's first token: with two-sided attention
                                    it follows from all tokens, else from itself alone
 
+Graphs for CUDA that embed also take
+    position_ids [T]
+    token_rows [B, L] int64        texts side by side, with the packed position of each token; -1 is
+                                   padding
+    token_places [T] int64         where in these B * L places each token lies
+
 CUDA decoders also take
     position_ids [T]               always, so that no position is computed on the device
     attention_metadata [3] int32   in host memory: upper bounds that let kernels be chosen without
@@ -94,8 +100,6 @@ CONTEXT_ALIGNMENT = 64
 Attention adds up chunks of this size, since products of that shape give the same bits in any
 company (`export.lowering_cpu`); where chunks begin must not depend on the rest of the step.
 """
-MAX_HEAD_DIM = 256
-"""CPU: most channels that one query-key product sums in one go, for the same reason."""
 QUERY_TILE = 64
 """CPU: most new tokens of one sequence that attend together; attention pads only to whole tiles."""
 PREFILL_ROWS = 64
@@ -220,22 +224,14 @@ class Signature:
 
     def step_inputs(self) -> tuple[Tensor, ...]:
         """Return what changes with every step, in the order of the graph."""
-        tensors = [
-            Tensor(name="input_ids", dtype="int64", shape=("T",)),
-            Tensor(name="cu_seqlens", dtype="int32", shape=("B1",)),
-        ]
+        tensors = [*_tensors(("T",), input_ids="int64"), *_tensors(("B1",), cu_seqlens="int32")]
         if self.head == "embed":
-            return tuple(tensors)
-        tensors += [
-            Tensor(name="past_seqlens", dtype="int32", shape=("B",)),
-            Tensor(name="logit_rows", dtype="int64", shape=("R",)),
-            Tensor(name="probability_rows", dtype="int64", shape=("Q",)),
-        ]
+            return (*tensors, *_TEXT_INPUTS) if self.device == "cuda" else tuple(tensors)
+        tensors += _tensors(("B",), past_seqlens="int32")
+        tensors += _tensors(("R",), logit_rows="int64")
+        tensors += _tensors(("Q",), probability_rows="int64")
         if self.head == "score":
-            tensors += [
-                Tensor(name="target_rows", dtype="int64", shape=("Y",)),
-                Tensor(name="target_ids", dtype="int64", shape=("Y",)),
-            ]
+            tensors += _tensors(("Y",), target_rows="int64", target_ids="int64")
         for state in self.paged_states:
             tensors += self._paged_inputs(state)
         if self.has_recurrent_state:
@@ -281,14 +277,13 @@ class Signature:
             )
         if self.head == "score":
             return (
-                Tensor(name="target_logits", dtype="float32", shape=("Y",)),
-                Tensor(name="top_logits", dtype="float32", shape=("Q",)),
-                Tensor(name="top_probability", dtype="float32", shape=("Q",)),
+                *_tensors(("Y",), target_logits="float32"),
+                *_tensors(("Q",), top_logits="float32", top_probability="float32"),
             )
         tensors = (
             Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
             Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
-            Tensor(name="top_probability", dtype="float32", shape=("Q",)),
+            *_tensors(("Q",), top_probability="float32"),
             Tensor(
                 name="logits",
                 dtype="float32",
@@ -353,19 +348,23 @@ class Signature:
         ]
 
 
-_CHOICE_INPUTS = (
-    Tensor(name="token_slots", dtype="int32", shape=("T",)),
-    Tensor(name="logit_slots", dtype="int32", shape=("R",)),
-    Tensor(name="temperatures", dtype="float32", shape=("R",)),
-    Tensor(name="uniforms", dtype="float32", shape=("R",)),
-    Tensor(name="top_ks", dtype="int32", shape=("R",)),
-    Tensor(name="top_ps", dtype="float32", shape=("R",)),
-    Tensor(name="full_rows", dtype="int64", shape=("F",)),
+def _tensors(shape: tuple[str, ...], **dtypes: str) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name=name, dtype=dtype, shape=shape) for name, dtype in dtypes.items())
+
+
+_TEXT_INPUTS = (
+    *_tensors(("T",), position_ids="int64"),
+    *_tensors(("B", "L"), token_rows="int64"),
+    *_tensors(("T",), token_places="int64"),
 )
-_CHOICE_OUTPUTS = (
-    Tensor(name="chosen_ids", dtype="int64", shape=("R",)),
-    Tensor(name="chosen_logits", dtype="float32", shape=("R",)),
-    Tensor(name="top_logits", dtype="float32", shape=("R",)),
+_CHOICE_INPUTS = (
+    *_tensors(("T",), token_slots="int32"),
+    *_tensors(("R",), logit_slots="int32", temperatures="float32", uniforms="float32"),
+    *_tensors(("R",), top_ks="int32", top_ps="float32"),
+    *_tensors(("F",), full_rows="int64"),
+)
+_CHOICE_OUTPUTS = _tensors(
+    ("R",), chosen_ids="int64", chosen_logits="float32", top_logits="float32"
 )
 
 

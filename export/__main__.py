@@ -95,7 +95,7 @@ def export(
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
     tasks = tasks or default_tasks(checkpoint)
-    check_tasks(checkpoint.config, tasks, device)
+    check_tasks(checkpoint.config, tasks)
     embedding = embedding_config(checkpoint, pooling) if "embed" in tasks else None
     dtype = DTYPES[precision]
     signatures = tuple(

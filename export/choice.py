@@ -51,8 +51,8 @@ def choosing_head(
         next_ids: [S].
         signature: Of the graph.
     """
-    values, ids = most_likely(logits, signature.candidates)
-    values = finish(values) + poison[:, None]
+    values, ids = most_likely(logits, finish, signature.candidates)
+    values = values + poison[:, None]
     place = choose(values, step)[:, None]
     chosen = ids.gather(1, place)[:, 0]
     rows = finish(logits.index_select(0, step["probability_rows"]))
@@ -68,8 +68,10 @@ def choosing_head(
     return outputs, next_ids.scatter(0, step["logit_slots"].long(), chosen)
 
 
-def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` highest of logits [R, V] and their ids, both [R, C].
+def most_likely(
+    logits: Tensor, finish: Callable[[Tensor], Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the `count` highest of logits [R, V], finished, and their ids, both [R, C].
 
     The highest first; equal ones by their ids. Of many tokens that are all as likely as the last
     candidate, others than those of the lowest ids may be left out.
@@ -79,12 +81,13 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     width = vocab // parts
     num_columns = SPARE * count
     if num_columns >= width:
-        places = _places(logits, torch.arange(vocab), count)
-        return logits.gather(1, places), places
+        values = finish(logits)
+        places = _places(values, torch.arange(vocab), count)
+        return values.gather(1, places), places
     maxima = column_maxima(logits, parts)
     columns = _places(maxima, torch.arange(width), num_columns)[:, None, :]
     values = logits.view(-1, parts, width).gather(2, columns.expand(-1, parts, -1))
-    values = values.reshape(-1, parts * num_columns)
+    values = finish(values.reshape(-1, parts * num_columns))
     ids = (columns + width * torch.arange(parts)[:, None]).view(-1, parts * num_columns)
     places = _places(values, ids, count)
     return values.gather(1, places), ids.gather(1, places)

@@ -1,8 +1,10 @@
-"""CUDA lowering of the custom ops: ONNX Runtime's own paged attention.
+"""CUDA lowering of the custom ops: ONNX Runtime's own kernels.
 
 Semantics of `com.microsoft::PagedAttention` 1 in ONNX Runtime 1.31: `local_window_size` counts the
 query's own position, scores are scaled, then soft-capped, then masked, and tables keep their full
 length, so `context_starts` has no part. It is causal: spans attended both ways need another op.
+
+Dimensions: B texts, L places of a text.
 """
 
 # Names are bound when the source is parsed into ONNX, so types here are tensors, not Python values.
@@ -34,19 +36,33 @@ def RaggedAttention(
 
 
 @script(DOMAIN, default_opset=op)
-def RmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
-    """One kernel reads float16 or float32, computes in float32 and writes either.
+def PaddedAttention(
+    query, key, value, mask, num_heads: int, num_kv_heads: int, scale: float, softcap: float
+) -> TensorType:
+    """Memory-efficient attention: it takes a mask [B, 1, L, L], and groups of wide heads.
 
-    The result has the type of the weight, which is cast when the graph is loaded.
+    It wants L to be a multiple of 4. Scores are scaled, then soft-capped, then masked.
     """
-    return op.RMSNormalization(x, op.Cast(weight, to=to), axis=-1, epsilon=epsilon)
+    return op.Attention(
+        query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_kv_heads, scale=scale,
+        softcap=softcap,
+    )  # fmt: skip
 
 
 @script(DOMAIN, default_opset=op)
-def RmsNormAndCast(x, weight, epsilon: float, to: int) -> TensorType:
-    """For bfloat16, which has too few digits for 1 + w: its kernel takes no wider weight."""
+def RmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
+    """In float32, as the reference does: bfloat16 has too few digits for 1 + w.
+
+    A cast of float32 to itself goes when the graph is loaded.
+    """
     normed = op.RMSNormalization(op.Cast(x, to=1), weight, axis=-1, epsilon=epsilon)
     return op.Cast(normed, to=to)
 
 
-FUNCTIONS = (RaggedAttention, RmsNorm, RmsNormAndCast)
+@script(DOMAIN, default_opset=op)
+def HalfRmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
+    """From float16 to float16: one kernel, which computes in float32."""
+    return op.RMSNormalization(x, op.Cast(weight, to=to), axis=-1, epsilon=epsilon)
+
+
+FUNCTIONS = (RaggedAttention, PaddedAttention, RmsNorm, HalfRmsNorm)

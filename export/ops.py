@@ -15,6 +15,8 @@ g = n // (N / K):
 
 `column_maxima` is the maximum of each column, over the parts that rows are cut into.
 
+`padded_attention` is that again for texts side by side, where a mask says what is reached.
+
 `packed_sum` adds up the rows of each sequence.
 
 `rms_norm` is x / sqrt(mean(x^2) + epsilon) * weight in float32; the weight is the effective one,
@@ -23,7 +25,7 @@ g = n // (N / K):
 `rotate` turns each head (a, b), in halves, to (a cos - b sin, b cos + a sin).
 
 Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head dimension, P cache
-blocks, M blocks in a table row, D hidden, R rows, V vocabulary, U columns.
+blocks, M blocks in a table row, D hidden, L places of a text, R rows, V vocabulary, U columns.
 """
 
 import itertools
@@ -141,6 +143,47 @@ def packed_attention(
 
 
 @packed_attention.register_fake
+def _(*args: Any) -> Tensor:
+    return torch.empty_like(args[0])
+
+
+@torch.library.custom_op("beam_gemma::padded_attention", mutates_args=())
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend within each text, and return the output [T, N * H].
+
+    Args:
+        query: [T, N * H], rotated.
+        key: [T, K * H], rotated.
+        value: [T, K * H].
+        mask: [B, 1, L, L], whether a query reaches a key.
+        rows: [B, L], the packed position of each place's token.
+        places: [T], the place of each token, of B * L.
+        num_heads: N.
+        num_kv_heads: K.
+        scale: Factor of query-key products.
+        softcap: 0 for none.
+    """
+    dim = key.shape[1] // num_kv_heads
+    outputs = []
+    for text, reach in zip(rows, mask, strict=True):
+        q = query[text].view(len(text), num_kv_heads, num_heads // num_kv_heads, dim)
+        k, v = (t[text].view(len(text), num_kv_heads, dim) for t in (key, value))
+        outputs.append(_attend(q, k, v, reach[0], scale, softcap))
+    return torch.cat(outputs).reshape(-1, query.shape[1])[places]
+
+
+@padded_attention.register_fake
 def _(*args: Any) -> Tensor:
     return torch.empty_like(args[0])
 

@@ -2,7 +2,10 @@
 
 from beam_gemma.config import FULL, SLIDING, GemmaConfig
 from beam_gemma.errors import ArtifactError
-from beam_gemma.signature import MAX_HEAD_DIM, Device, Head, PagedState, Signature, block_size_for
+from beam_gemma.signature import Device, Head, PagedState, Signature, block_size_for
+
+MAX_HEAD_DIM = 256
+"""CPU: most channels that one query-key product sums in one go, as `CONTEXT_ALIGNMENT` says."""
 
 
 def decoder_signature(

@@ -28,7 +28,7 @@ def default_tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("generate", "classify") if checkpoint.embedding is None else ("embed",)
 
 
-def check_tasks(config: GemmaConfig, tasks: Sequence[str], device: Device) -> None:
+def check_tasks(config: GemmaConfig, tasks: Sequence[str]) -> None:
     """Refuse tasks that a model cannot do.
 
     Raises:
@@ -39,8 +39,6 @@ def check_tasks(config: GemmaConfig, tasks: Sequence[str], device: Device) -> No
             f"--tasks: expected embed alone for a model with two-sided attention, got "
             f"{','.join(tasks)}"
         )
-    if device == "cuda" and "embed" in tasks:
-        raise OptionsError("--tasks: expected other tasks than embed for --device cuda")
 
 
 def embedding_config(checkpoint: Checkpoint, pooling: Pooling | None) -> EmbeddingConfig:

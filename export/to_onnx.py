@@ -34,7 +34,7 @@ TORCH_DTYPES = {
     "int64": torch.int64,
 }
 TENSOR_TYPES = [
-    *("tensor(float)", "tensor(bfloat16)", "tensor(float16)", "tensor(int32)", "tensor(int64)")
+    f"tensor({kind})" for kind in ("float", "bfloat16", "float16", "int32", "int64", "bool")
 ]
 DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
 
@@ -100,7 +100,7 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
 
 def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
     """Return the bodies of the ops in a graph."""
-    if signature.head == "embed":
+    if signature.head == "embed" and signature.device == "cpu":
         return lowering_packed.FUNCTIONS
     return DECODER_LOWERINGS[signature.device]
 
@@ -173,6 +173,7 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         ),
         torch.ops.beam_gemma.packed_attention.default: _packed_attention,
         torch.ops.beam_gemma.packed_sum.default: _packed_sum,
+        torch.ops.beam_gemma.padded_attention.default: _padded_attention,
         torch.ops.beam_gemma.column_maxima.default: _column_maxima,
         torch.ops.beam_gemma.rms_norm.default: _rms_norm_cpu if device == "cpu" else _rms_norm_cuda,
         torch.ops.beam_gemma.rotate.default: _rotate,
@@ -258,6 +259,18 @@ def _packed_attention(  # type: ignore[no-untyped-def]
     return _node(lowering_packed.PackedAttention)(query, key, value, cu_seqlens, **shape)
 
 
+def _padded_attention(  # type: ignore[no-untyped-def]
+    query, key, value, mask, rows, places, num_heads: int, num_kv_heads: int, scale: float,
+    softcap: float,
+):  # fmt: skip
+    width = query.shape[1]
+    output = _node(lowering_cuda.PaddedAttention)(
+        op.Gather(query, rows), op.Gather(key, rows), op.Gather(value, rows), mask,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return op.Gather(op.Reshape(output, _ints(-1, width)), places)
+
+
 def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
     """Add up chunks, and the sums of chunks, until each sequence is one row."""
     chunk_sums = _node(lowering_packed.ChunkSums)
@@ -278,8 +291,9 @@ def _rms_norm_cpu(x, weight, epsilon: float, dtype: int):  # type: ignore[no-unt
 
 
 def _rms_norm_cuda(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
-    name = "RmsNormAndCast" if ir.DataType.BFLOAT16 in (x.dtype, dtype) else "RmsNorm"
-    return _node(getattr(lowering_cuda, name))(x, weight, epsilon=epsilon, to=dtype)
+    is_half = x.dtype == dtype == ir.DataType.FLOAT16
+    function = lowering_cuda.HalfRmsNorm if is_half else lowering_cuda.RmsNorm
+    return _node(function)(x, weight, epsilon=epsilon, to=dtype)
 
 
 def _rotate(x, cos, sin, num_heads: int):  # type: ignore[no-untyped-def]

@@ -36,15 +36,16 @@ BLOCK = 16
 
 KEPT = {
     "": {
-        "Abs", "Add", "Attention", "Cast", "CastLike", "Clip", "Concat", "Cos", "CumSum", "Div",
-        "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm", "Greater", "GreaterOrEqual",
-        "IsNaN", "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "RMSNormalization",
-        "Reciprocal", "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements",
-        "Sin", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "TopK", "Transpose",
+        "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Cos",
+        "CumSum", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
+        "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual", "MatMul", "Max",
+        "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
+        "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "Sin",
+        "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "TopK", "Transpose",
         "Unsqueeze", "Where",
     },
     "com.microsoft": {"GatherBlockQuantized", "MatMulNBits"},
-    "beam_gemma": {"RmsNorm", "RmsNormAndCast"},
+    "beam_gemma": {"HalfRmsNorm", "PaddedAttention", "RmsNorm"},
 }  # fmt: skip
 """What stays as it is, by domain."""
 RETYPED = {ir.DataType.BFLOAT16: ir.DataType.FLOAT, ir.DataType.FLOAT16: ir.DataType.FLOAT}

@@ -17,6 +17,7 @@ from beam_gemma.artifact import Artifact
 from beam_gemma.capacity import Capacity, block_bytes
 from beam_gemma.cuda_session import CudaSession
 from beam_gemma.device_memory import HostMemory
+from beam_gemma.embedding_steps import feeds
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.errors import DeviceError, OptionsError
 from beam_gemma.padding import StepSizes
@@ -25,6 +26,7 @@ from beam_gemma.sequence import Request
 from beam_gemma.session import Session
 from beam_gemma.signature import Signature
 from export.__main__ import export
+from tests.cuda_models import TWO_SIDED, cuda_model
 from tests.cuda_on_cpu import cuda_file_on_cpu
 from tests.ragged import Feeder
 from tests.reference import VOCAB, save_checkpoint, tiny_model
@@ -345,3 +347,26 @@ def test_texts_are_embedded_as_on_the_cpu(two_sided):
         # float32, with other shapes of matrix products.
         np.testing.assert_allclose(one.embedding, other.embedding, rtol=1e-4, atol=1e-5)
         assert one.embedding.shape == other.embedding.shape
+
+
+def test_the_graph_for_cuda_embeds_as_its_reference(tmp_path):
+    model = cuda_model(TWO_SIDED, tmp_path)
+    graph, signature = model.graph("embed", "bfloat16")
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(model.on_cpu(graph))
+    session = CudaSession(
+        str(path),
+        replace(signature, dtype="float32"),
+        LateMemory(),
+        sizes=StepSizes(decode=(), prefill=(128, 256)),
+        max_num_seqs=1,
+        memory_utilization=0.9,
+    )
+    for lengths in ([7, 30, 1], [128], [200], [3] * 12):
+        texts = [RNG.integers(3, signature.vocab_size, n).tolist() for n in lengths]
+        output = session.embed(feeds(texts))
+        first = model.reference(torch.tensor([texts[-1]])).last_hidden_state[0, 0]
+        # float32 on both sides.
+        np.testing.assert_allclose(output.first_state[-1], first.detach(), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(np.linalg.norm(output.embedding, axis=1), 1, atol=1e-6)
+        assert len(output.embedding) == len(texts)

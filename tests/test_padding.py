@@ -11,11 +11,11 @@ from beam_gemma.padding import (
     StepSizes,
     largest_shapes,
     no_step,
-    num_texts,
     pad,
     power_of_two,
 )
 from beam_gemma.signature import PREFILL_ROWS, PagedState, Signature
+from beam_gemma.text_rows import side_by_side
 from tests.ragged import Feeder
 
 SIZES = StepSizes(decode=(4, 16), prefill=(300,))
@@ -154,10 +154,14 @@ def test_texts_are_padded_with_short_ones(lengths):
     )  # fmt: skip
     sizes = StepSizes(decode=(), prefill=(128, 256))
     ends = np.cumsum([0, *lengths]).astype(np.int32)
-    feeds = {"input_ids": np.ones(ends[-1], np.int64), "cu_seqlens": ends}
+    feeds = side_by_side({"input_ids": np.ones(ends[-1], np.int64), "cu_seqlens": ends})
     shape, into = padded(feeds, sig, sizes=sizes)
     assert shape.size == (128 if ends[-1] <= 128 else 256)
-    assert shape.num_sequences == num_texts(shape.size) + 1
+    assert shape.text_length >= max(lengths)
+    assert shape.num_sequences > len(lengths)
+    rows = feeds["token_rows"]
+    np.testing.assert_array_equal(into["token_rows"][: len(rows), : rows.shape[1]], rows)
+    assert (into["token_rows"] >= 0).sum() == ends[-1]
     np.testing.assert_array_equal(into["cu_seqlens"][: len(ends)], ends)
     assert into["cu_seqlens"][-1] == shape.num_tokens
     assert (np.diff(into["cu_seqlens"]) >= 1).all()

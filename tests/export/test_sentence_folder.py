@@ -109,7 +109,6 @@ def test_a_two_sided_model_without_modules_is_refused(folder: Path, tmp_path: Pa
         ({"tasks": ("generate",)}, "expected embed alone for a model with two-sided attention"),
         ({"tasks": ("embed", "generate")}, "expected embed alone"),
         ({"pooling": "mean"}, "--pooling: expected none"),
-        ({"device": "cuda"}, "expected other tasks than embed for --device cuda"),
     ],
 )
 def test_an_export_that_makes_no_sense_is_refused(
