@@ -27,7 +27,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile
 
 fix: $(READY)  ## Format the code and repair what ruff can.
 	$(BIN)/ruff format .

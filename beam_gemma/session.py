@@ -196,6 +196,11 @@ def require_device(device: Device) -> None:
         require_gpu()
 
 
+def providers() -> list[str]:
+    """Return what this machine's ONNX Runtime can run on, by its own names."""
+    return onnxruntime.get_available_providers()
+
+
 def has_device(device: Device) -> bool:
     """Return whether ONNX Runtime knows of a device and the machine has one, fit for use or not."""
     return PROVIDERS[device] in onnxruntime.get_available_providers() and (

@@ -20,7 +20,8 @@ import numpy as np
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.config import GemmaConfig
-from beam_gemma.handlers import EMBED_TOKENS, GemmaEmbedModelHandler
+from beam_gemma.handlers import GemmaEmbedModelHandler
+from beam_gemma.limits import EMBED_TOKENS
 from beam_gemma.text_encoder import EmbedSettings
 from benchmarks.rate import Operations, matrix_rate
 from export.__main__ import export
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("models/embed-benchmark"))
     parser.add_argument("--texts", type=int, default=200)
-    parser.add_argument("--budget", type=int, default=EMBED_TOKENS)
+    parser.add_argument("--budget", type=int, default=EMBED_TOKENS["cpu"])
     parser.add_argument("--system", choices=SYSTEMS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

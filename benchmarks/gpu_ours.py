@@ -29,7 +29,8 @@ def engine_of(job: Job, head: Head) -> tuple[Engine, Timeline]:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
-    return Engine(session, config, on_step=timeline.add), timeline
+    engine = Engine(session, config, on_step=timeline.add, device_stats=session.stats)
+    return engine, timeline
 
 
 def session_of(job: Job, head: Head, **limits: int) -> Session | CudaSession:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from beam_gemma.signature import Device
+
 SEED = 20261122
 
 
@@ -50,7 +52,7 @@ class Job:
     """The exported folder."""
     shapes: str
     """The folder with the shapes, as Hugging Face says them."""
-    device: str
+    device: Device
     dtype: str
     prompts: list[list[int]]
     new_tokens: list[int] = field(default_factory=list)

@@ -30,7 +30,7 @@ LAYERS = [
     "handlers dataflow",
     "transforms ask write_table table_flags estimate_options",
     "generate_options embed_options classify_options text_embeddings",
-    "preview",
+    "preview preflight",
     "launch",
 ]
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}

@@ -16,11 +16,12 @@ from beam_gemma.classify_options import classify_parser
 from beam_gemma.embed_options import embed_parser
 from beam_gemma.flags import FlagParser, beam_flag_parser
 from beam_gemma.generate_options import generate_parser
+from beam_gemma.preflight import preflight_parser
 from export.__main__ import _parser as export_parser
 from tests.conftest import TinyModel
 
 ROOT = Path(__file__).parent.parent
-PARSERS = (generate_parser, classify_parser, embed_parser, export_parser)
+PARSERS = (generate_parser, classify_parser, embed_parser, export_parser, preflight_parser)
 README = (ROOT / "README.md").read_text()
 
 
@@ -59,7 +60,8 @@ def test_links_lead_somewhere(name: str) -> None:
     assert (ROOT / name).exists()
 
 
-PAGES = ("dataflow", "design", "models", "structured", "classification", "reliability", "tables")
+PAGES = ("dataflow", "design", "models", "structured", "classification", "reliability", "tables",
+         "gpu")  # fmt: skip
 
 
 OTHERS = re.compile(r"^(?:gcloud|bq) (?:.*\\\n)*.*$", re.MULTILINE)
@@ -69,7 +71,7 @@ OTHERS = re.compile(r"^(?:gcloud|bq) (?:.*\\\n)*.*$", re.MULTILINE)
 def test_flags_named_in_the_docs_exist() -> None:
     known = {option for parser in PARSERS for a in parser()._actions for option in a.option_strings}
     known |= beam_flag_parser()._option_string_actions.keys()
-    known |= {"--target", "--uri"}  # of docker and gcloud
+    known |= {"--target", "--uri", "--rm", "--gpus", "--entrypoint"}  # of docker and gcloud
     pages = (f"docs/{page}.md" for page in PAGES)
     for name in ("README.md", *pages):
         text = re.sub(OTHERS, "", (ROOT / name).read_text())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beam_gemma.artifact import Artifact
-from benchmarks import gpu, gpu_models, gpu_systems, gpu_work
+from benchmarks import gpu, gpu_models, gpu_rows, gpu_systems, gpu_work
 from benchmarks.floors import Rates
 from benchmarks.gpu import SMOKE_SIZES, Bench, Line, in_turn, report
 from benchmarks.gpu_work import FULL_SCALE, SMOKE, Job
@@ -176,3 +176,26 @@ def test_the_floor_of_a_case_is_that_of_its_work(job_of) -> None:
     floor = gpu.generate_floor(config, rows, slots=4, precision="fp32", rates=rates)
     assert (line.floor_secs, line.decode_floor_secs) == (floor.seconds, floor.decode)
     assert line.tokens == sum(new)
+
+
+def test_rows_do_not_differ_with_their_company(
+    tiny_gemma3, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU, with few rows: that the command finds out what it says."""
+    output = tmp_path / "rows.json"
+    flags = ["--model", str(tiny_gemma3.artifact.path), "--device", "cpu", "--rows", "12"]
+    assert gpu_rows.main([*flags, "--slots", "4", "--output", str(output)]) == 0
+    results = {result["run"]: result for result in json.loads(output.read_text())}
+    assert list(results) == ["all at once", "each alone", "shuffled", "pushed out"]
+    assert [r["differ"] for r in results.values()] == [0, 0, 0, 0]
+    assert results["pushed out"]["preemptions"] > 0
+    assert "pushed out" in capsys.readouterr().out
+
+
+def test_rows_that_differ_are_counted(tiny_gemma3, tmp_path: Path, monkeypatch) -> None:
+    bits = iter(range(1000))
+    monkeypatch.setattr(gpu_rows, "outcome", lambda completion: (completion.token_ids, next(bits)))
+    flags = ["--model", str(tiny_gemma3.artifact.path), "--device", "cpu", "--rows", "3"]
+    output = tmp_path / "rows.json"
+    assert gpu_rows.main([*flags, "--slots", "2", "--output", str(output)]) == 1
+    assert [r["differ"] for r in json.loads(output.read_text())] == [0, 3, 3, 3]

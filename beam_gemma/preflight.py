@@ -1,0 +1,248 @@
+"""What a worker has, and whether that will do: `python -m beam_gemma.preflight`.
+
+From the machine to one row of a model, in the order in which a job needs them; the first thing that
+is missing or too old ends it, with the reason and the remedy. It is run by hand, on a worker or in
+its image; jobs check the same for themselves, without a word where all is well.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from beam_gemma.artifact import Artifact
+from beam_gemma.device_memory import (
+    BF16_CAPABILITY,
+    CudaMemory,
+    compute_capability,
+    driver_version,
+)
+from beam_gemma.errors import BeamGemmaError
+from beam_gemma.model_folder import open_model
+from beam_gemma.pulse import processor_of
+from beam_gemma.signature import HEADS, Device, Head
+from beam_gemma.versions import versions
+
+if TYPE_CHECKING:
+    from beam_gemma.task_handler import TaskHandler
+
+GIB = 1 << 30
+TEXT = "The capital of France is"
+LABELS = (" Paris", " Rome")
+NEW_TOKENS = 8
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """One thing that was found."""
+
+    name: str
+    text: str
+    """For people."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """For programs."""
+
+
+def checks(model: str | None, device: str) -> Iterator[Fact]:
+    """Yield what is found, until something will not do.
+
+    Args:
+        model: Folder of a model, here or on gs://; None for the machine alone.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        BeamGemmaError: what is missing or too old, and the remedy.
+        ModuleNotFoundError: there is no ONNX Runtime.
+    """
+    yield from _packages()
+    yield from _machine()
+    # Only here: without ONNX Runtime these cannot be imported, and that is a finding too.
+    from beam_gemma.session import has_device, providers, require_device
+    from beam_gemma.task_handler import choose_device
+
+    yield Fact(name="providers", text=", ".join(providers()), values={"names": providers()})
+    wants_gpu = device == "cuda" or (device == "auto" and has_device("cuda"))
+    if wants_gpu:
+        require_device("cuda")
+        yield from _gpu()
+    if model is None:
+        return
+    artifact = open_model(model)
+    yield _described(artifact)
+    yield _verified(artifact)
+    wanted: Device | None = None if device == "auto" else "cuda" if device == "cuda" else "cpu"
+    heads = [head for head, on in artifact.signatures if wanted in (None, on)]
+    head = heads[0] if heads else next(iter(artifact.signatures))[0]
+    chosen = choose_device(artifact, head, wanted or "auto")
+    yield _row(artifact, head, chosen)
+
+
+def _packages() -> Iterator[Fact]:
+    here = versions() | {"Python": platform.python_version()}
+    for name in ("Python", "Beam", "beam-gemma"):
+        yield Fact(name=name, text=here[name], values={"version": here[name]})
+    builds = {}
+    for package in ONNXRUNTIMES:
+        try:
+            builds[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    text = ", ".join(f"{name} {version}" for name, version in builds.items()) or "none"
+    yield Fact(name="ONNX Runtime", text=text, values=builds)
+
+
+def _machine() -> Iterator[Fact]:
+    yield Fact(name="processor", text=processor_of("cpu"))
+    memory = psutil.virtual_memory()
+    yield _amount("memory", memory.available, memory.total)
+    folder = tempfile.gettempdir()
+    disk = shutil.disk_usage(folder)
+    yield _amount("disk", disk.free, disk.total, f", for models from gs:// in {folder}")
+
+
+def _gpu() -> Iterator[Fact]:
+    """Yield what the GPU is; it is fit for use."""
+    version = driver_version()
+    text = f"for CUDA {version // 1000}.{version % 1000 // 10}"
+    yield Fact(name="driver", text=text, values={"cuda": version})
+    capability = compute_capability()
+    name, generation = processor_of("cuda"), f"{capability[0]}.{capability[1]}"
+    yield Fact(
+        name="GPU",
+        text=f"{name}, compute capability {generation}",
+        values={"name": name, "compute_capability": list(capability)},
+    )
+    room = CudaMemory().room()
+    yield _amount("GPU memory", room.free, room.total)
+    kinds = ["bf16"] * (capability >= BF16_CAPABILITY) + ["fp16", "int8", "int4"]
+    yield Fact(name="precisions", text=", ".join(kinds), values={"names": kinds})
+
+
+def _described(artifact: Artifact) -> Fact:
+    tasks = {head: task for task, head in HEADS.items()}
+    graphs = [f"{tasks[head]} on {device}" for head, device in artifact.signatures]
+    return Fact(
+        name="model",
+        text=f"{artifact.name}, {artifact.precision}: {', '.join(graphs)}",
+        values={"digest": artifact.digest, "precision": artifact.precision, "graphs": graphs},
+    )
+
+
+def _verified(artifact: Artifact) -> Fact:
+    """Return what the checksums say of all files."""
+    start = time.monotonic()
+    artifact.verify()
+    seconds = round(time.monotonic() - start, 1)
+    summed = [entry for entry in artifact.files.values() if entry.sha256 is not None]
+    size = sum(entry.num_bytes for entry in summed) / 1e9
+    left = len(artifact.files) - len(summed)
+    unknown = f"; {left} files were exported without one" if left else ""
+    return Fact(
+        name="checksums",
+        text=f"{len(summed)} files, {size:.2f} GB, as exported; read in {seconds} s{unknown}",
+        values={"files": len(summed), "without": left, "seconds": seconds},
+    )
+
+
+def _row(artifact: Artifact, head: Head, device: Device) -> Fact:
+    """Return what a model makes of one row, and how long that took."""
+    start = time.monotonic()
+    model = _handler(artifact, head, device).load_model()
+    loaded = time.monotonic()
+    (result,) = model([{"text": TEXT}])
+    done = time.monotonic()
+    if result["error"] is not None:
+        raise BeamGemmaError(f"row: expected a result, got the error {result['error']!r}")
+    told = {"generate": "completion", "score": "label", "embed": "embedding"}[head]
+    value = result[told] if head != "embed" else f"a vector of {len(result[told])} numbers"
+    seconds = {"load_secs": round(loaded - start, 2), "row_secs": round(done - loaded, 2)}
+    return Fact(
+        name="row",
+        text=f"{TEXT!r} on {device}: {value!r}; loaded in {seconds['load_secs']} s, "
+        f"computed in {seconds['row_secs']} s",
+        values={"device": device, "head": head, "result": value, **seconds},
+    )
+
+
+def _handler(artifact: Artifact, head: Head, device: Device) -> "TaskHandler":
+    """Return the task of a head, with the least that can be asked of it."""
+    from beam_gemma.generate import GenerateSettings
+    from beam_gemma.handlers import (
+        GemmaClassifyModelHandler,
+        GemmaEmbedModelHandler,
+        GemmaModelHandler,
+    )
+    from beam_gemma.questions import ClassifySettings
+    from beam_gemma.sampling import SamplingParams
+    from beam_gemma.text_encoder import EmbedSettings
+
+    path = str(artifact.path)
+    own: dict[str, Any] = {"device": device, "large_model": False}
+    if head == "score":
+        question = ClassifySettings(prompt="{text}", labels=LABELS)
+        return GemmaClassifyModelHandler(path, question, **own)
+    if head == "embed":
+        return GemmaEmbedModelHandler(path, EmbedSettings(text_column="text"), **own)
+    sampling = SamplingParams(max_tokens=NEW_TOKENS)
+    return GemmaModelHandler(path, GenerateSettings(prompt="{text}", sampling=sampling), **own)
+
+
+def _amount(name: str, free: int, total: int, more: str = "") -> Fact:
+    return Fact(
+        name=name,
+        text=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{more}",
+        values={"free_bytes": free, "total_bytes": total},
+    )
+
+
+def preflight_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m beam_gemma.preflight",
+        description="What a worker has: software, machine, GPU, and one row of a model.",
+    )
+    parser.add_argument("--model", help="exported folder, here or on gs:// (default: none)")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where the model is to run (default: auto, CUDA where model and machine have it)",
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON (default: text)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks and write what is found; return 1 where something will not do."""
+    args = preflight_parser().parse_args(argv)
+    facts: list[Fact] = []
+    problem = None
+    try:
+        for fact in checks(args.model, args.device):
+            facts.append(fact)
+            if not args.json:
+                sys.stdout.write(f"{fact.name:<14}{fact.text}\n")
+                sys.stdout.flush()
+    except (BeamGemmaError, ModuleNotFoundError) as error:
+        problem = str(error)
+    if args.json:
+        found = {fact.name: fact.values | {"text": fact.text} for fact in facts}
+        told = {"ready": problem is None, "problem": problem, "facts": found}
+        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+    else:
+        sys.stdout.write("ready\n" if problem is None else f"not ready: {problem}\n")
+    return int(problem is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
