@@ -122,9 +122,9 @@ class Rows:
 
     @property
     def tight(self) -> int:
-        """Blocks of a cache that holds the longest row twice, and so far fewer than all slots."""
+        """Blocks of a cache that holds the longest row, and so far fewer than all slots."""
         longest = max(len(r.prompt_token_ids) + r.params.max_tokens for r in self._requests)
-        return 2 * -(-longest // self._block_size) + 2
+        return -(-longest // self._block_size) + 2
 
     def _engine(self, widths: tuple[int, ...] | None, num_blocks: int | None) -> Engine:
         limits = Limits(max_num_seqs=self._slots, cudagraph_capture_sizes=widths)

@@ -183,7 +183,7 @@ def test_rows_do_not_differ_with_their_company(
 ) -> None:
     """On the CPU, with few rows: that the command finds out what it says."""
     output = tmp_path / "rows.json"
-    flags = ["--model", str(tiny_gemma3.artifact.path), "--device", "cpu", "--rows", "12"]
+    flags = ["--model", str(tiny_gemma3.artifact.path), "--device", "cpu", "--rows", "24"]
     assert gpu_rows.main([*flags, "--slots", "4", "--output", str(output)]) == 0
     results = {result["run"]: result for result in json.loads(output.read_text())}
     assert list(results) == ["all at once", "each alone", "shuffled", "pushed out"]
