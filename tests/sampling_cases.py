@@ -46,5 +46,5 @@ def arrays(cases: list[Draw]) -> dict[str, np.ndarray]:
 def chosen(case: Draw, logits: np.ndarray) -> int:
     """Return what the host chooses."""
     params = SamplingParams(temperature=case.temperature, top_k=case.top_k, top_p=case.top_p)
-    with mock.patch.object(sampling, "_uniform", return_value=case.uniform):
+    with mock.patch.object(sampling, "uniform_at", return_value=case.uniform):
         return sampling.sample(params, logits, np.arange(len(logits)), key="", position=0)

@@ -19,6 +19,7 @@ from beam_gemma.signature import Signature
 from beam_gemma.text_rows import side_by_side
 from export.choice import choose, most_likely
 from tests import sampling_cases
+from tests.cuda_kernels import unplaced
 from tests.cuda_models import DTYPES, EMBEDDINGS, LAYERS, Model, Stepper, checked, cuda_model
 from tests.cuda_on_cpu import KEPT, RETYPED, cuda_on_cpu
 from tests.ragged import Feeder, Feeds, run_schedule, schedules
@@ -41,7 +42,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     ) -> tuple[Model, Signature, onnxruntime.InferenceSession]:
         model = cuda_model(name, folder)
         graph, signature = model.graph(task, dtype)
-        checked(graph)
+        assert unplaced(checked(graph)) == [], "nodes without a kernel for CUDA"
         return model, signature, model.session(graph)
 
     return loaded
