@@ -282,6 +282,8 @@ def test_caches_take_what_the_largest_step_leaves(model):
     for total, share in ((12 << 20, 0.9), (16 << 20, 0.9), (20 << 20, 0.9), (20 << 20, 0.7)):
         session = model.session(memory=LateMemory(total), memory_utilization=share)
         kept = session._memory.room().free - (1 - share) * total
+        # Inputs, outputs, logits, caches of two groups, and next_ids; nothing of the trial is left.
+        assert len(session._memory._held) == 6
         assert 0 <= kept < block, (total, share)
 
 
