@@ -77,27 +77,35 @@ def test_numbers_of_a_gguf_file_are_not_rounded_again(tmp_path: Path, name: str,
     """Q4_0 in 8 bits too, which have room for its numbers under the same scale."""
     kind = GGMLQuantizationType[name]
     values = matrix()
-    # A scale that rounding would not choose again, as a model trained for Q4_0 may have.
-    values[7] /= 3
     stored = from_gguf(tmp_path, values, kind)
     expected = dequantize(quantize(values, kind), kind)
     np.testing.assert_array_equal(decoded(stored, bits), expected)
 
 
-def test_the_scales_of_a_gguf_file_are_kept_bit_by_bit() -> None:
-    """Also where no number of a block is as large as its scale allows."""
-    packed = np.zeros((1, 18), np.uint8)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_that_no_rounding_would_choose_are_kept(bits: int) -> None:
+    """No number of the block is as large as its scale allows."""
+    kind = KINDS[bits]
+    packed = np.zeros((1, 2 + 4 * bits), np.uint8)
     packed[0, :2] = np.array([0.125], np.float16).view(np.uint8)
-    packed[0, 2:] = np.arange(0x77, 0x87, dtype=np.uint8)  # small numbers, none of them -8
+    # Numbers from -2 to 2 in both halves of each byte, or from 0 to 31.
+    packed[0, 2:] = 17 * (6 + np.arange(16) % 5) if bits == 4 else np.arange(32)
 
     def rows(start: int, stop: int) -> np.ndarray:
-        return dequantize(packed[start:stop], GGMLQuantizationType.Q4_0)
+        return dequantize(packed[start:stop], kind)
 
     stored = StoredTensor(
-        name="x", shape=(1, 32), dtype="Q4_0", raw=None, rows=rows,
+        name="x",
+        shape=(1, 32),
+        dtype=kind.name,
+        raw=None,
+        rows=rows,
         coded_rows=lambda start, stop: packed[start:stop],
-    )  # fmt: skip
-    np.testing.assert_array_equal(decoded(stored, 4), rows(0, 1))
+    )
+    np.testing.assert_array_equal(decoded(stored, bits), rows(0, 1))
+    blocks = Blocks(stored, bits)
+    list(blocks.codes())
+    assert [scales.item() for scales in blocks.scales()] == [0.125]
 
 
 def test_wider_numbers_of_a_gguf_file_are_rounded(tmp_path: Path) -> None:
