@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_gemma import device_memory, preflight, session
+from beam_gemma import artifact, device_memory, preflight, session
 from beam_gemma.device_memory import Room
 from export.__main__ import export
 from tests.conftest import TinyModel
@@ -129,8 +129,13 @@ def test_a_model_without_a_graph_for_the_device(
 
 
 def test_a_damaged_model(
-    tiny_gemma3: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_gemma3: TinyModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In a large file, which is not read when the folder is opened."""
+    monkeypatch.setattr(artifact, "SMALL_FILE_BYTES", 0)
     model = tmp_path / "model"
     shutil.copytree(tiny_gemma3.artifact.path, model)
     file = next((model / "weights").iterdir())
