@@ -30,6 +30,7 @@ from beam_gemma.padding import StepShape, StepSizes, largest_shapes, no_step, pa
 from beam_gemma.pulse import DeviceStats
 from beam_gemma.runner import EmbedOutput, Feeds, ScoreOutput, StepOutput
 from beam_gemma.signature import Signature
+from beam_gemma.start_up import logged
 from beam_gemma.step_buffers import CANDIDATES, Layout, StepBuffers, num_real
 from beam_gemma.text_rows import side_by_side
 
@@ -78,9 +79,11 @@ class CudaSession:
         self._latest: _Bound | None = None
         """Of other steps."""
         self._pending: list[PendingStep | None] = [None] * MAX_STEPS_IN_FLIGHT
-        self._graph = BoundGraph(graph_path, signature, memory)
+        with logged("moved weights to the device"):
+            self._graph = BoundGraph(graph_path, signature, memory)
         try:
-            self._open(memory_utilization)
+            with logged("ran the largest steps and allocated caches"):
+                self._open(memory_utilization)
         except Exception as error:  # whatever says so, memory that is short has one remedy
             if is_lack_of_memory(error):
                 raise _no_room(memory, error) from error
@@ -233,13 +236,16 @@ class CudaSession:
         self._stats = replace(self._stats, used_mib=(room.total - room.free) // MIB)
 
     def _give_up(self, shape: StepShape) -> None:
-        """Have no more steps of a size that the device has no room for."""
-        kind = "decode" if shape.is_decode else "prefill"
+        """Have no more steps of a size that the device has no room for.
+
+        No prompt is cut finer than a block, so prefill steps stay that large.
+        """
+        kind, least = ("decode", 1) if shape.is_decode else ("prefill", self.signature.block_size)
         sizes: tuple[int, ...] = getattr(self._sizes, kind)
         size = shape.size
-        if size not in sizes or size == 1:
+        if size not in sizes or size <= least:
             return
-        smaller = tuple(s for s in sizes if s < size) or (size // 2,)
+        smaller = tuple(s for s in sizes if s < size) or (max(size // 2, least),)
         self._sizes = replace(self._sizes, **{kind: smaller})
         LOGGER.warning(
             "device: no room for %s steps of %d tokens; from now on they have at most %d",

@@ -15,6 +15,7 @@ from beam_gemma.padding import StepSizes
 from beam_gemma.read_ahead import read_ahead
 from beam_gemma.session import Session
 from beam_gemma.signature import Device, Head, Signature
+from beam_gemma.start_up import logged
 
 
 def open_session(
@@ -43,7 +44,8 @@ def open_on(
 ) -> CudaSession:
     """Load a graph of CUDA between the addresses of a device's memory."""
     names = [name for name in artifact.files if name.startswith("weights/")]
-    read_ahead(artifact.path / name for name in names)
+    with logged("read weights ahead"):
+        read_ahead(artifact.path / name for name in names)
     return CudaSession(
         str(artifact.graph_path(signature.head, signature.device)),
         signature,

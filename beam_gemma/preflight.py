@@ -233,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except (BeamGemmaError, ModuleNotFoundError) as error:
         problem = str(error)
+    except Exception as error:  # a device may raise anything, and one sentence is wanted of it
+        problem = f"{type(error).__name__}: {error}"
     if args.json:
         found = {fact.name: fact.values | {"text": fact.text} for fact in facts}
         told = {"ready": problem is None, "problem": problem, "facts": found}

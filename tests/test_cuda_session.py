@@ -294,8 +294,9 @@ def test_no_room_for_caches_is_an_error_before_any_row(model):
 
 def test_a_size_without_room_is_given_up(model, caplog, monkeypatch):
     """The executor halves what failed; no step of the size is tried again."""
-    session, feeder = model.session(), feeder_of(model)
-    feeds = feeder.feeds([(1, PROMPTS[1])], all_rows=False)
+    block = model.signatures["generate"].block_size
+    session = model.session(sizes=StepSizes(decode=(SLOTS,), prefill=(3 * block,)))
+    feeds = feeder_of(model).feeds([(1, PROMPTS[1])], all_rows=False)
     tried, run = [], session._graph.run
 
     def fails(_, graph_id):
@@ -303,17 +304,17 @@ def test_a_size_without_room_is_given_up(model, caplog, monkeypatch):
         raise RuntimeError("Failed to allocate memory for requested buffer of size 42")
 
     monkeypatch.setattr(session._graph, "run", fails)
-    with pytest.raises(RuntimeError, match="Failed to allocate"):
-        session.start(feeds)
-    assert (
-        "no room for prefill steps of 160 tokens; from now on they have at most 80" in caplog.text
-    )
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="Failed to allocate"):
+            session.start(feeds)
+    sizes = [size for size in (3 * block // 2, block) if f"at most {size}\n" in caplog.text]
+    assert sizes == [3 * block // 2, block], "no prompt is cut finer than a block"
     monkeypatch.setattr(session._graph, "run", run)
     assert session.run(feeds).chosen_ids.shape == (1,)
-    feeds = feeder_of(model).feeds([(0, PROMPTS[1]), (1, PROMPTS[2])], all_rows=False)
-    with pytest.raises(DeviceError, match="expected at most 80 tokens, got 110"):
+    feeds["input_ids"] = np.zeros(block + 1, np.int64)
+    with pytest.raises(DeviceError, match=f"expected at most {block} tokens, got {block + 1}"):
         session.start(feeds)
-    assert len(tried) == 1
+    assert len(tried) == 3
 
 
 def test_what_fails_on_the_device_is_raised_by_the_step_that_is_waited_for(model, monkeypatch):
