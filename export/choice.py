@@ -20,11 +20,8 @@ from torch import Tensor
 
 from beam_gemma.signature import Signature
 from export.heads import Named, top_probability
-from export.ops import column_maxima
+from export.ops import column_maxima, even_parts
 
-MOST_PARTS = 32
-"""Of a row. ONNX Runtime hands more outputs of one Split to the device by a copy of their
-addresses, which a captured graph must not hold."""
 SPARE = 2
 """Columns that are looked at again, for each candidate. One would do if no logits were equal."""
 ID_UNIT = 2.0**-43
@@ -77,7 +74,7 @@ def most_likely(
     candidate, others than those of the lowest ids may be left out.
     """
     vocab = logits.shape[1]
-    parts = next(n for n in range(MOST_PARTS, 0, -1) if vocab % n == 0)
+    parts = even_parts(vocab)
     width = vocab // parts
     num_columns = SPARE * count
     if num_columns >= width:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from beam_gemma.signature import Device, Signature
+from export.ops import column_maxima, even_parts
 
 Named = dict[str, Tensor]
 
@@ -29,7 +30,7 @@ def score_head(target_logits: Tensor, logits: Tensor, device: Device) -> Named:
     """Return the outputs of the `score` head for target_logits [Y] and logits [Q, V]."""
     return {
         "target_logits": target_logits,
-        "top_logits": logits.amax(dim=1),
+        "top_logits": _maxima(logits, device),
         "top_probability": top_probability(logits, device),
     }
 
@@ -45,10 +46,21 @@ def top_probability(logits: Tensor, device: Device) -> Tensor:
     outer = next(n for n in range(math.isqrt(vocab), 0, -1) if vocab % n == 0)
     parts = logits.reshape(-1, vocab // outer)
     # A softmax's largest weight is 1 / sum(exp(x - max(x))).
-    sums = torch.softmax(parts, dim=1).amax(dim=1).reciprocal().view(-1, outer)
-    shares = torch.softmax(parts.amax(dim=1).view(-1, outer), dim=1)
+    sums = _maxima(torch.softmax(parts, dim=1), device).reciprocal().view(-1, outer)
+    shares = torch.softmax(_maxima(parts, device).view(-1, outer), dim=1)
     if device == "cuda":
-        return shares.amax(dim=1) / (shares * sums).sum(dim=1)
+        return _maxima(shares, device) / (shares * sums).sum(dim=1)
     ones = torch.ones(outer, 2, dtype=logits.dtype)
     total = torch.cat([shares * sums] * 2) @ ones
     return shares.amax(dim=1) / total[: logits.shape[0], 0]
+
+
+def _maxima(x: Tensor, device: Device) -> Tensor:
+    """Return the maximum of each row of x [N, U], as [N].
+
+    ONNX Runtime's own reduction on CUDA would need cuDNN, and nothing else of a decoder does.
+    """
+    if device == "cuda":
+        while (parts := even_parts(x.shape[1])) > 1:
+            x = column_maxima(x, parts)
+    return x.squeeze(1) if x.shape[1] == 1 else x.amax(dim=1)

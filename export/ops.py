@@ -34,6 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_PARTS = 32
+"""Of a row that is cut. ONNX Runtime hands more outputs of one Split to the device by a copy of
+their addresses, which a captured graph must not hold."""
 NO_WINDOW = 1 << 30
 """Window of a layer that reaches every earlier token; so far on a side is as far as there is."""
 
@@ -200,6 +203,11 @@ def packed_sum(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
 @packed_sum.register_fake
 def _(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # noqa: ARG001
     return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
+
+
+def even_parts(width: int) -> int:
+    """Return into how many even parts `column_maxima` may cut rows of a width, at most."""
+    return next(n for n in range(MOST_PARTS, 0, -1) if width % n == 0)
 
 
 @torch.library.custom_op("beam_gemma::column_maxima", mutates_args=())
