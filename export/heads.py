@@ -63,4 +63,4 @@ def _maxima(x: Tensor, device: Device) -> Tensor:
     if device == "cuda":
         while (parts := even_parts(x.shape[1])) > 1:
             x = column_maxima(x, parts)
-    return x.squeeze(1) if x.shape[1] == 1 else x.amax(dim=1)
+    return x.reshape(-1) if x.shape[1] == 1 else x.amax(dim=1)

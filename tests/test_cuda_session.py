@@ -296,7 +296,7 @@ def test_a_size_without_room_is_given_up(model, caplog, monkeypatch):
     """The executor halves what failed; no step of the size is tried again."""
     block = model.signatures["generate"].block_size
     session = model.session(sizes=StepSizes(decode=(SLOTS,), prefill=(3 * block,)))
-    feeds = feeder_of(model).feeds([(1, PROMPTS[1])], all_rows=False)
+    feeds = feeder_of(model).feeds([(1, PROMPTS[1][:block])], all_rows=False)
     tried, run = [], session._graph.run
 
     def fails(_, graph_id):
