@@ -20,7 +20,7 @@ import jsonschema
 import pyarrow as pa
 
 from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine, EngineConfig
+from beam_gemma.engine import Engine
 from beam_gemma.generate import GenerateSettings, Generator
 from beam_gemma.guide import Constraint
 from beam_gemma.handlers import start_engine
@@ -75,7 +75,7 @@ class Extraction:
         self._rows = rows
         self._constraints: dict[str, Constraint] = {}
         self.tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
-        self.engine: Engine = start_engine(artifact, "generate", "cpu", EngineConfig())
+        self.engine: Engine = start_engine(artifact, "generate", "cpu", Limits())
 
     def run(
         self,

@@ -26,7 +26,7 @@ import transformers
 from llguidance.numpy import apply_token_bitmask_inplace, fill_next_token_bitmask
 
 from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine, EngineConfig
+from beam_gemma.engine import Engine, Limits
 from beam_gemma.guide import Constraint, Guide
 from beam_gemma.handlers import start_engine
 from beam_gemma.json_schema import compile_schema
@@ -192,7 +192,7 @@ def main() -> None:
         "objects": Constraint(compile_schema(SCHEMA).language, tokenizer, ends),
     }
     turns: dict[str, list[Turn]] = {name: [] for name in constraints}
-    config = EngineConfig(max_num_seqs=MAX_NUM_SEQS)
+    config = Limits(max_num_seqs=MAX_NUM_SEQS)
     with closing(start_engine(artifact, "generate", "cpu", config)) as engine:
         for name, constraint in constraints.items():
             run_ours(engine, name, requests_of(prompts[:2], constraint))

@@ -11,8 +11,8 @@ import pytest
 
 from beam_gemma.artifact import Artifact
 from beam_gemma.classify import Classifier
-from beam_gemma.engine import EngineConfig
 from beam_gemma.handlers import start_engine
+from beam_gemma.limits import Limits
 from beam_gemma.policy import POLICIES, ModerateSettings, Policy
 from beam_gemma.progress import METER
 from beam_gemma.questions import ClassifySettings, QuestionEncoder
@@ -93,7 +93,7 @@ def loaded(artifact: Artifact, settings: ClassifySettings | ModerateSettings, **
         QuestionEncoder(tokenizer, question, chat_template=None, max_model_len=2000)
         for question in settings.questions
     ]
-    with closing(start_engine(artifact, "score", "cpu", EngineConfig(**config))) as engine:
+    with closing(start_engine(artifact, "score", "cpu", Limits(**config))) as engine:
         yield Classifier(engine, encoders, settings, on_result=METER.add)
 
 
