@@ -24,6 +24,7 @@ from beam_gemma.engine import Engine
 from beam_gemma.generate import GenerateSettings, Generator
 from beam_gemma.guide import Constraint
 from beam_gemma.handlers import start_engine
+from beam_gemma.limits import Limits
 from beam_gemma.progress import METER
 from beam_gemma.prompt_encoder import PromptEncoder, Row
 from beam_gemma.sampling import SamplingParams

@@ -26,11 +26,12 @@ import transformers
 from llguidance.numpy import apply_token_bitmask_inplace, fill_next_token_bitmask
 
 from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine, Limits
+from beam_gemma.engine import Engine
 from beam_gemma.guide import Constraint, Guide
 from beam_gemma.handlers import start_engine
 from beam_gemma.json_schema import compile_schema
 from beam_gemma.language import ANY_CHAR, Repeat
+from beam_gemma.limits import Limits
 from beam_gemma.prompt import Text
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Request

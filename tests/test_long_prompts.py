@@ -29,10 +29,11 @@ def chunks_of(device):
     sequence = Sequence(request, frozenset())
     scheduler.add([sequence])
     chunks = []
-    while sequence.num_pending_tokens:
+    while sequence.is_prefilling:
         [(_, num_new_tokens)] = scheduler.schedule()
         chunks.append((sequence.num_computed_tokens, num_new_tokens))
-        sequence.num_computed_tokens += num_new_tokens
+        sequence.launch(num_new_tokens)
+        sequence.settle(num_new_tokens)
     return chunks
 
 
