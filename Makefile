@@ -15,6 +15,7 @@ setup: $(READY)  ## Make .venv with pinned versions, once.
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=26'  # older ones take minutes to resolve
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,demo,dev]'
 	touch $@
 

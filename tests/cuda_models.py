@@ -7,7 +7,7 @@ columns than that takes.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +17,29 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 import transformers
+from scipy.special import log_softmax, logsumexp
 
 from beam_gemma.config import GemmaConfig
 from beam_gemma.embedding_config import EmbeddingConfig
+from beam_gemma.embedding_steps import feeds as packed
 from beam_gemma.signature import Signature
+from beam_gemma.text_rows import side_by_side
 from export.checkpoint import read_checkpoint
 from export.tasks import graph_module, graph_signature
 from export.to_onnx import trace
 from export.weights import inverse_frequencies
 from tests.cuda_on_cpu import cuda_on_cpu
-from tests.ragged import Feeds
-from tests.reference import CLASSES, FULL, MODELS, SHAPE, SLIDING, draw_weights, save_checkpoint
+from tests.ragged import Feeder, Feeds, run_schedule, schedules
+from tests.reference import (
+    CLASSES,
+    FULL,
+    MODELS,
+    SHAPE,
+    SLIDING,
+    draw_weights,
+    logits_of,
+    save_checkpoint,
+)
 
 EAGER = {"attn_implementation": "eager"}
 LAYERS = {
@@ -152,3 +164,66 @@ class Stepper:
             t.input_name: outputs.pop(t.output_name) for t in self._signature.state_tensors()
         }
         return outputs
+
+
+def assert_logits(
+    session: onnxruntime.InferenceSession,
+    signature: Signature,
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+) -> None:
+    """Compare a changed graph's logits with a reference's, however tokens come in steps."""
+    lengths = [len(ids) for ids in prompts]
+    exact = [logits_of(model, ids) for ids in prompts]
+    for schedule, steps in schedules(lengths).items():
+        feeder = Feeder(signature, len(prompts), max(lengths))
+        stepper = Stepper(session, signature, feeder.state())
+        ours = run_schedule(steps, prompts, feeder, lambda f, s=stepper: s.run(f)["logits"])
+        for got, expected in zip(ours, exact, strict=True):
+            difference = np.abs(log_softmax(got, axis=1) - log_softmax(expected, axis=1)).max()
+            assert difference < 1e-4, f"{schedule}: {difference}; float32 on both sides"
+
+
+def assert_scores(
+    session: onnxruntime.InferenceSession,
+    signature: Signature,
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+) -> None:
+    """Compare what a changed graph says of three targets at each token with a reference."""
+    feeder = Feeder(signature, len(prompts), max(len(ids) for ids in prompts))
+    feeds = feeder.feeds(list(enumerate(prompts)))
+    num_rows = len(feeds["logit_rows"])
+    feeds["target_rows"] = np.repeat(np.arange(num_rows), 3)
+    feeds["target_ids"] = np.random.default_rng(3).integers(0, signature.vocab_size, 3 * num_rows)
+    outputs = Stepper(session, signature, feeder.state()).run(feeds)
+    logits = np.concatenate([logits_of(model, ids) for ids in prompts])
+    expected = logits[feeds["target_rows"], feeds["target_ids"]]
+    # float32 on both sides.
+    np.testing.assert_allclose(outputs["target_logits"], expected, rtol=0, atol=1e-4)
+    normalizers = outputs["top_logits"] - np.log(outputs["top_probability"].astype(np.float64))
+    np.testing.assert_allclose(normalizers, logsumexp(logits, axis=1), rtol=0, atol=1e-4)
+
+
+def assert_embeddings(
+    session: onnxruntime.InferenceSession,
+    signature: Signature,
+    model: torch.nn.Module,
+    texts: list[list[int]],
+    *,
+    pooling: str,
+    dense: Iterable[np.ndarray] = (),
+) -> None:
+    """Compare a changed graph's embeddings with what is made of a reference's states."""
+    outputs = Stepper(session, signature, {}).run(side_by_side(packed(texts)))
+    layers = getattr(model, "model", model)
+    for row, ids in enumerate(texts):
+        with torch.no_grad():
+            states = layers(torch.tensor([ids])).last_hidden_state[0].numpy()
+        vector = states[-1] if pooling == "lasttoken" else states.mean(axis=0)
+        for matrix in dense:
+            vector = matrix @ vector
+        # float32 on both sides; embeddings have length 1, states are of order 1.
+        unit = vector / np.linalg.norm(vector)
+        np.testing.assert_allclose(outputs["embedding"][row], unit, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(outputs["first_state"][row], states[0], rtol=0, atol=2e-5)

@@ -12,22 +12,29 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from scipy.special import log_softmax, logsumexp
 
-from beam_gemma.embedding_steps import feeds as packed
 from beam_gemma.signature import Signature
-from beam_gemma.text_rows import side_by_side
 from export.choice import choose, most_likely
 from tests import sampling_cases
 from tests.cuda_kernels import unplaced
-from tests.cuda_models import DTYPES, EMBEDDINGS, LAYERS, Model, Stepper, checked, cuda_model
+from tests.cuda_models import (
+    DTYPES,
+    EMBEDDINGS,
+    LAYERS,
+    Model,
+    Stepper,
+    assert_embeddings,
+    assert_logits,
+    assert_scores,
+    checked,
+    cuda_model,
+)
 from tests.cuda_on_cpu import KEPT, RETYPED, cuda_on_cpu
-from tests.ragged import Feeder, Feeds, run_schedule, schedules
+from tests.ragged import Feeder, Feeds
 from tests.reference import logits_of
 
 LENGTHS = [70, 33, 5]
 """Two beyond the window of 24, one with its edge inside a chunk."""
-SCHEDULES = schedules(LENGTHS)
 Load = Callable[[str, str, str], tuple[Model, Signature, onnxruntime.InferenceSession]]
 """A model's graph for a task and a dtype, checked and then changed for the CPU."""
 
@@ -57,15 +64,7 @@ def sequences(model: Model, lengths: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_decoder_gives_the_reference_s_logits(load: Load, name: str, dtype: str) -> None:
     model, signature, session = load(name, "generate", dtype)
-    prompts = sequences(model, LENGTHS)
-    exact = [logits_of(model.reference, ids) for ids in prompts]
-    for schedule, steps in SCHEDULES.items():
-        feeder = Feeder(signature, len(prompts), max(LENGTHS))
-        stepper = Stepper(session, signature, feeder.state())
-        ours = run_schedule(steps, prompts, feeder, lambda f, s=stepper: s.run(f)["logits"])
-        for got, expected in zip(ours, exact, strict=True):
-            difference = np.abs(log_softmax(got, axis=1) - log_softmax(expected, axis=1)).max()
-            assert difference < 1e-4, f"{schedule}: {difference}; float32 on both sides"
+    assert_logits(session, signature, model.reference, sequences(model, LENGTHS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,20 +180,7 @@ def test_a_share_is_reached_by_equals_and_passed_by_more(uniform: float) -> None
 @pytest.mark.parametrize("name", LAYERS)
 def test_scores_are_the_reference_s(load: Load, name: str, dtype: str) -> None:
     model, signature, session = load(name, "classify", dtype)
-    prompts = sequences(model, LENGTHS)
-    feeder = Feeder(signature, len(prompts), max(LENGTHS))
-    feeds = feeder.feeds(list(enumerate(prompts)))
-    num_rows = len(feeds["logit_rows"])
-    feeds["target_rows"] = np.repeat(np.arange(num_rows), 3)
-    targets = np.random.default_rng(3).integers(0, model.config.vocab_size, 3 * num_rows)
-    feeds["target_ids"] = targets
-    outputs = Stepper(session, signature, feeder.state()).run(feeds)
-    logits = np.concatenate([logits_of(model.reference, ids) for ids in prompts])
-    expected = logits[feeds["target_rows"], targets]
-    # float32 on both sides.
-    np.testing.assert_allclose(outputs["target_logits"], expected, rtol=0, atol=1e-4)
-    normalizers = outputs["top_logits"] - np.log(outputs["top_probability"].astype(np.float64))
-    np.testing.assert_allclose(normalizers, logsumexp(logits, axis=1), rtol=0, atol=1e-4)
+    assert_scores(session, signature, model.reference, sequences(model, LENGTHS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,20 +188,15 @@ def test_scores_are_the_reference_s(load: Load, name: str, dtype: str) -> None:
 def test_embeddings_are_the_reference_s(load: Load, name: str, dtype: str) -> None:
     """Two-sided and causal, with windows shorter than the texts, a softcap, dense layers."""
     model, signature, session = load(name, "embed", dtype)
-    texts = sequences(model, [*LENGTHS, 1])
-    outputs = Stepper(session, signature, {}).run(side_by_side(packed(texts)))
-    layers = getattr(model.reference, "model", model.reference)
-    for row, ids in enumerate(texts):
-        with torch.no_grad():
-            states = layers(torch.tensor([ids])).last_hidden_state[0]
-        assert model.embedding is not None
-        vector = states[-1] if model.embedding.pooling == "lasttoken" else states.mean(dim=0)
-        for i in range(len(model.embedding.dense_sizes)):
-            vector = torch.from_numpy(model.weights[f"dense.{i}.weight"]) @ vector
-        # float32 on both sides; embeddings have length 1, states are of order 1.
-        unit = (vector / vector.norm()).numpy()
-        np.testing.assert_allclose(outputs["embedding"][row], unit, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(outputs["first_state"][row], states[0], rtol=0, atol=2e-5)
+    assert model.embedding is not None
+    assert_embeddings(
+        session,
+        signature,
+        model.reference,
+        sequences(model, [*LENGTHS, 1]),
+        pooling=model.embedding.pooling,
+        dense=[model.weights[f"dense.{i}.weight"] for i in range(len(model.embedding.dense_sizes))],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

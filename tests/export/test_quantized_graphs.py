@@ -14,18 +14,16 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
-from scipy.special import log_softmax, logsumexp
 
 from beam_gemma.artifact import Artifact
 from export.__main__ import export
 from tests.cuda_kernels import unplaced
-from tests.cuda_models import Stepper, reference
+from tests.cuda_models import assert_embeddings, assert_logits, assert_scores, reference
 from tests.cuda_on_cpu import cuda_file_on_cpu
-from tests.ragged import Feeder, run_schedule, schedules
-from tests.reference import logits_of, save_checkpoint
+from tests.reference import FULL, SLIDING, save_checkpoint
+from tests.sentence_model import sentence_model
 
 LENGTHS = [40, 17, 5]
-SCHEDULES = schedules(LENGTHS)
 Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 CASES = {"int8": ("gemma2", Q8), "int4": ("gemma3_text", Q4)}
 """A model for each precision, and what its matrices are rounded to; the embedding is Q8_0."""
@@ -51,14 +49,19 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = reference(name)
     source = save_checkpoint(model, folder / "checkpoint")
     export(source, folder / "model", device="cuda", precision=request.param)
+    round_matrices(model, kind)
+    return Exported(artifact=Artifact.open(folder / "model"), reference=model)
+
+
+def round_matrices(model: torch.nn.Module, kind: GGMLQuantizationType) -> None:
+    """Have a model the numbers that codes stand for."""
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                own = Q8 if "embed_tokens" in key else kind
+                own = Q8 if "embed_tokens" in name else kind
                 rounded = dequantize(quantize(parameter.numpy(), own), own)
                 assert np.abs(rounded - parameter.numpy()).max() > 1e-4
                 parameter.copy_(torch.from_numpy(rounded))
-    return Exported(artifact=Artifact.open(folder / "model"), reference=model)
 
 
 def prompts(exported: Exported) -> list[list[int]]:
@@ -69,33 +72,36 @@ def prompts(exported: Exported) -> list[list[int]]:
 def test_logits_are_those_of_the_rounded_model(exported: Exported, tmp_path: Path) -> None:
     session = exported.session("generate", tmp_path)
     signature = exported.artifact.signature("generate", "cuda")
-    sequences = prompts(exported)
-    exact = [logits_of(exported.reference, ids) for ids in sequences]
-    for schedule, steps in SCHEDULES.items():
-        feeder = Feeder(signature, len(sequences), max(LENGTHS))
-        stepper = Stepper(session, signature, feeder.state())
-        ours = run_schedule(steps, sequences, feeder, lambda f, s=stepper: s.run(f)["logits"])
-        for got, expected in zip(ours, exact, strict=True):
-            difference = np.abs(log_softmax(got, axis=1) - log_softmax(expected, axis=1)).max()
-            assert difference < 1e-4, f"{schedule}: {difference}; float32 on both sides"
+    assert_logits(session, signature, exported.reference, prompts(exported))
 
 
 def test_scores_are_those_of_the_rounded_model(exported: Exported, tmp_path: Path) -> None:
     """Its head looks targets up among the rows that it multiplies with."""
     session = exported.session("score", tmp_path)
     signature = exported.artifact.signature("score", "cuda")
-    sequences = prompts(exported)
-    feeder = Feeder(signature, len(sequences), max(LENGTHS))
-    feeds = feeder.feeds(list(enumerate(sequences)))
-    feeds["target_rows"] = np.arange(len(feeds["logit_rows"]))
-    feeds["target_ids"] = np.random.default_rng(3).integers(0, 300, len(feeds["target_rows"]))
-    outputs = Stepper(session, signature, feeder.state()).run(feeds)
-    logits = np.concatenate([logits_of(exported.reference, ids) for ids in sequences])
-    expected = logits[feeds["target_rows"], feeds["target_ids"]]
-    # float32 on both sides.
-    np.testing.assert_allclose(outputs["target_logits"], expected, rtol=0, atol=1e-4)
-    normalizers = outputs["top_logits"] - np.log(outputs["top_probability"].astype(np.float64))
-    np.testing.assert_allclose(normalizers, logsumexp(logits, axis=1), rtol=0, atol=1e-4)
+    assert_scores(session, signature, exported.reference, prompts(exported))
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("int8", Q8), ("int4", Q4)])
+def test_embeddings_are_those_of_the_rounded_model(
+    precision: str, kind: GGMLQuantizationType, tmp_path: Path
+) -> None:
+    """Two-sided, with dense layers, which are in blocks too."""
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
+    model = sentence_model(tmp_path / "checkpoint", **size)
+    export(tmp_path / "checkpoint", tmp_path / "model", device="cuda", precision=precision)
+    round_matrices(model, kind)
+    exported = Exported(artifact=Artifact.open(tmp_path / "model"), reference=model[0].model)
+    assert_embeddings(
+        exported.session("embed", tmp_path),
+        exported.artifact.signature("embed", "cuda"),
+        exported.reference,
+        prompts(exported),
+        pooling="mean",
+        dense=[model[i].linear.weight.detach().numpy() for i in (2, 3)],
+    )
+    graph = onnx.load(exported.artifact.graph_path("embed", "cuda"), load_external_data=False)
+    assert unplaced(graph) == []
 
 
 @pytest.mark.parametrize("head", ["generate", "score"])
