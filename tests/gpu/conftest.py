@@ -7,7 +7,6 @@ runs there but the kernels; on a card, marked `gpu`, the graph is as it was expo
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ from beam_gemma.device_memory import CudaMemory, HostMemory
 from beam_gemma.engine import Engine, EngineConfig
 from beam_gemma.padding import StepSizes
 from export.__main__ import export
+from tests.cuda_models import reference
 from tests.cuda_on_cpu import cuda_file_on_cpu
-from tests.reference import save_checkpoint, tiny_model
+from tests.reference import save_checkpoint
 
 HOST_BYTES = 64 << 20
 SLOTS, TOKENS = 8, 160
@@ -27,7 +27,7 @@ SLOTS, TOKENS = 8, 160
 
 @dataclass(frozen=True)
 class Place:
-    """A tiny Gemma 3 for CUDA, somewhere."""
+    """A tiny model for CUDA, somewhere."""
 
     is_card: bool
     reference: torch.nn.Module
@@ -62,30 +62,33 @@ class Place:
         return Engine(session or self.session(), settings)
 
 
+PlaceOf = Callable[[str, str, str], Place]
+"""Places by kind, model and precision."""
+
+
 @pytest.fixture(scope="session")
-def place_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Place]:
-    """Places by kind and precision."""
-    reference = tiny_model("gemma3_text").to(torch.bfloat16).float()
-    checkpoint = save_checkpoint(reference, tmp_path_factory.mktemp("gpu") / "checkpoint")
+def place_of(tmp_path_factory: pytest.TempPathFactory) -> PlaceOf:
     folder = tmp_path_factory.mktemp("places")
 
     @functools.cache
-    def exported(precision: str) -> Artifact:
-        export(checkpoint, folder / precision, device="cuda", precision=precision)
-        return Artifact.open(folder / precision)
+    def exported(name: str, precision: str) -> tuple[torch.nn.Module, Artifact]:
+        model = reference(name).to(torch.bfloat16).float()
+        checkpoint = save_checkpoint(model, folder / name / "checkpoint")
+        export(checkpoint, folder / name / precision, device="cuda", precision=precision)
+        return model, Artifact.open(folder / name / precision)
 
     @functools.cache
-    def place(kind: str, precision: str) -> Place:
-        artifact = exported(precision)
+    def place(kind: str, name: str, precision: str) -> Place:
+        model, artifact = exported(name, precision)
         graph = artifact.graph_path("generate", "cuda")
         if kind == "host":
-            graph = cuda_file_on_cpu(graph, Path(folder / f"{precision}.onnx"))
-        return Place(kind == "card", reference, artifact, str(graph))
+            graph = cuda_file_on_cpu(graph, folder / name / f"{precision}.onnx")
+        return Place(kind == "card", model, artifact, str(graph))
 
     return place
 
 
 @pytest.fixture(params=["host", pytest.param("card", marks=pytest.mark.gpu)])
-def place(request: pytest.FixtureRequest, place_of: Callable[[str, str], Place]) -> Place:
-    """Each place in turn, in the precision of the checkpoint."""
-    return place_of(request.param, "bf16")
+def place(request: pytest.FixtureRequest, place_of: PlaceOf) -> Place:
+    """Each place in turn, with Gemma 3 in the precision of the checkpoint."""
+    return place_of(request.param, "gemma3_text", "bf16")

@@ -12,7 +12,7 @@ from beam_gemma.bound_graph import UNCAPTURED
 from beam_gemma.errors import DeviceError
 from beam_gemma.sampling import SamplingParams
 from beam_gemma.sequence import Completion, Request
-from tests.gpu.conftest import SLOTS, Place
+from tests.gpu.conftest import SLOTS, Place, PlaceOf
 from tests.reference import VOCAB, WINDOW, logits_of
 
 NEW_TOKENS = 12
@@ -48,23 +48,30 @@ def gaps(place: Place, ids: Sequence[int], completion: Completion) -> np.ndarray
     return (logits.max(axis=1) - chosen) / np.linalg.norm(logits, axis=1)
 
 
-def test_every_greedy_token_is_the_likeliest_to_the_reference(place: Place) -> None:
-    """Or as near to it as logits of the precision may be apart."""
+def assert_as_the_reference(place: Place) -> None:
+    """Greedy tokens are its likeliest, or as near as logits may be apart; so are probabilities."""
     completions = complete(place, [request_of(ids) for ids in PROMPTS])
     for ids, completion in zip(PROMPTS, completions, strict=True):
         assert len(completion.token_ids) == NEW_TOKENS
         assert gaps(place, ids, completion).max() <= 2 * place.tolerance
-
-
-def test_log_probabilities_are_those_of_the_reference(place: Place) -> None:
-    completions = complete(place, [request_of(ids) for ids in PROMPTS])
-    for ids, completion in zip(PROMPTS, completions, strict=True):
         logits = logits_of(place.reference, [*ids, *completion.token_ids[:-1]])[len(ids) - 1 :]
         logprobs = torch.tensor(logits).double().log_softmax(-1).numpy()
         expected = np.take_along_axis(logprobs, np.array(completion.token_ids)[:, None], axis=1)
         assert completion.logprob == pytest.approx(
             expected.sum(), abs=float(NEW_TOKENS * place.tolerance * np.abs(logits).max())
         )
+
+
+def test_tokens_and_their_probabilities_are_the_reference_s(place: Place) -> None:
+    assert_as_the_reference(place)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["gemma", "gemma_mha", "gemma2", "gemma3_text", "vaultgemma"])
+def test_every_model_in_either_precision(place_of: PlaceOf, name: str, precision: str) -> None:
+    """On a card alone: `tests/export/test_cuda_graphs.py` has them on the host."""
+    assert_as_the_reference(place_of("card", name, precision))
 
 
 @pytest.mark.parametrize("around", [1, 16, WINDOW, 2 * WINDOW, 64, 128])
