@@ -231,6 +231,8 @@ class Engine:
                 self._executor.collect()
         except Exception as error:  # whatever it is, callers that wait must hear of it
             self._fail(error)
+        finally:
+            del self._executor  # and the session with it, whose memory is for the next one
 
     def _receive(self) -> bool:
         """Queue what was submitted, waiting for it if idle; return False when all is done."""

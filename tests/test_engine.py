@@ -1,9 +1,11 @@
 """The engine over a fake session: every completion is the row's own, whatever runs beside it."""
 
 import functools
+import gc
 import itertools
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
@@ -307,6 +309,21 @@ def test_close_finishes_what_was_submitted_and_refuses_more():
     assert all(future.done() for future in futures)
     with pytest.raises(EngineError, match="closed"):
         engine.submit([make_request(3)])
+
+
+def test_a_closed_engine_lets_go_of_its_session():
+    """At once: the next one may need the memory."""
+    session = FakeSession()
+    gone = weakref.ref(session)
+    engine = Engine(session, EngineConfig(max_num_seqs=2))
+    engine.generate([make_request(9)])
+    del session
+    gc.disable()
+    try:
+        engine.close()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_drain_finishes_what_runs_and_gives_up_what_waits():

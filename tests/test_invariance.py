@@ -19,7 +19,7 @@ from benchmarks.conditions import CONDITIONS, Condition
 from tests.conftest import TinyModel
 from tests.reference import VOCAB
 
-NUM_ROWS = 64
+NUM_ROWS = 48
 SMALL_CACHE = 24
 """Blocks: little more than the longest row needs."""
 ONE_BASE = [name for name in CONDITIONS if name not in ("base", "sampled-base", "two-processes")]
@@ -34,7 +34,7 @@ def requests(*, sampled: bool) -> list[Request]:
     for i in range(NUM_ROWS):
         ids = rng.integers(3, VOCAB, rng.integers(1, 150)).tolist()
         params = SamplingParams(
-            max_tokens=int(rng.integers(3, 50)),
+            max_tokens=int(rng.integers(3, 32)),
             stop_token_ids=tuple(range(i % 4, VOCAB, 4)) if i % 3 else (),
             **({"temperature": 0.9, "seed": 3} | draws[i % 3] if sampled else {}),
         )

@@ -25,6 +25,10 @@ ROOT = Path(__file__).parent.parent.parent
 NUM_ROWS = 240
 NUM_OK = NUM_ROWS - 1
 """One row has no text."""
+NUM_ALIKE = 20
+"""Rows that ask what the one before them asks."""
+LENGTH = 12
+"""Tokens of a completion."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Faulty:
         """Return the command line."""
         return [
             f"--model={self.model}", f"--input={self.folder}/in.parquet",
-            f"--output={self.folder}/out/x.parquet", "--prompt=say {text}", "--max_tokens=24",
-            "--max_num_seqs=8", "--num_shards=3", *more,
+            f"--output={self.folder}/out/x.parquet", "--prompt=say {text}",
+            f"--max_tokens={LENGTH}", "--max_num_seqs=8", "--num_shards=3", *more,
         ]  # fmt: skip
 
     @property

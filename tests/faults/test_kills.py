@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.faults.conftest import Faulty, assert_whole, resumed
+from tests.faults.conftest import LENGTH, NUM_ALIKE, Faulty, assert_whole, resumed
 
-PIECE, SLOTS, LENGTH = 16, 8, 24
-"""Rows of a piece, rows that run at once, tokens of a completion."""
+PIECE, SLOTS = 16, 8
+"""Rows of a piece, rows that run at once."""
 
 
 def test_killed_twice_on_its_way(job: Faulty, undisturbed: Faulty, run) -> None:
@@ -17,7 +17,7 @@ def test_killed_twice_on_its_way(job: Faulty, undisturbed: Faulty, run) -> None:
     assert job.durable() >= kept + 3 * PIECE
     last = resumed(job, run)
     assert_whole(job, undisturbed)
-    once = LENGTH * (undisturbed.summary()["completion_tokens"] // LENGTH - 20)
+    once = LENGTH * (undisturbed.summary()["completion_tokens"] // LENGTH - NUM_ALIKE)
     # Lost at each kill: the rows that run, and the piece that is not written.
     assert once <= first + second + last <= once + 2 * (SLOTS + 2 * PIECE) * LENGTH
 
@@ -36,5 +36,5 @@ def test_killed_while_it_puts_things_in_order(job: Faulty, undisturbed: Faulty, 
     kept = job.durable()
     assert job.outcome() == undisturbed.outcome()
     tokens = resumed(job, run)
-    assert tokens == undisturbed.summary()["completion_tokens"] - 20 * LENGTH - kept * LENGTH
+    assert tokens == undisturbed.summary()["completion_tokens"] - (NUM_ALIKE + kept) * LENGTH
     assert_whole(job, undisturbed)

@@ -6,7 +6,7 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma import file_sink
-from tests.faults.conftest import Faulty, assert_whole, resumed
+from tests.faults.conftest import LENGTH, NUM_ALIKE, NUM_OK, Faulty, assert_whole, resumed
 
 
 def no_space(*_: object) -> None:
@@ -35,7 +35,7 @@ def test_no_space_for_pieces(job: Faulty, undisturbed: Faulty, run, monkeypatch)
     kept = job.durable()
     assert kept > 0
     tokens = resumed(job, run)
-    assert tokens == undisturbed.summary()["completion_tokens"] - (20 + kept) * 24
+    assert tokens == undisturbed.summary()["completion_tokens"] - (NUM_ALIKE + kept) * LENGTH
     assert_whole(job, undisturbed)
 
 
@@ -47,9 +47,9 @@ def test_a_disk_that_is_full(job: Faulty, undisturbed: Faulty, run, num_bytes: i
     assert "File too large" in ended.stderr
     assert job.outcome() == {}
     kept = job.durable()
-    assert kept == (0 if num_bytes == 500 else 219)
+    assert kept == (0 if num_bytes == 500 else NUM_OK - NUM_ALIKE)
     tokens = resumed(job, run)
-    assert tokens == (219 - kept) * 24
+    assert tokens == (NUM_OK - NUM_ALIKE - kept) * LENGTH
     assert_whole(job, undisturbed)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.conftest import Faulty, assert_whole, resumed
+from tests.faults.conftest import LENGTH, NUM_ALIKE, NUM_OK, Faulty, assert_whole, resumed
 from tests.job_server import WORKER, job_server, start
 
 SECS = 60
@@ -52,7 +52,7 @@ def lose_a_worker(job: Faulty, flags: list[str], place: int, server=None) -> Non
 def assert_goes_on(job: Faulty, undisturbed: Faulty, run) -> None:
     kept = job.durable()
     assert kept >= 32
-    assert resumed(job, run) == (219 - kept) * 24
+    assert resumed(job, run) == (NUM_OK - NUM_ALIKE - kept) * LENGTH
     assert_whole(job, undisturbed)
 
 
