@@ -9,8 +9,7 @@ import torch
 from export import lowering_cpu, lowering_cuda
 from export.ops import NO_WINDOW, ragged_attention, rms_norm
 from tests.attention_cases import BLOCK, CASES, Case
-
-F32, I32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
+from tests.op_models import op_model
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -158,21 +157,12 @@ def run_lowering(case: Case, inputs: dict[str, np.ndarray], threads: int) -> lis
 
 def run_node(node: onnx.NodeProto, feeds: dict[str, np.ndarray], threads: int) -> list[np.ndarray]:
     """Run one node of the project's domain with the CPU's function bodies."""
-    kinds = {np.dtype(np.float32): F32, np.dtype(np.int32): I32}
-    graph = onnx.helper.make_graph(
+    value, kind_of = onnx.helper.make_tensor_value_info, onnx.helper.np_dtype_to_tensor_dtype
+    model = op_model(
         [node],
-        "op",
-        [onnx.helper.make_tensor_value_info(n, kinds[a.dtype], a.shape) for n, a in feeds.items()],
-        [onnx.helper.make_tensor_value_info(n, F32, None) for n in node.output],
-    )
-    model = onnx.helper.make_model(
-        graph,
-        functions=[f.to_function_proto() for f in lowering_cpu.FUNCTIONS],
-        opset_imports=[
-            onnx.helper.make_opsetid(*opset)
-            for opset in (("", 23), ("beam_gemma", 1), ("com.microsoft", 1))
-        ],
-        ir_version=10,
+        [value(name, kind_of(array.dtype), array.shape) for name, array in feeds.items()],
+        [value(name, onnx.TensorProto.FLOAT, None) for name in node.output],
+        lowering_cpu.FUNCTIONS,
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -14,9 +14,9 @@ import torch
 
 from export.lowering_packed import FUNCTIONS
 from export.ops import NO_WINDOW, packed_attention, packed_sum
+from tests.op_models import op_model
 
-F32, I32, I64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
-KINDS = {np.dtype(np.float32): F32, np.dtype(np.int32): I32, np.dtype(np.int64): I64}
+F32, I32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 LENGTHS = (5, 1, 37, 300, 64, 2, 130)
 
 
@@ -95,18 +95,11 @@ def session_of(
     """Return a session of nodes of the project's domain, with the CPU's function bodies."""
     value = onnx.helper.make_tensor_value_info
     ranks = {F32: ["T", None], I32: ["B1"]}
-    graph = onnx.helper.make_graph(
+    model = op_model(
         nodes,
-        "op",
         [value(name, kind, ranks[kind]) for name, kind in inputs.items()],
         [value(name, F32, None) for name in outputs],
-    )
-    opsets = {"": 23, "beam_gemma": 1, "com.microsoft": 1}
-    model = onnx.helper.make_model(
-        graph,
-        functions=[f.to_function_proto() for f in FUNCTIONS],
-        opset_imports=[onnx.helper.make_opsetid(*opset) for opset in opsets.items()],
-        ir_version=10,
+        FUNCTIONS,
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads

@@ -21,14 +21,10 @@ from export import lowering_cuda
 from export.ops import NO_WINDOW, padded_attention, rms_norm
 from tests.attention_cases import CASES
 from tests.cuda_on_cpu import cuda_on_cpu
+from tests.op_models import op_model
 
 Arrays = Mapping[str, np.ndarray]
 F32 = onnx.TensorProto.FLOAT
-KINDS = {
-    np.dtype(np.float32): F32,
-    np.dtype(np.int32): onnx.TensorProto.INT32,
-    np.dtype(np.bool_): onnx.TensorProto.BOOL,
-}
 TYPES = {"bfloat16": onnx.TensorProto.BFLOAT16, "float16": onnx.TensorProto.FLOAT16}
 DIGITS = {"bfloat16": 8, "float16": 11}
 """Binary ones, of a number."""
@@ -101,19 +97,13 @@ def one_node(
     body.output[:] = [f"{name}:half" if name in out else name for name in node.output]
     casts = [make("Cast", [name], [f"{name}:half"], to=half) for name in into]
     backs = [make("Cast", [f"{name}:half"], [name], to=F32) for name in out]
-    kinds = {name: half if name in state else KINDS[a.dtype] for name, a in feeds.items()}
-    graph = onnx.helper.make_graph(
+    kind_of = onnx.helper.np_dtype_to_tensor_dtype
+    kinds = {name: half if name in state else kind_of(a.dtype) for name, a in feeds.items()}
+    return op_model(
         [*casts, body, *backs],
-        "op",
         [value(name, kinds[name], a.shape) for name, a in feeds.items()],
         [value(name, F32 if name in out else half, None) for name in node.output],
-    )
-    opsets = {"": 23, "beam_gemma": 1, "com.microsoft": 1}
-    return onnx.helper.make_model(
-        graph,
-        functions=[f.to_function_proto() for f in lowering_cuda.FUNCTIONS],
-        opset_imports=[onnx.helper.make_opsetid(*opset) for opset in opsets.items()],
-        ir_version=10,
+        lowering_cuda.FUNCTIONS,
     )
 
 
