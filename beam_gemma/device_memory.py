@@ -246,6 +246,11 @@ def driver_version() -> int:
     return int(_checked(_runtime().cudaDriverGetVersion()))
 
 
+def cuda_release(version: int) -> str:
+    """Return what people call a `driver_version`."""
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
 def num_gpus() -> int:
     """Return how many GPUs the driver shows to this process; 0 without a driver for them."""
     error, count = _runtime().cudaGetDeviceCount()
@@ -282,8 +287,7 @@ def require_gpu() -> None:
     if version < MIN_DRIVER:
         raise OptionsError(
             "device: expected an NVIDIA driver of release 580 or newer, for CUDA 13, got one for "
-            f"CUDA {version // 1000}.{version % 1000 // 10}; install a newer driver, on Dataflow "
-            "with --gpu_driver"
+            f"{cuda_release(version)}; install a newer driver, on Dataflow with --gpu_driver"
         )
     if num_gpus() == 0:
         raise OptionsError(

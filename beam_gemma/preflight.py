@@ -24,6 +24,7 @@ from beam_gemma.device_memory import (
     BF16_CAPABILITY,
     CudaMemory,
     compute_capability,
+    cuda_release,
     driver_version,
 )
 from beam_gemma.errors import BeamGemmaError
@@ -33,7 +34,7 @@ from beam_gemma.signature import HEADS, Device, Head
 from beam_gemma.versions import versions
 
 if TYPE_CHECKING:
-    from beam_gemma.task_handler import TaskHandler
+    from beam_gemma.task_handler import DeviceChoice, TaskHandler
 
 GIB = 1 << 30
 TEXT = "The capital of France is"
@@ -53,7 +54,7 @@ class Fact:
     """For programs."""
 
 
-def checks(model: str | None, device: str) -> Iterator[Fact]:
+def checks(model: str | None, device: "DeviceChoice") -> Iterator[Fact]:
     """Yield what is found, until something will not do.
 
     Args:
@@ -81,10 +82,9 @@ def checks(model: str | None, device: str) -> Iterator[Fact]:
     artifact = open_model(model)
     yield _described(artifact)
     yield _compared(artifact, round(time.monotonic() - start, 1))
-    wanted: Device | None = None if device == "auto" else "cuda" if device == "cuda" else "cpu"
-    heads = [head for head, on in artifact.signatures if wanted in (None, on)]
+    heads = [head for head, on in artifact.signatures if device in ("auto", on)]
     head = heads[0] if heads else next(iter(artifact.signatures))[0]
-    chosen = choose_device(artifact, head, wanted or "auto")
+    chosen = choose_device(artifact, head, device)
     yield _row(artifact, head, chosen)
 
 
@@ -114,8 +114,7 @@ def _machine() -> Iterator[Fact]:
 def _gpu() -> Iterator[Fact]:
     """Yield what the GPU is; it is fit for use."""
     version = driver_version()
-    text = f"for CUDA {version // 1000}.{version % 1000 // 10}"
-    yield Fact(name="driver", text=text, values={"cuda": version})
+    yield Fact(name="driver", text=f"for {cuda_release(version)}", values={"cuda": version})
     capability = compute_capability()
     name, generation = processor_of("cuda"), f"{capability[0]}.{capability[1]}"
     yield Fact(

@@ -180,13 +180,18 @@ def numerics() -> str:
     return f"{NUMERICS}, onnxruntime {onnxruntime.__version__}"
 
 
+def providers() -> list[str]:
+    """Return what this machine's ONNX Runtime can run on, by its own names."""
+    return onnxruntime.get_available_providers()
+
+
 def require_device(device: Device) -> None:
     """Refuse a device that this machine or its ONNX Runtime does not have.
 
     Raises:
         OptionsError: with the remedy; nothing falls back in silence.
     """
-    have = onnxruntime.get_available_providers()
+    have = providers()
     if PROVIDERS[device] not in have:
         raise OptionsError(
             f"device: expected {device}, got an ONNX Runtime with {', '.join(have)}; install "
@@ -196,16 +201,9 @@ def require_device(device: Device) -> None:
         require_gpu()
 
 
-def providers() -> list[str]:
-    """Return what this machine's ONNX Runtime can run on, by its own names."""
-    return onnxruntime.get_available_providers()
-
-
 def has_device(device: Device) -> bool:
     """Return whether ONNX Runtime knows of a device and the machine has one, fit for use or not."""
-    return PROVIDERS[device] in onnxruntime.get_available_providers() and (
-        device == "cpu" or has_gpu()
-    )
+    return PROVIDERS[device] in providers() and (device == "cpu" or has_gpu())
 
 
 def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:

@@ -5,10 +5,11 @@
 
 Rows of random ids, short and long, greedy, are completed by one engine after another: all at once
 (the base), each alone, shuffled, and with a cache so small that they push one another out. Of each
-row, token ids and the bits of the log-probability are compared with the base. Then the same rows
-take their time with decode steps of one width and of several (`cudagraph_capture_sizes`), all at
-once and a few at a time, where padding counts; with several widths rows may differ, and how many do
-is counted too. Exit code 1: a row differs where none may, or nobody was pushed out.
+row, token ids, the finish reason and the bits of the log-probability are compared with the base.
+Then the same rows take their time with decode steps of one width and of several
+(`cudagraph_capture_sizes`), all at once and a few at a time, where padding counts; with several
+widths rows may differ, and how many do is counted too. Exit code 1: a row differs where none may,
+or nobody was pushed out.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from beam_gemma.engine import Engine
 from beam_gemma.limits import Limits
 from beam_gemma.open_session import open_session
 from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Completion, Request
+from beam_gemma.sequence import Request
 from beam_gemma.signature import Device
+from benchmarks.conditions import Outcome, outcome
 from benchmarks.table import table
 
 SEED = 20261122
@@ -37,7 +39,6 @@ COMPLETIONS, WORDY = (8, 48), (100, 200)
 FEW = 8
 """Rows of a small batch."""
 HEADER = ("run", "rows", "differ", "preemptions", "seconds")
-Outcome = tuple[tuple[int, ...], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,12 +133,6 @@ class Rows:
         if num_blocks is not None:
             session.num_blocks = dict.fromkeys(session.num_blocks, num_blocks)
         return Engine(session, limits.engine_config(self._device))
-
-
-def outcome(completion: Completion) -> Outcome:
-    """Return what must be equal, to the bit."""
-    assert completion.logprob is not None, completion.error
-    return completion.token_ids, completion.logprob.hex()
 
 
 def independence(rows: Rows, number: int) -> bool:

@@ -14,6 +14,7 @@ import shutil
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,8 @@ class Written:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    source: StoredTensor | np.ndarray | Callable[[], Iterator[np.ndarray]]
-    """An array, or what yields its slices."""
+    source: Callable[[], Iterator[np.ndarray]]
+    """Yields its slices."""
     offset: float = 0.0
     """Added to every element."""
     aliases: tuple[str, ...] = ()
@@ -63,14 +64,9 @@ class Written:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the values, converted, slice by slice."""
-        for chunk in self._stored_chunks():
+        for chunk in self.source():
             shifted = chunk.astype(np.float32) + np.float32(self.offset) if self.offset else chunk
             yield shifted.astype(NUMPY_DTYPES[self.dtype], copy=False)
-
-    def _stored_chunks(self) -> Iterable[np.ndarray]:
-        if isinstance(self.source, np.ndarray):
-            return [self.source]
-        return self.source.chunks() if isinstance(self.source, StoredTensor) else self.source()
 
 
 def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
@@ -109,7 +105,8 @@ def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folde
             location = links.location(stored.raw.file)
             place(name, kind, (location, stored.raw.offset, stored.raw.length))
         else:
-            writes.append(Written(name=name, shape=shape, dtype=kind, source=stored, offset=offset))
+            source = stored.chunks
+            writes.append(Written(name=name, shape=shape, dtype=kind, source=source, offset=offset))
     for item, position in _write(writes, folder / WRITTEN):
         for name in item.names:
             place(name, item.dtype, (WRITTEN, position, item.num_bytes))
@@ -160,7 +157,7 @@ def _derived(config: GemmaConfig, names: Collection[str]) -> dict[str, Written]:
     """Return what no checkpoint holds: the rotary frequencies of each layer type."""
     values = {f"rotary.{g}.inv_freq": inverse_frequencies(config, g) for g in config.groups}
     return {
-        name: Written(name=name, shape=array.shape, dtype="float32", source=array)
+        name: Written(name=name, shape=array.shape, dtype="float32", source=partial(iter, [array]))
         for name, array in values.items()
         if name in names
     }
