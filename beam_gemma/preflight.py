@@ -19,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.device_memory import (
+from beam_gemma.errors import BeamGemmaError
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import HEADS, Device, Head
+from beam_gemma.monitoring.timeline import processor_of
+from beam_gemma.runtime.device_memory import (
     BF16_CAPABILITY,
     CudaMemory,
     compute_capability,
     cuda_release,
     driver_version,
 )
-from beam_gemma.errors import BeamGemmaError
-from beam_gemma.model_folder import open_model
-from beam_gemma.pulse import processor_of
-from beam_gemma.signature import HEADS, Device, Head
+from beam_gemma.runtime.download import open_model
 from beam_gemma.versions import versions
 
 if TYPE_CHECKING:
-    from beam_gemma.task_handler import DeviceChoice, TaskHandler
+    from beam_gemma.inference.task_handler import DeviceChoice, TaskHandler
 
 GIB = 1 << 30
 TEXT = "The capital of France is"
@@ -68,8 +68,8 @@ def checks(model: str | None, device: "DeviceChoice") -> Iterator[Fact]:
     yield from _packages()
     yield from _machine()
     # Only here: without ONNX Runtime these cannot be imported, and that is a finding too.
-    from beam_gemma.session import has_device, providers, require_device
-    from beam_gemma.task_handler import choose_device
+    from beam_gemma.inference.task_handler import choose_device
+    from beam_gemma.runtime.cpu_session import has_device, providers, require_device
 
     yield Fact(name="providers", text=", ".join(providers()), values={"names": providers()})
     wants_gpu = device == "cuda" or (device == "auto" and has_device("cuda"))
@@ -173,15 +173,15 @@ def _row(artifact: Artifact, head: Head, device: Device) -> Fact:
 
 def _handler(artifact: Artifact, head: Head, device: Device) -> "TaskHandler":
     """Return the task of a head, with the least that can be asked of it."""
-    from beam_gemma.generate import GenerateSettings
-    from beam_gemma.handlers import (
+    from beam_gemma.engine.sampling import SamplingParams
+    from beam_gemma.inference.handlers import (
         GemmaClassifyModelHandler,
         GemmaEmbedModelHandler,
         GemmaModelHandler,
     )
-    from beam_gemma.questions import ClassifySettings
-    from beam_gemma.sampling import SamplingParams
-    from beam_gemma.text_encoder import EmbedSettings
+    from beam_gemma.tasks.generate import GenerateSettings
+    from beam_gemma.tasks.questions import ClassifySettings
+    from beam_gemma.tasks.text_encoder import EmbedSettings
 
     path = str(artifact.path)
     own: dict[str, Any] = {"device": device, "large_model": False}

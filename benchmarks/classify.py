@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 import transformers
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.fewshot import draw_shots
-from beam_gemma.handlers import GemmaClassifyModelHandler
-from beam_gemma.labels import join
-from beam_gemma.prompt import Text
-from beam_gemma.prompt_encoder import Row
-from beam_gemma.questions import ClassifySettings, QuestionEncoder
-from beam_gemma.tables import open_source
-from beam_gemma.tokenizer import Tokenizer
+from beam_gemma.inference.handlers import GemmaClassifyModelHandler
+from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.inputs.template import Text
+from beam_gemma.jobs.fewshot import draw_shots
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.tables.open_table import open_source
+from beam_gemma.tasks.labels import join
+from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from benchmarks.comparison import Bar, bar_lines
 from benchmarks.table import table
 from benchmarks.weights import transformers_folder

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.capacity import Capacity
-from beam_gemma.engine import Engine, EngineConfig, EngineStats
-from beam_gemma.prompt import Text
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Completion, Request
-from beam_gemma.session import Session
-from beam_gemma.tokenizer import Tokenizer
+from beam_gemma.engine.engine import Engine, EngineConfig, EngineStats
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Completion, Request
+from beam_gemma.inputs.template import Text
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.runtime.capacity import Capacity
+from beam_gemma.runtime.cpu_session import Session
 from benchmarks.workload import SEED, Passages
 
 SHARED_TOKENS, DEEP_TOKENS = 64, 500

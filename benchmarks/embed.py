@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.config import GemmaConfig
-from beam_gemma.handlers import GemmaEmbedModelHandler
-from beam_gemma.limits import EMBED_TOKENS
-from beam_gemma.text_encoder import EmbedSettings
+from beam_gemma.inference.handlers import GemmaEmbedModelHandler
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.runtime.limits import EMBED_TOKENS
+from beam_gemma.tasks.text_encoder import EmbedSettings
 from benchmarks.rate import Operations, matrix_rate
 from export.__main__ import export
-from export.encoder import reach
+from export.modules.encoder import reach
 
 SHAPE = {
     "vocab_size": 262144,
@@ -119,7 +119,7 @@ def prepare(folder: Path) -> None:
     """Write the checkpoint and export it, once."""
     if (folder / "model").exists():
         return
-    from tests.sentence_model import sentence_model
+    from tests.doubles.sentence_model import sentence_model
 
     checkpoint = folder / "checkpoint"
     sentence_model(checkpoint, dense_sizes=DENSE_SIZES, attention="sdpa", **SHAPE)

@@ -19,18 +19,18 @@ from typing import Any
 import jsonschema
 import pyarrow as pa
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine
-from beam_gemma.generate import GenerateSettings, Generator
-from beam_gemma.guide import Constraint
-from beam_gemma.handlers import start_engine
-from beam_gemma.limits import Limits
-from beam_gemma.progress import METER
-from beam_gemma.prompt_encoder import PromptEncoder, Row
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.structured import EXTRACTED, StructuredOutput
-from beam_gemma.tables import open_source
-from beam_gemma.tokenizer import Tokenizer
+from beam_gemma.engine.engine import Engine
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.inference.handlers import start_engine
+from beam_gemma.inputs.prompt_encoder import PromptEncoder, Row
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.monitoring.progress import METER
+from beam_gemma.runtime.limits import Limits
+from beam_gemma.structured.constraint import Constraint
+from beam_gemma.structured.output import EXTRACTED, StructuredOutput
+from beam_gemma.tables.open_table import open_source
+from beam_gemma.tasks.generate import GenerateSettings, Generator
 from benchmarks.table import table
 
 TESTS = Path(__file__).parent.parent / "tests/data"

@@ -10,8 +10,8 @@ padding, and everything that is done twice.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from beam_gemma.config import GemmaConfig
-from benchmarks import gpus
+from beam_gemma.model.config import GemmaConfig
+from benchmarks.gpu import machines
 from benchmarks.rate import Operations
 
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.5, "int4": 4.5}
@@ -53,7 +53,9 @@ def weight_bytes(config: GemmaConfig, precision: str) -> int:
 
 def cache_bytes(config: GemmaConfig, num_tokens: int, precision: str) -> int:
     """Return the bytes of the keys and values that a token reads, itself included."""
-    return gpus.cache_bytes(config, num_tokens) // gpus.BYTES * CACHE_BYTES.get(precision, 2)
+    return (
+        machines.cache_bytes(config, num_tokens) // machines.BYTES * CACHE_BYTES.get(precision, 2)
+    )
 
 
 def attention_operations(config: GemmaConfig, start: int, end: int) -> int:

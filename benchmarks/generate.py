@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.tokenizer import Tokenizer
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.tokenizer import Tokenizer
 from benchmarks.comparison import Comparison, bar_lines
 from benchmarks.rate import Operations, matrix_rate
 from benchmarks.runs import Job, Run, run_system

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from beam_gemma.artifact import Artifact
+from beam_gemma.model.artifact import Artifact
 from benchmarks.conditions import CONDITIONS, Outcome, base_of
 from benchmarks.table import table
 

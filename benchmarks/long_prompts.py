@@ -20,19 +20,19 @@ import psutil
 import safetensors.torch
 import torch
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.capacity import Capacity
-from beam_gemma.config import FULL, SLIDING
-from beam_gemma.engine import EngineConfig
-from beam_gemma.kv_cache import KVCache
-from beam_gemma.packing import pack
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.scheduler import Scheduler
-from beam_gemma.sequence import Request, Sequence
-from beam_gemma.session import Session
+from beam_gemma.engine.engine import EngineConfig
+from beam_gemma.engine.kv_cache import KVCache
+from beam_gemma.engine.packing import pack
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.scheduler import Scheduler
+from beam_gemma.engine.sequence import Request, Sequence
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.config import FULL, SLIDING
+from beam_gemma.runtime.capacity import Capacity
+from beam_gemma.runtime.cpu_session import Session
 from benchmarks.table import table
 from export.__main__ import export
-from export.published import Size
+from export.checkpoints.released_sizes import Size
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 BUDGET = EngineConfig().max_num_batched_tokens

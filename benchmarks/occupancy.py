@@ -33,17 +33,17 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 from beam_gemma.options import NO_PRISM
 
-from beam_gemma.engine import EngineConfig
-from beam_gemma.examples import Example
-from beam_gemma.generate import GenerateSettings
-from beam_gemma.handlers import GemmaModelHandler, Model
-from beam_gemma.launch import counters
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.task_handler import BATCH_ROWS
-from beam_gemma.transforms import Generate
+from beam_gemma.cli.plan import counters
+from beam_gemma.engine.engine import EngineConfig
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.inference.handlers import GemmaModelHandler, Model
+from beam_gemma.inference.rows import Example
+from beam_gemma.inference.task_handler import BATCH_ROWS
+from beam_gemma.inference.transforms import Generate
+from beam_gemma.tasks.generate import GenerateSettings
 from benchmarks.table import table
 from export.__main__ import export
-from tests.reference import save_checkpoint, tiny_model
+from tests.doubles.reference import save_checkpoint, tiny_model
 
 SLOTS = EngineConfig().max_num_seqs
 BUNDLE_ROWS = 100

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from beam_gemma.config import GemmaConfig
+from beam_gemma.model.config import GemmaConfig
 
 ROWS, INNER, COLUMNS = 512, 2048, 2048
 

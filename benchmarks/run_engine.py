@@ -1,10 +1,10 @@
 """Our engine alone: token ids in, token ids out."""
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Request
-from beam_gemma.session import Session
+from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Request
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.runtime.cpu_session import Session
 from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
 
 WARM_UP = Request(

@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.generate import Generator
-from beam_gemma.handlers import GemmaModelHandler
-from beam_gemma.progress import METER, Count
+from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.monitoring.progress import METER, Count
+from beam_gemma.tasks.generate import Generator
 from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
 from pipelines import generate
 

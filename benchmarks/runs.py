@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from beam_gemma.progress import Count
+from beam_gemma.monitoring.progress import Count
 from benchmarks.rate import Operations
 from benchmarks.workload import Row
 

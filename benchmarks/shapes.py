@@ -23,10 +23,10 @@ from pathlib import Path
 
 import onnx
 
-from beam_gemma.artifact import graph_name
-from beam_gemma.signature import HEADS
+from beam_gemma.model.artifact import graph_name
+from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
-from export.published import SIZES, Size
+from export.checkpoints.released_sizes import SIZES, Size
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}

@@ -25,17 +25,17 @@ import torch
 import transformers
 from llguidance.numpy import apply_token_bitmask_inplace, fill_next_token_bitmask
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine
-from beam_gemma.guide import Constraint, Guide
-from beam_gemma.handlers import start_engine
-from beam_gemma.json_schema import compile_schema
-from beam_gemma.language import ANY_CHAR, Repeat
-from beam_gemma.limits import Limits
-from beam_gemma.prompt import Text
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Request
-from beam_gemma.tokenizer import Tokenizer
+from beam_gemma.engine.engine import Engine
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Request
+from beam_gemma.inference.handlers import start_engine
+from beam_gemma.inputs.template import Text
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.runtime.limits import Limits
+from beam_gemma.structured.constraint import Constraint, Guide
+from beam_gemma.structured.grammar import ANY_CHAR, Repeat
+from beam_gemma.structured.json_schema import compile_schema
 from benchmarks.comparison import Bar, bar_lines
 from benchmarks.table import table
 from benchmarks.weights import transformers_folder

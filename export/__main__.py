@@ -12,24 +12,30 @@ from pathlib import Path
 import onnx_ir as ir
 
 import beam_gemma
-from beam_gemma.artifact import (
+from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
+from beam_gemma.model.artifact import (
     CHAT_TEMPLATE,
     LEGAL,
     TOKENIZER,
     graph_name,
     write_manifest,
 )
-from beam_gemma.embedding_config import EmbeddingConfig, Pooling
-from beam_gemma.errors import BeamGemmaError, OptionsError, nearest
-from beam_gemma.signature import HEADS, Device, Signature
-from export.adapter import merge_adapter
-from export.checkpoint import read_checkpoint
-from export.legal import write_legal
-from export.quantize import BITS, quantize_graph
-from export.tasks import check_tasks, default_tasks, embedding_config, graph_module, graph_signature
-from export.tensors import Checkpoint
-from export.to_onnx import trace
-from export.weights import WEIGHTS, WRITTEN, attach
+from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
+from beam_gemma.model.signature import HEADS, Device, Signature
+from export.checkpoints.hf_folder import read_checkpoint
+from export.checkpoints.legal import write_legal
+from export.checkpoints.lora import merge_adapter
+from export.checkpoints.tensors import Checkpoint
+from export.graph.quantize import BITS, quantize_graph
+from export.graph.tasks import (
+    check_tasks,
+    default_tasks,
+    embedding_config,
+    graph_module,
+    graph_signature,
+)
+from export.graph.to_onnx import trace
+from export.graph.weights import WEIGHTS, WRITTEN, attach
 
 LOGGER = logging.getLogger("export")
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "int8", "int4")}

@@ -7,23 +7,23 @@ import sys
 
 import apache_beam as beam
 
-from beam_gemma import launch
-from beam_gemma.embed_options import embed_parser, embed_settings
-from beam_gemma.handlers import GemmaEmbedModelHandler
+from beam_gemma.cli import plan
+from beam_gemma.cli.embed_flags import embed_parser, embed_settings
+from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    job = launch.plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
+    job = plan.plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
     if job.preview is not None:
         sys.stdout.write(job.preview)
-        return launch.SUCCESS
+        return plan.SUCCESS
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
     answers = rows | "Embed" >> job.ask()
     _ = (rows, *answers) | "Write" >> job.write()
-    return launch.run(pipeline, job)
+    return plan.run(pipeline, job)
 
 
 if __name__ == "__main__":
-    sys.exit(launch.exit_code(main))
+    sys.exit(plan.exit_code(main))

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from beam_gemma.classify_options import classify_parser
-from beam_gemma.embed_options import embed_parser
-from beam_gemma.estimate_options import FLAGS as OF_A_DRY_RUN
-from beam_gemma.flag_types import (
+from beam_gemma.cli.classify_flags import classify_parser
+from beam_gemma.cli.embed_flags import embed_parser
+from beam_gemma.cli.estimate_flags import FLAGS as OF_A_DRY_RUN
+from beam_gemma.cli.flag_types import (
     above_zero,
     column_names,
     count,
@@ -22,8 +22,8 @@ from beam_gemma.flag_types import (
     rising,
     switch,
 )
-from beam_gemma.flags import FlagParser
-from beam_gemma.generate_options import generate_parser
+from beam_gemma.cli.flags import FlagParser
+from beam_gemma.cli.generate_flags import generate_parser
 
 FOLDER = Path(__file__).parent
 PARSERS: dict[str, Callable[[], FlagParser]] = {

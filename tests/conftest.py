@@ -11,14 +11,14 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from beam_gemma import progress
-from beam_gemma.artifact import Artifact
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.monitoring import progress
 from export.__main__ import export
-from export.checkpoint import read_checkpoint
-from export.tensors import Checkpoint
-from tests.emulators import Cloud, emulators
-from tests.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
-from tests.sentence_model import sentence_model, texts
+from export.checkpoints.hf_folder import read_checkpoint
+from export.checkpoints.tensors import Checkpoint
+from tests.doubles.emulators import Cloud, emulators
+from tests.doubles.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
+from tests.doubles.sentence_model import sentence_model, texts
 
 # The same examples in every run: a failure found once is found again. How long one takes says more
 # of what else the machine does; the time limits of tests hold nevertheless.

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import beam_gemma
-from beam_gemma.classify_options import classify_parser
-from beam_gemma.embed_options import embed_parser
-from beam_gemma.flags import FlagParser, beam_flag_parser
-from beam_gemma.generate_options import generate_parser
+from beam_gemma.cli.classify_flags import classify_parser
+from beam_gemma.cli.embed_flags import embed_parser
+from beam_gemma.cli.flags import FlagParser, beam_flag_parser
+from beam_gemma.cli.generate_flags import generate_parser
 from beam_gemma.preflight import preflight_parser
 from export.__main__ import _parser as export_parser
 from tests.conftest import TinyModel

@@ -10,10 +10,10 @@ import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.language import to_regex
-from beam_gemma.prompt import Template
-from beam_gemma.prompt_encoder import as_text
-from beam_gemma.structured import StructuredOutput
+from beam_gemma.inputs.prompt_encoder import as_text
+from beam_gemma.inputs.template import Template
+from beam_gemma.structured.grammar import to_regex
+from beam_gemma.structured.output import StructuredOutput
 from examples import demo
 from examples.make_articles import FOLDER, SCHEMA, rows
 from examples.picture import draw_completions, draw_map, draw_scores, draw_values

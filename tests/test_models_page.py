@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from beam_gemma.classify_options import classify_parser, classify_settings
-from beam_gemma.embed_options import embed_parser, embed_settings
-from beam_gemma.flags import parse
-from beam_gemma.generate_options import generate_parser, generate_settings
+from beam_gemma.cli.classify_flags import classify_parser, classify_settings
+from beam_gemma.cli.embed_flags import embed_parser, embed_settings
+from beam_gemma.cli.flags import parse
+from beam_gemma.cli.generate_flags import generate_parser, generate_settings
 from export.__main__ import _parse
 
 DOCS = Path(__file__).parent.parent / "docs"

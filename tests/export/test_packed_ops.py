@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 import torch
 
-from export.lowering_packed import FUNCTIONS
-from export.ops import NO_WINDOW, packed_attention, packed_sum
-from tests.op_models import op_model
+from export.ops.lowering_packed import FUNCTIONS
+from export.ops.reference import NO_WINDOW, packed_attention, packed_sum
+from tests.doubles.op_models import op_model
 
 F32, I32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 LENGTHS = (5, 1, 37, 300, 64, 2, 130)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from beam_gemma.capacity import Capacity
-from beam_gemma.session import Session
-from beam_gemma.signature import Device
-from export.model import GemmaDecoder
-from export.signatures import decoder_signature
-from export.weights import inverse_frequencies
+from beam_gemma.model.signature import Device
+from beam_gemma.runtime.capacity import Capacity
+from beam_gemma.runtime.cpu_session import Session
+from export.graph.signatures import decoder_signature
+from export.graph.weights import inverse_frequencies
+from export.modules.decoder import GemmaDecoder
 from tests.conftest import SEQUENCE_LENGTHS, TinyModel
-from tests.ragged import Feeder, Feeds, run_schedule, schedules
+from tests.doubles.ragged import Feeder, Feeds, run_schedule, schedules
 
 SCHEDULES = schedules(SEQUENCE_LENGTHS)
 

@@ -10,10 +10,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from beam_gemma.errors import CheckpointError
-from export import tensors
-from export.gguf_file import _stored
-from export.quantize import BLOCK, EMBEDDING, Blocks, coded_matrices, quantize_graph
-from export.tensors import StoredTensor
+from export.checkpoints import tensors
+from export.checkpoints.gguf_file import _stored
+from export.checkpoints.tensors import StoredTensor
+from export.graph.quantize import BLOCK, EMBEDDING, Blocks, coded_matrices, quantize_graph
 
 KINDS = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
 

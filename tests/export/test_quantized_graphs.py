@@ -1,6 +1,6 @@
 """Exports of 4 and 8 bits: run on the CPU, they are models of the numbers that codes stand for.
 
-`tests.cuda_on_cpu` says what is changed for that.
+`tests.doubles.cuda_on_cpu` says what is changed for that.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 
-from beam_gemma.artifact import Artifact
+from beam_gemma.model.artifact import Artifact
 from export.__main__ import export
-from tests.cuda_kernels import unplaced
-from tests.cuda_models import assert_embeddings, assert_logits, assert_scores, reference
-from tests.cuda_on_cpu import cuda_file_on_cpu
-from tests.reference import FULL, SLIDING, save_checkpoint
-from tests.sentence_model import sentence_model
+from tests.doubles.cuda_kernels import unplaced
+from tests.doubles.cuda_models import assert_embeddings, assert_logits, assert_scores, reference
+from tests.doubles.cuda_on_cpu import cuda_file_on_cpu
+from tests.doubles.reference import FULL, SLIDING, save_checkpoint
+from tests.doubles.sentence_model import sentence_model
 
 LENGTHS = [40, 17, 5]
 Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0

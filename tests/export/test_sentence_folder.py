@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.embedding_config import EmbeddingConfig
 from beam_gemma.errors import BeamGemmaError, CheckpointError, OptionsError
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.embedding_config import EmbeddingConfig
 from export.__main__ import export
-from export.checkpoint import read_checkpoint
+from export.checkpoints.hf_folder import read_checkpoint
 
 Edit = Callable[[Any], Any]
 

@@ -8,10 +8,18 @@ import sentencepiece
 from gguf import GGUFReader, GGUFWriter
 
 from beam_gemma.errors import CheckpointError
-from beam_gemma.prompt import Control, Text
-from beam_gemma.tokenizer import BYTE, CONTROL, NORMAL, SPACE, USER_DEFINED, ModelProto, Tokenizer
-from export.tokenizer_model import sentencepiece_from_gguf, sentencepiece_model
-from tests.real_model import real_checkpoint
+from beam_gemma.inputs.template import Control, Text
+from beam_gemma.model.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    USER_DEFINED,
+    ModelProto,
+    Tokenizer,
+)
+from export.checkpoints.tokenizer_model import sentencepiece_from_gguf, sentencepiece_model
+from tests.doubles.real_model import real_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
 # SentencePiece writes spaces as U+2581 and cannot tell them from the character itself; the official

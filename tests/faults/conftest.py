@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_gemma import launch
-from beam_gemma.file_sink import FileSink, open_sink
+from beam_gemma.cli import plan
+from beam_gemma.tables.file_sink import FileSink, open_sink
 from pipelines.generate import main
 from tests.conftest import TinyModel
 
@@ -147,7 +147,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run_with(flags: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate", *flags])
-        code = launch.exit_code(main)
+        code = plan.exit_code(main)
         return code, *capsys.readouterr()
 
     return run_with
@@ -163,7 +163,7 @@ def undisturbed(
     job = Faulty(str(tiny_gemma3.artifact.path), folder)
     argv, sys.argv = sys.argv, ["generate", *job.flags()]
     try:
-        assert launch.exit_code(main) == 0
+        assert plan.exit_code(main) == 0
     finally:
         sys.argv = argv
     return job

@@ -16,10 +16,11 @@ from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
-from beam_gemma import file_sink, pieces
-from beam_gemma.launch import exit_code
-from beam_gemma.progress import METER
-from beam_gemma.sink import Sink
+from beam_gemma.cli.plan import exit_code
+from beam_gemma.inference import saved_results
+from beam_gemma.monitoring.progress import METER
+from beam_gemma.tables import file_sink
+from beam_gemma.tables.sink import Sink
 from pipelines.generate import main
 
 
@@ -38,7 +39,7 @@ def doom(place: str, report: Path) -> None:
 
 def _at_piece(report: Path, number: int) -> None:
     """Just before a piece is written."""
-    write, left = pieces.write_once, [number]
+    write, left = saved_results.write_once, [number]
 
     def counted(path: str, content: bytes) -> None:
         left[0] -= 1
@@ -46,7 +47,7 @@ def _at_piece(report: Path, number: int) -> None:
             die(report)
         write(path, content)
 
-    pieces.write_once = counted
+    saved_results.write_once = counted
 
 
 def _at_stage(report: Path, number: int) -> None:

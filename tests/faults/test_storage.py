@@ -5,7 +5,7 @@ import os
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-from beam_gemma import file_sink
+from beam_gemma.tables import file_sink
 from tests.faults.conftest import LENGTH, NUM_ALIKE, NUM_OK, Faulty, assert_whole, resumed
 
 

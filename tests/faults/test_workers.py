@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.doubles.job_server import WORKER, job_server, start
 from tests.faults.conftest import LENGTH, NUM_ALIKE, NUM_OK, Faulty, assert_whole, resumed
-from tests.job_server import WORKER, job_server, start
 
 SECS = 60
 """That a job may take to notice."""

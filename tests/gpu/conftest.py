@@ -1,7 +1,7 @@
 """Where graphs for CUDA run in these tests: on a card, or with the CPU's attention on plain memory.
 
-Each test takes `place`. On the host graphs are changed by `tests/cuda_on_cpu.py`, so everything
-runs there but the kernels; on a card, marked `gpu`, the graph is as it was exported.
+Each test takes `place`. On the host graphs are changed by `tests/doubles/cuda_on_cpu.py`, so
+everything runs there but the kernels; on a card, marked `gpu`, the graph is as it was exported.
 """
 
 import functools
@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.cuda_session import CudaSession
-from beam_gemma.device_memory import CudaMemory, HostMemory
-from beam_gemma.engine import Engine, EngineConfig
-from beam_gemma.padding import StepSizes
+from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.runtime.cuda_session import CudaSession
+from beam_gemma.runtime.device_memory import CudaMemory, HostMemory
+from beam_gemma.runtime.step_shapes import StepSizes
 from export.__main__ import export
-from tests.cuda_models import reference
-from tests.cuda_on_cpu import cuda_file_on_cpu
-from tests.reference import save_checkpoint
+from tests.doubles.cuda_models import reference
+from tests.doubles.cuda_on_cpu import cuda_file_on_cpu
+from tests.doubles.reference import save_checkpoint
 
 HOST_BYTES = 64 << 20
 SLOTS, TOKENS = 8, 160

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from beam_gemma.bound_graph import UNCAPTURED
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.errors import DeviceError
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Completion, Request
+from beam_gemma.runtime.bound_graph import UNCAPTURED
+from tests.doubles.reference import VOCAB, WINDOW, logits_of
 from tests.gpu.conftest import SLOTS, Place, PlaceOf
-from tests.reference import VOCAB, WINDOW, logits_of
 
 NEW_TOKENS = 12
 RNG = np.random.default_rng(5)

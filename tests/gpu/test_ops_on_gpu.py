@@ -15,13 +15,13 @@ import onnxruntime
 import pytest
 import torch
 
-from beam_gemma.device_memory import CudaMemory
-from beam_gemma.signature import block_size_for
-from export import lowering_cuda
-from export.ops import NO_WINDOW, padded_attention, rms_norm
-from tests.attention_cases import CASES
-from tests.cuda_on_cpu import cuda_on_cpu
-from tests.op_models import op_model
+from beam_gemma.model.signature import block_size_for
+from beam_gemma.runtime.device_memory import CudaMemory
+from export.ops import lowering_cuda
+from export.ops.reference import NO_WINDOW, padded_attention, rms_norm
+from tests.doubles.attention_cases import CASES
+from tests.doubles.cuda_on_cpu import cuda_on_cpu
+from tests.doubles.op_models import op_model
 
 Arrays = Mapping[str, np.ndarray]
 F32 = onnx.TensorProto.FLOAT

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from beam_gemma.artifact import Artifact
-from beam_gemma.engine import Engine
-from beam_gemma.limits import Limits
-from beam_gemma.open_session import open_session
-from beam_gemma.sampling import SamplingParams
-from beam_gemma.sequence import Request
+from beam_gemma.engine.engine import Engine
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Request
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.runtime.limits import Limits
+from beam_gemma.runtime.open_session import open_session
 from export.__main__ import export
-from tests.real_model import real_checkpoint
-from tests.reference import real_model
-from tests.test_real_weights import EXPECTED, NUM_TOKENS
+from tests.doubles.real_model import real_checkpoint
+from tests.doubles.reference import real_model
+from tests.real_weights.test_real_weights import EXPECTED, NUM_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.weights, pytest.mark.timeout(900)]
 NEAR = {"bf16": 0.5, "fp16": 0.1}

@@ -8,15 +8,15 @@ import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that
 
-from beam_gemma import launch
-from beam_gemma.classify_options import classify_parser, classify_settings
-from beam_gemma.handlers import GemmaClassifyModelHandler
-from beam_gemma.policy import POLICIES, ModerateSettings, Policy
-from beam_gemma.questions import ClassifySettings
-from beam_gemma.session import Session
-from beam_gemma.transforms import Classify
+from beam_gemma.cli import plan
+from beam_gemma.cli.classify_flags import classify_parser, classify_settings
+from beam_gemma.inference.handlers import GemmaClassifyModelHandler
+from beam_gemma.inference.transforms import Classify
+from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
+from beam_gemma.tasks.questions import ClassifySettings
 from pipelines.classify import main
-from tests.fake_models import local_pipeline
+from tests.doubles.fake_models import local_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(monkeypatch, capsys, model, rows, tmp_path):
         out = tmp_path / "out"
         shared = [f"--model={model}", f"--input={rows}", f"--output={out}/x.jsonl", "--overwrite"]
         monkeypatch.setattr(sys, "argv", ["classify", *shared, *map(str, flags)])
-        code = launch.exit_code(main)
+        code = plan.exit_code(main)
         lines = [line for p in sorted(out.glob("*.jsonl")) for line in p.read_text().splitlines()]
         results = {row["id"]: row for row in map(json.loads, lines)}
         return code, *capsys.readouterr(), results

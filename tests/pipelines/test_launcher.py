@@ -11,11 +11,11 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from google.cloud import bigquery
 
-from beam_gemma import launch
+from beam_gemma.cli import plan
 from pipelines import classify, embed, generate
-from tests.dataflow_service import Job, dataflow_service
-from tests.locked_environment import Image, locked_python
-from tests.worker_pool import run_submitted, worker_pool
+from tests.doubles.dataflow_service import Job, dataflow_service
+from tests.doubles.locked_environment import Image, locked_python
+from tests.doubles.worker_pool import run_submitted, worker_pool
 
 # The first test makes an environment, which takes a minute or five.
 pytestmark = pytest.mark.timeout(1200)
@@ -53,7 +53,7 @@ def settings_of(request, gcp, table):
         gcp.upload(artifact.path, model)
         return {
             **TASKS[task][1], "model": model, "input": table,
-            "temp_location": f"{gcp.bucket}/tmp", "beam_plugins": "tests.cloud_clients",
+            "temp_location": f"{gcp.bucket}/tmp", "beam_plugins": "tests.doubles.cloud_clients",
         }  # fmt: skip
 
     return settings
@@ -74,7 +74,7 @@ def on_dataflow(gcp, name):
 def run_here(task, flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [task, *flags])
-        assert launch.exit_code(TASKS[task][0].main) == launch.SUCCESS
+        assert plan.exit_code(TASKS[task][0].main) == plan.SUCCESS
 
 
 def submitted(task, flags):

@@ -1,0 +1,232 @@
+"""The flags of `python -m pipelines.classify`."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from beam_gemma.cli.estimate_flags import add_estimate
+from beam_gemma.cli.flag_types import SWITCH, count
+from beam_gemma.cli.flags import (
+    FlagParser,
+    add_engine,
+    add_files,
+    add_job,
+    add_prompt,
+    flag_parser,
+    prompt_settings,
+    text_of,
+    words_of,
+)
+from beam_gemma.dataflow.options import add_dataflow
+from beam_gemma.errors import OptionsError
+from beam_gemma.jobs.fewshot import POOL_ROWS, all_shots, draw_shots
+from beam_gemma.tables.bigquery_client import SCHEME
+from beam_gemma.tables.open_table import open_source
+from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
+from beam_gemma.tasks.questions import ClassifySettings, Shot
+
+EXAMPLES = """\
+  python -m pipelines.classify --model models/gemma-3-270m --input reviews.parquet \\
+      --output out/reviews.parquet --prompt $'Review: {text}\\nSentiment: ' \\
+      --labels negative,positive --num_fewshot 8 --label_column sentiment
+
+  python -m pipelines.classify --model models/gemma-3-270m --input goals.jsonl \\
+      --output out/goals.jsonl --prompt '{goal}' --label ' {sol1}' --label ' {sol2}'
+
+  python -m pipelines.classify --model models/shieldgemma-2b --input chats.parquet \\
+      --output out/chats.parquet --policy all --prompt_column asked --response_column answered
+"""
+NOT_WITH_A_POLICY = (
+    "prompt", "messages_column", "system", "chat_template", "allow_special_tokens", "labels",
+    "label", "labels_file", "label_norm", "logliks", "num_fewshot", "fewshot_file", "label_column",
+)  # fmt: skip
+"""Flags that ask what a policy asks in its own way."""
+
+
+def classify_parser() -> FlagParser:
+    """Return the parser."""
+    parser = flag_parser(
+        "pipelines.classify",
+        "Score labels, or safety policies, for every row of a table with a Gemma model.",
+        EXAMPLES,
+    )
+    add_files(parser)
+    add_prompt(parser)
+    _add_labels(parser)
+    _add_fewshot(parser)
+    _add_policies(parser)
+    add_engine(parser)
+    add_job(parser)
+    add_estimate(parser, completes=False)
+    add_dataflow(parser)
+    return parser
+
+
+def classify_settings(flags: argparse.Namespace) -> ClassifySettings | ModerateSettings:
+    """Return what the flags ask of each row.
+
+    Raises:
+        OptionsError: the flags contradict each other or are out of range, or a file of labels,
+            shots or a policy cannot be used.
+    """
+    if flags.policy:
+        return _moderate_settings(flags)
+    for name in ("response_column", "threshold"):
+        if getattr(flags, name) is not None:
+            raise OptionsError(f"--{name}: expected --policy beside it, got none")
+    settings = ClassifySettings(
+        **prompt_settings(flags),
+        labels=_labels(flags),
+        label_norm=flags.label_norm or "none",
+        logliks=flags.logliks,
+        num_fewshot=flags.num_fewshot,
+        fewshot_delimiter=flags.fewshot_delimiter,
+    )
+    if not settings.has_source:
+        raise OptionsError(
+            "prompt: expected one of --prompt, --prompt_column and --messages_column, got none"
+        )
+    return dataclasses.replace(settings, shots=_shots(flags, settings))
+
+
+def _labels(flags: argparse.Namespace) -> tuple[str, ...]:
+    """Return the labels, of whichever flag gives them."""
+    given = [name for name in ("labels", "label", "labels_file") if getattr(flags, name)]
+    if len(given) != 1:
+        got = " and ".join(f"--{name}" for name in given) or "none"
+        raise OptionsError(
+            f"labels: expected one of --labels, --label, --labels_file and --policy, got {got}"
+        )
+    if flags.label:
+        return tuple(flags.label)
+    if flags.labels_file:
+        return tuple(text_of("--labels_file", flags.labels_file).splitlines())
+    return words_of("--labels", flags.labels, "repeat --label for labels with spaces around them")
+
+
+def _shots(flags: argparse.Namespace, settings: ClassifySettings) -> tuple[Shot, ...]:
+    wanted = flags.num_fewshot is not None or flags.fewshot_file is not None
+    if wanted != (flags.label_column is not None):
+        raise OptionsError(
+            "--label_column: expected exactly where --num_fewshot or --fewshot_file is, got "
+            f"{'none' if wanted else 'it alone'}"
+        )
+    if not wanted:
+        return ()
+    pool = flags.fewshot_file or flags.input
+    if pool is None or pool.startswith(SCHEME):
+        raise OptionsError(
+            f"--fewshot_file: expected a file of examples, got {pool or '--query'}, where nobody "
+            "knows which rows come first; write some to a file"
+        )
+    source = open_source(pool, limit=POOL_ROWS)
+    if flags.num_fewshot is None:
+        return all_shots(source, settings, flags.label_column)
+    return draw_shots(
+        source, settings, flags.label_column, number=flags.num_fewshot, seed=flags.fewshot_seed
+    )
+
+
+def _moderate_settings(flags: argparse.Namespace) -> ModerateSettings:
+    idle = [name for name in NOT_WITH_A_POLICY if getattr(flags, name)]
+    idle += ["prompt_format"] * (flags.prompt_format != "auto")
+    if idle:
+        raise OptionsError(
+            f"--policy: expected only columns beside it, since it has its own prompt and labels, "
+            f"got --{idle[0]}"
+        )
+    if flags.prompt_column is None:
+        raise OptionsError("--policy: expected --prompt_column beside it, got none")
+    threshold = {} if flags.threshold is None else {"threshold": flags.threshold}
+    return ModerateSettings(
+        policies=tuple(policy for name in flags.policy for policy in _policies(name)),
+        prompt_column=flags.prompt_column,
+        response_column=flags.response_column,
+        max_prompt_tokens=flags.max_prompt_tokens,
+        truncate=flags.truncate,
+        **threshold,
+    )
+
+
+def _policies(name_or_file: str) -> tuple[Policy, ...]:
+    if name_or_file == "all":
+        return tuple(Policy(name=name) for name in POLICIES)
+    path = Path(name_or_file)
+    if name_or_file in POLICIES or not path.suffix:
+        return (Policy(name=name_or_file),)
+    return (Policy(name=path.stem, guideline=text_of("--policy", name_or_file)),)
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "labels",
+        "scored as they are written behind the prompt; one of the first three, or a policy",
+    )
+    add = group.add_argument
+    add("--labels", metavar="A,B", help="simple words with commas between (default: none)")
+    add(
+        "--label",
+        action="append",
+        default=[],
+        metavar="TEMPLATE",
+        help="a label, with column names in braces; to be repeated (default: none)",
+    )
+    add("--labels_file", metavar="FILE", help="one such template in each line (default: none)")
+    add(
+        "--label_norm",
+        choices=("none", "tokens", "chars"),
+        help="what a label's log-likelihood is divided by (default: none, nothing)",
+    )
+    add("--logliks", **SWITCH, help="add the column logliks (default: no)")
+
+
+def _add_fewshot(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "few-shot", "rows with known labels before each prompt, the same for all rows"
+    )
+    add = group.add_argument
+    add(
+        "--num_fewshot",
+        type=count,
+        metavar="N",
+        help="rows to draw (default: none, or all of --fewshot_file)",
+    )
+    add("--fewshot_seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
+    add("--fewshot_file", metavar="URI", help="table to take them from (default: --input)")
+    add(
+        "--label_column",
+        metavar="COLUMN",
+        help="holds the label of such a row: its text, or its index from 0 (default: none)",
+    )
+    add(
+        "--fewshot_delimiter",
+        default="\n\n",
+        metavar="TEXT",
+        help="follows each of them where there is no chat (default: an empty line)",
+    )
+
+
+def _add_policies(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "policies", "for ShieldGemma: whether the text in --prompt_column violates them"
+    )
+    add = group.add_argument
+    add(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_FILE",
+        help=f"{', '.join(POLICIES)}, all of them by all, or a .txt file with a guideline; may be "
+        "repeated (default: none)",
+    )
+    add(
+        "--response_column",
+        metavar="COLUMN",
+        help="holds the answer to that text, to be judged in its place (default: none)",
+    )
+    add(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="score from which a policy counts as violated (default: 0.5)",
+    )

@@ -1,0 +1,98 @@
+"""The flags of `python -m pipelines.embed`."""
+
+import argparse
+import dataclasses
+
+from beam_gemma.cli.estimate_flags import add_estimate
+from beam_gemma.cli.flag_types import SWITCH, positive
+from beam_gemma.cli.flags import (
+    FlagParser,
+    add_files,
+    add_job,
+    add_steps,
+    flag_parser,
+)
+from beam_gemma.dataflow.options import add_dataflow
+from beam_gemma.errors import OptionsError
+from beam_gemma.runtime.limits import EMBED_TOKENS
+from beam_gemma.tasks.text_encoder import EmbedSettings
+
+EXAMPLES = """\
+  python -m pipelines.embed --model models/embeddinggemma-300m --input articles.parquet \\
+      --output out/vectors.parquet --text_column body --title_column title
+
+  python -m pipelines.embed --model models/embeddinggemma-300m --input queries.jsonl \\
+      --output out/queries.parquet --text_column text --prompt_name query --truncate_dim 256
+"""
+
+
+def embed_parser() -> FlagParser:
+    """Return the parser."""
+    parser = flag_parser(
+        "pipelines.embed",
+        "Embed a text of every row of a table with a Gemma model.",
+        EXAMPLES,
+    )
+    add_files(parser)
+    _add_text(parser)
+    _add_results(parser)
+    add_steps(parser, EMBED_TOKENS)
+    add_job(parser)
+    add_estimate(parser, completes=False)
+    add_dataflow(parser)
+    return parser
+
+
+def embed_settings(flags: argparse.Namespace) -> EmbedSettings:
+    """Return what the flags ask of each row.
+
+    Raises:
+        OptionsError: the flags contradict each other.
+    """
+    names = {field.name for field in dataclasses.fields(EmbedSettings)}
+    settings = EmbedSettings(**{k: v for k, v in vars(flags).items() if k in names})
+    if not settings.has_source:
+        raise OptionsError("text: expected --text_column, got none")
+    return settings
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("text").add_argument
+    add("--text_column", metavar="COLUMN", help="holds the text; required")
+    add(
+        "--title_column",
+        metavar="COLUMN",
+        help="holds the title of a document, for its prompt; it may be null (default: none)",
+    )
+    add(
+        "--prompt_name",
+        metavar="NAME",
+        help="the model's prompt for a task, such as query, document, classification or clustering "
+        "(default: the model's own choice, which may be none)",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="what comes before each text in place of a prompt of the model (default: none)",
+    )
+    add(
+        "--truncate",
+        **SWITCH,
+        help="let a text that is too long lose its end (default: such a row is an error)",
+    )
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("results").add_argument
+    add(
+        "--truncate_dim",
+        type=positive,
+        metavar="N",
+        help="numbers to keep of each embedding, such as 512, 256 or 128 (default: all)",
+    )
+    add(
+        "--embedding_dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="type of these numbers (default: %(default)s)",
+    )

@@ -1,0 +1,132 @@
+"""What a dry run is told for its estimate, and what it finds out itself: throughput, workers."""
+
+import argparse
+
+from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
+
+from beam_gemma.cli.flag_types import above_zero
+from beam_gemma.cli.flags import is_local
+from beam_gemma.errors import OptionsError
+from beam_gemma.inference.task_handler import TaskHandler, choose_device
+from beam_gemma.jobs.estimate import Means, Throughput
+from beam_gemma.jobs.profiles import find_profile, this_machine
+from beam_gemma.model.artifact import Artifact
+
+FLAGS = (
+    "prompt_tokens_per_sec", "completion_tokens_per_sec", "expected_tokens", "worker_price"
+)  # fmt: skip
+
+
+def add_estimate(parser: argparse.ArgumentParser, *, completes: bool) -> None:
+    """Add what the estimate of a dry run rests on.
+
+    Args:
+        parser: Of the task's flags.
+        completes: Whether the task completes prompts.
+    """
+    group = parser.add_argument_group("estimate", "for a --dry_run")
+    add = group.add_argument
+    add(
+        "--prompt_tokens_per_sec",
+        type=above_zero,
+        metavar="X",
+        help="prompt tokens that one worker computes in a second (default: as measured with such "
+        "a model on this machine, where docs/benchmarks.md has it)",
+    )
+    if completes:
+        add(
+            "--completion_tokens_per_sec",
+            type=above_zero,
+            metavar="X",
+            help="completion tokens that one worker computes in a second, of all rows together "
+            "(default: likewise)",
+        )
+        add(
+            "--expected_tokens",
+            type=above_zero,
+            metavar="X",
+            help="tokens that a completion has on average (default: --max_tokens)",
+        )
+    add(
+        "--worker_price",
+        type=above_zero,
+        metavar="USD",
+        help="price of an hour of one worker, with its disk and GPU, in US dollars (default: not "
+        "known)",
+    )
+
+
+def check_estimate(flags: argparse.Namespace, max_new_tokens: int) -> None:
+    """Refuse flags that would change nothing.
+
+    Raises:
+        OptionsError: there is one, or more is expected than may come.
+    """
+    given = {name: getattr(flags, name, None) for name in FLAGS}
+    if not flags.dry_run and (idle := [name for name in FLAGS if given[name] is not None]):
+        raise OptionsError(f"--{idle[0]}: expected --dry_run beside it, got none")
+    if (given["expected_tokens"] or 0) > max_new_tokens:
+        raise OptionsError(
+            f"--expected_tokens: expected at most --max_tokens {max_new_tokens:,}, got "
+            f"{given['expected_tokens']:g}"
+        )
+
+
+def means_of(
+    flags: argparse.Namespace,
+    options: PipelineOptions,
+    handler: TaskHandler,
+    artifact: Artifact,
+) -> Means:
+    """Return what a job has to work with, as far as that is known."""
+    most = handler.settings.max_new_tokens
+    expected = getattr(flags, "expected_tokens", None)
+    workers = options.view_as(WorkerOptions)
+    return Means(
+        throughput=_throughput(flags, options, handler, artifact),
+        num_workers=1 if is_local(options) else workers.max_num_workers or workers.num_workers,
+        worker_price=flags.worker_price,
+        completion_tokens=float(most) if expected is None else expected,
+        completion_origin=(
+            "as many as --max_tokens allows; what is expected is said by --expected_tokens"
+            if expected is None
+            else "by --expected_tokens"
+        ),
+    )
+
+
+def _throughput(
+    flags: argparse.Namespace,
+    options: PipelineOptions,
+    handler: TaskHandler,
+    artifact: Artifact,
+) -> Throughput:
+    """Return what flags say, or else what has been measured."""
+    needed = ["prompt_tokens_per_sec", "completion_tokens_per_sec"]
+    if not handler.settings.max_new_tokens:
+        needed.pop()
+    given = {name: getattr(flags, name) for name in needed}
+    if is_local(options):
+        device = choose_device(artifact, handler.head, flags.device)
+        profile = find_profile(artifact, handler.head, device, this_machine())
+    else:
+        machine = options.view_as(WorkerOptions).machine_type
+        profile = find_profile(artifact, handler.head, flags.device, machine)
+    measured = {name: getattr(profile, name, None) for name in needed}
+    rates = {name: measured[name] if given[name] is None else given[name] for name in needed}
+    unknown = [f"--{name}" for name in needed if rates[name] is None]
+    if unknown:
+        origin = (
+            "throughput is not known: run some rows on such a machine by --limit and pass what it "
+            f"computes by {' and '.join(unknown)}"
+        )
+    elif profile is None or None not in given.values():
+        origin = f"throughput as given by {' and '.join(f'--{name}' for name in needed)}"
+    else:
+        changed = [f"--{name}" for name in needed if given[name] is not None]
+        origin = ", but for ".join([profile.origin, *changed])
+    return Throughput(
+        prompt_tokens_per_sec=rates["prompt_tokens_per_sec"],
+        completion_tokens_per_sec=rates.get("completion_tokens_per_sec"),
+        origin=origin,
+    )

@@ -1,0 +1,252 @@
+"""The flags of `python -m pipelines.generate`."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from beam_gemma.cli.estimate_flags import add_estimate
+from beam_gemma.cli.flag_types import SWITCH
+from beam_gemma.cli.flags import (
+    FlagParser,
+    add_engine,
+    add_files,
+    add_job,
+    add_prompt,
+    flag_parser,
+    prompt_settings,
+    text_of,
+    words_of,
+)
+from beam_gemma.dataflow.options import add_dataflow
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.errors import OptionsError
+from beam_gemma.structured.output import StructuredOutput
+from beam_gemma.tasks.generate import GenerateSettings
+
+EXAMPLES = """\
+  python -m pipelines.generate --model models/gemma-3-270m-it --input articles.parquet \\
+      --output out/summaries.parquet --prompt 'Summarize in one sentence: {text}' --max_tokens 64
+
+  python -m pipelines.generate --model models/gemma-3-270m-it --input 'chats/*.jsonl' \\
+      --output out/replies.jsonl --messages_column messages --temperature 0.7 --top_k 64
+
+  python -m pipelines.generate --model models/gemma-3-270m-it --input mails.parquet \\
+      --output out/orders.parquet --prompt 'The order in this mail, as JSON: {text}' \\
+      --json_schema order.json --max_tokens 200
+"""
+
+
+def generate_parser() -> FlagParser:
+    """Return the parser."""
+    parser = flag_parser(
+        "pipelines.generate",
+        "Complete a prompt for every row of a table with a Gemma model.",
+        EXAMPLES,
+    )
+    add_files(parser)
+    add_prompt(parser)
+    _add_infill(parser)
+    _add_sampling(parser)
+    _add_structured(parser)
+    _add_results(parser)
+    add_engine(parser)
+    add_job(parser)
+    add_estimate(parser, completes=True)
+    add_dataflow(parser)
+    return parser
+
+
+def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
+    """Return what the flags ask of each row.
+
+    Raises:
+        OptionsError: the flags contradict each other or are out of range.
+    """
+    params = {field.name for field in dataclasses.fields(SamplingParams)}
+    settings = GenerateSettings(
+        **prompt_settings(flags),
+        sampling=SamplingParams(**{k: v for k, v in vars(flags).items() if k in params}),
+        stop=tuple(flags.stop),
+        structured=structured_output(flags),
+        key_column=flags.key_column,
+        logprob=flags.logprob,
+        token_ids=flags.token_ids,
+        statistics=flags.statistics,
+    )
+    if not settings.has_source:
+        raise OptionsError(
+            "prompt: expected one of --prompt, --prompt_column, --messages_column and "
+            "--prefix_column, got none"
+        )
+    return settings
+
+
+def structured_output(flags: argparse.Namespace) -> StructuredOutput | None:
+    """Return what the flags say a completion has to be.
+
+    Raises:
+        OptionsError: they contradict each other, or a file, schema or pattern cannot be used.
+    """
+    sources = ("json_schema", "choices", "choices_file", "regex")
+    given = [f"--{name}" for name in sources if getattr(flags, name) is not None]
+    if len(given) > 1:
+        raise OptionsError(
+            f"structured output: expected one of --json_schema, --choices, --choices_file and "
+            f"--regex, got {' and '.join(given)}"
+        )
+    columns = {name: getattr(flags, name) for name in ("flatten", "completion")}
+    if not given:
+        if idle := [name for name, is_asked in columns.items() if is_asked]:
+            raise OptionsError(f"--{idle[0]}: expected --json_schema beside it, got none")
+        return None
+    schema = flags.json_schema and read_schema(flags.json_schema)
+    return StructuredOutput(
+        json_schema=schema, choices=_choices(flags), regex=flags.regex, **columns
+    )
+
+
+def read_schema(path: str) -> Mapping[str, Any]:
+    """Return the JSON Schema of a file, on this machine or on gs://.
+
+    Raises:
+        OptionsError: it is not there, or does not hold a JSON object.
+    """
+    flag = "--json_schema"
+    try:
+        schema = json.loads(text_of(flag, path), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise OptionsError(
+            f"{flag} {path}: expected a JSON Schema, got an error: {error}"
+        ) from error
+    if not isinstance(schema, dict):
+        raise OptionsError(
+            f"{flag} {path}: expected an object of JSON, got a {type(schema).__name__}"
+        )
+    return schema
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, of which Python's reader would keep the last of equal names."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the name {name!r} is twice in an object")
+    return dict(pairs)
+
+
+def _choices(flags: argparse.Namespace) -> tuple[str, ...]:
+    if flags.choices_file is not None:
+        lines = text_of("--choices_file", flags.choices_file).splitlines()
+        if not lines:
+            raise OptionsError(
+                f"--choices_file {flags.choices_file}: expected a text on each line, got none"
+            )
+        return tuple(lines)
+    if flags.choices is not None:
+        remedy = "write texts with spaces around them to a --choices_file"
+        return words_of("--choices", flags.choices, remedy)
+    return ()
+
+
+def _add_infill(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fill in the middle", "in place of a prompt, for CodeGemma")
+    add = group.add_argument
+    add("--prefix_column", metavar="COLUMN", help="holds the text before the gap (default: none)")
+    add("--suffix_column", metavar="COLUMN", help="holds the text after the gap (default: none)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    defaults = SamplingParams()
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--max_tokens",
+        type=int,
+        default=defaults.max_tokens,
+        metavar="N",
+        help="longest completion (default: %(default)s tokens)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="X",
+        help="divides the logits (default: %(default)s, which takes the most likely token)",
+    )
+    add(
+        "--top_k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="draw among the K most likely tokens (default: %(default)s, all)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="draw among the fewest tokens of this probability (default: %(default)s, all)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        metavar="S",
+        help="of all draws (default: %(default)s)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends a completion and is no part of it; may be repeated (default: none)",
+    )
+    add(
+        "--ignore_eos",
+        **SWITCH,
+        help="go on where the model would end (default: no)",
+    )
+
+
+def _add_structured(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "structured output", "what each completion has to be; one of the first four"
+    )
+    add = group.add_argument
+    add(
+        "--json_schema",
+        metavar="FILE",
+        help="JSON of this schema, whose values become the typed column extracted; see "
+        "docs/structured.md (default: none, any text)",
+    )
+    add("--choices", metavar="A,B", help="one of some words (default: none)")
+    add("--choices_file", metavar="FILE", help="one of the file's lines (default: none)")
+    add("--regex", metavar="PATTERN", help="a match of the whole text (default: none)")
+    add(
+        "--flatten",
+        **SWITCH,
+        help="make a column of each property of the schema, in place of extracted (default: no)",
+    )
+    add(
+        "--completion",
+        **SWITCH,
+        help="keep the text too that values are extracted from (default: no)",
+    )
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("results").add_argument
+    add(
+        "--key_column",
+        metavar="COLUMN",
+        help="identifies a row for its random draws (default: its prompt does)",
+    )
+    add("--logprob", **SWITCH, help="add the column logprob (default: no)")
+    add("--token_ids", **SWITCH, help="add completion_token_ids (default: no)")
+    add(
+        "--statistics",
+        **SWITCH,
+        help="add statistic_queries and statistic_values, which DataGemma RIG writes into "
+        "completions (default: no)",
+    )

@@ -1,0 +1,1 @@
+"""The rules of Dataflow: options, GPUs, images and staged packages."""

@@ -1,0 +1,272 @@
+"""Jobs on Dataflow: what they need is filled in; what cannot work is refused before submission."""
+
+import argparse
+import copy
+import logging
+import math
+from typing import Literal
+
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    SetupOptions,
+    StandardOptions,
+    WorkerOptions,
+)
+
+from beam_gemma.cli.flag_types import positive
+from beam_gemma.dataflow import image
+from beam_gemma.dataflow.gpus import GPUS, Gpu
+from beam_gemma.errors import OptionsError
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import Device
+from beam_gemma.runtime.download import SCHEME as CLOUD_STORAGE
+from beam_gemma.tables.bigquery_client import SCHEME as BIGQUERY
+
+LOGGER = logging.getLogger(__name__)
+DRIVER = "install-nvidia-driver:latest"
+"""ONNX Runtime's CUDA 13 needs a driver from 580 on; of Google's two words, `default` and `latest`,
+this is the one that promises the newer."""
+ONE_PROCESS = "no_use_multiple_sdk_containers"
+"""Else Beam asks for a process, and so a model, for each core of a worker."""
+HARNESS_THREADS = 8
+"""Bundles that a worker's one process takes at once; from four on, steps are full."""
+DISK_GB = {"cpu": 30, "cuda": 50}
+"""Of a worker, for its system and its image, before the model."""
+
+
+def add_dataflow(parser: argparse.ArgumentParser) -> None:
+    """Add which GPUs workers have."""
+    add = parser.add_argument_group(
+        "Dataflow",
+        "with --runner DataflowRunner; Beam's own flags, such as --sdk_container_image and "
+        "--machine_type, say the rest",
+    ).add_argument
+    add(
+        "--gpu_type",
+        choices=tuple(GPUS),
+        help="GPU of the workers that run the model (default: none, they run it on the CPU)",
+    )
+    add(
+        "--gpu_count",
+        type=positive,
+        metavar="N",
+        help="GPUs of each of these workers, of which the model uses one (default: 1)",
+    )
+    add(
+        "--gpu_driver",
+        metavar="WORDS",
+        help=f"how Dataflow gets the driver, passed on as it stands (default: {DRIVER})",
+    )
+
+
+def on_dataflow(options: PipelineOptions) -> bool:
+    """Return whether a job runs on Dataflow, by any name that Beam has for it."""
+    runner = (options.view_as(StandardOptions).runner or "").rpartition(".")[2]
+    return runner.lower() in ("dataflow", "dataflowrunner")
+
+
+def worker_device(flags: argparse.Namespace) -> Device:
+    """Return what workers of Dataflow run the model on.
+
+    Raises:
+        OptionsError: --device says otherwise than --gpu_type.
+    """
+    device: Device = "cuda" if flags.gpu_type else "cpu"
+    if flags.device not in ("auto", device):
+        remedy = "pass --gpu_type as well" if device == "cpu" else "leave one of them out"
+        raise OptionsError(
+            f"--device {flags.device}: expected workers that have it, got --gpu_type "
+            f"{flags.gpu_type or 'none'}; {remedy}"
+        )
+    return device
+
+
+def resource_hints(flags: argparse.Namespace, options: PipelineOptions) -> dict[str, str]:
+    """Return what the step that runs the model, and no other, asks of its workers.
+
+    Other steps run on the machines of --machine_type, or those that Dataflow chooses.
+    """
+    if flags.gpu_type is None:
+        return {}
+    machine = options.view_as(WorkerOptions).machine_type or _machines(flags)[0]
+    driver = DRIVER if flags.gpu_driver is None else flags.gpu_driver
+    return {
+        "accelerator": f"type:{flags.gpu_type};count:{flags.gpu_count or 1};"
+        f"machine_type:{machine};{driver}"
+    }
+
+
+def worker_options(
+    flags: argparse.Namespace, options: PipelineOptions, artifact: Artifact
+) -> PipelineOptions:
+    """Return the options of a job on Dataflow, completed; those of other runners as they are.
+
+    Args:
+        flags: Ours.
+        options: Beam's.
+        artifact: The model.
+
+    Raises:
+        OptionsError: Dataflow could not run the job so.
+    """
+    if not on_dataflow(options):
+        _refuse_idle_flags(flags, options)
+        return options
+    _check_places(flags, options)
+    _check_mode(options)
+    _check_gpu(flags, options, artifact)
+    options = copy.deepcopy(options)
+    debug, workers = options.view_as(DebugOptions), options.view_as(WorkerOptions)
+    debug.add_experiment(ONE_PROCESS)
+    if debug.number_of_worker_harness_threads is None:
+        debug.number_of_worker_harness_threads = HARNESS_THREADS
+    if workers.disk_size_gb is None:
+        model_gb = math.ceil(_num_bytes(artifact) / 1e9)
+        workers.disk_size_gb = DISK_GB[worker_device(flags)] + model_gb
+    if workers.sdk_container_image is not None:
+        device: Literal["cpu", "gpu"] = "gpu" if flags.gpu_type else "cpu"
+        workers.sdk_container_image = image.check(workers.sdk_container_image, device=device)
+    return options
+
+
+def _refuse_idle_flags(flags: argparse.Namespace, options: PipelineOptions) -> None:
+    for name in ("gpu_type", "gpu_count", "gpu_driver"):
+        if (value := getattr(flags, name)) is not None:
+            raise OptionsError(
+                f"--{name} {value}: expected --runner DataflowRunner beside it, got "
+                f"{options.view_as(StandardOptions).runner or 'no --runner'}"
+            )
+
+
+def _check_places(flags: argparse.Namespace, options: PipelineOptions) -> None:
+    """Refuse what workers, or Dataflow itself, cannot reach."""
+    cloud = options.view_as(GoogleCloudOptions)
+    for name, what in (("project", "pays for"), ("region", "runs")):
+        if getattr(cloud, name) is None:
+            raise OptionsError(f"--{name}: expected the {name} that {what} the job, got none")
+    if not (cloud.temp_location or "").startswith(CLOUD_STORAGE):
+        raise OptionsError(
+            f"--temp_location: expected a folder on {CLOUD_STORAGE} for what is not finished, got "
+            f"{cloud.temp_location or 'none'}"
+        )
+    for name in ("model", "input", "output", "errors", "report"):
+        place = getattr(flags, name)
+        schemes = (CLOUD_STORAGE,) if name in ("model", "report") else (CLOUD_STORAGE, BIGQUERY)
+        if place is not None and not place.startswith(schemes):
+            remedy = (
+                "; copy it there with gcloud storage cp -r" if name in ("model", "input") else ""
+            )
+            raise OptionsError(
+                f"--{name} {place}: expected a place on {' or '.join(schemes)} that workers of "
+                f"Dataflow reach, got a path of this machine{remedy}"
+            )
+
+
+def _check_mode(options: PipelineOptions) -> None:
+    """Refuse what goes against one process with one engine on each worker, over a whole table."""
+    if options.view_as(StandardOptions).streaming:
+        raise OptionsError("--streaming: expected a batch job, as a table has an end; leave it out")
+    if options.view_as(SetupOptions).save_main_session:
+        raise OptionsError(
+            "--save_main_session: expected to be left out, as workers import beam_gemma and a "
+            "saved session would carry this process's state to them"
+        )
+    experiments = options.view_as(DebugOptions).experiments or []
+    if "use_multiple_sdk_containers" in experiments:
+        raise OptionsError(
+            "--experiments use_multiple_sdk_containers: expected one process on each worker, "
+            "whose engine serves all of its threads; leave it out"
+        )
+    service = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    for option in (*service, *experiments):
+        if option.startswith("worker_accelerator"):
+            raise OptionsError(
+                f"{option}: expected --gpu_type and --gpu_count in its place, which ask for GPUs "
+                "where the model runs and exclude it"
+            )
+
+
+def _check_gpu(flags: argparse.Namespace, options: PipelineOptions, artifact: Artifact) -> None:
+    """Refuse GPUs that there are not, or that the model cannot use."""
+    worker_device(flags)
+    if flags.gpu_type is None:
+        for name in ("gpu_count", "gpu_driver"):
+            if (value := getattr(flags, name)) is not None:
+                raise OptionsError(f"--{name} {value}: expected --gpu_type beside it, got none")
+        return
+    gpu, workers = GPUS[flags.gpu_type], options.view_as(WorkerOptions)
+    if options.view_as(GoogleCloudOptions).flexrs_goal is not None:
+        raise OptionsError("--flexrs_goal: expected none beside --gpu_type, as FlexRS has no GPUs")
+    if workers.sdk_container_image is None:
+        raise OptionsError(
+            "--sdk_container_image: expected an image with CUDA beside --gpu_type, got none; "
+            "docs/dataflow.md says how to build it"
+        )
+    _check_machine(flags, workers)
+    _check_region(gpu, options)
+    _check_fit(gpu, artifact)
+    if flags.gpu_count not in (None, 1):
+        LOGGER.warning(
+            "--gpu_count %d: the engine of a worker uses one GPU, the others are idle",
+            flags.gpu_count,
+        )
+
+
+def _check_machine(flags: argparse.Namespace, workers: WorkerOptions) -> None:
+    machines = _machines(flags)
+    if workers.machine_type not in (None, *machines):
+        raise OptionsError(
+            f"--machine_type {workers.machine_type}: expected one with {flags.gpu_count or 1} "
+            f"{flags.gpu_type}, {' or '.join(machines)}; leave it out for {machines[0]}"
+        )
+
+
+def _machines(flags: argparse.Namespace) -> tuple[str, ...]:
+    """Return the machine types that have the GPUs, the default first."""
+    gpu, count = GPUS[flags.gpu_type], flags.gpu_count or 1
+    if count not in gpu.machines:
+        raise OptionsError(
+            f"--gpu_count {count}: expected as many {gpu.name} as there are machines with, "
+            f"{', '.join(map(str, gpu.machines))}"
+        )
+    return gpu.machines[count]
+
+
+def _check_region(gpu: Gpu, options: PipelineOptions) -> None:
+    workers = options.view_as(WorkerOptions)
+    if workers.worker_zone or workers.zone or not gpu.regions:
+        return
+    region = workers.worker_region or options.view_as(GoogleCloudOptions).region
+    if region not in gpu.regions:
+        raise OptionsError(
+            f"--region {region}: expected one that is known to have {gpu.name}, "
+            f"{', '.join(sorted(gpu.regions))}; where you know of a zone, pass --worker_zone"
+        )
+
+
+def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
+    if not gpu.computes(artifact.precision):
+        raise OptionsError(
+            f"--gpu_type {gpu.name}: expected a GPU that computes in the model's bfloat16, got one "
+            f"that does not; export it with --precision fp16, or take {_smallest(artifact)}"
+        )
+    num_bytes = _num_bytes(artifact)
+    if not gpu.holds(num_bytes):
+        raise OptionsError(
+            f"--gpu_type {gpu.name}: expected a GPU with room for {num_bytes / 2**30:,.1f} GiB of "
+            f"weights and for caches, got {gpu.memory_gib} GiB; take {_smallest(artifact)}"
+        )
+
+
+def _smallest(artifact: Artifact) -> str:
+    """Return the name of the smallest GPU for a model."""
+    precision, num_bytes = artifact.precision, _num_bytes(artifact)
+    fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(num_bytes))
+    smallest = min(fit, key=lambda gpu: gpu.memory_gib, default=None)
+    return smallest.name if smallest else "a smaller model, no type has as much"
+
+
+def _num_bytes(artifact: Artifact) -> int:
+    return sum(entry.num_bytes for entry in artifact.files.values())

@@ -1,0 +1,1 @@
+"""Continuous batching: token ids in, token ids, scores or vectors out."""

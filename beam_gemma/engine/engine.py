@@ -1,0 +1,318 @@
+"""The step loop: token ids in, token ids out.
+
+One engine runs one session. Any number of threads submit requests and wait; one daemon thread
+schedules and executes steps, so requests of all callers share them. A submission is seen whole or
+not at all, so the first step of a batch is as full as any. What is wrong with a request ends that
+request alone; what is wrong with the device, or with this code, ends the engine and everything it
+holds.
+"""
+
+import atexit
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future
+
+from beam_gemma.engine.executor import Executor, failure
+from beam_gemma.engine.kv_cache import KVCache
+from beam_gemma.engine.launched_step import StepCount
+from beam_gemma.engine.scheduler import Scheduler
+from beam_gemma.engine.sequence import Completion, Request, Sequence
+from beam_gemma.errors import EngineError, OptionsError, RecordError
+from beam_gemma.monitoring.progress import Count
+from beam_gemma.monitoring.timeline import DeviceStats, Pulse, Work
+from beam_gemma.runtime.step_interface import Runner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How much work a step may hold."""
+
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 1024
+    """New tokens of one step."""
+    eos_token_ids: tuple[int, ...] = ()
+    """The model's own end tokens; they end a completion unless its request ignores them."""
+    enable_prefix_caching: bool = True
+    """Whether prompts with the same first tokens share what the caches hold of them."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise OptionsError(f"max_num_seqs: expected at least 1, got {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise OptionsError(
+                f"max_num_batched_tokens: expected at least max_num_seqs ({self.max_num_seqs}), "
+                f"one token for each sequence, got {self.max_num_batched_tokens}"
+            )
+
+
+@dataclasses.dataclass(slots=True)
+class EngineStats:
+    """Counts since the engine started."""
+
+    max_num_seqs: int
+    num_requests: int = 0
+    """Submitted."""
+    num_finished: int = 0
+    """Of these, failed ones included."""
+    num_failed: int = 0
+    num_prefill_steps: int = 0
+    """With part of a prompt, whatever else runs beside it."""
+    num_decode_steps: int = 0
+    """With one token of each sequence."""
+    num_prompt_tokens: int = 0
+    """Computed by prefill; again after a preemption."""
+    num_cached_tokens: int = 0
+    """Of prompts, not computed because the cache had them; again after a preemption."""
+    num_completion_tokens: int = 0
+    """Chosen, end tokens included."""
+    num_preemptions: int = 0
+    """Sequences put back to make room, or after a failure, and computed again."""
+    num_decode_rows: int = 0
+    """Sequences of all decode steps."""
+    num_backlog_decode_steps: int = 0
+    """Decode steps while other requests waited."""
+    num_backlog_decode_rows: int = 0
+    """Sequences of those steps."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, of prompts and of completions."""
+        return self.num_prompt_tokens + self.num_completion_tokens
+
+    @property
+    def occupancy(self) -> float:
+        """Mean share of the slots that a decode step used."""
+        return self.num_decode_rows / max(1, self.num_decode_steps * self.max_num_seqs)
+
+    @property
+    def backlog_occupancy(self) -> float:
+        """The same while other requests waited: what the end of the work has no part in."""
+        num_slots = self.num_backlog_decode_steps * self.max_num_seqs
+        return self.num_backlog_decode_rows / max(1, num_slots)
+
+
+class Engine:
+    """Completes requests of many threads in shared steps."""
+
+    def __init__(
+        self,
+        session: Runner,
+        config: EngineConfig,
+        *,
+        on_step: Callable[[Count], None] = lambda _: None,
+        device_stats: Callable[[], DeviceStats] = DeviceStats,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            session: Runs the steps.
+            config: How large they may be.
+            on_step: Called after each step with the tokens that it computed.
+            device_stats: What the device says after each step; a CPU says nothing.
+
+        Raises:
+            OptionsError: the session keeps less recurrent state than the config needs.
+        """
+        self.signature = session.signature
+        self.pulse = Pulse(self.signature.device, stats=device_stats)
+        if self.signature.has_recurrent_state and session.num_state_slots < config.max_num_seqs:
+            raise OptionsError(
+                f"max_num_seqs: expected at most the session's {session.num_state_slots} state "
+                f"slots, got {config.max_num_seqs}"
+            )
+        self._config = config
+        self._on_step = on_step
+        cache = KVCache(
+            self.signature,
+            num_blocks=session.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._cache = cache
+        self._scheduler = Scheduler(
+            cache,
+            self.signature,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._executor = Executor(session, cache, self._scheduler, on_run=self._count)
+        self._stats = EngineStats(max_num_seqs=config.max_num_seqs)
+        self._futures: dict[Sequence, Future[Completion]] = {}
+        self._inbox: list[list[Sequence]] = []
+        self._stopped: EngineError | None = None
+        self._gives_up = False
+        """Whether what waits is to be given up."""
+        self._is_leaving = False
+        """Whether the process ends, with whatever is left."""
+        self._condition = threading.Condition()  # guards the six above
+        self._thread = threading.Thread(target=self._loop, name="beam-gemma-engine", daemon=True)
+        self._thread.start()
+        # ONNX Runtime aborts a process that ends amid a step.
+        atexit.register(self._leave)
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot of the counts."""
+        with self._condition:
+            return dataclasses.replace(self._stats)
+
+    def submit(self, requests: Iterable[Request]) -> list[Future[Completion]]:
+        """Queue requests as one batch; return their completions to come, in the same order.
+
+        A request that can never run has its error at once. Single futures cannot be cancelled.
+
+        Raises:
+            EngineError: the engine was closed, or stopped by an error.
+        """
+        futures: list[Future[Completion]] = []
+        batch: dict[Sequence, Future[Completion]] = {}
+        refused: list[tuple[Future[Completion], Completion]] = []
+        for request in requests:
+            future: Future[Completion] = Future()
+            future.set_running_or_notify_cancel()
+            futures.append(future)
+            try:
+                self._scheduler.check(request)
+            except RecordError as error:
+                refused.append((future, failure(str(error))))
+            else:
+                batch[Sequence(request, self._end_token_ids(request))] = future
+        with self._condition:
+            if self._stopped is not None:
+                raise EngineError(str(self._stopped)) from self._stopped.__cause__
+            self._futures |= batch
+            self._stats.num_requests += len(futures)
+            self._stats.num_finished += len(refused)
+            self._stats.num_failed += len(refused)
+            if batch:
+                self._inbox.append(list(batch))
+                self._condition.notify()
+        for future, completion in refused:
+            future.set_result(completion)
+        return futures
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Submit requests, wait for all, and return their completions in the same order."""
+        return [future.result() for future in self.submit(requests)]
+
+    def close(self) -> None:
+        """Refuse further work, finish what was submitted, and end the thread."""
+        self._refuse(gives_up=False)
+        self._thread.join()
+        atexit.unregister(self._leave)
+
+    def drain(self) -> None:
+        """Refuse further work, and give up what waits: its completions raise `CancelledError`.
+
+        What runs goes on to its end.
+        """
+        self._refuse(gives_up=True)
+
+    def _refuse(self, *, gives_up: bool) -> None:
+        with self._condition:
+            self._gives_up |= gives_up
+            if self._stopped is None:
+                self._stopped = EngineError("engine: closed, and takes no further requests")
+            self._condition.notify()
+
+    def _leave(self) -> None:
+        with self._condition:
+            self._is_leaving = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        try:
+            while self._receive():
+                self._step()
+            while self._executor.is_busy:
+                self._executor.collect()
+        except Exception as error:  # whatever it is, callers that wait must hear of it
+            self._fail(error)
+        finally:
+            del self._executor  # and the session with it, whose memory is for the next one
+
+    def _receive(self) -> bool:
+        """Queue what was submitted, waiting for it if idle; return False when all is done."""
+        with self._condition:
+            while not (
+                self._inbox or self._scheduler.has_unfinished or self._stopped or self._is_leaving
+            ):
+                self._condition.wait()
+            batches, self._inbox = self._inbox, []
+            gives_up, self._gives_up = self._gives_up, False
+        for batch in batches:
+            self._scheduler.add(batch)
+        if gives_up:
+            self._give_up(self._scheduler.drop_waiting())
+        return self._scheduler.has_unfinished and not self._is_leaving
+
+    def _give_up(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            with self._condition:
+                future = self._futures.pop(sequence)
+            future.set_exception(CancelledError())
+
+    def _step(self) -> None:
+        """Launch a step, collect one once the device has enough to do, and deliver what ended."""
+        executor = self._executor
+        step = () if executor.is_full else self._scheduler.schedule(ahead=executor.is_busy)
+        if step:
+            executor.launch(step)
+        if executor.is_full or not step:
+            executor.collect()
+        for sequence, completion in executor.take_ended():
+            with self._condition:
+                future = self._futures.pop(sequence)
+                self._stats.num_finished += 1
+                self._stats.num_failed += completion.error is not None
+            future.set_result(completion)
+
+    def _fail(self, error: Exception) -> None:
+        """Stop for good: everything held fails with the error, and submissions are refused."""
+        message = f"engine: stopped by {type(error).__name__}: {error}"
+        with self._condition:
+            self._stopped = EngineError(message)
+            self._stopped.__cause__ = error
+            futures, self._futures = self._futures, {}
+            self._inbox = []
+        for future in futures.values():
+            failure = EngineError(message)  # one each: raising adds a caller's traceback to it
+            failure.__cause__ = error
+            future.set_exception(failure)
+
+    def _count(self, count: StepCount) -> None:
+        num_sequences, num_prompt_tokens, num_new_tokens = count
+        is_decode = not num_prompt_tokens
+        has_backlog = is_decode and self._scheduler.num_waiting > 0
+        with self._condition:
+            stats = self._stats
+            stats.num_prefill_steps += not is_decode
+            stats.num_decode_steps += is_decode
+            stats.num_decode_rows += num_sequences if is_decode else 0
+            stats.num_backlog_decode_steps += has_backlog
+            stats.num_backlog_decode_rows += num_sequences if has_backlog else 0
+            stats.num_prompt_tokens += num_prompt_tokens
+            num_cached_tokens = self._scheduler.num_cached_tokens - stats.num_cached_tokens
+            stats.num_cached_tokens += num_cached_tokens
+            stats.num_preemptions = self._scheduler.num_preemptions
+            stats.num_completion_tokens += num_new_tokens
+        used_cache, whole_cache = self._cache.use
+        self.pulse.add(
+            Work(
+                prompt_tokens=num_prompt_tokens,
+                cached_tokens=num_cached_tokens,
+                completion_tokens=num_new_tokens,
+                used_slots=num_sequences if is_decode else 0,
+                slots=self._config.max_num_seqs if is_decode else 0,
+                used_cache=used_cache,
+                cache=whole_cache,
+            )
+        )
+        self._on_step(Count(prompt_tokens=num_prompt_tokens, completion_tokens=num_new_tokens))
+
+    def _end_token_ids(self, request: Request) -> frozenset[int]:
+        eos_token_ids = () if request.params.ignore_eos else self._config.eos_token_ids
+        return frozenset((*eos_token_ids, *request.params.stop_token_ids))

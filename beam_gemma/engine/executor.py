@@ -1,0 +1,355 @@
+"""Runs steps and gives each sequence its next token; what goes wrong ends only the rows at fault.
+
+Steps in flight. `launch` starts a step; `collect` waits for the oldest one and gives each of its
+sequences what it computed. Where the graph itself chooses tokens, a device may have two steps: the
+second is launched before the host knows what the first chooses, so the device never waits for the
+host to look at it. A sequence that ends by what it chose may be in the second step as well. What
+that computes of it is surplus: nobody counts it, and slot and blocks are kept until it is over.
+Where the host has to choose for a row, nothing is launched before it has.
+
+Anything that goes wrong is dealt with as if there was one step at a time: all steps in flight are
+waited for first. What was started after a step that failed counts for nothing, and runs again after
+it.
+
+An exception of the session. Nothing of the step counts as computed. The step is cut in two parts,
+which are tried in order, so that whoever computes a shared block still comes before those that read
+it; and so on, down to a block of a prompt, since half a chunk needs half the memory. What can be
+cut no smaller and fails twice ends its row. Recurrent state is not what it was before the step, so
+there all sequences of the step are preempted, and computed anew one at a time: what fails alone is
+at fault.
+
+A row that is not finite. Its values follow from its own tokens, unless it has read blocks of other
+sequences, which a NaN may have reached from what came later there. So a row with such blocks is
+computed once more, alone and on blocks of its own; without them, it ends.
+
+A failed row is an error only once a later step has proven that the device is alive; where no work
+is left, a step of one token for nobody. Where several rows fail with no success between them, it is
+the device that failed, and the engine must stop.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from beam_gemma.engine.kv_cache import KVCache
+from beam_gemma.engine.launched_step import Flight, StepCount, is_finite, top_logits
+from beam_gemma.engine.next_token import candidates_of, next_token, wants_mask
+from beam_gemma.engine.packing import pack
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.scheduler import Scheduler
+from beam_gemma.engine.sequence import Completion, FinishReason, Request, Sequence, Status, Step
+from beam_gemma.errors import RecordError
+from beam_gemma.model.signature import blocks_for
+from beam_gemma.runtime.step_interface import Feeds, Runner, ScoreOutput, StepOutput
+from beam_gemma.structured.constraint import MaskMaker, MaskOf
+
+MAX_FAILURES_IN_A_ROW = 3
+"""Rows that may fail one after another, with no step between them that succeeds."""
+PROBE = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1))
+Ended = tuple[Sequence, Completion]
+
+
+class Executor:
+    """Takes scheduled steps through the session."""
+
+    def __init__(
+        self,
+        session: Runner,
+        cache: KVCache,
+        scheduler: Scheduler,
+        *,
+        on_run: Callable[[StepCount], None],
+    ) -> None:
+        """Join what a step needs.
+
+        Args:
+            session: Runs the steps.
+            cache: Has the blocks of each step in place.
+            scheduler: Made the steps; hears which sequences end or must start anew.
+            on_run: Called after each run with what it computed.
+        """
+        self._session = session
+        self._signature = session.signature
+        self._cache = cache
+        self._scheduler = scheduler
+        self._on_run = on_run
+        # Recurrent state cannot go back to before a step that failed.
+        self._most = 1 if self._signature.has_recurrent_state else session.max_steps_in_flight
+        self._flights: deque[Flight] = deque()
+        self._mask_maker = MaskMaker()
+        self._ended: list[Ended] = []
+        self._failed: list[Ended] = []  # since a run last succeeded
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._flights)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a step must be collected before another is launched."""
+        flights = self._flights
+        return bool(flights) and (len(flights) >= self._most or flights[-1].is_last)
+
+    def launch(self, step: Step) -> None:
+        """Start a step that was scheduled with those in flight in mind."""
+        self._flights.append(self._start(step))
+
+    def collect(self) -> None:
+        """Wait for the oldest step in flight, and for the others if anything is wrong with it.
+
+        Raises:
+            Exception: the session's own, once it fails whatever it is given.
+        """
+        self._land(self._flights.popleft())
+        while self._flights and self._flights[0].is_over:
+            self._land(self._flights.popleft())
+        if self._failed and not self._scheduler.has_unfinished:
+            self._prove_alive()
+
+    def take_ended(self) -> list[Ended]:
+        """Return the sequences that ended since this was last called."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _prove_alive(self) -> None:
+        """Compute one token for nobody; the session's exception if it cannot even do that."""
+        probe = Sequence(PROBE, frozenset())
+        self._scheduler.add([probe])
+        self._session.start(self._feeds(self._scheduler.schedule())).result()
+        self._scheduler.finish(probe, clean=False)
+        self._settle()
+
+    def _start(self, step: Step) -> Flight:
+        """Start a step; where that fails, its result is the failure."""
+        rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
+        with_logits = any(row.wants_logits for row in rows)
+        host_chooses = with_logits or not self._signature.chooses
+        feeds = self._feeds(step)
+        flight = Flight(
+            step=step,
+            feeds=feeds,
+            rows=rows,
+            mask_of=self._begin_masks(rows),
+            num_prompt_tokens=sum(n for sequence, n in step if sequence.is_prefilling),
+            is_last=step[0][0].isolated or (self._signature.head == "generate" and host_chooses),
+        )
+        try:
+            flight.pending = self._session.start(
+                feeds, with_logits=with_logits, with_candidates=host_chooses
+            )
+        except Exception as error:  # a device may raise anything; only the rows at fault may end
+            flight.fail(error)
+        for sequence, num_new_tokens in step:
+            sequence.launch(num_new_tokens)
+        return flight
+
+    def _feeds(self, step: Step) -> dict[str, np.ndarray]:
+        """Return the inputs of a step, all blocks of which are finite from here on."""
+        for group, blocks in self._cache.take_unclean().items():
+            self._session.zero_blocks(group, blocks)
+        return pack(step, self._signature, self._cache)
+
+    def _begin_masks(self, rows: list[Sequence]) -> MaskOf:
+        """Have masks that are sure to be needed made while the model runs."""
+        candidates = self._signature.candidates
+        guides = [row.guide for row in rows if row.guide and wants_mask(row, candidates)]
+        return self._mask_maker.begin(guides)
+
+    def _land(self, flight: Flight, *, is_retry: bool = False) -> None:
+        """Give the sequences of a step what it computed."""
+        try:
+            output = flight.pending.result()
+        except Exception as error:  # as above
+            self._go_back(flight, error, is_retry=is_retry)
+            return
+        self._settle()
+        if not is_finite(output):
+            self._wait()  # since blocks may change hands
+        num_sequences = flight.settle()
+        if isinstance(output, ScoreOutput):
+            self._score(flight, output)
+            num_chosen = 0
+        else:
+            num_chosen = self._choose(flight, output)
+        for sequence, _ in flight.step:
+            if sequence.status is Status.FINISHED:
+                self._scheduler.finish(sequence)
+        self._on_run(StepCount(num_sequences, flight.num_prompt_tokens, num_chosen))
+
+    def _wait(self) -> None:
+        """Wait for all steps in flight, so that no one reads or writes a block any more."""
+        for flight in self._flights:
+            flight.wait()
+
+    def _run(self, step: Step, *, is_retry: bool = False) -> None:
+        """Run a part of a step that failed, or a step after one, with nothing else in flight."""
+        # What ran before it may have ended sequences of it, or made them start anew.
+        step = tuple(item for item in step if item[0].status is Status.RUNNING)
+        if step:
+            self._land(self._start(step), is_retry=is_retry)
+
+    def _settle(self) -> None:
+        """Let go of failed rows: they were at fault, not the device."""
+        self._ended += self._failed
+        self._failed = []
+
+    def _go_back(self, flight: Flight, error: Exception, *, is_retry: bool) -> None:
+        """Stand where the sequences were before a step that failed, and run all again from there.
+
+        What was started after it has read what it left behind, or nothing at all.
+        """
+        self._wait()
+        later = list(self._flights)
+        self._flights.clear()
+        for sequence in dict.fromkeys(s for f in (flight, *later) for s, _ in f.step):
+            sequence.restart(sequence.num_settled_tokens)
+            if sequence.status is Status.FINISHED:
+                self._scheduler.finish(sequence, clean=False)
+        size = self._signature.block_size
+        for sequence in (s for f in later for s, _ in f.step if s.status is Status.RUNNING):
+            num_blocks = blocks_for(sequence.num_settled_tokens, size)
+            self._cache.wipe(sequence.slot, num_blocks * size)
+        step = tuple(item for item in flight.step if item[0].status is Status.RUNNING)
+        if step:
+            self._recover(step, error, is_retry=is_retry)
+        for after in later:
+            self._run(after.step)
+
+    def _recover(self, step: Step, error: Exception, *, is_retry: bool) -> None:
+        """Try again what failed, in parts; end a row that can fail no smaller."""
+        if self._signature.has_recurrent_state:
+            if not step[0][0].isolated:
+                for sequence, _ in reversed(step):
+                    self._scheduler.preempt(sequence, clean=False, isolated=True)
+                return
+        elif parts := self._halves(step) or ([] if is_retry else [step]):
+            for part in parts:
+                self._run(part, is_retry=True)
+            return
+        sequence = step[0][0]
+        self._scheduler.finish(sequence, clean=False)
+        message = f"model: step failed: {type(error).__name__}: {error}"
+        self._failed.append((sequence, failure(message)))
+        if len(self._failed) == MAX_FAILURES_IN_A_ROW:
+            raise error
+
+    def _halves(self, step: Step) -> list[Step]:
+        """Return a step in two parts, or nothing if it cannot be cut."""
+        if len(step) > 1:
+            return [step[: len(step) // 2], step[len(step) // 2 :]]
+        sequence, num_new_tokens = step[0]
+        middle = sequence.middle(num_new_tokens, self._session.signature.block_size)
+        if not middle:
+            return []
+        # The first part's tables name the blocks of the second, where the failed run may have been.
+        self._cache.wipe(sequence.slot, sequence.num_computed_tokens + middle)
+        return [((sequence, middle),), ((sequence, num_new_tokens - middle),)]
+
+    def _choose(self, flight: Flight, output: StepOutput) -> int:
+        """Give each row its next token; return how many tokens completions gain."""
+        num_chosen = 0
+        probabilities = iter(output.top_probability.tolist())
+        for row, (sequence, best) in enumerate(zip(flight.rows, _best(output), strict=True)):
+            token_id, logit, top_logit = best
+            probability = next(probabilities) if sequence.request.logprob else 1.0
+            if not (math.isfinite(top_logit) and probability > 0):
+                self._refuse(sequence)
+                continue
+            if sequence.status is not Status.RUNNING:
+                continue  # it ended, or began anew, while the step was in flight
+            sequence.isolated = False
+            if self._host_chooses(sequence):
+                candidates = candidates_of(output, row, flight.full_row(row))
+                token_id, logit = next_token(sequence, candidates, flight.mask_of)
+            num_known = len(sequence.token_ids)
+            self._accept(sequence, token_id, logit - top_logit + math.log(probability))
+            num_chosen += max(len(sequence.token_ids) - num_known, 1)
+        return num_chosen
+
+    def _host_chooses(self, sequence: Sequence) -> bool:
+        """Return whether a row's token is not simply the one that came first."""
+        if self._signature.chooses:
+            return sequence.wants_logits
+        return sequence.guide is not None or sequence.request.params.temperature > 0
+
+    def _score(self, flight: Flight, output: ScoreOutput) -> None:
+        """Hand each sequence the scores of its targets, and finish what has all of them."""
+        rest = iter(_scores(flight.feeds, output))
+        starts = flight.feeds["past_seqlens"].tolist()
+        finite = {}
+        for (sequence, num_new_tokens), start in zip(flight.step, starts, strict=True):
+            places = sequence.targets_within(start, num_new_tokens)
+            own = list(itertools.islice(rest, len(places)))
+            sequence.scores[places.start : places.stop] = own
+            finite[sequence] = all(map(math.isfinite, own))
+        for sequence, has_all in finite.items():
+            if not has_all:
+                self._refuse(sequence)
+            elif sequence.num_settled_tokens == sequence.num_tokens:
+                self._finish(sequence, sequence.completion("stop"))
+
+    def _refuse(self, sequence: Sequence) -> None:
+        """End a row that is not finite, or find out whether it is by itself."""
+        if sequence.status is not Status.RUNNING:
+            if sequence.status is Status.FINISHED:
+                self._scheduler.finish(sequence, clean=False)
+            return
+        if sequence.num_cached_tokens:
+            self._scheduler.preempt(sequence, clean=False, isolated=True)
+            return
+        num_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
+        self._finish(
+            sequence,
+            failure(
+                f"model: expected finite logits, got NaN or infinity after {num_tokens} tokens of "
+                "the completion; a precision of wider range may help"
+            ),
+            clean=False,
+        )
+
+    def _accept(self, sequence: Sequence, token_id: int, logprob: float) -> None:
+        """Append a token, and finish the sequence if it ends with it."""
+        try:
+            finish_reason: FinishReason | None = sequence.accept(token_id, logprob)
+        except RecordError as error:
+            self._finish(sequence, failure(str(error)))
+            return
+        except Exception as error:  # the record boundary: should_stop belongs to one request
+            self._finish(sequence, failure(f"should_stop: {type(error).__name__}: {error}"))
+            return
+        if finish_reason is not None:
+            self._finish(sequence, sequence.completion(finish_reason))
+
+    def _finish(self, sequence: Sequence, completion: Completion, *, clean: bool = True) -> None:
+        self._scheduler.finish(sequence, clean=clean)
+        self._ended.append((sequence, completion))
+
+
+def failure(message: str) -> Completion:
+    """Return the completion of a row that ends with an error."""
+    return Completion(token_ids=(), finish_reason="error", logprob=None, error=message)
+
+
+def _scores(feeds: Feeds, output: ScoreOutput) -> list[float]:
+    """Return the score of each target of a step; NaN where the model gave no finite one."""
+    normalizers = np.zeros(len(feeds["logit_rows"]))
+    tops = zip(output.top_logits.tolist(), output.top_probability.tolist(), strict=True)
+    # One by one: a vectorized logarithm may differ in a bit with the place in its array.
+    normalizers[feeds["probability_rows"]] = [
+        logit - math.log(probability) if probability > 0 else math.nan
+        for logit, probability in tops
+    ]
+    return (output.target_logits - normalizers[feeds["target_rows"]]).tolist()
+
+
+def _best(output: StepOutput) -> Iterator[tuple[int, float, float]]:
+    """Yield for each row a token, its logit and that of the likeliest: what the device chose."""
+    tops = top_logits(output).tolist()
+    if output.chosen_ids is not None and output.chosen_logits is not None:
+        return zip(output.chosen_ids.tolist(), output.chosen_logits.tolist(), tops, strict=True)
+    assert output.topk_ids is not None
+    return zip(output.topk_ids[:, 0].tolist(), tops, tops, strict=True)

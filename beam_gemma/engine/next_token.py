@@ -1,0 +1,123 @@
+"""The next token of a row of a step: drawn, or the likeliest, and within its constraint.
+
+The candidates of a step suffice for most rows: the likeliest token that a constraint allows is
+among them unless the model is far from the language, and the automaton is asked about few to find
+it. Masks over the vocabulary are for the rest, and for draws from all tokens.
+
+A token is allowed if the text can still be whole within the tokens that are left after it. Where a
+draw from a mask is not, a candidate that is takes its place, or else the shortest way does. All of
+it depends on the row alone.
+
+Dimensions: C candidates, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from beam_gemma.engine.sampling import needs_logits, sample
+from beam_gemma.engine.sequence import Sequence
+from beam_gemma.runtime.step_interface import StepOutput
+from beam_gemma.structured.constraint import Guide, MaskOf, allowed_ids
+
+Chosen = tuple[int, float]
+"""A token, and its logit."""
+
+
+class Candidates(NamedTuple):
+    """What a step says of a row."""
+
+    logits: Float32[np.ndarray, " C"]
+    """The highest ones first."""
+    ids: Int64[np.ndarray, " C"]
+    every: Float32[np.ndarray, " V"] | None
+    """The logits of all tokens, where the candidates may be too few."""
+
+
+def candidates_of(output: StepOutput, row: int, full_row: int) -> Candidates:
+    """Return what a step says of a row.
+
+    Args:
+        output: Of the step.
+        row: Which row.
+        full_row: Which row of the whole distributions, if there are any.
+    """
+    assert output.topk_logits is not None
+    assert output.topk_ids is not None
+    every = None if output.logits is None else output.logits[full_row]
+    return Candidates(output.topk_logits[row], output.topk_ids[row], every)
+
+
+def wants_mask(sequence: Sequence, candidates: int) -> bool:
+    """Return whether a row needs the mask of its constraint, whatever the candidates are."""
+    return sequence.guide is not None and needs_logits(sequence.request.params, candidates)
+
+
+def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> Chosen:
+    """Return the next token of a row.
+
+    Args:
+        sequence: The row's.
+        candidates: What the step says of it.
+        mask_of: Returns the mask of its guide.
+    """
+    if sequence.guide is not None:
+        return _draw_within(sequence, sequence.guide, candidates, mask_of)
+    logits, ids, _ = candidates
+    if needs_logits(sequence.request.params, len(ids)):
+        logits = _all_logits(candidates)
+        ids = np.arange(len(logits))
+    token_id = _sample(sequence, logits, ids)
+    return token_id, float(logits[np.flatnonzero(ids == token_id)[0]])
+
+
+def _draw_within(
+    sequence: Sequence, guide: Guide, candidates: Candidates, mask_of: MaskOf
+) -> Chosen:
+    """Return the next token that a row's constraint allows and that leaves a way to end."""
+    num_left = sequence.num_tokens_left - 1
+    logits = _all_logits(candidates)
+    is_drawn = sequence.request.params.temperature > 0
+    fitting = _fitting(guide, num_left, candidates, is_drawn=is_drawn)
+    if len(fitting) and not needs_logits(sequence.request.params, len(fitting)):
+        token_id = _sample(sequence, logits[fitting], fitting)
+        return token_id, float(logits[token_id])
+    allowed = allowed_ids(mask_of(guide))
+    token_id = _sample(sequence, logits[allowed], allowed)
+    if not guide.fits(token_id, num_left):
+        token_id = (
+            _sample(sequence, logits[fitting], fitting)
+            if len(fitting)
+            else guide.next_of_shortest()
+        )
+    return token_id, float(logits[token_id])
+
+
+def _fitting(
+    guide: Guide, num_left: int, candidates: Candidates, *, is_drawn: bool
+) -> Int64[np.ndarray, " C"]:
+    """Return the candidates that are allowed; without a draw, the likeliest of them alone."""
+    fitting: list[int] = []
+    least = -np.inf
+    for token_id, logit in zip(candidates.ids.tolist(), candidates.logits.tolist(), strict=True):
+        # Candidates come in order; those as likely as the first one that fits compete with it.
+        if logit < least:
+            break
+        if guide.fits(token_id, num_left):
+            fitting.append(token_id)
+            least = -np.inf if is_drawn else logit
+    return np.array(fitting, np.int64)
+
+
+def _all_logits(candidates: Candidates) -> Float32[np.ndarray, " V"]:
+    assert candidates.every is not None
+    return candidates.every
+
+
+def _sample(
+    sequence: Sequence, logits: Float32[np.ndarray, " C"], ids: Int64[np.ndarray, " C"]
+) -> int:
+    request = sequence.request
+    position = len(sequence.token_ids)
+    return sample(request.params, logits, ids, key=request.sampling_key, position=position)

@@ -1,0 +1,183 @@
+"""One step's arrays, under the names that the graph's signature gives them.
+
+Where the graph chooses next tokens, one that it chooses in a step still in flight is unknown here,
+and the step is told where the device keeps it. A row whose token the host chooses all the same is
+greedy on the device, and nobody reads it there.
+
+Dimensions: B sequences, T new tokens, R rows that need a next token.
+"""
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from beam_gemma.engine.kv_cache import KVCache
+from beam_gemma.engine.sampling import uniform_at
+from beam_gemma.engine.sequence import Sequence, Step
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT, PagedState, Signature, blocks_for
+
+BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
+
+
+def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarray]:
+    """Return what `signature.step_inputs` names for a step whose cache blocks are in place."""
+    layout = _Layout(step)
+    feeds: dict[str, np.ndarray] = {
+        "input_ids": layout.input_ids,
+        "cu_seqlens": layout.cu_seqlens,
+        "past_seqlens": layout.past_seqlens,
+        **(_targets(step, layout) if signature.head == "score" else _last_tokens(step, layout)),
+    }
+    if signature.chooses:
+        rows = [s for s, n in step if s.num_pending_tokens == n]
+        feeds |= {"token_slots": layout.token_slots, **_choices(rows)}
+    for state in signature.paged_states:
+        feeds |= _tables(layout, signature, cache, state)
+    if signature.has_recurrent_state:
+        feeds["state_slots"] = layout.slots
+    if "inputs_embeds" in signature.optional_inputs:
+        # numpy has no bfloat16: such values travel as their bits.
+        dtype = "uint16" if signature.dtype == "bfloat16" else signature.dtype
+        feeds["inputs_embeds"] = np.zeros((0, signature.hidden_size), dtype)
+        feeds["embeds_rows"] = np.zeros(0, np.int64)
+    if "span_ends" in signature.optional_inputs:
+        feeds["span_ends"] = _span_ends(step, layout)
+    if "position_ids" in signature.optional_inputs:
+        feeds["position_ids"] = layout.positions.astype(np.int64)
+    if signature.device == "cuda" and signature.paged_states:
+        is_decode = not any(sequence.is_prefilling for sequence, _ in step)
+        feeds["attention_metadata"] = _attention_metadata(layout, is_decode=is_decode)
+    return feeds
+
+
+class _Layout:
+    """Where each new token of a step lies: its sequence and its position there."""
+
+    input_ids: Int64[np.ndarray, " T"]
+    """0 where the device has chosen the token, and the host does not know it yet."""
+    token_slots: Int32[np.ndarray, " T"]
+    """Where the device keeps such a token; -1 elsewhere."""
+    rows: Int64[np.ndarray, " T"]
+    """Which of the step's sequences each token belongs to."""
+    positions: Int32[np.ndarray, " T"]
+    """Of each token in its sequence."""
+    num_new_tokens: Int32[np.ndarray, " B"]
+    past_seqlens: Int32[np.ndarray, " B"]
+    slots: Int32[np.ndarray, " B"]
+
+    def __init__(self, step: Step) -> None:
+        self.num_new_tokens = np.array([n for _, n in step], np.int32)
+        self.past_seqlens = np.array([s.num_computed_tokens for s, _ in step], np.int32)
+        self.slots = np.array([s.slot for s, _ in step], np.int32)
+        self.cu_seqlens = np.zeros(len(step) + 1, np.int32)
+        np.cumsum(self.num_new_tokens, out=self.cu_seqlens[1:])
+        is_unknown = np.array([s.num_unknown_tokens > 0 for s, _ in step], bool)
+        new_ids = (
+            [0] if unknown else s.token_ids[s.num_computed_tokens : s.num_computed_tokens + n]
+            for (s, n), unknown in zip(step, is_unknown.tolist(), strict=True)
+        )
+        self.input_ids = np.array([i for ids in new_ids for i in ids], np.int64)
+        self.token_slots = np.full(len(self.input_ids), -1, np.int32)
+        self.token_slots[self.cu_seqlens[:-1][is_unknown]] = self.slots[is_unknown]
+        self.rows = np.repeat(np.arange(len(step)), self.num_new_tokens)
+        shift = self.past_seqlens - self.cu_seqlens[:-1]
+        self.positions = np.arange(len(self.rows), dtype=np.int32) + shift[self.rows]
+
+    @property
+    def seqlens(self) -> Int32[np.ndarray, " B"]:
+        """Tokens of each sequence after the step."""
+        return self.past_seqlens + self.num_new_tokens
+
+
+def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
+    """Return the rows of sequences that get a next token."""
+    done = np.array([s.num_pending_tokens == n for s, n in step], bool)
+    wanted = np.array([s.request.logprob for s, _ in step], bool)
+    return {
+        "logit_rows": layout.cu_seqlens[1:][done].astype(np.int64) - 1,
+        "probability_rows": np.flatnonzero(wanted[done]),
+    }
+
+
+def _choices(rows: list[Sequence]) -> dict[str, np.ndarray]:
+    """Return how the graph chooses the next token of each row, and where it keeps it."""
+    is_hosts = [row.wants_logits for row in rows]
+    params = [row.request.params for row in rows]
+    is_drawn = [p.temperature > 0 and not host for p, host in zip(params, is_hosts, strict=True)]
+    uniforms = [
+        uniform_at(row.request.params.seed, row.request.sampling_key, row.num_tokens)
+        if drawn
+        else 0
+        for row, drawn in zip(rows, is_drawn, strict=True)
+    ]
+    return {
+        "logit_slots": np.array([row.slot for row in rows], np.int32),
+        "temperatures": np.where(is_drawn, [p.temperature for p in params], 0).astype(np.float32),
+        # Rounding must not lift a number to 1.
+        "uniforms": np.minimum(np.array(uniforms, np.float32), BELOW_ONE),
+        "top_ks": np.where(is_drawn, [p.top_k for p in params], 1).astype(np.int32),
+        "top_ps": np.array([p.top_p for p in params], np.float32),
+        "full_rows": np.flatnonzero(is_hosts),
+    }
+
+
+def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
+    """Return the targets of the step, and the rows before them, each once."""
+    rows, ids, wanted = [], [], []
+    for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
+        for i in sequence.targets_within(sequence.num_computed_tokens, num_new_tokens):
+            position, token_id = sequence.request.targets[i]
+            rows.append(begin + position - sequence.num_computed_tokens)
+            ids.append(token_id)
+            wanted.append(sequence.request.normalized)
+    logit_rows, target_rows = np.unique(np.array(rows, np.int64), return_inverse=True)
+    return {
+        "logit_rows": logit_rows,
+        "probability_rows": np.unique(target_rows[np.array(wanted, bool)]),
+        "target_rows": target_rows,
+        "target_ids": np.array(ids, np.int64),
+    }
+
+
+def _tables(
+    layout: _Layout, signature: Signature, cache: KVCache, state: PagedState
+) -> dict[str, np.ndarray]:
+    """Return the inputs of one group of layers."""
+    size = signature.block_size
+    starts = cache.context_starts(state.group)[layout.slots]
+    # On the CPU attention adds up fixed chunks of the context, so tables hold whole chunks.
+    unit = CONTEXT_ALIGNMENT if signature.device == "cpu" else size
+    longest = int((layout.seqlens - starts).max())
+    width = blocks_for(longest, unit) * unit // size
+    table = cache.block_table(state.group)[layout.slots, :width]
+    offsets = layout.positions - starts[layout.rows]
+    blocks = table[layout.rows, offsets // size]
+    tables = {
+        f"block_table.{state.group}": table,
+        f"slot_mapping.{state.group}": blocks * np.int32(size) + offsets % size,
+    }
+    if signature.takes_context_starts(state):
+        tables[f"context_starts.{state.group}"] = starts
+    return tables
+
+
+def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
+    """Return the last position that each token attends to: its own, or the last of its span."""
+    ends = layout.positions.copy()
+    for row, (sequence, num_new_tokens) in enumerate(step):
+        past = sequence.num_computed_tokens
+        for start, end in sequence.request.spans:
+            if past <= start < past + num_new_tokens:
+                first = layout.cu_seqlens[row] + start - past
+                ends[first : first + end - start] = end - 1
+    return ends
+
+
+def _attention_metadata(layout: _Layout, *, is_decode: bool) -> Int32[np.ndarray, " 3"]:
+    """Return bounds of new tokens and of context in one sequence; 0 is an unknown lower bound.
+
+    Bounds only choose kernels and size their workspaces. Powers of two keep the choices few. One
+    new token means decode, so a step of prompts says two even where each has one token left.
+    """
+    longest = 1 if is_decode else max(2, int(layout.num_new_tokens.max()))
+    bounds = (longest, int(layout.seqlens.max()))
+    return np.array([*(1 << (bound - 1).bit_length() for bound in bounds), 0], np.int32)

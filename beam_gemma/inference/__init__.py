@@ -1,0 +1,1 @@
+"""Beam's RunInference: model handlers and the transforms around them."""

@@ -1,0 +1,97 @@
+"""Embeddings for Beam's own transforms: MLTransform, and the ingestion of `apache_beam.ml.rag`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import RunInference
+from apache_beam.ml.rag.embeddings.base import create_text_adapter
+from apache_beam.ml.rag.types import EmbeddableItem
+from apache_beam.ml.transforms.base import EmbeddingsManager, _TextEmbeddingHandler
+
+from beam_gemma.errors import RecordError
+from beam_gemma.inference.handlers import GemmaEmbedModelHandler
+from beam_gemma.inference.task_handler import DeviceChoice
+from beam_gemma.tasks.interface import Model
+from beam_gemma.tasks.text_encoder import EmbedSettings
+
+
+class GemmaTextEmbeddings(EmbeddingsManager):
+    """Embeds texts with a Gemma model within MLTransform.
+
+    With `columns`, elements are dicts, and a text in each of these columns becomes its embedding.
+    Without, they are items of `apache_beam.ml.rag` such as a `Chunk`, which gain an embedding.
+    There is no place for an error beside an embedding: a text without one fails its batch, which
+    `MLTransform.with_exception_handling` sets aside.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        columns: list[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate: bool = False,
+        truncate_dim: int | None = None,
+        device: DeviceChoice = "auto",
+        max_num_batched_tokens: int | None = None,
+    ) -> None:
+        """Describe a model and what to embed.
+
+        Args:
+            model: Folder that `python -m export` wrote.
+            columns: Those of a dict that hold texts; None for items of `apache_beam.ml.rag`.
+            prompt_name: The model's own prompt for a task, such as `document`.
+            prompt: What to put before each text in place of a prompt of the model.
+            truncate: Whether a text that is too long loses its end.
+            truncate_dim: Numbers to keep of each embedding; None for all.
+            device: `auto` is CUDA where the model and the machine have it, else the CPU.
+            max_num_batched_tokens: Tokens of one step; None for what suits the device.
+        """
+        super().__init__(columns=columns, type_adapter=create_text_adapter())
+        self._model = model
+        # Plain values: MLTransform writes its transforms to JSON.
+        self._settings = {
+            "prompt_name": prompt_name,
+            "prompt": prompt,
+            "truncate": truncate,
+            "truncate_dim": truncate_dim,
+        }
+        self._options: dict[str, Any] = {
+            "device": device,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+
+    def get_model_handler(self) -> "VectorHandler":
+        """Return what makes embeddings of texts."""
+        settings = EmbedSettings(**self._settings)  # type: ignore[arg-type]
+        return VectorHandler(self._model, settings, large_model=False, **self._options)
+
+    def get_ptransform_for_processing(self, **kwargs: Any) -> beam.PTransform[Any, Any]:
+        """Return the transform that MLTransform applies."""
+        del kwargs
+        transform = RunInference(_TextEmbeddingHandler(self))
+        return transform if self.columns else transform.with_output_types(EmbeddableItem)
+
+
+class VectorHandler(GemmaEmbedModelHandler):
+    """A handler whose results are the embeddings alone."""
+
+    def run_inference(  # type: ignore[override]
+        self,
+        batch: Sequence[str],
+        model: Model,
+        inference_args: dict[str, Any] | None = None,
+    ) -> list[list[float]]:
+        """Return the embedding of each text.
+
+        Raises:
+            RecordError: a text has none.
+        """
+        predictions = super().run_inference(batch, model, inference_args)
+        results: list[Any] = [prediction.inference for prediction in predictions]
+        for text, result in zip(batch, results, strict=True):
+            if error := result["error"]:
+                raise RecordError(f"text {text[:40]!r}: expected an embedding, got: {error}")
+        return [result["embedding"] for result in results]

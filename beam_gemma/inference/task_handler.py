@@ -1,0 +1,283 @@
+"""What every task has in common as a Beam model handler: rows, errors, counts, one shared model."""
+
+import hashlib
+import json
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+from apache_beam.metrics.metric import Metrics
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+from apache_beam.pvalue import PCollection
+
+from beam_gemma.errors import EngineError, OptionsError, RecordError
+from beam_gemma.inference import owner
+from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of
+from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
+from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.jobs.run_record import task_name
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import Device, Head
+from beam_gemma.monitoring.progress import METRICS_NAMESPACE
+from beam_gemma.monitoring.startup_log import log_process, logged
+from beam_gemma.monitoring.timeline import used_mib, with_pulse
+from beam_gemma.runtime.cpu_session import has_device, require_device
+from beam_gemma.runtime.download import open_description, open_model
+from beam_gemma.tasks.interface import Asked, Encoder, Model, Settings, StreamingModel
+from beam_gemma.tasks.row_keys import KEY_BYTES
+from beam_gemma.versions import check_versions, versions
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+BATCH_ROWS = 4096
+"""Rows that go to the engine together: enough that few steps run with slots left empty."""
+Fingerprint = Callable[[Row], bytes]
+
+
+class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
+    """Runs a task on examples.
+
+    An example is a prompt or text (a string), a row (a mapping or a Beam Row) or several rows (an
+    Arrow record batch). Its inference holds the result columns in the same form: a dict for one
+    row, a record batch for several. All threads and processes of a machine share one model, which
+    lives in the process that was first to need it.
+    """
+
+    token_counters: ClassVar[Mapping[str, str]] = {"num_prompt_tokens": "prompt_tokens"}
+    """Beam's counter of each result column that holds a number of tokens."""
+
+    def __init__(
+        self, model: str, settings: Settings, *, device: DeviceChoice, large_model: bool
+    ) -> None:
+        """Describe a model and what to ask of it; nothing is loaded yet.
+
+        Args:
+            model: Folder that `python -m export` wrote, on this machine or on gs://.
+            settings: What to ask.
+            device: `auto` is CUDA where the model and the machine have it, else the CPU.
+            large_model: Whether the processes of a machine share one model. Without it each
+                process loads its own, which is right where there is only one.
+        """
+        super().__init__(
+            min_batch_size=BATCH_ROWS,
+            max_batch_size=BATCH_ROWS,
+            element_size_fn=num_rows,
+            large_model=large_model,
+        )
+        self._key = uuid.uuid4().hex
+        self._supervision: Supervision | None = None
+        self._resource_hints: Mapping[str, str] = {}
+        self._versions = versions()
+        self.settings = settings
+        self._model = model
+        self._device = device
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """The graph that the task runs."""
+
+    def artifact(self) -> Artifact:
+        """Open what of the model folder says what it is; no weights are loaded.
+
+        Raises:
+            ArtifactError: the folder is missing or damaged.
+        """
+        return open_description(self._model)
+
+    @abstractmethod
+    def encoder(self, artifact: Artifact) -> Encoder:
+        """Return what makes the model's input of a row; no weights are loaded.
+
+        Raises:
+            ArtifactError: the tokenizer is missing or damaged.
+            OptionsError: the model cannot be asked so.
+        """
+
+    def check(self, artifact: Artifact) -> None:
+        """Compare the settings with the model; no weights are loaded.
+
+        Raises:
+            ArtifactError: the tokenizer is missing or damaged.
+            OptionsError: the model cannot be asked so.
+        """
+        self.encoder(artifact)
+
+    def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
+        """Return what tells what the model computes of a row; no weights are loaded."""
+        encode = self.encoder(artifact)
+
+        def asks(row: Row) -> Asked:
+            prompt = encode(row)
+            return Asked(prompts=(prompt,), sequences=(prompt.token_ids,))
+
+        return asks
+
+    def supervise(self, supervision: Supervision) -> None:
+        """Have the model supervised; rows must come with the keys of their requests then."""
+        self._supervision = supervision
+
+    def facts(self) -> dict[str, str]:
+        """Return what may be shown of the task to all who see a job: nothing of rows or prompts."""
+        return {"task": task_name(self.settings), "model": self._model, **self._versions}
+
+    def run_on(self, resource_hints: Mapping[str, str]) -> None:
+        """Ask for machines of a kind, by Beam's names; the inference step alone needs them."""
+        self._resource_hints = resource_hints
+
+    @abstractmethod
+    def _load(self, artifact: Artifact, device: Device) -> StreamingModel:
+        """Load the graph and make it ready for rows."""
+
+    def fingerprint(self, artifact: Artifact) -> Fingerprint:
+        """Return what names the request that a row makes, or the error that it ends with.
+
+        Rows of the same name have the same result, unless results are drawn; no weights are loaded.
+        """
+        identify = self._identify(artifact)
+
+        def fingerprint(row: Row) -> bytes:
+            try:
+                identity = identify(row)
+            except RecordError as error:
+                identity = {"error": str(error)}
+            return hashlib.blake2b(json.dumps(identity).encode(), digest_size=KEY_BYTES).digest()
+
+        return fingerprint
+
+    def _identify(self, artifact: Artifact) -> Callable[[Row], Any]:
+        """Return what tells a row's request from others, as JSON holds it."""
+        encode = self.encoder(artifact)
+        return lambda row: encode(row).identity
+
+    def load_model(self) -> Model:
+        """Open the model folder and load what the task needs.
+
+        Raises:
+            ArtifactError: the folder is missing or damaged.
+            OptionsError: the model cannot be asked so, or the device is absent.
+        """
+        if self.share_model_across_processes():
+            owner.claim(self._key)
+        model = self._start()
+        if self._supervision is None:
+            return model
+        return SupervisedModel(model, self._supervision, self.settings.result_schema)
+
+    def run_inference(
+        self,
+        batch: Sequence[Example],
+        model: Model,
+        inference_args: dict[str, Any] | None = None,
+    ) -> list[PredictionResult]:
+        """Return one result for each example, in order.
+
+        Raises:
+            EngineError: the engine stopped, or the process that runs it has died.
+        """
+        self.validate_inference_args(inference_args)
+        rows = [row for example in batch for row in rows_of(example)]
+        try:
+            results, counts, pulse = model(rows), model.take_counts(), model.take_pulse()
+        except (ConnectionError, EOFError) as error:
+            raise EngineError(
+                "engine: expected an answer from the process that runs it for this machine, got "
+                f"{type(error).__name__}, so it has died, for want of memory perhaps; these rows "
+                "are lost unless the runner retries their bundle"
+            ) from error
+        self._report(results, counts)
+        if (memory := used_mib(pulse)) is not None:
+            Metrics.distribution(METRICS_NAMESPACE, "gpu_used_mib").update(memory)
+        remaining = iter(results)
+        inferences = [self._inference(example, remaining) for example in batch]
+        if inferences and isinstance(inferences[-1], pa.RecordBatch):
+            inferences[-1] = with_pulse(inferences[-1], pulse)
+        return [
+            PredictionResult(example, inference)
+            for example, inference in zip(batch, inferences, strict=True)
+        ]
+
+    def get_num_bytes(self, batch: Sequence[Example]) -> int:
+        """Return the bytes of the examples themselves."""
+        return sum(map(num_bytes, batch))
+
+    def get_metrics_namespace(self) -> str:
+        """Return the namespace of RunInference's own metrics, the same as of ours."""
+        return METRICS_NAMESPACE
+
+    def get_resource_hints(self) -> dict[str, str]:
+        """Return what the inference step needs of a machine."""
+        return dict(self._resource_hints)
+
+    def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
+        """Refuse arguments that would change nothing.
+
+        Raises:
+            OptionsError: there are some.
+        """
+        if inference_args:
+            raise OptionsError(
+                f"inference_args: expected none, got {', '.join(inference_args)}; "
+                f"use {type(self.settings).__name__}"
+            )
+
+    def _start(self) -> StreamingModel:
+        check_versions("the side that submitted the job", self._versions)
+        log_process()
+        artifact = open_model(self._model)
+        device = choose_device(artifact, self.head, self._device)
+        with logged(f"loaded {self.head} on {device}"):
+            return self._load(artifact, device)
+
+    def _report(self, results: Sequence[Mapping[str, Any]], counts: dict[str, int]) -> None:
+        """Add a batch's counts, and those of the model's latest steps, to Beam's metrics."""
+        failed = sum(result["error"] is not None for result in results)
+        rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
+        for name, number in (rows | counts).items():
+            Metrics.counter(METRICS_NAMESPACE, name).inc(number)
+        for column, name in self.token_counters.items():
+            counter = Metrics.counter(METRICS_NAMESPACE, name)
+            distribution = Metrics.distribution(METRICS_NAMESPACE, column)
+            for result in results:
+                counter.inc(result[column] or 0)
+                distribution.update(result[column] or 0)
+
+    def _inference(
+        self, example: Example, results: Iterator[dict[str, Any]]
+    ) -> dict[str, Any] | pa.RecordBatch:
+        if not isinstance(example, pa.RecordBatch):
+            return next(results)
+        own = [next(results) for _ in range(example.num_rows)]
+        return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
+
+
+def check_bounded(rows: PCollection[Any]) -> None:
+    """Refuse rows that never end, for where a pipeline is made.
+
+    Raises:
+        OptionsError: they do not.
+    """
+    if not rows.is_bounded:
+        raise OptionsError(
+            f"rows: expected a PCollection that ends, got the stream {rows}; have it written to a "
+            "table, and read that"
+        )
+
+
+def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Device:
+    """Return the device that a graph of a model runs on, on this machine.
+
+    Raises:
+        ArtifactError: the model has no graph for the device that was asked for.
+        OptionsError: the machine does not have that device, or has one that is of no use.
+    """
+    if device != "auto":
+        artifact.signature(head, device)
+        require_device(device)
+        return device
+    if (head, "cuda") in artifact.signatures and has_device("cuda"):
+        require_device("cuda")
+        return "cuda"
+    artifact.signature(head, "cpu")
+    return "cpu"

@@ -1,0 +1,193 @@
+"""The transforms that pipelines are made of."""
+
+import datetime
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.ml.inference.base import PredictionResult, RunInference
+from apache_beam.pvalue import PCollection, Row
+from apache_beam.typehints import List, Optional
+from apache_beam.typehints.row_type import RowTypeConstraint
+
+from beam_gemma.batches import send_whole
+from beam_gemma.errors import OptionsError
+from beam_gemma.inference.handlers import (
+    GemmaClassifyModelHandler,
+    GemmaEmbedModelHandler,
+    GemmaModelHandler,
+)
+from beam_gemma.inference.rows import as_mapping
+from beam_gemma.inference.task_handler import TaskHandler, check_bounded
+
+PYTHON_TYPES: dict[pa.DataType, type] = {
+    pa.string(): str,
+    pa.int64(): int,
+    pa.float32(): float,
+    pa.float64(): float,
+    pa.bool_(): bool,
+    pa.date32(): datetime.date,
+    pa.timestamp("us", "UTC"): datetime.datetime,
+    pa.time64("us"): datetime.time,
+}
+"""Of the values in result columns, in the schema of Beam Rows."""
+
+
+class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
+    """Runs a task on every row.
+
+    Takes rows as dicts, as Beam Rows or as Arrow record batches, and gives the same kind with the
+    result columns added: every row comes back, with its `error` where it failed. Rows are spread
+    over the workers first, and what has been computed is kept before it goes on, so that a later
+    step that fails never computes anew.
+    """
+
+    def __init__(self, handler: TaskHandler) -> None:
+        super().__init__()
+        if not handler.settings.has_source:
+            raise OptionsError(
+                f"settings: expected one of {', '.join(handler.settings.SOURCES)}, got none"
+            )
+        self._handler = handler
+
+    def expand(self, rows: PCollection[Any]) -> PCollection[Any]:
+        """Apply the transform."""
+        check_bounded(rows)
+        send_whole()
+        schema = self._handler.settings.result_schema
+        input_type, output_type = _types(rows.element_type, schema)
+        return (
+            rows
+            | "Check" >> beam.ParDo(_Check(self._handler)).with_output_types(input_type)
+            | "Spread" >> beam.Reshuffle()
+            | "Infer" >> RunInference(self._handler)
+            | "Merge" >> beam.Map(_merge).with_output_types(output_type)
+            | "Keep" >> beam.Reshuffle()
+        )
+
+
+class Generate(_Task):
+    """Completes every row with a Gemma model.
+
+    Args:
+        handler: The model, and what to ask of it.
+        schema: Makes each completion JSON of it, which becomes the typed column `extracted`: JSON
+            Schema, or a class with `model_json_schema`, such as a Pydantic model.
+
+    Raises:
+        OptionsError: the settings do not say what the prompt is, or the schema cannot be used.
+    """
+
+    def __init__(
+        self, handler: GemmaModelHandler, *, schema: Mapping[str, Any] | type | None = None
+    ) -> None:
+        super().__init__(handler if schema is None else handler.with_schema(schema))
+
+
+class Classify(_Task):
+    """Classifies every row with a Gemma model.
+
+    Args:
+        handler: The model, and what to ask of it.
+
+    Raises:
+        OptionsError: the settings do not say what the prompt is.
+    """
+
+    def __init__(self, handler: GemmaClassifyModelHandler) -> None:
+        super().__init__(handler)
+
+
+class Embed(_Task):
+    """Embeds every row with a Gemma model.
+
+    Args:
+        handler: The model, and what to embed.
+
+    Raises:
+        OptionsError: the settings do not say where the text is.
+    """
+
+    def __init__(self, handler: GemmaEmbedModelHandler) -> None:
+        super().__init__(handler)
+
+
+def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
+    """Return the types of elements before and after; Rows and batches have coders of their own."""
+    if element_type is pa.RecordBatch:
+        return pa.RecordBatch, pa.RecordBatch
+    row = RowTypeConstraint.from_user_type(element_type) or element_type
+    if not isinstance(row, RowTypeConstraint):
+        return Any, Any
+    for name, _ in row._fields:
+        _refuse_clash(name, results.names)
+    fields = [*row._fields, *((field.name, _python_type(field.type)) for field in results)]
+    return element_type, RowTypeConstraint.from_fields(fields)
+
+
+def _python_type(kind: pa.DataType) -> Any:
+    """Return the type of a result in the schema of Beam Rows."""
+    if pa.types.is_struct(kind):
+        fields = [(field.name, _python_type(field.type)) for field in kind]
+        return Optional[RowTypeConstraint.from_fields(fields)]
+    if pa.types.is_fixed_size_list(kind):
+        # An embedding, of either precision, which has no nulls.
+        return Optional[List[float]]
+    if pa.types.is_list(kind):
+        return Optional[List[_python_type(kind.value_type)]]
+    return Optional[PYTHON_TYPES[kind]]
+
+
+class _Check(beam.DoFn):
+    """Refuses elements that are no rows, or that results would overwrite, before any is run."""
+
+    def __init__(self, handler: TaskHandler) -> None:
+        self._facts = handler.facts()
+        self._result_names = frozenset(handler.settings.result_schema.names)
+
+    def display_data(self) -> dict[str, str]:
+        return self._facts
+
+    def process(self, element: Any) -> Iterator[Any]:
+        yield _check(element, self._result_names)
+
+
+def _check(element: Any, result_names: frozenset[str]) -> Any:
+    columns = element.schema.names if isinstance(element, pa.RecordBatch) else as_mapping(element)
+    if isinstance(columns, str) or not hasattr(columns, "__iter__"):
+        raise OptionsError(
+            f"row: expected a dict, a Beam Row or an Arrow record batch, got "
+            f"{type(element).__name__}; use RunInference with a GemmaModelHandler for others"
+        )
+    for name in columns:
+        _refuse_clash(name, result_names)
+    return element
+
+
+def _refuse_clash(name: str, result_names: Collection[str]) -> None:
+    if name in result_names:
+        raise OptionsError(
+            f"column {name!r}: expected rows without it, because a result has that name; "
+            "rename it in the input"
+        )
+
+
+def _merge(prediction: PredictionResult) -> Any:
+    """Return an example with its inference, in the example's form."""
+    example: Any = prediction.example
+    inference: Any = prediction.inference
+    if isinstance(example, pa.RecordBatch):
+        schema = pa.schema([*example.schema, *inference.schema], example.schema.metadata)
+        return pa.RecordBatch.from_arrays([*example.columns, *inference.columns], schema=schema)
+    if isinstance(example, Mapping):
+        return {**example, **inference}
+    results = {name: _as_rows(value) for name, value in inference.items()}
+    return Row(**as_mapping(example), **results)
+
+
+def _as_rows(value: Any) -> Any:
+    """Return a value with Rows for what is a dict in it."""
+    if isinstance(value, Mapping):
+        return Row(**{name: _as_rows(item) for name, item in value.items()})
+    return [_as_rows(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Table in, table out: de-duplication, shards, resume, records and estimates."""

@@ -1,0 +1,125 @@
+"""Requests as record batches: what each row of a table asks, and who else asks the same."""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from beam_gemma.batches import joined
+from beam_gemma.errors import RecordError
+from beam_gemma.inference.rows import rows_of
+from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.tasks.interface import Settings
+from beam_gemma.tasks.row_keys import KEY_BYTES, POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
+
+
+def keyed(
+    position: int,
+    rows: pa.RecordBatch,
+    settings: Settings,
+    fingerprint: Callable[[Row], bytes],
+) -> pa.RecordBatch:
+    """Return what rows ask: the key of each request, its position, and the columns it is made of.
+
+    Where results are drawn, a row asks for itself alone, and its own key is part of the request's.
+
+    Args:
+        position: Of the first row.
+        rows: With all columns of the table.
+        settings: What to ask.
+        fingerprint: Names what a row asks.
+    """
+    used = rows.select([name for name in rows.schema.names if name in settings.columns])
+    keys = [fingerprint(row) for row in rows_of(used)]
+    names = [REQUEST_KEY, POSITION]
+    columns: list[Any] = [pa.nulls(0), np.arange(position, position + rows.num_rows)]
+    if settings.is_sampled:
+        row_keys = _row_keys(rows, settings)
+        keys = [_digest(key + own.encode()) for key, own in zip(keys, row_keys, strict=True)]
+        names.append(ROW_KEY)
+        columns.append(pa.array(row_keys, pa.string()))
+    columns[0] = pa.array(keys, pa.binary(KEY_BYTES))
+    return pa.RecordBatch.from_arrays(
+        [*map(pa.array, columns), *used.columns], [*names, *used.schema.names]
+    )
+
+
+def key_ranges(requests: pa.RecordBatch, num_ranges: int) -> np.ndarray:
+    """Return the range that each key is in: [rows] int64; ranges are equally wide."""
+    leading = [int.from_bytes(key[:4], "big") for key in requests.column(REQUEST_KEY).to_pylist()]
+    return np.array(leading, np.int64) * num_ranges >> 32
+
+
+def distinct(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return one request for all rows of the same key, with the positions of all of them."""
+    rows = joined(batches).sort_by(POSITION)
+    if ROW_KEY in rows.schema.names:
+        rows = _numbered(rows)
+    codes = rows.column(REQUEST_KEY).dictionary_encode().indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    offsets = np.r_[0, np.cumsum(np.bincount(codes))]
+    positions = pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), rows.column(POSITION).take(pa.array(order))
+    )
+    first = rows.take(pa.array(order[offsets[:-1]]))
+    at = first.schema.get_field_index(POSITION)
+    return first.set_column(at, POSITIONS, positions)
+
+
+def split_durable(
+    requests: pa.RecordBatch, durable: Collection[bytes]
+) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """Return the requests whose keys are durable, and the others."""
+    found = np.array([key in durable for key in requests.column(REQUEST_KEY).to_pylist()], bool)
+    return requests.filter(pa.array(found)), requests.filter(pa.array(~found))
+
+
+def spread(requests: pa.RecordBatch, results: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the results of requests once for each row that asks, with its position."""
+    positions = requests.column(POSITIONS)
+    indices = np.repeat(np.arange(requests.num_rows), positions.value_lengths().to_numpy())
+    columns = [positions.flatten(), *(results.take(pa.array(indices))).columns]
+    return pa.RecordBatch.from_arrays(columns, [POSITION, *results.schema.names])
+
+
+def _row_keys(rows: pa.RecordBatch, settings: Settings) -> list[str]:
+    """Return what names each row: its key, or else a hash of all that is in it."""
+    everything = rows_of(rows)
+    keys = (name for name, use in settings.columns.items() if use == "key")
+    column = next(keys, None)
+    given = rows.column(column).to_pylist() if column else [None] * rows.num_rows
+    return [
+        str(key) if key is not None else _digest(repr(list(_content(row))).encode()).hex()
+        for key, row in zip(given, everything, strict=True)
+    ]
+
+
+def _content(row: Any) -> Iterator[Any]:
+    """Return the values of a row; one that Python cannot hold is named by its error."""
+    for name in row:
+        try:
+            yield row[name]
+        except RecordError as error:
+            yield str(error)
+
+
+def _numbered(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Return rows that draw, where those that are alike in all are told apart by a number."""
+    seen: dict[bytes, int] = {}
+    keys, row_keys = [], []
+    for key, row_key in zip(
+        *(rows.column(n).to_pylist() for n in (REQUEST_KEY, ROW_KEY)), strict=True
+    ):
+        number = seen[key] = seen.get(key, -1) + 1
+        keys.append(_digest(key + number.to_bytes(8, "big")) if number else key)
+        row_keys.append(f"{row_key}-{number}" if number else row_key)
+    for name, values in ((REQUEST_KEY, keys), (ROW_KEY, row_keys)):
+        at = rows.schema.get_field_index(name)
+        rows = rows.set_column(at, name, pa.array(values, rows.schema.field(name).type))
+    return rows
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()

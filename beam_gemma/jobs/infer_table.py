@@ -1,0 +1,246 @@
+"""From rows to results: what rows have in common is asked once, what is durable not again.
+
+Only the columns that a task uses go this way. They are grouped by ranges of their requests' keys,
+so that rows which ask the same meet on one worker wherever they are in the table.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics.metric import Metrics
+from apache_beam.ml.inference.base import PredictionResult, RunInference
+from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.typehints.decorators import no_annotations
+
+from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
+from beam_gemma.inference import saved_results
+from beam_gemma.inference.task_handler import TaskHandler, check_bounded
+from beam_gemma.jobs.deduplicate import distinct, key_ranges, keyed, split_durable, spread
+from beam_gemma.jobs.shards import Layout
+from beam_gemma.monitoring.progress import METER, METRICS_NAMESPACE, Count
+from beam_gemma.monitoring.timeline import pulse_of
+from beam_gemma.tasks.row_keys import POSITION, POSITIONS, REQUEST_KEY
+
+ROWS, PIECES = 0, 1
+"""What the batches of a range are."""
+REQUESTS_PER_BATCH = 64
+HELD_RESULTS = 8192
+"""Until so many are there, results wait to be sorted by shard, so that batches are not tiny."""
+LEDGER, DURABLE = "ledger", "durable"
+MAX_RANGES = 1024
+
+
+def num_ranges(num_rows: int | None) -> int:
+    """Return in how many ranges of keys a table's requests are grouped.
+
+    So many that all workers have some, and so few that the batches of a range are not tiny.
+    """
+    if num_rows is None:
+        return MAX_RANGES // 4
+    return min(MAX_RANGES, max(1, min(num_rows // 64, 64), num_rows // 4096))
+
+
+class Answers(NamedTuple):
+    """The results of a task."""
+
+    results: PCollection[Grouped]
+    """By shard: positions and result columns."""
+    ledger: PCollection[str]
+    """What happened on the way, as JSON: counts of requests and samples of the engine, each with
+    the tag of its task."""
+
+
+def together(answers: Sequence[Answers]) -> Answers:
+    """Return the results of several tasks as one."""
+    return Answers(
+        [task.results for task in answers] | "Results" >> beam.Flatten(),
+        [task.ledger for task in answers] | "Ledgers" >> beam.Flatten(),
+    )
+
+
+class Ask(beam.PTransform[PCollection[Located], Answers]):
+    """Asks a model about every row of a table.
+
+    Args:
+        handler: The model, and what to ask of it.
+        layout: Of the output.
+        num_rows: Of the table; None where nobody knows.
+        durable: Holds results of a run that was broken off; None for a run from the start.
+        tag: Tells the results of this task from those of others.
+    """
+
+    def __init__(
+        self,
+        handler: TaskHandler,
+        layout: Layout,
+        *,
+        num_rows: int | None,
+        durable: str | None = None,
+        tag: int = 0,
+    ) -> None:
+        super().__init__()
+        self._handler = handler
+        self._layout = layout
+        self._num_ranges = num_ranges(num_rows)
+        self._durable = durable
+        self._tag = tag
+
+    @no_annotations  # type: ignore[untyped-decorator]
+    def expand(self, rows: PCollection[Located]) -> Answers:
+        """Apply the transform."""
+        check_bounded(rows)
+        requests = rows | "Key" >> beam.ParDo(
+            _Key(self._handler, self._num_ranges)
+        ).with_output_types(Grouped)
+        if self._durable is not None:
+            durable = rows.pipeline | "Durable" >> _ReadPieces(self._durable, self._num_ranges)
+            requests = (requests, durable) | "Join" >> beam.Flatten()
+        unique = (
+            requests
+            | "Group" >> beam.GroupByKey()
+            | "Unique"
+            >> beam.ParDo(_Unique(self._handler.settings.result_schema)).with_outputs(
+                DURABLE, LEDGER, main="requests"
+            )
+        )
+        asked = (
+            unique["requests"]
+            | "Typed" >> beam.Map(lambda batch: batch).with_output_types(pa.RecordBatch)
+            | "Infer" >> RunInference(self._handler)
+            | "Results" >> beam.ParDo(_answer).with_outputs(LEDGER, main="results")
+        )
+        # Each is sorted by itself: what two steps have in common is kept for the one after them.
+        results = [
+            found
+            | f"Shards{tag}"
+            >> beam.ParDo(_ByShard(self._layout, self._tag)).with_output_types(Grouped)
+            for tag, found in ((DURABLE, unique[DURABLE]), ("", asked["results"]))
+        ] | "All" >> beam.Flatten()
+        ledger = (unique[LEDGER], asked[LEDGER]) | "Ledger" >> beam.Flatten()
+        return Answers(results, ledger | beam.Map(_entry, self._tag).with_output_types(str))
+
+
+class _Key(beam.DoFn):
+    """Gives each row the key of its request, and sorts rows by ranges of keys."""
+
+    def __init__(self, handler: TaskHandler, num_ranges: int) -> None:
+        self._handler = handler
+        self._num_ranges = num_ranges
+
+    def display_data(self) -> dict[str, str]:
+        # Runners show that of single steps; composite ones lose theirs on the way to Dataflow.
+        return self._handler.facts()
+
+    def setup(self) -> None:
+        self._fingerprint = self._handler.fingerprint(self._handler.artifact())
+
+    def process(self, located: Located) -> Iterator[Grouped]:
+        requests = keyed(*located, self._handler.settings, self._fingerprint)
+        for group, some in by_group(key_ranges(requests, self._num_ranges), requests):
+            yield group, (ROWS, 0, some)
+
+
+class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
+    """Reads the results that an earlier run has made durable."""
+
+    def __init__(self, folder: str, num_ranges: int) -> None:
+        super().__init__()
+        self._folder = folder
+        self._num_ranges = num_ranges
+
+    def expand(self, pbegin: PBegin) -> PCollection[Grouped]:
+        return (
+            pbegin
+            | "Folder" >> beam.Create([self._folder], reshuffle=False)
+            | "List" >> beam.FlatMap(saved_results.list_pieces)
+            | "Spread" >> beam.Reshuffle()
+            | "Read" >> beam.FlatMap(_piece, self._num_ranges).with_output_types(Grouped)
+        )
+
+
+class _Unique(beam.DoFn):
+    """Makes one request of all rows that ask the same, unless its result is durable."""
+
+    def __init__(self, results: pa.Schema) -> None:
+        self._results = results
+
+    def process(self, group: tuple[int, Iterable[Tagged]]) -> Iterator[Any]:
+        batches = defaultdict(list)
+        for tag, _, batch in group[1]:
+            batches[tag].append(batch)
+        if not batches[ROWS]:
+            return
+        requests = distinct(batches[ROWS])
+        known, left = split_durable(requests, durable := saved_results.merge(batches[PIECES]))
+        if known.num_rows:
+            results = [durable[key] for key in known.column(REQUEST_KEY).to_pylist()]
+            found = pa.RecordBatch.from_pylist(results, self._results)
+            yield TaggedOutput(DURABLE, spread(known, found))
+        for start in range(0, left.num_rows, REQUESTS_PER_BATCH):
+            yield left.slice(start, REQUESTS_PER_BATCH)
+        yield TaggedOutput(LEDGER, {"counts": _counted(known, left)})
+
+
+def _counted(known: pa.RecordBatch, left: pa.RecordBatch) -> dict[str, int]:
+    """Return, and add to the metrics, how many rows need no step of their own."""
+    asked = len(left.column(POSITIONS).flatten())
+    counts = {
+        "requests": left.num_rows,
+        "duplicate_rows": asked - left.num_rows,
+        "resumed_rows": len(known.column(POSITIONS).flatten()),
+    }
+    METER.add(Count(rows=counts["duplicate_rows"] + counts["resumed_rows"]))
+    for name in ("duplicate_rows", "resumed_rows"):
+        Metrics.counter(METRICS_NAMESPACE, name).inc(counts[name])
+    return counts
+
+
+def _entry(told: dict[str, Any], tag: int) -> str:
+    return json.dumps({"tag": tag, **told})
+
+
+def _answer(prediction: PredictionResult) -> Iterator[Any]:
+    """Return the results of requests at the positions that ask them."""
+    requests: Any = prediction.example
+    results: Any = prediction.inference
+    if (pulse := pulse_of(results)) is not None:
+        yield TaggedOutput(LEDGER, {"pulse": pulse})
+    yield spread(requests, results)
+
+
+class _ByShard(beam.DoFn):
+    """Sorts results by the shard of the output that they belong to."""
+
+    def __init__(self, layout: Layout, tag: int) -> None:
+        self._layout = layout
+        self._tag = tag
+
+    def start_bundle(self) -> None:
+        self._held: list[pa.RecordBatch] = []
+
+    def process(self, results: pa.RecordBatch) -> Iterator[Grouped]:
+        self._held.append(results)
+        if sum(batch.num_rows for batch in self._held) >= HELD_RESULTS:
+            yield from self._sorted()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if self._held:
+            yield from map(GlobalWindows.windowed_value_at_end_of_window, self._sorted())
+
+    def _sorted(self) -> Iterator[Grouped]:
+        results = joined(self._held)
+        self._held = []
+        shards = self._layout.shards_of(results.column(POSITION).to_numpy())
+        for shard, some in by_group(shards, results):
+            yield shard, (self._tag, 0, some)
+
+
+def _piece(path: str, num_ranges: int) -> Iterator[Grouped]:
+    batch = saved_results.read_piece(path)
+    for group, some in by_group(key_ranges(batch, num_ranges), batch):
+        yield group, (PIECES, 0, some)

@@ -1,0 +1,73 @@
+"""Measured throughput: which model, in which precision, computes how much on which machine.
+
+`profiles.json` holds what `docs/benchmarks.md` shows, with the commands that measure it again.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import Device, Head
+
+PROFILES = Path(__file__).with_suffix(".json")
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What one worker has been measured to compute."""
+
+    model: str
+    config: Mapping[str, Any]
+    """What tells the shapes of the model from others: fine-tuned weights are as fast."""
+    precision: str
+    head: Head
+    device: Device
+    machine: str
+    prompt_tokens_per_sec: float
+    completion_tokens_per_sec: float | None
+    """None for a head that completes nothing."""
+    date: str
+    command: str
+    section: str
+    """Of `docs/benchmarks.md`, where the figures are."""
+
+    @property
+    def origin(self) -> str:
+        """Where the figures are from, in words."""
+        return f"throughput as measured with {self.model} on {self.machine}, {self.date}"
+
+    def fits(self, artifact: Artifact, head: Head, device: str) -> bool:
+        """Return whether this is what such a model does, on some machine."""
+        is_this_shape = all(getattr(artifact.config, k) == v for k, v in self.config.items())
+        asked = artifact.precision, head, device
+        return is_this_shape and (self.precision, self.head, self.device) == asked
+
+
+@functools.cache
+def profiles() -> tuple[Profile, ...]:
+    """Return all that has been measured."""
+    return tuple(Profile(**fields) for fields in json.loads(PROFILES.read_text()))
+
+
+def find_profile(
+    artifact: Artifact, head: Head, device: str, machine: str | None
+) -> Profile | None:
+    """Return what has been measured of a model on a machine, or None."""
+    found = (p for p in profiles() if p.machine == machine and p.fits(artifact, head, device))
+    return next(found, None)
+
+
+def this_machine() -> str:
+    """Return this machine's name among profiles: its cores, and what they are."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in (CPU_INFO.read_text() if CPU_INFO.exists() else "").splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{os.cpu_count()} cores of {names[0] if names else 'an unknown kind'}"

@@ -1,0 +1,160 @@
+"""The record of a run: what was asked and with what, what came of it, and what to run again.
+
+It is JSON, and holds nothing of the table's rows beside the templates and shots of the job itself.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import beam_gemma
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.monitoring.result_summary import Summary
+from beam_gemma.monitoring.timeline import timeline
+from beam_gemma.tasks.interface import Settings
+
+FORMAT = 2
+"""Raised when a reader of records would misread a new one."""
+PACKAGES = (
+    "apache-beam", "llguidance", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow",
+    "sentencepiece",
+)  # fmt: skip
+"""On which results depend, as far as they are installed."""
+
+
+def facts_of(
+    command: Sequence[str],
+    *,
+    source: str,
+    sink: str,
+    tasks: Iterable[tuple[str, Artifact, Settings]],
+) -> dict[str, Any]:
+    """Return what a record says of a job before it runs.
+
+    Args:
+        command: What a shell runs to run the job again.
+        source: URI of the table that is read.
+        sink: URI of the table that is written.
+        tasks: Of each task, where its model is, the model, and what is asked of it.
+    """
+    return {
+        "format": FORMAT,
+        "tool": f"beam-gemma {beam_gemma.__version__}",
+        "packages": {"python": platform.python_version(), **_versions()},
+        "command": list(command),
+        "input": source,
+        "output": sink,
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "tasks": [
+            {
+                "task": task_name(settings),
+                "model": model,
+                "model_digest": artifact.digest,
+                "settings": _as_json(settings),
+            }
+            for model, artifact, settings in tasks
+        ],
+    }
+
+
+def marks_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a file says of the job that has written it: version, models, hash of settings."""
+    # In their order: that of a schema's properties is part of what is asked.
+    settings = json.dumps([task["settings"] for task in facts["tasks"]])
+    return {
+        "beam_gemma.version": beam_gemma.__version__,
+        "beam_gemma.models": ", ".join(
+            f"{task['model']} {task['model_digest']}" for task in facts["tasks"]
+        ),
+        "beam_gemma.settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+    }
+
+
+def record_of(
+    facts: Mapping[str, Any],
+    *,
+    num_shards: int,
+    prefixes: Sequence[str],
+    summaries: Sequence[Summary],
+    ledger: Iterable[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the record of a job that has run.
+
+    Args:
+        facts: What `facts_of` has returned.
+        num_shards: Of the output.
+        prefixes: Of the result columns of each task, in the order of the facts.
+        summaries: Of each task.
+        ledger: What happened on the way, with the `tag` of a task: `counts` of requests, and
+            samples of its engine as `pulse`.
+    """
+    counts: list[Counter[str]] = [Counter() for _ in summaries]
+    pulses: list[list[Any]] = [[] for _ in summaries]
+    for told in ledger:
+        if "pulse" in told:
+            pulses[told["tag"]].append(told["pulse"])
+        else:
+            counts[told["tag"]].update(told["counts"])
+    tasks = [
+        {**task, "prefix": prefix, **count, "results": _results(task, summary)}
+        for task, prefix, count, summary in zip(
+            facts["tasks"], prefixes, counts, summaries, strict=True
+        )
+    ]
+    every = list(itertools.chain.from_iterable(pulses))
+    return {
+        **facts,
+        "seconds": round(time.time() - datetime.fromisoformat(facts["started"]).timestamp(), 3),
+        "rows": max((summary.rows for summary in summaries), default=0),
+        "shards": num_shards,
+        "tasks": tasks,
+        "processors": sorted({f"{p['device']}: {p['processor']}" for p in every}),
+        "engines": len({pulse["engine"] for pulse in every}),
+        "first_row_secs": sorted(
+            {p["engine"]: secs for p in every if (secs := p["first_row_secs"]) is not None}.values()
+        ),
+        "timelines": [timeline(own) for own in pulses],
+    }
+
+
+def task_name(settings: Settings) -> str:
+    """Return what a task is called: generate, classify, moderate or embed."""
+    return type(settings).__name__.removesuffix("Settings").lower()
+
+
+def _results(task: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
+    """Return a summary whose labels have the names that the settings give them."""
+    results = summary.as_dict()
+    if names := task["settings"].get("labels"):
+        results["labels"] = {names[int(i)]: count for i, count in results["labels"].items()}
+    return results
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _as_json(value: Any) -> Any:
+    """Return a setting as JSON holds it; what has no form of its own there is its text."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,259 @@
+"""The exported model: one folder, any device.
+
+manifest.json          format, architecture, signatures, checksums, where the model comes from
+generate.cpu.onnx      a graph for each head and device; no weights inside
+weights/               external data of all graphs: links to the checkpoint's files and what
+                       had to be written
+tokenizer.model        SentencePiece
+chat_template.jinja    where the checkpoint has one
+legal/                 licence, terms and notices of the model
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from beam_gemma.errors import ArtifactError
+from beam_gemma.model.config import GemmaConfig, RopeParameters
+from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.signature import HEADS, Device, Head, Signature
+
+FORMAT = 1
+"""Raised when a worker of an older version could not run what is written now."""
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"
+LEGAL = "legal"
+DESCRIPTION = frozenset([TOKENIZER, CHAT_TEMPLATE])
+"""What says, with the manifest, how a model is asked."""
+SMALL_FILE_BYTES = 16 << 20
+"""Files up to this size are checked in full each time a folder is opened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """What the manifest says of one file."""
+
+    num_bytes: int
+    sha256: str | None
+    """None where the exporter was asked to leave the checksum for later."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """An opened model folder."""
+
+    path: Path
+    name: str
+    config: GemmaConfig
+    precision: str
+    signatures: Mapping[tuple[Head, Device], Signature]
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a text."""
+    source: Mapping[str, str]
+    """Checkpoint name, its format, exporter version."""
+    files: Mapping[str, FileEntry]
+    """By path relative to the folder."""
+    embedding: EmbeddingConfig | None = None
+    """How embeddings are made, where the folder is for that."""
+
+    @classmethod
+    def open(cls, path: str | Path, *, of_weights: bool = True) -> "Artifact":
+        """Open a folder; sizes of all files and checksums of small ones are verified.
+
+        Args:
+            path: Of the folder.
+            of_weights: Whether to expect graphs and weights too, beside the description.
+
+        Raises:
+            ArtifactError: there is no such folder, it is of another format, or a file is damaged.
+        """
+        artifact = cls.read(Path(path))
+        names = artifact.files.keys() if of_weights else artifact.files.keys() & DESCRIPTION
+        artifact._check_sizes(names)
+        artifact._check_sums(n for n in names if artifact.files[n].num_bytes <= SMALL_FILE_BYTES)
+        return artifact
+
+    @classmethod
+    def read(cls, folder: Path) -> "Artifact":
+        """Read a folder's manifest, and nothing else.
+
+        Raises:
+            ArtifactError: there is none, or it is of another format.
+        """
+        manifest = _read_manifest(folder)
+        try:
+            return cls(
+                path=folder,
+                name=manifest["name"],
+                config=_config_from_json(manifest["config"]),
+                precision=manifest["precision"],
+                signatures={
+                    (s.head, s.device): s for s in map(Signature.from_json, manifest["signatures"])
+                },
+                eos_token_ids=tuple(manifest["eos_token_ids"]),
+                source=manifest["source"],
+                files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
+                embedding=_embedding_from_json(manifest.get("embedding")),
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{folder / MANIFEST}: expected the fields of format {FORMAT}, got {error}; "
+                "export the model again"
+            ) from error
+
+    def verify(self) -> None:
+        """Check every checksum, of weights too.
+
+        Raises:
+            ArtifactError: a file is not what was exported.
+        """
+        self._check_sums(self.files)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Devices that some graph of the folder runs on."""
+        return tuple(dict.fromkeys(device for _, device in self.signatures))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model."""
+        return self.path / TOKENIZER
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's chat template, where it has one."""
+        file = self.path / CHAT_TEMPLATE
+        return file.read_text() if CHAT_TEMPLATE in self.files else None
+
+    @property
+    def digest(self) -> str:
+        """A name of the model's exact content: a hash over all files."""
+        entries = {name: (e.num_bytes, e.sha256) for name, e in sorted(self.files.items())}
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+    def signature(self, head: Head, device: Device) -> Signature:
+        """Return the contract of one graph.
+
+        Raises:
+            ArtifactError: the folder was exported without it.
+        """
+        if (head, device) not in self.signatures:
+            tasks = {of: task for task, of in HEADS.items()}
+            have = ", ".join(f"{tasks[h]} on {d}" for h, d in self.signatures)
+            raise ArtifactError(
+                f"{self.path}: expected a graph to {tasks[head]} on {device}, got {have}; "
+                f"export the model again with --tasks {tasks[head]} --device {device}"
+            )
+        return self.signatures[head, device]
+
+    def graph_path(self, head: Head, device: Device) -> Path:
+        """Return the ONNX file of one graph."""
+        self.signature(head, device)
+        return self.path / graph_name(head, device)
+
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        for name in names:
+            file, entry = self.path / name, self.files[name]
+            if not file.is_file():
+                raise ArtifactError(f"{file}: expected a file of the model, got nothing")
+            if file.stat().st_size != entry.num_bytes:
+                raise ArtifactError(
+                    f"{file}: expected {entry.num_bytes:,} bytes, got {file.stat().st_size:,}; "
+                    "the folder is damaged, copy or export it again"
+                )
+
+    def _check_sums(self, names: Iterable[str]) -> None:
+        for name in names:
+            sha256 = self.files[name].sha256
+            if sha256 is not None and sha256_of(self.path / name) != sha256:
+                raise ArtifactError(
+                    f"{self.path / name}: expected sha256 {sha256}, got another; "
+                    "the folder is damaged, copy or export it again"
+                )
+
+
+def graph_name(head: Head, device: Device) -> str:
+    """Return the file name of a graph."""
+    return f"{head}.{device}.onnx"
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    name: str,
+    config: GemmaConfig,
+    precision: str,
+    signatures: tuple[Signature, ...],
+    eos_token_ids: tuple[int, ...],
+    source: Mapping[str, str],
+    embedding: EmbeddingConfig | None = None,
+    without_checksum: frozenset[str] = frozenset(),
+) -> None:
+    """Describe a finished folder; from then on `Artifact.open` takes it."""
+    names = sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != MANIFEST
+    )
+    summed = [n for n in names if n not in without_checksum]
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(summed, pool.map(lambda n: sha256_of(folder / n), summed), strict=True))
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "config": asdict(config),
+        "precision": precision,
+        "signatures": [signature.to_json() for signature in signatures],
+        "eos_token_ids": list(eos_token_ids),
+        "source": dict(source),
+        "embedding": None if embedding is None else embedding.to_json(),
+        "files": {
+            n: {"num_bytes": (folder / n).stat().st_size, "sha256": sums.get(n)} for n in names
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """Return the checksum of a file in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        found = "another folder" if folder.is_dir() else "nothing"
+        raise ArtifactError(
+            f"{folder}: expected a model folder with {MANIFEST}, got {found}; "
+            "make one with python -m export"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ArtifactError(
+            f"{file}: expected JSON, got {error}; export the model again"
+        ) from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ArtifactError(f"{file}: expected the field format, got none; export the model again")
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(
+            f"{file}: format {manifest['format']}, this version reads {FORMAT}; "
+            "export the model again or install the version that wrote it"
+        )
+    return manifest
+
+
+def _embedding_from_json(raw: Mapping[str, Any] | None) -> EmbeddingConfig | None:
+    return None if raw is None else EmbeddingConfig.from_json(raw)
+
+
+def _config_from_json(raw: Mapping[str, Any]) -> GemmaConfig:
+    rope = tuple((kind, RopeParameters(**values)) for kind, values in raw["rope_parameters"])
+    fields = dict(raw, layer_types=tuple(raw["layer_types"]), rope_parameters=rope)
+    return GemmaConfig(**fields)

@@ -1,0 +1,238 @@
+"""Text to token ids and back, by SentencePiece.
+
+Gemma's vocabulary types markers such as `<start_of_turn>` as ordinary user-defined pieces, which
+text would match. Here every such piece is a control piece, so no text yields one: only a `Control`
+part does. Tags of HTML and runs of white space stay text.
+"""
+
+import codecs
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from beam_gemma.errors import ArtifactError, RecordError
+from beam_gemma.inputs.template import Control, ControlPieces, Part, Text
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of pieces, as SentencePiece and GGUF number them."""
+SPACE = "\u2581"
+"""How pieces write a space."""
+SPECIAL_PIECES = ("unk", "bos", "eos", "pad")
+"""Names of the pieces that a model points out, in the order of their field numbers."""
+HTML_TAG = re.compile(
+    r"</?(a|b|bbox|blockquote|body|caption|code|div|em|footer|h[1-6]|html|i|iframe|img|li|s|span"
+    r"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
+)
+
+
+class Tokenizer:
+    """A SentencePiece model in which no text yields a control piece."""
+
+    def __init__(self, model_proto: bytes) -> None:
+        model = ModelProto.FromString(model_proto)
+        self.control_pieces: dict[str, int] = {}
+        """Id of each control piece."""
+        for token_id, piece in enumerate(model.pieces):
+            if _is_control(piece):
+                self.control_pieces[piece.piece] = token_id
+                piece.type = UNKNOWN if piece.type == UNKNOWN else CONTROL
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model.SerializeToString())
+        self._markup = ControlPieces(self.control_pieces)
+        self._control_ids = frozenset(self.control_pieces.values())
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.model`.
+
+        Raises:
+            ArtifactError: the file is missing or is no SentencePiece model.
+        """
+        try:
+            return cls(path.read_bytes())
+        except (OSError, DecodeError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{path}: expected a SentencePiece model, got an error: {error}; export again"
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.vocab_size()
+
+    @property
+    def bos_token_id(self) -> int:
+        """Id of `<bos>`."""
+        return self._processor.bos_id()
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of `<eos>`."""
+        return self._processor.eos_id()
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of `<pad>`."""
+        return self._processor.pad_id()
+
+    def split(self, markup: str) -> tuple[Part, ...]:
+        """Return the parts of trusted markup."""
+        return self._markup.split(markup)
+
+    def encode(self, parts: Sequence[Part], *, add_bos: bool = True) -> list[int]:
+        """Return the token ids of a prompt; `<bos>` comes first, once.
+
+        Raises:
+            RecordError: the text holds half of a surrogate pair, which has no UTF-8 form.
+        """
+        ids = [token_id for part in _joined(parts) for token_id in self._encode_part(part)]
+        if add_bos and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of tokens; control pieces have none, and no space is stripped."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to the text, in UTF-8: a byte piece may hold part of it."""
+        # Some checkpoints pad the embedding with rows that no piece belongs to.
+        if token_id in self._control_ids or token_id >= self.vocab_size:
+            return b""
+        piece = self._processor.id_to_piece(token_id)
+        if self._processor.is_byte(token_id):
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+    def vocabulary(self) -> list[bytes]:
+        """Return what every token adds to the text, in the order of ids; see `token_bytes`."""
+        ids = list(range(self.vocab_size))
+        pieces = self._processor.id_to_piece(ids)
+        vocabulary: list[bytes] = [piece.replace(SPACE, " ").encode() for piece in pieces]
+        # The rest is few: byte pieces, and control pieces, which have no text.
+        for token_id in itertools.chain(
+            self._control_ids, itertools.compress(ids, self._processor.is_byte(ids))
+        ):
+            vocabulary[token_id] = self.token_bytes(token_id)
+        return vocabulary
+
+    def _encode_part(self, part: Part) -> list[int]:
+        if isinstance(part, Control):
+            return [self.control_pieces[part.piece]]
+        try:
+            return self._processor.encode(part.text.encode())
+        except UnicodeEncodeError as error:
+            raise RecordError(
+                f"text: expected Unicode, got half of a surrogate pair at character {error.start}"
+            ) from error
+
+
+class StreamingDecoder:
+    """Text of a sequence that grows by one token at a time, at a cost that does not grow with it.
+
+    The chunks, joined, are what `Tokenizer.decode` returns for all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._chunks: list[str] = []
+
+    def add(self, token_id: int) -> str:
+        """Return the text that is certain now; bytes of an unfinished character are held back."""
+        return self._append(self._tokenizer.token_bytes(token_id), final=False)
+
+    def finish(self) -> str:
+        """Return the replacement of bytes that no character was made of, if any were held back."""
+        return self._append(b"", final=True)
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        self._chunks = ["".join(self._chunks)]
+        return self._chunks[0]
+
+    def _append(self, data: bytes, *, final: bool) -> str:
+        chunk = self._decoder.decode(data, final)
+        self._chunks.append(chunk)
+        return chunk
+
+
+def _is_control(piece: Any) -> bool:
+    if piece.type != USER_DEFINED:
+        return piece.type in (CONTROL, UNKNOWN)
+    is_space = piece.piece.replace(SPACE, " ").isspace()
+    return not is_space and HTML_TAG.fullmatch(piece.piece) is None
+
+
+def _joined(parts: Iterable[Part]) -> Iterator[Part]:
+    """Join neighbouring texts, so that ids do not depend on where a value meets its template."""
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, Text):
+            texts.append(part.text)
+            continue
+        yield Text("".join(texts))
+        yield part
+        texts.clear()
+    yield Text("".join(texts))
+
+
+def _model_proto_class() -> Any:
+    """Describe the fields of a SentencePiece model that are read or written here.
+
+    The module that `sentencepiece` ships needs a newer protobuf than `onnx` allows. Fields that are
+    not described survive a round trip as unknown fields.
+    """
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="beam_gemma.proto", package="beam_gemma")
+
+    def message(name: str, *fields: Any) -> None:
+        file.message_type.add(name=name).field.extend(fields)
+
+    def scalar(name: str, number: int, kind: int, default: str | None = None) -> Any:
+        optional = field.LABEL_OPTIONAL
+        return field(name=name, number=number, type=kind, label=optional, default_value=default)
+
+    def nested(name: str, number: int, type_name: str, label: int) -> Any:
+        return field(name=name, number=number, type_name=f".beam_gemma.{type_name}", label=label)
+
+    message(
+        "Piece",
+        scalar("piece", 1, field.TYPE_STRING),
+        scalar("score", 2, field.TYPE_FLOAT),
+        scalar("type", 3, field.TYPE_INT32, default=str(NORMAL)),
+    )
+    message(
+        "TrainerSpec",
+        scalar("model_type", 3, field.TYPE_INT32),
+        scalar("vocab_size", 4, field.TYPE_INT32),
+        scalar("byte_fallback", 35, field.TYPE_BOOL),
+        *(scalar(f"{n}_id", 40 + i, field.TYPE_INT32) for i, n in enumerate(SPECIAL_PIECES)),
+        *(scalar(f"{n}_piece", 45 + i, field.TYPE_STRING) for i, n in enumerate(SPECIAL_PIECES)),
+    )
+    message(
+        "NormalizerSpec",
+        scalar("name", 1, field.TYPE_STRING),
+        scalar("add_dummy_prefix", 3, field.TYPE_BOOL),
+        scalar("remove_extra_whitespaces", 4, field.TYPE_BOOL),
+    )
+    message(
+        "ModelProto",
+        nested("pieces", 1, "Piece", field.LABEL_REPEATED),
+        nested("trainer_spec", 2, "TrainerSpec", field.LABEL_OPTIONAL),
+        nested("normalizer_spec", 3, "NormalizerSpec", field.LABEL_OPTIONAL),
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("beam_gemma.ModelProto"))
+
+
+ModelProto = _model_proto_class()
+"""A SentencePiece model: `pieces`, `trainer_spec` and `normalizer_spec`."""

@@ -1,0 +1,1 @@
+"""What a run did: progress while it runs, counts and charts afterwards."""

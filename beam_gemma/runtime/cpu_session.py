@@ -1,0 +1,234 @@
+"""Steps on the CPU, and which devices ONNX Runtime has.
+
+A session owns the loaded graph and the state buffers, which are bound once, as input and as output
+of every step, so that a step updates them in place.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import psutil
+
+from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import Device, Head, Signature, StateTensor
+from beam_gemma.monitoring.timeline import DeviceStats
+from beam_gemma.runtime.capacity import Capacity, plan_capacity
+from beam_gemma.runtime.device_memory import has_gpu, require_gpu
+from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
+
+try:
+    import onnxruntime
+except ModuleNotFoundError as error:
+    # Its two builds are one package under two names, of which no dependency can ask for either.
+    raise ModuleNotFoundError(
+        "onnxruntime: expected one of its builds, got none; install beam-gemma[cpu], or "
+        "beam-gemma[gpu] for NVIDIA GPUs",
+        name="onnxruntime",
+    ) from error
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+NUMERICS = 1
+"""Raised where a request may give other bits than with the version before."""
+CACHE_FRACTION = 0.4
+"""Share of the free memory that caches may fill once the weights are loaded."""
+LOGITS = "logits"
+_STATES = onnxruntime.capi.onnxruntime_pybind11_state
+LOAD_ERRORS = (
+    _STATES.Fail,
+    _STATES.InvalidGraph,
+    _STATES.InvalidProtobuf,
+    _STATES.NoSuchFile,
+)
+"""What ONNX Runtime raises where it cannot make a session."""
+
+
+class Session:
+    """A loaded graph with its state."""
+
+    max_steps_in_flight = 1
+
+    def __init__(
+        self,
+        graph_path: str,
+        signature: Signature,
+        capacity: Capacity,
+        *,
+        num_threads: int = 0,
+    ) -> None:
+        """Load a graph and allocate its state.
+
+        Args:
+            graph_path: The ONNX file.
+            signature: Its contract.
+            capacity: Sizes of the state buffers.
+            num_threads: Threads of one operator; 0 for one per core.
+
+        Raises:
+            ArtifactError: the graph is not what the signature says.
+        """
+        self.signature = signature
+        self.num_blocks = dict(capacity.num_blocks)
+        self.num_state_slots = capacity.num_state_slots
+        self._session = _load(graph_path, num_threads)
+        check_names(self._session, signature)
+        sizes = {"S": capacity.num_state_slots}
+        sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
+        self._state = {t.input_name: _zeros(t, sizes) for t in signature.state_tensors()}
+        # What a binding has returned once it would fill again, so each set of outputs has its own.
+        self._bindings = {with_logits: self._bind() for with_logits in (False, True)}
+
+    @classmethod
+    def of(
+        cls,
+        artifact: Artifact,
+        *,
+        head: Head = "generate",
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_threads: int = 0,
+    ) -> "Session":
+        """Load a model folder's graph, with caches sized from the free memory."""
+        signature = artifact.signature(head, "cpu")
+        graph_path = str(artifact.graph_path(head, "cpu"))
+        weights = sum(
+            entry.num_bytes for name, entry in artifact.files.items() if name.startswith("weights/")
+        )
+        # Weights are held once as file pages and once repacked for the matrix kernels.
+        free = max(psutil.virtual_memory().available - 2 * weights, 0) * CACHE_FRACTION
+        capacity = plan_capacity(
+            signature,
+            num_bytes=int(free),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        return cls(graph_path, signature, capacity, num_threads=num_threads)
+
+    def run(self, feeds: Feeds, *, with_logits: bool = False) -> StepOutput | ScoreOutput:
+        """Run one step to its end, as `start` does."""
+        return self.start(feeds, with_logits=with_logits).result()
+
+    def start(
+        self,
+        feeds: Feeds,
+        *,
+        with_logits: bool = False,
+        with_candidates: bool = True,  # noqa: ARG002 - the host chooses among them
+    ) -> Finished:
+        """Run one step, at once, and update the state in place.
+
+        Args:
+            feeds: Exactly the arrays of `Signature.step_inputs`.
+            with_logits: Whether to return the whole distribution of each row.
+            with_candidates: Without effect, since the host chooses here: they always come.
+        """
+        arrays = self._run(feeds, with_logits=with_logits)
+        if self.signature.head == "score":
+            return Finished(ScoreOutput(**arrays))
+        # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
+        ids = arrays["topk_ids"].view(np.int64)
+        return Finished(
+            StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
+        )
+
+    def embed(self, feeds: Feeds) -> EmbedOutput:
+        """Run one step over whole texts."""
+        return EmbedOutput(**self._run(feeds, with_logits=False))
+
+    def stats(self) -> DeviceStats:
+        """Return what a GPU has to say: nothing."""
+        return DeviceStats()
+
+    def _run(self, feeds: Feeds, *, with_logits: bool) -> dict[str, np.ndarray]:
+        """Run the graph and return its outputs, but the state, by name."""
+        binding = self._bindings[with_logits]
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        names = [t.name for t in self.signature.outputs() if with_logits or t.name != LOGITS]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        # State was bound first and comes first.
+        fresh = binding.get_outputs()[len(self._state) :]
+        return {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
+
+    def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
+        """Overwrite cache blocks with zeros, so that no NaN outlives its row."""
+        state = next(s for s in self.signature.paged_states if s.group == group)
+        for layer in state.layers:
+            for name in (f"key_cache.{layer}", f"value_cache.{layer}"):
+                self._state[name][:, list(blocks)] = 0
+
+    def _bind(self) -> onnxruntime.IOBinding:
+        """Return a binding that reads and writes the state buffers."""
+        binding = self._session.io_binding()
+        for tensor in self.signature.state_tensors():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(self._state[tensor.input_name])
+            binding.bind_ortvalue_input(tensor.input_name, value)
+            binding.bind_ortvalue_output(tensor.output_name, value)
+        return binding
+
+
+def _zeros(tensor: StateTensor, sizes: Mapping[str, int]) -> np.ndarray:
+    """Allocate a state buffer; zeros from the system cost no memory until they are written."""
+    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
+    return np.zeros(shape, tensor.dtype)
+
+
+def numerics() -> str:
+    """Return whose arithmetic results are made with: ours, and ONNX Runtime's."""
+    return f"{NUMERICS}, onnxruntime {onnxruntime.__version__}"
+
+
+def providers() -> list[str]:
+    """Return what this machine's ONNX Runtime can run on, by its own names."""
+    return onnxruntime.get_available_providers()
+
+
+def require_device(device: Device) -> None:
+    """Refuse a device that this machine or its ONNX Runtime does not have.
+
+    Raises:
+        OptionsError: with the remedy; nothing falls back in silence.
+    """
+    have = providers()
+    if PROVIDERS[device] not in have:
+        raise OptionsError(
+            f"device: expected {device}, got an ONNX Runtime with {', '.join(have)}; install "
+            "onnxruntime-gpu on a machine with an NVIDIA GPU, or run with --device cpu"
+        )
+    if device == "cuda":
+        require_gpu()
+
+
+def has_device(device: Device) -> bool:
+    """Return whether ONNX Runtime knows of a device and the machine has one, fit for use or not."""
+    return PROVIDERS[device] in providers() and (device == "cpu" or has_gpu())
+
+
+def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(graph_path, options, providers=[PROVIDERS["cpu"]])
+    except LOAD_ERRORS as error:
+        raise ArtifactError(f"{graph_path}: ONNX Runtime cannot load it: {error}") from error
+
+
+def check_names(session: onnxruntime.InferenceSession, signature: Signature) -> None:
+    """Compare the graph's inputs and outputs with the signature."""
+    state = signature.state_tensors()
+    inputs = [t.name for t in signature.step_inputs()] + [t.input_name for t in state]
+    outputs = [t.name for t in signature.outputs()] + [t.output_name for t in state]
+    for kind, names, values in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", outputs, session.get_outputs()),
+    ):
+        missing = sorted(set(names) - {value.name for value in values})
+        extra = sorted({value.name for value in values} - set(names))
+        if missing or extra:
+            raise ArtifactError(
+                f"graph: expected the {kind} {missing}, got {extra} in their place; "
+                "export the model again"
+            )

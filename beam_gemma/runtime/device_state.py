@@ -1,0 +1,81 @@
+"""What a device keeps from step to step, each part at an address of its own for good."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from beam_gemma.model.signature import PagedState, Signature, StateTensor
+from beam_gemma.runtime.capacity import Capacity, num_bytes
+from beam_gemma.runtime.device_memory import DeviceMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A state tensor in memory."""
+
+    tensor: StateTensor
+    shape: tuple[int, ...]
+    address: int
+
+
+class DeviceState:
+    """Caches and other state of a session, zeroed.
+
+    The caches of all layers of a group lie in one piece, one after another, so that a block of all
+    of them is one call away.
+    """
+
+    def __init__(self, signature: Signature, capacity: Capacity, memory: DeviceMemory) -> None:
+        """Allocate it.
+
+        Raises:
+            DeviceError: there is no room.
+        """
+        self._memory = memory
+        self._num_blocks = capacity.num_blocks
+        self._sizes = {"S": capacity.num_state_slots}
+        self._sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
+        self._pieces: list[int] = []
+        tensors = {tensor.input_name: tensor for tensor in signature.state_tensors()}
+        self._placed: list[Placed] = []
+        self._groups: dict[str, list[Placed]] = {}
+        for state in signature.paged_states:
+            names = _cache_names(state)
+            self._groups[state.group] = self._place([tensors.pop(name) for name in names])
+        for tensor in tensors.values():
+            self._place([tensor])
+
+    def __iter__(self) -> Iterator[Placed]:
+        """Yield every tensor."""
+        return iter(self._placed)
+
+    def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
+        """Overwrite cache blocks with zeros, in all layers of a group."""
+        caches = self._groups[group]
+        pitch = num_bytes(caches[0].tensor.dtype, caches[0].shape)
+        size = pitch // self._num_blocks[group]
+        # Blocks that follow one another have their number less their place in common.
+        for _, run in groupby(enumerate(sorted(set(blocks))), key=lambda item: item[1] - item[0]):
+            places = [block for _, block in run]
+            begin = caches[0].address + places[0] * size
+            self._memory.zero(begin, width=len(places) * size, pitch=pitch, height=len(caches))
+
+    def free(self) -> None:
+        """Give the memory back; nothing reads it any more."""
+        for address in self._pieces:
+            self._memory.free(address)
+        self._pieces, self._placed, self._groups = [], [], {}
+
+    def _place(self, tensors: Sequence[StateTensor]) -> list[Placed]:
+        """Allocate tensors of one shape, one after another."""
+        shape = tuple(self._sizes[dim] if isinstance(dim, str) else dim for dim in tensors[0].shape)
+        pitch = num_bytes(tensors[0].dtype, shape)
+        address = self._memory.allocate(len(tensors) * pitch)
+        self._pieces.append(address)
+        placed = [Placed(tensor, shape, address + i * pitch) for i, tensor in enumerate(tensors)]
+        self._placed += placed
+        return placed
+
+
+def _cache_names(state: PagedState) -> list[str]:
+    return [f"{kind}_cache.{layer}" for layer in state.layers for kind in ("key", "value")]

@@ -1,0 +1,68 @@
+"""A model folder's graph on a device: the CPU's session, or the GPU's."""
+
+from itertools import count, takewhile
+
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.signature import Device, Head, Signature
+from beam_gemma.monitoring.startup_log import logged
+from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.cuda_session import CudaSession
+from beam_gemma.runtime.device_memory import (
+    CudaMemory,
+    DeviceMemory,
+    compute_capability,
+    require_bfloat16,
+)
+from beam_gemma.runtime.limits import Limits
+from beam_gemma.runtime.read_ahead import read_ahead
+from beam_gemma.runtime.step_shapes import StepSizes
+
+
+def open_session(
+    artifact: Artifact, head: Head, device: Device, limits: Limits
+) -> Session | CudaSession:
+    """Load a graph, with caches sized from the memory that is left.
+
+    Raises:
+        OptionsError: the device is absent, cannot run the graph, or has no room for it.
+        ArtifactError: the folder has no such graph, or a damaged one.
+    """
+    limits.check(device)
+    if device == "cuda":
+        signature = artifact.signature(head, device)
+        require_bfloat16(signature.dtype, compute_capability)
+        return open_on(CudaMemory(), artifact, signature, limits)
+    config = limits.engine_config(device)
+    tokens = limits.embed_tokens(device) if head == "embed" else config.max_num_batched_tokens
+    return Session.of(
+        artifact, head=head, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=tokens
+    )
+
+
+def open_on(
+    memory: DeviceMemory, artifact: Artifact, signature: Signature, limits: Limits
+) -> CudaSession:
+    """Load a graph of CUDA between the addresses of a device's memory."""
+    names = [name for name in artifact.files if name.startswith("weights/")]
+    with logged("read weights ahead"):
+        read_ahead(artifact.path / name for name in names)
+    return CudaSession(
+        str(artifact.graph_path(signature.head, signature.device)),
+        signature,
+        memory,
+        sizes=_sizes(signature, limits),
+        max_num_seqs=limits.engine_config("cuda").max_num_seqs,
+        memory_utilization=limits.memory_utilization,
+    )
+
+
+def _sizes(signature: Signature, limits: Limits) -> StepSizes:
+    """Return the sizes that steps are padded to; one text may have more tokens than most steps."""
+    if signature.head == "embed":
+        tokens = limits.embed_tokens("cuda")
+        larger = takewhile(
+            lambda n: n < 2 * signature.max_model_len, (tokens << i for i in count())
+        )
+        return StepSizes(decode=(), prefill=tuple(larger) or (tokens,))
+    tokens = limits.engine_config("cuda").max_num_batched_tokens
+    return StepSizes(decode=limits.capture_sizes, prefill=(tokens,))

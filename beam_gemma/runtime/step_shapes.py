@@ -1,0 +1,264 @@
+"""Steps of fixed sizes: what pads a step until one set of kernels serves all of its kind.
+
+A row's result must not depend on its company, and a captured CUDA graph has its sizes for good. So
+a decode step has one of a few widths, with as many rows as tokens; a prefill step has one number of
+tokens and `PREFILL_ROWS` rows. What is left over belongs to sequences of nobody, which start at
+position 0, write nothing to a cache (slot -1) and read block 0, which is theirs alone: one of a
+token each in a decode step, one of all tokens that are left in a prefill step. Rows that are left
+over repeat row 0, and what they choose goes to a slot that no sequence has.
+
+Dimensions: T tokens, B sequences, R rows that need a head, Q of these that need a probability,
+Y targets, F rows whose whole distribution is fetched, M blocks in a row of a table, L places of a
+text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from beam_gemma.errors import DeviceError
+from beam_gemma.model.signature import PREFILL_ROWS, Signature, Tensor, blocks_for
+
+METADATA = "attention_metadata"
+"""Lies on the host, and is the same in all steps of a shape."""
+MIN_CONTEXT = 1024
+"""Tokens that the narrowest table has room for: below, another graph costs more than it saves."""
+TOKENS_PER_TEXT = 16
+"""Of a step that embeds, a text of this length or less takes so many."""
+_FILL = {"token_slots": -1, "slot_mapping": -1, "token_rows": -1, "top_ps": 1}
+_SLOTS = ("logit_slots", "state_slots")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """The sizes of a padded step."""
+
+    is_decode: bool
+    size: int
+    """Of those that there are."""
+    num_tokens: int
+    num_sequences: int
+    num_rows: int = 0
+    num_probabilities: int = 0
+    num_targets: int = 0
+    num_full: int = 0
+    """Rows whose whole distribution can be asked for: as many as rows, or none."""
+    num_blocks: int = 0
+    """In a row of each table."""
+    text_length: int = 0
+    """Places of a text, where texts lie side by side."""
+
+    def of(self, tensor: Tensor) -> tuple[int, ...]:
+        """Return the shape of an input or output of the graph."""
+        return tuple(dim if isinstance(dim, int) else self._size(dim) for dim in tensor.shape)
+
+    def metadata(self, block_size: int) -> Int32[np.ndarray, " 3"]:
+        """Return bounds of new tokens and of context in one sequence; 0 is an unknown lower one."""
+        longest = 1 if self.is_decode else self.num_tokens
+        return np.array([longest, self.num_blocks * block_size, 0], np.int32)
+
+    def _size(self, letter: str) -> int:
+        if letter.startswith("M_"):
+            return self.num_blocks
+        return {
+            "T": self.num_tokens,
+            "B": self.num_sequences,
+            "B1": self.num_sequences + 1,
+            "R": self.num_rows,
+            "Q": self.num_probabilities,
+            "Y": self.num_targets,
+            "F": self.num_full,
+            "L": self.text_length,
+        }[letter]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSizes:
+    """The sizes that steps are padded to, each tuple from the least to the greatest."""
+
+    decode: tuple[int, ...]
+    """Sequences of a decode step."""
+    prefill: tuple[int, ...]
+    """Tokens of any other step."""
+
+    def shape(
+        self, feeds: Mapping[str, np.ndarray], signature: Signature, *, with_logits: bool
+    ) -> StepShape:
+        """Return the shape that a step is padded to.
+
+        Raises:
+            DeviceError: the step is larger than any.
+        """
+        num_tokens, num_sequences = len(feeds["input_ids"]), len(feeds["cu_seqlens"]) - 1
+        if signature.head == "embed":
+            size = _least(self.prefill, num_tokens)
+            if "token_rows" not in feeds:
+                return _embed_shape(size, max(num_texts(size), num_sequences))
+            length = power_of_two(feeds["token_rows"].shape[1])
+            return _embed_shape(size, max(size // length, num_sequences), length)
+        num_probabilities = len(feeds["probability_rows"])
+        if signature.head == "generate" and feeds[METADATA][0] == 1:
+            size = _least(self.decode, num_sequences)
+            return decode_shape(
+                signature,
+                size,
+                num_blocks=_table_width(feeds, signature, 0),
+                with_probabilities=num_probabilities > 0,
+                with_logits=with_logits,
+            )
+        size = _least(self.prefill, num_tokens)
+        padding = size - num_tokens
+        num_rows = max(PREFILL_ROWS, _rounded(len(feeds["logit_rows"])))
+        return StepShape(
+            is_decode=False,
+            size=size,
+            num_tokens=size,
+            num_sequences=num_sequences + (padding > 0),
+            num_rows=num_rows,
+            num_full=num_rows if with_logits else 0,
+            num_probabilities=_rounded(num_probabilities),
+            num_targets=_rounded(len(feeds.get("target_ids", ()))),
+            num_blocks=_table_width(feeds, signature, padding),
+        )
+
+
+def decode_shape(
+    signature: Signature,
+    width: int,
+    *,
+    num_blocks: int,
+    with_probabilities: bool,
+    with_logits: bool,
+) -> StepShape:
+    """Return the shape of decode steps of a width."""
+    return StepShape(
+        is_decode=True,
+        size=width,
+        num_tokens=width,
+        num_sequences=width,
+        num_rows=width,
+        num_probabilities=width if with_probabilities else 0,
+        num_full=width if with_logits else 0,
+        num_blocks=power_of_two(max(num_blocks, blocks_for(MIN_CONTEXT, signature.block_size))),
+    )
+
+
+def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
+    """Return the shapes of the steps that take the most memory."""
+    most = sizes.prefill[-1]
+    if signature.head == "embed":
+        longest = power_of_two(signature.max_model_len)
+        most_texts = _embed_shape(most, num_texts(most), 2 * TOKENS_PER_TEXT)
+        return [most_texts, _embed_shape(most, max(1, 2 * most // longest), longest)]
+    widest = power_of_two(blocks_for(signature.max_model_len, signature.block_size))
+    prefill = StepShape(
+        is_decode=False,
+        size=most,
+        num_tokens=most,
+        num_sequences=min(PREFILL_ROWS, most) + 1,
+        num_rows=PREFILL_ROWS,
+        num_probabilities=PREFILL_ROWS,
+        num_targets=PREFILL_ROWS if signature.head == "score" else 0,
+        num_full=PREFILL_ROWS if signature.head == "generate" else 0,
+        num_blocks=max(widest, power_of_two(blocks_for(most, signature.block_size))),
+    )
+    if signature.head == "score":
+        return [prefill]
+    width = sizes.decode[-1]
+    decode = decode_shape(
+        signature, width, num_blocks=widest, with_probabilities=True, with_logits=True
+    )
+    return [prefill, decode]
+
+
+def pad(
+    feeds: Mapping[str, np.ndarray],
+    shape: StepShape,
+    into: Mapping[str, np.ndarray],
+    *,
+    spare_slot: int,
+) -> None:
+    """Write a step into arrays of its padded shape.
+
+    Args:
+        feeds: The step; without any sequence it becomes a step for nobody.
+        shape: What it is padded to.
+        into: The arrays by their names; all of each is written.
+        spare_slot: Belongs to no sequence.
+    """
+    for name, target in into.items():
+        source = feeds[name]
+        if name == "cu_seqlens":
+            _pad_starts(source, target, shape)
+            continue
+        if name == "full_rows":
+            source = source[: shape.num_full]
+        kind = name.partition(".")[0]
+        fill = spare_slot if kind in _SLOTS else _FILL.get(kind, 0)
+        target[...] = fill
+        target[tuple(slice(size) for size in source.shape)] = source
+
+
+def no_step(signature: Signature) -> dict[str, np.ndarray]:
+    """Return the inputs of a step without any sequence."""
+    return {
+        t.name: np.zeros([int(t.name == "cu_seqlens"), *[0] * (len(t.shape) - 1)], t.dtype)
+        for t in signature.step_inputs()
+    }
+
+
+def num_texts(num_tokens: int) -> int:
+    """Return how many texts a step of so many tokens may embed."""
+    return max(1, num_tokens // TOKENS_PER_TEXT)
+
+
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepShape:
+    """Return a shape with a token for each text that is left over, since none may be empty.
+
+    Where texts lie side by side, such texts have no place there, and their embeddings are zeros.
+    """
+    num_sequences += 1
+    return StepShape(
+        is_decode=False,
+        size=size,
+        num_tokens=_rounded(size + num_sequences),
+        num_sequences=num_sequences,
+        text_length=text_length,
+    )
+
+
+def _pad_starts(
+    source: Int32[np.ndarray, " B"], target: Int32[np.ndarray, "..."], shape: StepShape
+) -> None:
+    """Give the tokens that are left over to the sequences that are, evenly."""
+    count = len(source)
+    target[:count] = source
+    spare = shape.num_sequences - (count - 1)
+    left = shape.num_tokens - int(source[-1])
+    if spare:
+        target[count:] = source[-1] + np.arange(1, spare + 1) * left // spare
+
+
+def _table_width(feeds: Mapping[str, np.ndarray], signature: Signature, num_padding: int) -> int:
+    widths = [array.shape[1] for name, array in feeds.items() if name.startswith("block_table.")]
+    least = blocks_for(max(num_padding, MIN_CONTEXT), signature.block_size)
+    return power_of_two(max(*widths, least)) if widths else 0
+
+
+def _rounded(count: int) -> int:
+    return -(-count // PREFILL_ROWS) * PREFILL_ROWS
+
+
+def _least(sizes: Sequence[int], number: int) -> int:
+    """Return the least of the sizes that is not below a number."""
+    fitting = [size for size in sizes if size >= number]
+    if not fitting:
+        raise DeviceError(f"step: expected at most {max(sizes):,} tokens, got {number:,}")
+    return min(fitting)

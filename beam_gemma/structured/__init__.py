@@ -1,0 +1,1 @@
+"""Constrained completions: schemas, regular expressions and choices as regular languages."""

@@ -1,0 +1,197 @@
+"""Texts of the numbers within bounds, exactly, as regular languages.
+
+A whole number fits 64 bits. A decimal has at most 15 digits in all, and no exponent: each of these
+is a float of its own, in the order of the numbers, so bounds hold for the texts and for their
+floats. Neither begins with a zero that says nothing; zero has no sign.
+
+What is the same in two places is the same object, so that an automaton has it once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+from beam_gemma.structured.grammar import (
+    EMPTY,
+    Chars,
+    Concat,
+    Language,
+    Literal,
+    OneOf,
+    Repeat,
+    chars,
+    optional,
+)
+
+INT64_DIGITS = 19
+MAX_DIGITS = 15
+"""Of a decimal: before the point and behind it."""
+
+POINT, MINUS = Literal("."), Literal("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Where numbers begin or end."""
+
+    value: Fraction
+    is_open: bool
+    """Whether the value itself is out of bounds."""
+
+    def lowest(self, unit: int) -> int:
+        """Return the lowest n for which n / unit is not below the bound."""
+        scaled = self.value * unit
+        return math.floor(scaled) + 1 if self.is_open else math.ceil(scaled)
+
+    def highest(self, unit: int) -> int:
+        """Return the highest n for which n / unit is not above the bound."""
+        scaled = self.value * unit
+        return math.ceil(scaled) - 1 if self.is_open else math.floor(scaled)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Numbers without a sign, of so many digits before the point and at most so many behind it."""
+
+    num_whole: int
+    places: int
+    low: str
+    """The digits of the least."""
+    high: str
+    """The digits of the greatest."""
+    is_full: bool
+    """Whether there are all numbers of so many digits."""
+
+
+def integers(lows: Sequence[Bound], highs: Sequence[Bound]) -> Language | None:
+    """Return the whole numbers of 64 bits within bounds; None if there are none."""
+    lowest, highest = (Bound(Fraction(limit), is_open=False) for limit in (-(2**63), 2**63 - 1))
+    return _numbers([lowest, *lows], [highest, *highs], INT64_DIGITS, 0)
+
+
+def decimals(
+    lows: Sequence[Bound], highs: Sequence[Bound], max_places: int = MAX_DIGITS
+) -> Language | None:
+    """Return the decimals within bounds; None if there are none.
+
+    Args:
+        lows: None of which a number is below.
+        highs: None of which a number is above.
+        max_places: Digits behind the point.
+    """
+    return _numbers(lows, highs, MAX_DIGITS, max_places)
+
+
+def _numbers(
+    lows: Sequence[Bound], highs: Sequence[Bound], max_digits: int, max_places: int
+) -> Language | None:
+    """Return numbers by their digits before the point, which leave the others for behind it."""
+    positive: list[Span] = []
+    negative: list[Span] = []
+    for num_whole in range(1, max_digits + 1):
+        places = min(max_places, max_digits - num_whole)
+        unit = 10**places
+        beyond = 10**num_whole * unit
+        low = max((bound.lowest(unit) for bound in lows), default=-beyond)
+        high = min((bound.highest(unit) for bound in highs), default=beyond)
+        positive += _span(max(low, 0), high, num_whole, places)
+        negative += _span(max(-high, 1), -low, num_whole, places)
+    options = _unsigned(positive)
+    if below_zero := _unsigned(negative):
+        options.append(Concat((MINUS, OneOf(tuple(below_zero)))))
+    return OneOf(tuple(options)) if options else None
+
+
+def _span(low: int, high: int, num_whole: int, places: int) -> list[Span]:
+    """Return the one span of numbers within bounds, in units of the last place, if there is any."""
+    num_digits = num_whole + places
+    least = 10 ** (num_digits - 1) if num_whole > 1 else 0
+    most = 10**num_digits - 1
+    first, last = max(low, least), min(high, most)
+    if first > last:
+        return []
+    low_digits, high_digits = (f"{number:0{num_digits}d}" for number in (first, last))
+    is_full = (first, last) == (least, most)
+    return [Span(num_whole, places, low_digits, high_digits, is_full)]
+
+
+def _unsigned(spans: Sequence[Span]) -> list[Language]:
+    """Return the numbers of spans; of those that are full, which follow each other, all at once."""
+    options = [_digits(s.low, s.high, s.num_whole) for s in spans if not s.is_full]
+    full = [span for span in spans if span.is_full]
+    if full:
+        options += _all([span.places for span in full], full[0].num_whole)
+    return options
+
+
+def _all(places: Sequence[int], num_whole: int) -> list[Language]:
+    """Return all numbers of as many digits before the point, and of one more for each of `places`.
+
+    Args:
+        places: The most digits behind the point, by those before it.
+        num_whole: The fewest digits before the point.
+    """
+    tail = _fraction(places[-1])
+    for most in reversed(places[:-1]):
+        tail = OneOf((_fraction(most), Concat((_digit(0, 9), tail))))
+    if not any(places):
+        tail = Repeat(_digit(0, 9), 0, len(places) - 1)
+    nonzero = Concat((_digit(1, 9), _whole(num_whole - 1), tail))
+    return [nonzero] if num_whole > 1 else [Concat((_digit(0, 0), _fraction(places[0]))), nonzero]
+
+
+def _digits(low: str, high: str, num_whole: int) -> Language:
+    """Return digits from `low` to `high`; behind the point, zeros at the end may be missing.
+
+    Args:
+        low: Digits.
+        high: As many, none or more of them behind the point.
+        num_whole: Digits before the point; negative behind it.
+    """
+    first, last = int(low[0]), int(high[0])
+    if first == last:
+        return Concat((_digit(first, last), _rest(low[1:], high[1:], num_whole - 1)))
+    zeros, nines = "0" * (len(low) - 1), "9" * (len(low) - 1)
+    options: list[Language] = []
+    if low[1:] != zeros:
+        options.append(Concat((_digit(first, first), _rest(low[1:], nines, num_whole - 1))))
+        first += 1
+    if high[1:] != nines:
+        options.append(Concat((_digit(last, last), _rest(zeros, high[1:], num_whole - 1))))
+        last -= 1
+    if first <= last:
+        options.append(Concat((_digit(first, last), _rest(zeros, nines, num_whole - 1))))
+    return OneOf(tuple(options))
+
+
+def _rest(low: str, high: str, num_whole: int) -> Language:
+    """Return what follows a digit."""
+    num_digits = len(low)
+    zeros, nines = "0" * num_digits, "9" * num_digits
+    if not num_digits:
+        return EMPTY
+    if num_whole >= 0 and (low, high) == (zeros, nines):
+        return Concat((_whole(num_whole), _fraction(num_digits - num_whole)))
+    if num_whole < 0 and low == zeros and high in (zeros, nines):
+        return Repeat(_digit(0, int(high[0])), 0, num_digits)
+    more = _digits(low, high, num_whole)
+    if num_whole == 0:
+        more = Concat((POINT, more))
+    return optional(more) if num_whole <= 0 and low == zeros else more
+
+
+@cache
+def _whole(num_digits: int) -> Language:
+    return Repeat(_digit(0, 9), num_digits, num_digits) if num_digits else EMPTY
+
+
+@cache
+def _fraction(places: int) -> Language:
+    return optional(Concat((POINT, Repeat(_digit(0, 9), 1, places)))) if places else EMPTY
+
+
+@cache
+def _digit(first: int, last: int) -> Chars:
+    return chars((ord("0") + first, ord("0") + last))

@@ -1,0 +1,158 @@
+"""Strings, numbers, constants: what a schema says of values that hold no others."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import pyarrow as pa
+
+from beam_gemma.errors import nearest
+from beam_gemma.structured.grammar import (
+    MAX_CODE_POINT,
+    Concat,
+    Language,
+    Literal,
+    OneOf,
+    Repeat,
+    chars,
+)
+from beam_gemma.structured.json_formats import FORMATS
+from beam_gemma.structured.json_numbers import MAX_DIGITS, Bound, decimals, integers
+from beam_gemma.structured.json_values import Values, arrow_value, json_text, union
+from beam_gemma.structured.regex import json_string, parse_pattern
+from beam_gemma.structured.schema_node import OF_TYPE, Subschema
+
+KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string"}
+
+
+PLAIN = chars((ord(" "), ord("!")), (ord("#"), ord("[")), (ord("]"), MAX_CODE_POINT))
+ESCAPED = Concat((Literal("\\"), chars(*((ord(char), ord(char)) for char in '"\\/bfnrt'))))
+CHARACTER = OneOf((PLAIN, ESCAPED))
+"""As JSON writes it within a string; of control characters only those with a short name."""
+QUOTE = Literal('"')
+
+
+def string(schema: Subschema) -> Values:
+    """Return strings of a format, of a pattern, or of some length."""
+    keywords = schema.keywords & OF_TYPE["string"]
+    if "format" in keywords:
+        schema.alone("format", keywords)
+        return _format(schema)
+    if "pattern" in keywords:
+        schema.alone("pattern", keywords, "; say it in the pattern, as in ^.{1,9}$")
+        place = f"json_schema: {schema.pointer}/pattern"
+        contents = json_string(parse_pattern(schema["pattern"], place))
+    else:
+        contents = Repeat(CHARACTER, *schema.counts("minLength", "maxLength"))
+    return _strings(contents, pa.string())
+
+
+def _strings(contents: Language, kind: pa.DataType) -> Values:
+    return Values(language=Concat((QUOTE, contents, QUOTE)), type=kind, kinds=frozenset({"string"}))
+
+
+def _format(schema: Subschema) -> Values:
+    name = schema["format"]
+    if name not in FORMATS:
+        raise schema.inner("format").error(
+            f"one of {', '.join(FORMATS)}", name, nearest(name, FORMATS) or "; leave it out"
+        )
+    return _strings(FORMATS[name].language, FORMATS[name].type)
+
+
+def integer(schema: Subschema) -> Values:
+    """Return whole numbers of 64 bits."""
+    _places(schema)
+    return _numbers(schema, integers(*_bounds(schema)), pa.int64(), "whole number of 64 bits")
+
+
+def number(schema: Subschema) -> Values:
+    """Return decimals that are floats."""
+    expected = f"number of at most {MAX_DIGITS} digits"
+    return _numbers(schema, decimals(*_bounds(schema), _places(schema)), pa.float64(), expected)
+
+
+def _numbers(
+    schema: Subschema, language: Language | None, kind: pa.DataType, expected: str
+) -> Values:
+    if language is None:
+        raise schema.error(f"bounds with a {expected} between them", "none")
+    return Values(language=language, type=kind, kinds=frozenset({"number"}))
+
+
+def _bounds(schema: Subschema) -> tuple[list[Bound], list[Bound]]:
+    """Return where numbers begin, and where they end."""
+
+    def given(closed: str, opened: str) -> list[Bound]:
+        return [
+            Bound(_exact(schema[keyword]), is_open=keyword == opened)
+            for keyword in (closed, opened)
+            if keyword in schema.keywords
+        ]
+
+    return given("minimum", "exclusiveMinimum"), given("maximum", "exclusiveMaximum")
+
+
+def _places(schema: Subschema) -> int:
+    """Return the digits after the point that `multipleOf` leaves."""
+    if "multipleOf" not in schema.keywords:
+        return MAX_DIGITS
+    step = _exact(schema["multipleOf"])
+    places = len(str(step.denominator)) - 1
+    if step != Fraction(1, 10**places):
+        raise schema.inner("multipleOf").error("1, 0.1, 0.01 or so on", schema["multipleOf"])
+    return min(places, MAX_DIGITS)
+
+
+def _exact(number: int | float) -> Fraction:
+    """Return a number as it is written, not as a float holds it."""
+    return Fraction(str(number))
+
+
+def constants(schema: Subschema) -> list[Values]:
+    """Return each value of `enum`, or the one of `const`, that the other keywords accept."""
+    keyword = "enum" if "enum" in schema.keywords else "const"
+    place = schema.inner(keyword)
+    listed = place.schema if keyword == "enum" else [place.schema]
+    accepted = schema.accepted(listed)
+    if not accepted:
+        raise place.error("a value that the rest of the schema accepts", json_text(place.schema))
+    types = schema.types() if "type" in schema.keywords else []
+    is_decimal = any(isinstance(value, float) for value in accepted) or (
+        "number" in types and "integer" not in types
+    )
+    text_format = FORMATS.get(schema.get("format"))
+    arrow_types = {
+        "null": pa.null(),
+        "boolean": pa.bool_(),
+        "number": pa.float64() if is_decimal else pa.int64(),
+        "string": text_format.type if text_format else pa.string(),
+    }
+    return [_constant(value, place, arrow_types) for value in accepted]
+
+
+def _constant(value: Any, place: Subschema, arrow_types: Mapping[str, pa.DataType]) -> Values:
+    kind = KINDS.get(type(value))
+    if kind is None:
+        raise place.error(
+            "strings, numbers, true, false or null", json_text(value), "; list what is within"
+        )
+    arrow_type = arrow_types[kind]
+    try:
+        pa.scalar(value if kind == "number" else arrow_value(value, arrow_type), arrow_type)
+    except (ValueError, OverflowError) as error:
+        raise place.error(f"values that {arrow_type} holds", json_text(value)) from error
+    return _single(value, kind, arrow_type)
+
+
+def _single(value: Any, kind: str, arrow_type: pa.DataType) -> Values:
+    return Values(
+        language=Literal(json_text(value)),
+        type=arrow_type,
+        kinds=frozenset({kind}),
+        listed=frozenset({value}),
+    )
+
+
+BOOLEAN = union([_single(value, "boolean", pa.bool_()) for value in (True, False)])
+NULL = _single(None, "null", pa.null())

@@ -1,0 +1,204 @@
+"""A language as a nondeterministic automaton over UTF-8, built as far as texts get.
+
+A place is what is still to come: a language so many times, then the rest, which is a place again.
+What is asked for twice is the same place: options with the same rest meet again, and a string of up
+to 500 characters costs as many places as are used of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from beam_gemma.structured.grammar import Chars, Concat, Language, Literal, OneOf, Range, Repeat
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Bytes:
+    """The UTF-8 of one character of some, or what is left of it behind its first bytes."""
+
+    following: "Mapping[int, Bytes | None]"
+    """What is left behind each byte that may come first; None if nothing is."""
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """A language some times, then the rest. It is a head if it begins with a byte, or is an end."""
+
+    language: Language | Bytes | None
+    """None is an end."""
+    least: int
+    most: int | None
+    rest: "Place | None"
+    """None behind an end alone."""
+    following: "Mapping[int, Bytes | None] | None"
+    """Of a head: the bytes that may come first, and what they leave of their character."""
+    heads: "frozenset[Place] | None" = field(default=None, init=False)
+    """See `Places.heads`; None until asked for."""
+    brief: "Place | None" = field(default=None, init=False)
+    """See `Places.brief`; None until asked for."""
+
+
+class Places:
+    """The places of one language.
+
+    A place is brief if only brief texts are still to come: nothing in them is repeated more often
+    than it must, and of wide choices of characters few are left. What may be there once, or not at
+    all, stays open.
+    """
+
+    def __init__(self, language: Language, narrow: Callable[[Chars], Chars]) -> None:
+        """Begin with the whole language.
+
+        Args:
+            language: The language.
+            narrow: Returns those of some characters that are left to brief texts.
+        """
+        self._narrow = narrow
+        self._places: dict[tuple[int, int, int | None, int], Place] = {}
+        self.end = Place(None, 1, 1, None, {})
+        self.brief_end = Place(None, 1, 1, None, {})
+        for end in (self.end, self.brief_end):
+            end.heads = frozenset([end])
+            end.brief = self.brief_end
+        self.start = self._before(self.end, language)
+
+    def heads(self, place: Place) -> frozenset[Place]:
+        """Return the heads that a place stands for."""
+        if place.heads is None:
+            heads, seen, waiting = [], {place}, [place]
+            while waiting:
+                at = waiting.pop()
+                if at.following is not None:
+                    heads.append(at)
+                    continue
+                new = [p for p in self._unfold(at) if p not in seen]
+                seen.update(new)
+                waiting.extend(new)
+            place.heads = frozenset(heads)
+        return place.heads
+
+    def behind(self, head: Place, byte: int) -> frozenset[Place]:
+        """Return the heads behind a byte; none if a head does not begin with it."""
+        if not head.following or byte not in head.following:
+            return frozenset()
+        assert head.rest is not None
+        left = head.following[byte]
+        return self.heads(head.rest if left is None else self._before(head.rest, left))
+
+    def brief(self, place: Place) -> Place:
+        """Return the place with brief texts alone."""
+        chain = []
+        while place.brief is None:
+            assert place.rest is not None
+            chain.append(place)
+            place = place.rest
+        brief = place.brief
+        for place in reversed(chain):
+            assert place.language is not None
+            brief = place.brief = self._before(brief, place.language, place.least, place.most)
+        return brief
+
+    def _before(
+        self, rest: Place, language: Language | Bytes, least: int = 1, most: int | None = 1
+    ) -> Place:
+        """Return the one place of a language, so many times, before a rest."""
+        is_brief = rest is rest.brief
+        if is_brief and (least, most) != (0, 1):
+            most = least
+        if most == 0:
+            return rest
+        if isinstance(language, Repeat) and least == most == 1:
+            return self._before(rest, language.body, language.min, language.max)
+        if isinstance(language, Chars) and is_brief:
+            language = self._narrow(language)
+        # A place keeps its language and its rest, so these ids are of nothing else.
+        key = (id(language), least, most, id(rest))
+        place = self._places.get(key)
+        if place is None:
+            following = _following(language) if least == most == 1 else None
+            place = self._places[key] = Place(language, least, most, rest, following)
+            place.brief = place if is_brief else None
+        return place
+
+    def _unfold(self, place: Place) -> Iterator[Place]:
+        """Yield the places that a place is, looked at more closely."""
+        rest = place.rest
+        assert rest is not None
+        if (place.least, place.most) != (1, 1):
+            yield from self._unfold_repeat(place, rest)
+            return
+        match place.language:
+            case Literal(text):
+                yield self._before_all(rest, [ONE_BYTE[byte] for byte in text.encode()])
+            case Concat(parts):
+                yield self._before_all(rest, parts)
+            case OneOf(options):
+                yield from (self._before(rest, option) for option in options)
+
+    def _unfold_repeat(self, place: Place, rest: Place) -> Iterator[Place]:
+        assert place.language is not None
+        most = None if place.most is None else place.most - 1
+        others = self._before(rest, place.language, max(0, place.least - 1), most)
+        yield self._before(others, place.language)
+        if place.least == 0:
+            yield rest
+
+    def _before_all(self, rest: Place, parts: Sequence[Language | Bytes]) -> Place:
+        for part in reversed(parts):
+            rest = self._before(rest, part)
+        return rest
+
+
+ONE_BYTE = [Bytes({byte: None}) for byte in range(256)]
+# All characters of one of these ranges have as many bytes as it has come in the list.
+LENGTHS = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
+
+
+def _following(language: Language | Bytes) -> "Mapping[int, Bytes | None] | None":
+    if isinstance(language, Bytes):
+        return language.following
+    return _utf8(language).following if isinstance(language, Chars) else None
+
+
+@cache
+def _utf8(chars: Chars) -> Bytes:
+    """Return the one object for the UTF-8 of a character of some."""
+    return _bytes(
+        tuple(
+            sequence
+            for first, last in chars.ranges
+            for low, high in LENGTHS
+            if max(first, low) <= min(last, high)
+            for sequence in _sequences(chr(max(first, low)).encode(), chr(min(last, high)).encode())
+        )
+    )
+
+
+@cache
+def _bytes(sequences: tuple[tuple[Range, ...], ...]) -> Bytes:
+    """Return the one object for bytes of which each is in its range of one of some sequences."""
+    tails: dict[int, list[tuple[Range, ...]]] = {}
+    for (first, last), *tail in sequences:
+        for byte in range(first, last + 1):
+            tails.setdefault(byte, []).append(tuple(tail))
+    return Bytes({b: _bytes(tuple(left)) if left[0] else None for b, left in tails.items()})
+
+
+def _sequences(first: bytes, last: bytes) -> Iterator[tuple[Range, ...]]:
+    """Yield ranges, byte by byte, of the characters from one to another of as many bytes."""
+    start, stop, length = first[0], last[0], len(first) - 1
+    if length == 0:
+        yield ((start, stop),)
+        return
+    if start == stop:
+        yield from (((start, stop), *tail) for tail in _sequences(first[1:], last[1:]))
+        return
+    lowest, highest = b"\x80" * length, b"\xbf" * length
+    if first[1:] != lowest:
+        yield from _sequences(first, bytes([start]) + highest)
+        start += 1
+    if last[1:] != highest:
+        yield from _sequences(bytes([stop]) + lowest, last)
+        stop -= 1
+    if start <= stop:
+        yield ((start, stop), *[(0x80, 0xBF)] * length)

@@ -1,0 +1,1 @@
+"""Where rows live: Parquet, JSON lines and BigQuery, read and written."""

@@ -1,0 +1,181 @@
+"""Tables written as files: staged beside the output, renamed together."""
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedIOBase
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma.batches import with_schema
+from beam_gemma.errors import OptionsError
+from beam_gemma.tables import json_lines
+from beam_gemma.tables.sink import FORMATS, Format, Sink
+from beam_gemma.tables.source import match_files
+
+ROW_GROUP_BYTES = 64 << 20
+"""Of Arrow data that become one row group."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSink(Sink):
+    """Where files go: `dir/name.parquet` becomes `dir/name-00000-of-00004.parquet`."""
+
+    uri: str
+    prefix: str
+    """Of all file names."""
+    format: Format
+    work: str
+
+    @property
+    def record_path(self) -> str:
+        """The record of the run, written last: where it is, the output is whole."""
+        return f"{_hidden(self.prefix)}.run.json"
+
+    def earlier(self) -> list[str]:
+        """Return the files that an earlier job has written here, in order."""
+        name = re.compile(re.escape(self.prefix) + SHARD.pattern + re.escape(f".{self.format}"))
+        found = match_files(f"{self.prefix}-*-of-*.{self.format}")
+        return [path for path in found if name.fullmatch(path)]
+
+    def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
+        """Rename the staged files, remove those of an earlier output, and write the record."""
+        if FileSystems.exists(self.record_path):
+            FileSystems.delete([self.record_path])
+        final = [
+            f"{self.prefix}-{i:05}-of-{len(staged):05}.{self.format}" for i in range(len(staged))
+        ]
+        # A second call finds files that the first has renamed.
+        left = [pair for pair in zip(staged, final, strict=True) if FileSystems.exists(pair[0])]
+        for _, path in left:
+            if FileSystems.exists(path):
+                FileSystems.delete([path])
+        if left:
+            FileSystems.rename(*map(list, zip(*left, strict=True)))
+        if missing := [path for path in final if not FileSystems.exists(path)]:
+            raise BeamIOError(f"{missing[0]}: expected a staged shard to become it, got none")
+        if old := sorted(set(self.earlier()) - set(final)):
+            FileSystems.delete(old)
+        with create(self.record_path) as stream:
+            stream.write(json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def open_sink(uri: str) -> FileSink:
+    """Return where a table is written.
+
+    Raises:
+        OptionsError: the name has no format that can be written.
+    """
+    stem, _, suffix = uri.rpartition(".")
+    for file_format in FORMATS:
+        if suffix == file_format and stem.rpartition("/")[2]:
+            return FileSink(uri=uri, prefix=stem, format=file_format, work=f"{_hidden(uri)}.work")
+    raise OptionsError(f"{uri}: expected a name that ends in .parquet or .jsonl")
+
+
+def _hidden(path: str) -> str:
+    """Return a name beside a file's that readers of a folder of tables pass over."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}_{name}"
+
+
+@runtime_checkable
+class ShardFile(Protocol):
+    """A file of rows that is being written."""
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows."""
+
+    def close(self) -> None:
+        """Finish the file."""
+
+
+def stage(sink: Sink, shard: int, schema: pa.Schema) -> tuple[str, ShardFile]:
+    """Begin a shard under a name of its own; return the name and the file."""
+    path = f"{sink.work}/staged/{shard:05}-{uuid.uuid4().hex}.{sink.format}"
+    stream = create(path)
+    return path, (
+        _ParquetShard(stream, schema) if sink.format == "parquet" else _JsonlShard(stream)
+    )
+
+
+def create(path: str) -> BufferedIOBase:
+    """Return a new file to write, with its folder."""
+    folder = path.rpartition("/")[0]
+    if folder and not FileSystems.exists(folder):
+        try:
+            FileSystems.mkdirs(folder)
+        except OSError:
+            # Another thread has made it, which is as good. Of Beam's file systems the local one
+            # raises a bare OSError, the others its subclass BeamIOError.
+            if not FileSystems.exists(folder):
+                raise
+    stream: Any = FileSystems.create(path)  # which only Beam calls a BinaryIO
+    return stream
+
+
+def check_writable(flag: str, path: str) -> None:
+    """Refuse a name that no file can have; nothing of the attempt stays but its folder.
+
+    Raises:
+        OptionsError: a file beside it cannot be written, or it is a folder.
+    """
+    attempt = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        create(attempt).close()
+        FileSystems.delete([attempt])
+        is_folder = FileSystems.exists(f"{path}/")
+    except Exception as error:  # each storage has errors of its own
+        raise OptionsError(
+            f"{flag}: expected a file that can be written, got {type(error).__name__} at {path}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    if is_folder:
+        raise OptionsError(f"{flag}: expected a file that can be written, got the folder {path}")
+
+
+class _ParquetShard:
+    """An open Parquet file that gathers batches into row groups."""
+
+    def __init__(self, stream: BufferedIOBase, schema: pa.Schema) -> None:
+        self._stream = stream
+        self._schema = schema
+        self._writer = pq.ParquetWriter(stream, schema, compression="zstd")
+        self._batches: list[pa.RecordBatch] = []
+        self._num_bytes = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._batches.append(with_schema(batch, self._schema))
+        self._num_bytes += batch.nbytes
+        if self._num_bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+        self._stream.close()
+
+    def _flush(self) -> None:
+        if self._batches:
+            self._writer.write_table(pa.Table.from_batches(self._batches, self._schema))
+        self._batches, self._num_bytes = [], 0
+
+
+class _JsonlShard:
+    """An open file of JSON lines."""
+
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream = stream
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._stream.write(json_lines.format_rows(batch))
+
+    def close(self) -> None:
+        self._stream.close()

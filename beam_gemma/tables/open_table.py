@@ -1,0 +1,106 @@
+"""Tables to read, by their names."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics.metric import Metrics
+from apache_beam.pvalue import PBegin, PCollection
+
+from beam_gemma.batches import Located, send_whole
+from beam_gemma.errors import OptionsError
+from beam_gemma.monitoring.progress import METRICS_NAMESPACE
+from beam_gemma.tables.hive_partitions import is_data
+from beam_gemma.tables.jsonl_source import JsonlSource
+from beam_gemma.tables.parquet_source import ParquetSource
+from beam_gemma.tables.source import Source, match_files
+
+WILDCARD = re.compile(r"[*?\[]")
+
+
+def open_source(
+    uri: str,
+    *,
+    limit: int | None = None,
+    columns: tuple[str, ...] | None = None,
+    dry_run: bool = False,
+) -> Source:
+    """Find a table and read its schema.
+
+    Args:
+        uri: A file, a pattern, or a folder of Parquet files, on any file system of Beam. Names of
+            folders such as `day=2024-01-01` in it, or behind a pattern's first wildcard, are a
+            column.
+        limit: Rows to read, in the order of the files; None for all.
+        columns: To read; None for all.
+        dry_run: Whether the table is only to be looked at; the types of JSON lines are those of
+            the first.
+
+    Raises:
+        OptionsError: there is no such table or column, or the files do not make one table.
+    """
+    if uri.endswith(".jsonl"):
+        paths = _found(match_files(uri), uri)
+        return JsonlSource.open(uri, paths, limit=limit, columns=columns, dry_run=dry_run)
+    root, paths = _parquet_files(uri)
+    return ParquetSource.open(uri, _found(paths, uri), root=root, limit=limit, columns=columns)
+
+
+class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
+    """Reads a table: some rows at a time, with the position of the first."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+
+    def expand(self, pbegin: PBegin) -> PCollection[Located]:
+        """Apply the transform."""
+        send_whole()
+        return (
+            pbegin
+            | "Parts" >> beam.Create(self._source.parts(), reshuffle=False)
+            | "Split" >> beam.FlatMap(self._source.split)
+            | "Spread" >> beam.Reshuffle()
+            | "Rows"
+            >> beam.ParDo(_Read(self._source)).with_output_types(tuple[int, pa.RecordBatch])
+        )
+
+
+class _Read(beam.DoFn):
+    """Reads a part of a table."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows_read = Metrics.counter(METRICS_NAMESPACE, "rows_read")
+
+    def process(self, part: Any) -> Iterator[Located]:
+        for position, batch in self._source.read(part):
+            self._rows_read.inc(batch.num_rows)
+            yield position, batch
+
+
+def _parquet_files(uri: str) -> tuple[str, list[str]]:
+    """Return the folder of a table and its files."""
+    folder = uri.rstrip("/")
+    name = folder.rpartition("/")[2]
+    is_named = name.endswith(".parquet")
+    if not is_named and ("." in name.strip(".") or WILDCARD.search(name)):
+        raise OptionsError(
+            f"{uri}: expected files that end in .parquet or .jsonl, or a folder of Parquet files"
+        )
+    if wildcard := WILDCARD.search(uri):
+        root = uri[: wildcard.start()].rpartition("/")[0]
+        return root, match_files(uri if is_named else f"{folder}/*.parquet")
+    inside = [path for path in match_files(f"{folder}/**.parquet") if is_data(path, folder)]
+    # What Spark calls table.parquet is a folder.
+    if inside or not is_named or uri.endswith("/"):
+        return folder, inside
+    return folder.rpartition("/")[0], match_files(uri)
+
+
+def _found(paths: list[str], uri: str) -> list[str]:
+    if not paths:
+        raise OptionsError(f"{uri}: expected at least one file, got none; check the path")
+    return paths

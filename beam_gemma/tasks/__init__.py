@@ -1,0 +1,1 @@
+"""What a row means: generate, classify, moderate and embed."""

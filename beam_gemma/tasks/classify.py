@@ -1,0 +1,159 @@
+"""The classify task: rows to questions, questions to requests, one result for each row.
+
+A row is asked one question, or one for each safety policy; a question becomes as few requests as
+hold all tokens that are to be scored. What is wrong with one row ends as that row's `error`.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from beam_gemma.engine.engine import Engine
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Completion, Request
+from beam_gemma.engine.stats import Tally
+from beam_gemma.errors import RecordError
+from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.monitoring.progress import Count
+from beam_gemma.tasks.interface import in_order
+from beam_gemma.tasks.moderate import ModerateSettings
+from beam_gemma.tasks.questions import Answer, ClassifySettings, Question, QuestionEncoder
+
+_NOTHING_NEW = SamplingParams(max_tokens=1)
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A row on its way through the engine."""
+
+    index: int
+    questions: list[Question]
+    num_left: int
+    """Requests that are not done."""
+    futures: list[Future[Completion]] = field(default_factory=list)
+
+
+class Classifier:
+    """Classifies rows on an engine that many threads share."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoders: Sequence[QuestionEncoder],
+        settings: ClassifySettings | ModerateSettings,
+        *,
+        on_result: Callable[[Count], None],
+    ) -> None:
+        """Join an engine and ways to make questions.
+
+        Args:
+            engine: Runs the model.
+            encoders: Make the settings' questions of a row.
+            settings: What to ask.
+            on_result: Called for each row as soon as it is done, from any thread; its tokens are
+                the engine's to count.
+        """
+        self._engine = engine
+        self._encoders = encoders
+        self._settings = settings
+        self._on_result = on_result
+        self._names = settings.result_schema.names
+        self._tally = Tally(engine)
+        self._lock = threading.Lock()  # guards what rows have left
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row, in the order of the rows."""
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+        rows_or_errors = [self._pending(index, row) for index, row in enumerate(rows)]
+        pending = [row for row in rows_or_errors if isinstance(row, _Pending)]
+        requests = [request for row in pending for request in self._requests(row)]
+        futures = iter(self._engine.submit(requests))
+        for row in pending:
+            row.futures = [next(futures) for _ in range(row.num_left)]
+        done: SimpleQueue[_Pending] = SimpleQueue()
+        for row in pending:
+            for future in row.futures:
+                future.add_done_callback(partial(self._count, row, done))
+        for index, error in enumerate(rows_or_errors):
+            if isinstance(error, str):
+                yield index, self._failure(error)
+        for _ in pending:
+            row = done.get()
+            with suppress(CancelledError):
+                yield row.index, self._result(row)
+
+    def drain(self) -> None:
+        """Begin with no other row."""
+        self._engine.drain()
+
+    def num_tokens(self) -> int:
+        """Return the tokens that the engine has computed."""
+        return self._engine.stats.num_tokens
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what the engine has counted and no call has returned yet."""
+        return self._tally.take()
+
+    def take_pulse(self) -> dict[str, Any]:
+        """Return the samples of the engine that no call has returned yet."""
+        return self._engine.pulse.take()
+
+    def _pending(self, index: int, row: Row) -> _Pending | str:
+        """Return what the engine needs of a row, or the error that ends it here."""
+        try:
+            questions = [encoder(row) for encoder in self._encoders]
+        except RecordError as error:
+            return str(error)
+        return _Pending(index, questions, sum(len(question.plan.paths) for question in questions))
+
+    def _requests(self, row: _Pending) -> list[Request]:
+        return [
+            Request(
+                request_id="score",
+                prompt_token_ids=path.token_ids,
+                params=_NOTHING_NEW,
+                targets=path.targets,
+                normalized=question.normalized,
+            )
+            for question in row.questions
+            for path in question.plan.paths
+        ]
+
+    def _count(self, row: _Pending, done: SimpleQueue[_Pending], _: Future[Completion]) -> None:
+        with self._lock:
+            row.num_left -= 1
+            if row.num_left:
+                return
+        done.put(row)
+        if any(future.exception() is not None for future in row.futures):
+            return
+        failed = any(future.result().error is not None for future in row.futures)
+        self._on_result(Count(rows=1, failed=int(failed)))
+
+    def _failure(self, error: str) -> dict[str, Any]:
+        self._on_result(Count(rows=1, failed=1))
+        return dict.fromkeys(self._names) | {"error": error}
+
+    def _result(self, row: _Pending) -> dict[str, Any]:
+        completions = [future.result() for future in row.futures]
+        prompts = [question.prompt for question in row.questions]
+        result = dict.fromkeys(self._names)
+        result["num_prompt_tokens"] = sum(len(prompt.token_ids) for prompt in prompts)
+        if "truncated" in result:
+            result["truncated"] = any(prompt.truncated for prompt in prompts)
+        if errors := [c.error for c in completions if c.error is not None]:
+            return result | {"error": errors[0]}
+        scores = iter([completion.scores for completion in completions])
+        answers = [
+            Answer(question, question.plan.logliks([next(scores) for _ in question.plan.paths]))
+            for question in row.questions
+        ]
+        return result | self._settings.result(answers)

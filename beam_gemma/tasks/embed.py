@@ -1,0 +1,128 @@
+"""The embed task: rows to texts, texts to embeddings, one result for each row.
+
+A text that several rows have in common is computed once. What is wrong with one row ends as that
+row's `error`; its neighbours never see it.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from beam_gemma.engine.embedding_engine import EmbeddingSteps, Result
+from beam_gemma.errors import RecordError
+from beam_gemma.inputs.prompt_encoder import Prompt, Row
+from beam_gemma.monitoring.progress import Count
+from beam_gemma.monitoring.timeline import Pulse
+from beam_gemma.tasks.interface import in_order
+from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
+
+LEAST_LENGTH = 1e-12
+"""What an embedding is divided by if it is all zeros, as in sentence-transformers."""
+NOT_FINITE = "embedding: expected finite numbers, got infinity in float16; take float32"
+
+
+class Embedder:
+    """Embeds rows by steps that many threads share."""
+
+    def __init__(
+        self,
+        steps: EmbeddingSteps,
+        encoder: TextEncoder,
+        settings: EmbedSettings,
+        *,
+        pulse: Pulse,
+        on_result: Callable[[Count], None],
+    ) -> None:
+        """Join what makes embeddings and what makes texts.
+
+        Args:
+            steps: Run the model.
+            encoder: Makes token ids of rows.
+            settings: What to embed, and in which form.
+            pulse: Samples of what the steps have done.
+            on_result: Called with the rows that are done, from any thread.
+        """
+        self._steps = steps
+        self._encoder = encoder
+        self._settings = settings
+        self._pulse = pulse
+        self._on_result = on_result
+        self._names = settings.result_schema.names
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()  # guarded by the lock, as the next
+        self._told: Counter[str] = Counter()
+        """Of the pulse's counts."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row, in the order of the rows."""
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+        owners: dict[tuple[int, ...], list[tuple[int, Prompt]]] = {}
+        for index, row in enumerate(rows):
+            try:
+                prompt = self._encoder(row)
+            except RecordError as error:
+                self._on_result(Count(rows=1, failed=1))
+                yield index, dict.fromkeys(self._names) | {"error": str(error)}
+            else:
+                owners.setdefault(prompt.token_ids, []).append((index, prompt))
+        with self._lock:
+            self._counts["duplicate_rows"] += sum(map(len, owners.values())) - len(owners)
+        texts = list(owners)
+        for number, result in self._steps(texts):
+            vector = self._formed(result)
+            for index, prompt in owners[texts[number]]:
+                self._on_result(Count(rows=1, failed=int(isinstance(vector, str))))
+                yield index, self._result(prompt, vector)
+
+    def drain(self) -> None:
+        """Begin with no other text."""
+        self._steps.drain()
+
+    def num_tokens(self) -> int:
+        """Return the tokens that steps have computed."""
+        return self._steps.num_tokens
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what has been counted and no call has returned yet."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+            totals = self._pulse.counts()
+            counts += totals - self._told
+            self._told = totals
+        return dict(counts)
+
+    def take_pulse(self) -> dict[str, Any]:
+        """Return the samples of the steps that no call has returned yet."""
+        return self._pulse.take()
+
+    def _formed(self, result: Result) -> list[float] | str:
+        """Return an embedding as it was asked for."""
+        if isinstance(result, str):
+            return result
+        vector = shortened(result, self._settings.truncate_dim)
+        with np.errstate(over="ignore"):
+            vector = vector.astype(self._settings.embedding_dtype)
+        return vector.tolist() if np.isfinite(vector).all() else NOT_FINITE
+
+    def _result(self, prompt: Prompt, vector: list[float] | str) -> dict[str, Any]:
+        is_error = isinstance(vector, str)
+        return {
+            "embedding": None if is_error else vector,
+            "num_tokens": len(prompt.token_ids),
+            "truncated": prompt.truncated,
+            "error": vector if is_error else None,
+        }
+
+
+def shortened(vector: np.ndarray, size: int | None) -> np.ndarray:
+    """Return the first numbers of an embedding, at length 1; None keeps it as it is."""
+    if size is None or size == len(vector):
+        return vector
+    kept = vector[:size].astype(np.float64)
+    return (kept / max(np.sqrt((kept * kept).sum()), LEAST_LENGTH)).astype(np.float32)

@@ -1,0 +1,333 @@
+"""The generate task: rows to prompts, prompts to completions, one result for each row.
+
+What is wrong with one row ends as that row's `error`; its neighbours never see it.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+
+from beam_gemma.engine.engine import Engine
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Completion, Request
+from beam_gemma.engine.stats import Tally
+from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSettings, Row
+from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
+from beam_gemma.monitoring.progress import Count
+from beam_gemma.structured.constraint import Constraint
+from beam_gemma.structured.output import StructuredOutput
+from beam_gemma.tasks.data_commons import find_statistics
+from beam_gemma.tasks.interface import Settings, in_order
+from beam_gemma.tasks.row_keys import ROW_KEY
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateSettings(PromptSettings, Settings):
+    """What to ask the model of each row."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they are no part of it."""
+    structured: StructuredOutput | None = None
+    """What a completion has to be; None for any text."""
+    key_column: str | None = None
+    """Column that identifies a row, for its random draws; rows without a key use their prompt."""
+    logprob: bool = False
+    """Whether to return the log-probability of the completion."""
+    token_ids: bool = False
+    """Whether to return the token ids of the completion."""
+    statistics: bool = False
+    """Whether to return the queries that DataGemma writes into a completion; see `data_commons`."""
+
+    def __post_init__(self) -> None:
+        PromptSettings.__post_init__(self)
+        if "" in self.stop:
+            raise OptionsError("stop: expected texts that are not empty, got an empty one")
+        if self.structured is not None:
+            self._check_structured()
+
+    def _check_structured(self) -> None:
+        others = {
+            "stop": self.stop,
+            "stop_token_ids": self.sampling.stop_token_ids,
+            "ignore_eos": self.sampling.ignore_eos,
+            "prefix_column": self.prefix_column,
+            "statistics": self.statistics,
+        }
+        if given := [name for name, value in others.items() if value]:
+            raise OptionsError(
+                f"{given[0]}: expected none beside structured output, which alone says where a "
+                "completion ends and what it holds; leave one of them out"
+            )
+        names = self.result_schema.names
+        for name in names:
+            if names.count(name) > 1:
+                raise OptionsError(
+                    f"flatten: expected properties that are not named as other results are, got "
+                    f"{name!r}; rename it in the schema or leave out flatten"
+                )
+
+    @property
+    def columns(self) -> dict[str, ColumnUse]:
+        """Columns that the task takes."""
+        keys: dict[str, ColumnUse] = {self.key_column: "key"} if self.key_column else {}
+        return keys | self.prompt_columns
+
+    @property
+    def result_schema(self) -> pa.Schema:
+        """Columns that each row gains."""
+        text = [pa.field("completion", pa.string())]
+        if self.structured is not None:
+            text = self.structured.columns
+        columns = {
+            "finish_reason": pa.string(),
+            "num_prompt_tokens": pa.int64(),
+            "num_completion_tokens": pa.int64(),
+            "logprob": pa.float64() if self.logprob else None,
+            "completion_token_ids": pa.list_(pa.int64()) if self.token_ids else None,
+            "statistic_queries": pa.list_(pa.string()) if self.statistics else None,
+            "statistic_values": pa.list_(pa.string()) if self.statistics else None,
+            "truncated": pa.bool_() if self.truncate else None,
+            "error": pa.string(),
+        }
+        others = [(name, kind) for name, kind in columns.items() if kind is not None]
+        return pa.schema([*text, *others])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether completions are drawn."""
+        return self.sampling.temperature > 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of a completion."""
+        return self.sampling.max_tokens
+
+    def _parameters(self) -> dict[str, Any]:
+        sampling = asdict(self.sampling)
+        if not self.is_sampled:
+            for of_draws in ("top_k", "top_p", "seed"):
+                del sampling[of_draws]
+        parameters = {
+            "sampling": sampling,
+            "stop": self.stop,
+            # What ends a completion in a gap is no part of its prompt.
+            "infill": self.prefix_column is not None,
+        }
+        if self.structured is not None:
+            parameters["structured"] = asdict(self.structured)
+            # It chooses the tokens of what must follow.
+            parameters["llguidance"] = version("llguidance")
+        return parameters
+
+    def max_prompt(self, max_model_len: int) -> int:
+        """Return the longest prompt, in tokens, that leaves room for a completion.
+
+        Raises:
+            OptionsError: there is no room for a prompt.
+        """
+        room = max_model_len - self.sampling.max_tokens
+        if room < 1:
+            raise OptionsError(
+                f"max_tokens: expected less than the {max_model_len:,} tokens that the model "
+                f"takes in all, got {self.sampling.max_tokens:,}"
+            )
+        return room
+
+
+def constraint_of(
+    settings: GenerateSettings, tokenizer: Tokenizer, end_token_ids: Iterable[int]
+) -> Constraint | None:
+    """Return what holds completions to the structured output that is asked for, if any is.
+
+    Args:
+        settings: What to ask.
+        tokenizer: The model's.
+        end_token_ids: The model's own, which end a completion.
+
+    Raises:
+        OptionsError: no completion of `max_tokens` is such an output.
+    """
+    if settings.structured is None:
+        return None
+    constraint = Constraint(settings.structured.language, tokenizer, end_token_ids)
+    if too_few := constraint.shortage(settings.sampling.max_tokens):
+        raise OptionsError(too_few)
+    return constraint
+
+
+class _Stop:
+    """Watches a growing completion for the first of some texts."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
+        self.position: int | None = None
+        """Where the completion ends, in characters, once a text has occurred."""
+        self._decoder = StreamingDecoder(tokenizer)
+        self._texts = texts
+        self._reach = max(map(len, texts)) - 1
+        self._window = ""
+        self._start = 0
+
+    def __call__(self, token_id: int) -> bool:
+        """Take the next token and return whether the completion ends with it."""
+        self._window += self._decoder.add(token_id)
+        found = [at for text in self._texts if (at := self._window.find(text)) >= 0]
+        if found:
+            self.position = self._start + min(found)
+            return True
+        passed = max(len(self._window) - self._reach, 0)
+        self._window = self._window[passed:]
+        self._start += passed
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A row on its way through the engine."""
+
+    prompt: Prompt
+    request: Request
+    stop: _Stop | None
+
+
+class Generator:
+    """Completes rows on an engine that many threads share."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: PromptEncoder,
+        settings: GenerateSettings,
+        *,
+        constraint: Constraint | None = None,
+        on_result: Callable[[Count], None],
+    ) -> None:
+        """Join an engine and a way to make prompts.
+
+        Args:
+            engine: Runs the model.
+            encoder: Makes prompts of rows.
+            settings: What to ask.
+            constraint: What `constraint_of` returns for them.
+            on_result: Called for each row as soon as it is done, from any thread; its tokens are
+                the engine's to count.
+        """
+        self._engine = engine
+        self._encoder = encoder
+        self._settings = settings
+        self._constraint = constraint
+        self._on_result = on_result
+        stops = (*settings.sampling.stop_token_ids, *encoder.stop_token_ids)
+        self._sampling = replace(settings.sampling, stop_token_ids=stops)
+        self._names = settings.result_schema.names
+        self._tally = Tally(engine)
+
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return the result columns of each row, in the order of the rows."""
+        return in_order(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row's index and result columns as soon as they are known."""
+        tasks = {index: self._task(row) for index, row in enumerate(rows)}
+        sent = {index: task for index, task in tasks.items() if isinstance(task, _Task)}
+        futures = self._engine.submit([task.request for task in sent.values()])
+        for future in futures:
+            future.add_done_callback(self._count)
+        for index, task in tasks.items():
+            if isinstance(task, str):
+                yield index, self._failure(task)
+        owners = dict(zip(futures, sent.items(), strict=True))
+        for future in as_completed(owners):
+            index, task = owners[future]
+            with suppress(CancelledError):
+                yield index, self._result(task, future.result())
+
+    def drain(self) -> None:
+        """Begin with no other row."""
+        self._engine.drain()
+
+    def num_tokens(self) -> int:
+        """Return the tokens that the engine has computed."""
+        return self._engine.stats.num_tokens
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what the engine has counted and no call has returned yet."""
+        return self._tally.take()
+
+    def take_pulse(self) -> dict[str, Any]:
+        """Return the samples of the engine that no call has returned yet."""
+        return self._engine.pulse.take()
+
+    def _task(self, row: Row) -> _Task | str:
+        """Return what the engine needs of a row, or the error that ends it here."""
+        try:
+            prompt = self._encoder(row)
+            key = self._sampling_key(row, prompt)
+        except RecordError as error:
+            return str(error)
+        stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
+        request = Request(
+            request_id=key,
+            prompt_token_ids=prompt.token_ids,
+            params=self._sampling,
+            sampling_key=key,
+            should_stop=stop,
+            constraint=self._constraint,
+            logprob=self._settings.logprob,
+        )
+        return _Task(prompt, request, stop)
+
+    def _sampling_key(self, row: Row, prompt: Prompt) -> str:
+        """Return what a row's random draws depend on, wherever and whenever it runs."""
+        column = self._settings.key_column
+        if not isinstance(row, str) and ROW_KEY in row:
+            return str(row[ROW_KEY])
+        if column is not None and not isinstance(row, str):
+            if column not in row:
+                raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
+            if row[column] is not None:
+                return str(row[column])
+        ids = array("q", prompt.token_ids).tobytes()
+        return hashlib.blake2b(ids, digest_size=16).hexdigest()
+
+    def _count(self, future: Future[Completion]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        self._on_result(Count(rows=1, failed=int(future.result().error is not None)))
+
+    def _failure(self, error: str) -> dict[str, Any]:
+        self._on_result(Count(rows=1, failed=1))
+        return dict.fromkeys(self._names) | {"error": error}
+
+    def _result(self, task: _Task, completion: Completion) -> dict[str, Any]:
+        result = dict.fromkeys(self._names)
+        result["num_prompt_tokens"] = len(task.prompt.token_ids)
+        if "truncated" in result:
+            result["truncated"] = task.prompt.truncated
+        if completion.error is not None:
+            return result | {"error": completion.error}
+        text = self._text(task, completion)
+        structured = self._settings.structured
+        result |= {"completion": text} if structured is None else structured.values_of(text)
+        result["finish_reason"] = completion.finish_reason
+        result["num_completion_tokens"] = len(completion.token_ids)
+        if "logprob" in result:
+            result["logprob"] = completion.logprob
+        if "completion_token_ids" in result:
+            result["completion_token_ids"] = list(completion.token_ids)
+        if "statistic_queries" in result:
+            queries, values = find_statistics(text)
+            result |= {"statistic_queries": queries, "statistic_values": values}
+        return result
+
+    def _text(self, task: _Task, completion: Completion) -> str:
+        text = self._encoder.tokenizer.decode(completion.token_ids)
+        return text if task.stop is None else text[: task.stop.position]

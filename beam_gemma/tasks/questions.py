@@ -1,0 +1,252 @@
+"""Questions: what a row is asked when labels are to go on from its prompt.
+
+Labels are templates like the prompt's. Shots, rows whose label is known, come before the prompt of
+every row in the same order, so that what all prompts begin with is computed once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.prompt_encoder import (
+    ColumnUse,
+    Prompt,
+    PromptEncoder,
+    PromptSettings,
+    Row,
+    Shots,
+    as_text,
+    rows_own_errors,
+)
+from beam_gemma.inputs.template import Part, Template
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.tasks.interface import Settings
+from beam_gemma.tasks.labels import Plan, join, softmax
+
+LabelNorm = Literal["none", "tokens", "chars"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shot:
+    """A row whose label is known."""
+
+    row: Mapping[str, Any] | str
+    label: int
+    """Index of its label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A prompt, and the labels that may go on from it."""
+
+    prompt: Prompt
+    labels: tuple[str, ...]
+    num_label_tokens: tuple[int, ...]
+    plan: Plan
+    normalized: bool
+    """Whether log-likelihoods are needed; else logits do, since all labels are single tokens."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells it from other questions, as JSON holds it."""
+        labels = [
+            (text, label.start, label.token_ids)
+            for text, label in zip(self.labels, self.plan.continuations, strict=True)
+        ]
+        return [self.prompt.identity, labels]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says to a question."""
+
+    question: Question
+    logliks: list[float]
+    """Of the labels; of single tokens perhaps their logits, which differ from one another alike."""
+
+    def scores(self, norm: LabelNorm) -> list[float]:
+        """Return the probability of each label, among the labels."""
+        lengths = {
+            "none": [1] * len(self.logliks),
+            "tokens": self.question.num_label_tokens,
+            "chars": [len(label) for label in self.question.labels],
+        }[norm]
+        return softmax([x / n for x, n in zip(self.logliks, lengths, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifySettings(PromptSettings, Settings):
+    """What to ask the model of each row: which label goes on from the prompt."""
+
+    labels: tuple[str, ...]
+    """Templates like the prompt's, so that a row can bring its own choices; scored as written
+    behind the prompt, a space at their beginning included."""
+    label_norm: LabelNorm = "none"
+    """What a label's log-likelihood is divided by before labels are compared: nothing, its number
+    of tokens, or its number of characters."""
+    logliks: bool = False
+    """Whether to return the log-likelihoods."""
+    shots: tuple[Shot, ...] = ()
+    """Rows with known labels, shown before each prompt in this order."""
+    num_fewshot: int | None = None
+    """Shots before each prompt, from the first; None for all. One more than that lets a row that
+    is itself among them have as many as the others."""
+    fewshot_delimiter: str = "\n\n"
+    """Comes after each shot, where the prompt is no chat."""
+
+    def __post_init__(self) -> None:
+        PromptSettings.__post_init__(self)
+        if len(self.labels) < 2:
+            raise OptionsError(f"labels: expected at least two, got {len(self.labels)}")
+        for label in self.labels:
+            if not label:
+                raise OptionsError("labels: expected texts that are not empty, got an empty one")
+            if self.labels.count(label) > 1:
+                raise OptionsError(f"labels: expected each once, got {label!r} twice")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise OptionsError(f"num_fewshot: expected at least 0, got {self.num_fewshot}")
+        if self.shots and self.messages_column:
+            raise OptionsError(
+                "shots: expected prompts that they can come before, got a messages_column; "
+                "make them its first messages"
+            )
+        for shot in self.shots:
+            if not 0 <= shot.label < len(self.labels):
+                raise OptionsError(
+                    f"shots: expected labels from 0 to {len(self.labels) - 1}, got {shot.label}"
+                )
+
+    @property
+    def columns(self) -> dict[str, ColumnUse]:
+        """Columns that the task takes."""
+        fields = [name for label in self.labels for name in Template(label, ()).fields]
+        uses: dict[str, ColumnUse] = dict.fromkeys(fields, "value")
+        return uses | self.prompt_columns
+
+    @property
+    def result_schema(self) -> pa.Schema:
+        """Columns that each row gains."""
+        columns = {
+            "label": pa.string(),
+            "label_index": pa.int64(),
+            "scores": pa.list_(pa.float64()),
+            "num_prompt_tokens": pa.int64(),
+            "logliks": pa.list_(pa.float64()) if self.logliks else None,
+            "truncated": pa.bool_() if self.truncate else None,
+            "error": pa.string(),
+        }
+        return pa.schema([(name, kind) for name, kind in columns.items() if kind is not None])
+
+    def _parameters(self) -> dict[str, Any]:
+        return {"label_norm": self.label_norm}
+
+    @property
+    def questions(self) -> "tuple[ClassifySettings, ...]":
+        """What to ask of each row."""
+        return (self,)
+
+    def result(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the result columns of a row, all but those that say what was asked."""
+        (answer,) = answers
+        scores = answer.scores(self.label_norm)
+        best = scores.index(max(scores))
+        own = {"label": answer.question.labels[best], "label_index": best, "scores": scores}
+        return own | ({"logliks": answer.logliks} if self.logliks else {})
+
+
+class QuestionEncoder:
+    """Makes a question of a row, as the settings say; needs a tokenizer but no weights."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: ClassifySettings,
+        *,
+        chat_template: str | None,
+        max_model_len: int,
+    ) -> None:
+        """Prepare the templates and the shots.
+
+        Args:
+            tokenizer: The model's.
+            settings: What to ask.
+            chat_template: The model's own, where it has one.
+            max_model_len: Tokens that the model takes, labels included.
+
+        Raises:
+            OptionsError: the model cannot be asked so, or a shot makes no prompt.
+        """
+        self._tokenizer = tokenizer
+        self._columns = settings.columns
+        self._needs_logliks = settings.logliks or settings.label_norm == "chars"
+        self._max_model_len = max_model_len
+        self._labels = [
+            Template(
+                label,
+                tokenizer.control_pieces,
+                allow_special_tokens=settings.allow_special_tokens,
+            )
+            for label in settings.labels
+        ]
+        self._encoder = PromptEncoder(
+            tokenizer,
+            settings,
+            chat_template=chat_template,
+            max_tokens=max_model_len,
+            shots=self._shots(settings),
+        )
+
+    def __call__(self, row: Row) -> Question:
+        """Return the question that a row is asked.
+
+        Raises:
+            RecordError: the row makes no prompt or not all labels, or they are too long.
+        """
+        if isinstance(row, str) and self._columns:
+            raise RecordError(f"row: expected columns {', '.join(self._columns)}, got a text")
+        with rows_own_errors():
+            labels = [_written(template, row) for template in self._labels]
+        texts = tuple(map(as_text, labels))
+        if repeated := [text for text in texts if texts.count(text) > 1]:
+            raise RecordError(f"labels: expected each once, got {repeated[0]!r} twice")
+        room = max(len(self._tokenizer.encode(label, add_bos=False)) for label in labels)
+        self._check_length(room + 1)
+        prompt = self._encoder(row, num_answer_tokens=room)
+        joined = [join(self._tokenizer, prompt.parts, label) for label in labels]
+        self._check_length(max(len(continuation.token_ids) for continuation in joined))
+        plan = Plan(joined)
+        return Question(
+            prompt=prompt,
+            labels=texts,
+            num_label_tokens=tuple(continuation.num_label_tokens for continuation in joined),
+            plan=plan,
+            normalized=self._needs_logliks or not plan.is_one_choice,
+        )
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self._max_model_len:
+            raise RecordError(
+                f"labels: expected at most {self._max_model_len:,} tokens with their prompt, got "
+                f"{num_tokens:,}; shorten them or the prompt"
+            )
+
+    def _shots(self, settings: ClassifySettings) -> Shots:
+        """Return the shots with their labels written out."""
+        try:
+            examples = tuple(
+                (shot.row, _written(self._labels[shot.label], shot.row)) for shot in settings.shots
+            )
+        except RecordError as error:
+            raise OptionsError(f"shots: expected rows with labels, got: {error}") from error
+        return Shots(
+            examples=examples,
+            number=settings.num_fewshot,
+            delimiter=settings.fewshot_delimiter,
+        )
+
+
+def _written(label: Template, row: Row) -> tuple[Part, ...]:
+    return label.render({} if isinstance(row, str) else row)

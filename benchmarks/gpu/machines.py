@@ -1,0 +1,140 @@
+"""Which GPU has room for which model, and what a million rows cost, by arithmetic.
+
+    python -m benchmarks.gpu.machines
+
+Prints the tables of `docs/dataflow.md`. Weights are two bytes a parameter, or in int8 and int4 what
+their blocks take (`export.graph.quantize`). A row's cache holds a
+key and a value, two bytes a number, for each layer, key-value head and token; a layer with a window
+keeps no more tokens than that. Weights and caches together stay within the share of the memory that
+weights alone may take.
+"""
+
+import math
+
+from beam_gemma.dataflow.gpus import GPUS, WEIGHTS_FRACTION, Gpu
+from beam_gemma.jobs.estimate import Estimate, Means, Sample, Throughput
+from beam_gemma.jobs.profiles import profiles
+from beam_gemma.model.config import GemmaConfig
+from benchmarks.table import table
+from export.checkpoints.released_sizes import SIZES, Size
+from export.graph.quantize import BITS, CodedMatrix
+
+BYTES = 2
+"""Of a number in bfloat16 or float16."""
+ROW_TOKENS = 2048
+"""Of a prompt and its completion."""
+EXAMPLE_PRICE = 0.10
+"""US dollars for an hour of a worker; an example, not anybody's price."""
+WORK = {"generate": (500, 100), "score": (200, 0), "embed": (200, 0)}
+"""Prompt tokens to compute and completion tokens of an example row, by head."""
+FITTING = [gpu for gpu in GPUS.values() if gpu.has_bfloat16]
+
+
+def weight_bytes(size: Size, precision: str = "bf16") -> int:
+    """Return the bytes of a model's weights."""
+    return sum(
+        num_bytes(name, shape, BITS.get(precision)) for name, shape in size.tensor_shapes().items()
+    )
+
+
+def num_bytes(name: str, shape: tuple[int, ...], bits: int | None) -> int:
+    """Return the bytes of a tensor; only matrices come in blocks."""
+    if bits is None or len(shape) == 1:
+        return BYTES * math.prod(shape)
+    matrix = CodedMatrix.of(name, bits, shape)
+    blocks = math.prod(matrix.shape_of(matrix.scales))
+    return math.prod(matrix.shape_of(matrix.codes)) + BYTES * blocks
+
+
+def cache_bytes(config: GemmaConfig, num_tokens: int) -> int:
+    """Return the bytes that a sequence's keys and values take."""
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * BYTES
+    windows = [config.window(kind) for kind in config.layer_types]
+    return per_layer * sum(min(num_tokens, window or num_tokens) for window in windows)
+
+
+def num_rows(gpu: Gpu, size: Size) -> int:
+    """Return how many sequences fit beside a model's weights; 0 where these alone do not."""
+    if not gpu.holds(weight_bytes(size)):
+        return 0
+    left = gpu.memory_gib * 2**30 * WEIGHTS_FRACTION - weight_bytes(size)
+    return int(left // cache_bytes(size.config, row_tokens(size)))
+
+
+def row_tokens(size: Size) -> int:
+    """Return the tokens of the longest row that is reckoned with."""
+    return min(ROW_TOKENS, size.config.max_position_embeddings)
+
+
+def fit_table() -> str:
+    """Return the table of models and GPUs."""
+    header = ["model", "weights, GB", "cache of a row, MB"]
+    header += [f"{gpu.name}, {gpu.memory_gib} GiB" for gpu in FITTING]
+    rows = []
+    for size in SIZES:
+        if size.config.use_bidirectional_attention:
+            continue  # keeps no cache, and runs on the CPU
+        fits = [num_rows(gpu, size) for gpu in FITTING]
+        cells = [f"{n:,}" if n else "no" for n in fits]
+        cache = cache_bytes(size.config, row_tokens(size))
+        rows.append([size.name, f"{weight_bytes(size) / 1e9:.1f}", f"{cache / 1e6:.1f}", *cells])
+    return table(header, rows)
+
+
+def precision_table() -> str:
+    """Return what weights take in each precision, and the smallest GPU that has room for them."""
+    rows = []
+    for size in SIZES:
+        if size.config.use_bidirectional_attention:
+            continue
+        cells = []
+        for precision in ("bf16", "fp16", *BITS):
+            weights = weight_bytes(size, precision)
+            fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(weights))
+            smallest = min(fit, key=lambda gpu: gpu.memory_gib)
+            cells.append(f"{weights / 1e9:.1f}, {smallest.name.removeprefix('nvidia-')}")
+        rows.append([size.name, *cells])
+    return table(["model", "bf16", "fp16", *BITS], rows)
+
+
+def cost_table() -> str:
+    """Return what a million rows take, for each measured profile."""
+    header = ["model", "task", "machine", "prompt tok/s", "completion tok/s", "tokens of a row",
+              "worker hours, 1M rows", f"at {EXAMPLE_PRICE:.2f} USD an hour"]  # fmt: skip
+    rows = []
+    for profile in profiles():
+        prompt, completion = WORK[profile.head]
+        rates = (profile.prompt_tokens_per_sec, profile.completion_tokens_per_sec)
+        throughput = Throughput(
+            prompt_tokens_per_sec=rates[0],
+            completion_tokens_per_sec=rates[1],
+            origin=profile.origin,
+        )
+        estimate = million_rows(prompt, completion, throughput)
+        rows.append([
+            profile.model, profile.head, profile.machine,
+            *("" if rate is None else f"{rate:g}" for rate in rates),
+            f"{prompt} + {completion}", f"{estimate.worker_hours:,.0f}", f"{estimate.cost:,.0f}",
+        ])  # fmt: skip
+    return table(header, rows)
+
+
+def million_rows(prompt: int, completion: int, throughput: Throughput) -> Estimate:
+    """Return the estimate for a million rows of the same length."""
+    means = Means(
+        throughput=throughput,
+        num_workers=None,
+        worker_price=EXAMPLE_PRICE,
+        completion_tokens=float(completion),
+    )
+    sample = Sample(lengths=[prompt], sequences=[((0,) * prompt,)])
+    return Estimate(sample=sample, means=means, num_rows=1_000_000, is_counted=True)
+
+
+def main() -> None:
+    """Print all tables."""
+    print(fit_table(), precision_table(), cost_table(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reads checkpoints: Hugging Face folders, GGUF files, `.ckpt` files, LoRA adapters."""

@@ -1,0 +1,76 @@
+"""What lies beside the weights in a checkpoint's folder: tokenizer, chat template, terms."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from beam_gemma.errors import CheckpointError
+from beam_gemma.model.tokenizer import USER_DEFINED, ModelProto
+
+UNUSED_PIECE = re.compile(r"<unused\d+>")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file of settings."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: expected a checkpoint's file, got nothing")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: expected JSON, got {error}") from error
+
+
+def tokenizer_bytes(folder: Path) -> bytes:
+    """Read the SentencePiece model, under the names that `tokenizer_config.json` gives to pieces.
+
+    CodeGemma and others name pieces that were left unused; not every file of theirs says so.
+    """
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: expected the SentencePiece model of the checkpoint, got nothing; "
+            "it is one of the files published with every Gemma model"
+        )
+    model = ModelProto.FromString(file.read_bytes())
+    settings = folder / "tokenizer_config.json"
+    added = read_json(settings).get("added_tokens_decoder", {}) if settings.exists() else {}
+    for token_id, token in added.items():
+        # Ids beyond the model's belong to images.
+        if int(token_id) < len(model.pieces):
+            piece = model.pieces[int(token_id)]
+            if UNUSED_PIECE.fullmatch(piece.piece):
+                piece.piece, piece.type = token["content"], USER_DEFINED
+    return bytes(model.SerializeToString())
+
+
+def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end a text: generation_config.json knows more than config.json."""
+    generation = folder / "generation_config.json"
+    raw = read_json(generation) if generation.exists() else {}
+    ids = raw.get("eos_token_id", config.get("eos_token_id", 1))
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def chat_template(folder: Path) -> str | None:
+    """Return the Jinja chat template, where the folder has one."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text()
+    settings = folder / "tokenizer_config.json"
+    template = read_json(settings).get("chat_template") if settings.exists() else None
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
+
+
+def legal_files(folder: Path) -> tuple[Path, ...]:
+    """Return the licence, terms and notices."""
+    names = ("license", "notice", "terms", "use_policy", "prohibited")
+    return tuple(
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name.lower().startswith(names)
+    )

@@ -1,0 +1,1 @@
+"""Writes ONNX graphs, links weights and quantizes them."""

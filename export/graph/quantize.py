@@ -1,0 +1,206 @@
+"""Matrices of 4 or 8 bits a number: how they are rounded, laid out and multiplied with.
+
+A block is 32 numbers along a matrix's inputs, with one float16 scale; code c of b bits stands for
+scale * (c - 2^(b - 1)). These are the numbers of ggml's Q4_0 and Q8_0, so a matrix that a GGUF file
+holds in that form keeps each of them; any other is rounded to the nearest, by ggml's rule.
+
+ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` read the same codes, so a matrix that is
+both embedding and head is there once. They differ in the shape that they want the scales in.
+
+Dimensions: N outputs of a matrix, K inputs, J = K / 32 blocks of an output.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
+
+from beam_gemma.errors import CheckpointError
+from export.checkpoints.tensors import StoredTensor
+
+BLOCK = 32
+EMBEDDING = "embed_tokens.weight"
+BITS = {"int8": 8, "int4": 4}
+"""Of a number in a matrix, by precision."""
+EMBEDDING_BITS = 8
+"""Of a number in the embedding, at least: it is the head too, and suffers most of fewer."""
+Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedMatrix:
+    """A matrix that graphs have in blocks, and what they call its parts."""
+
+    name: str
+    bits: int
+    shape: tuple[int, int]
+    """[N, K]."""
+
+    @classmethod
+    def of(cls, name: str, bits: int, shape: tuple[int, ...]) -> "CodedMatrix":
+        """Return a matrix of a precision of so many bits.
+
+        Raises:
+            CheckpointError: its inputs do not make whole blocks.
+        """
+        outputs, inputs = shape
+        if inputs % BLOCK:
+            raise CheckpointError(
+                f"{name}: expected a multiple of {BLOCK} inputs, of which so many share a "
+                f"scale, got {inputs}; export with another --precision"
+            )
+        least = EMBEDDING_BITS if name == EMBEDDING else 0
+        return cls(name=name, bits=max(bits, least), shape=(outputs, inputs))
+
+    @property
+    def codes(self) -> str:
+        """uint8 [N, J, 4 * bits]."""
+        return f"{self.name}:{self.bits}:codes"
+
+    @property
+    def scales(self) -> str:
+        """float16 [N, J]."""
+        return f"{self.name}:{self.bits}:scales"
+
+    @property
+    def lookup_scales(self) -> str:
+        """float16 [N, J, 1], the same bytes."""
+        return f"{self.name}:{self.bits}:lookup_scales"
+
+    def shape_of(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a part."""
+        outputs, num_blocks = self.shape[0], self.shape[1] // BLOCK
+        last = {self.codes: (BLOCK * self.bits // 8,), self.lookup_scales: (1,)}
+        return outputs, num_blocks, *last.get(part, ())
+
+
+def coded_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, CodedMatrix]:
+    """Return the matrices that have parts among initializers, by name."""
+    found = {}
+    for part, (outputs, num_blocks, *_) in ((p, s) for p, s in shapes.items() if is_part(p)):
+        name, bits, _ = part.split(":")
+        shape = outputs, num_blocks * BLOCK
+        found[name] = CodedMatrix(name=name, bits=int(bits), shape=shape)
+    return found
+
+
+def is_part(name: str) -> bool:
+    """Return whether an initializer is part of a matrix in blocks."""
+    return ":" in name
+
+
+def quantize_graph(model: ir.Model, bits: int) -> None:
+    """Make each product with a float16 matrix, and each look-up in one, that of its blocks.
+
+    Args:
+        model: Changed in place; its weights are not attached yet.
+        bits: Of a matrix; the embedding has never less than `EMBEDDING_BITS`.
+
+    Raises:
+        CheckpointError: the inputs of a matrix do not make whole blocks.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        if value.const_value is None and value.dtype == ir.DataType.FLOAT16:
+            assert value.shape is not None
+            matrix = CodedMatrix.of(name, bits, value.shape.numpy())
+            for node, index in list(value.uses()):
+                _replace(model.graph, node, index, matrix)
+            del model.graph.initializers[name]
+
+
+def _replace(graph: ir.Graph, node: ir.Node, index: int, matrix: CodedMatrix) -> None:
+    """Put nodes that read blocks in the place of one that reads the matrix."""
+    if (node.op_type, index) == ("Gemm", 1):
+        assert (node.attributes["transB"].as_int(), len(node.inputs)) == (1, 2)
+        new = [_product(graph, node.inputs[0], matrix)]
+    else:
+        assert (node.op_type, index) == ("Gather", 0), f"{node.op_type} of a matrix"
+        new = _rows(graph, node.inputs[1], matrix)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs)
+
+
+def _product(graph: ir.Graph, x: ir.Value | None, matrix: CodedMatrix) -> ir.Node:
+    """Return the node for x [T, K] times the matrix."""
+    parts = (_part(graph, matrix, part) for part in (matrix.codes, matrix.scales))
+    outputs, inputs = matrix.shape
+    shape = {"N": outputs, "K": inputs, "bits": matrix.bits, "block_size": BLOCK}
+    return ir.node("MatMulNBits", [x, *parts], shape, domain="com.microsoft")
+
+
+def _rows(graph: ir.Graph, places: ir.Value | None, matrix: CodedMatrix) -> list[ir.Node]:
+    """Return the nodes for the rows at places [T]: they come in blocks, and are made whole."""
+    codes, scales = (_part(graph, matrix, p) for p in (matrix.codes, matrix.lookup_scales))
+    axes = {"gather_axis": 0, "quantize_axis": 2, "bits": matrix.bits, "block_size": BLOCK}
+    inputs = [codes, places, scales]
+    rows = ir.node("GatherBlockQuantized", inputs, axes, domain="com.microsoft")
+    rows.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    name = f"{matrix.name}:row"
+    size = ir.tensor([0, matrix.shape[1]], name=name)
+    shape = graph.initializers.setdefault(name, ir.Value(name=name, const_value=size))
+    return [rows, ir.node("Reshape", [rows.outputs[0], shape])]
+
+
+def _part(graph: ir.Graph, matrix: CodedMatrix, part: str) -> ir.Value:
+    """Return the initializer of a part, made for its first use; its bytes come later."""
+    kind = ir.DataType.UINT8 if part == matrix.codes else ir.DataType.FLOAT16
+    shape, type_ = ir.Shape(matrix.shape_of(part)), ir.TensorType(kind)
+    return graph.initializers.setdefault(part, ir.Value(name=part, shape=shape, type=type_))
+
+
+class Blocks:
+    """The blocks of a stored matrix, made slice by slice."""
+
+    def __init__(self, stored: StoredTensor, bits: int) -> None:
+        """Begin with nothing read.
+
+        Args:
+            stored: The matrix [N, K].
+            bits: Of a code.
+        """
+        self._stored, self._bits = stored, bits
+        self._scales: list[np.ndarray] = []
+
+    def codes(self) -> Iterator[np.ndarray]:
+        """Yield uint8 [N, J, 4 * bits] in slices; of two codes in a byte, the low one is first."""
+        for codes, scales in self._slices():
+            self._scales.append(scales)
+            yield codes[..., 0::2] | codes[..., 1::2] << 4 if self._bits == 4 else codes
+
+    def scales(self) -> Iterator[np.ndarray]:
+        """Yield float16 [N, J] in slices, once `codes` has been read to its end."""
+        while self._scales:
+            yield self._scales.pop(0)
+
+    def _slices(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield codes, uint8 [N, J, 32], and scales."""
+        stored = self._stored
+        if stored.coded_rows is not None and stored.dtype == Q4.name:
+            for packed in stored.slices(stored.coded_rows):
+                codes, scales = _unpacked_q4(packed)
+                yield codes + np.uint8(2 ** (self._bits - 1) - 8), scales
+        elif stored.coded_rows is not None and (stored.dtype, self._bits) == (Q8.name, 8):
+            yield from map(_unpacked_q8, stored.slices(stored.coded_rows))
+        else:
+            kind, unpacked = (Q4, _unpacked_q4) if self._bits == 4 else (Q8, _unpacked_q8)
+            for rows in stored.chunks():
+                yield unpacked(quantize(rows.astype(np.float32, copy=False), kind))
+
+
+def _unpacked_q4(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes [N, J, 32] and scales [N, J]: each byte has a number of both halves."""
+    blocks = packed.reshape(len(packed), -1, 2 + BLOCK // 2)
+    halves = blocks[..., 2:] & 15, blocks[..., 2:] >> 4
+    return np.concatenate(halves, axis=-1), _scales(blocks)
+
+
+def _unpacked_q8(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes [N, J, 32] and scales [N, J]: signed numbers become codes."""
+    blocks = packed.reshape(len(packed), -1, 2 + BLOCK)
+    return blocks[..., 2:] ^ 128, _scales(blocks)
+
+
+def _scales(blocks: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]

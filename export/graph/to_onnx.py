@@ -1,0 +1,313 @@
+"""From the PyTorch module to an ONNX graph, without a weight in memory.
+
+The module is built and traced under fake tensors, so a 27B model exports on a laptop. Weights come
+in later as references to files (`export.graph.weights`).
+"""
+
+import inspect
+import math
+import typing
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.onnx_opset import opset23 as op
+from onnxscript.optimizer import optimize
+from onnxscript.values import OnnxFunction, Op
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from beam_gemma.model.signature import QUERY_TILE, Signature, StateTensor, Tensor
+from export.modules.decoder import RMSNorm, Rotary
+from export.ops import lowering_cpu, lowering_cuda, lowering_packed
+from export.ops.lowering_packed import SUM_CHUNK, VALUE_SLICE
+from export.ops.reference import NO_WINDOW
+
+OPSET = 23
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+TENSOR_TYPES = [
+    f"tensor({kind})" for kind in ("float", "bfloat16", "float16", "int32", "int64", "bool")
+]
+DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
+
+
+def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Model:
+    """Export a module as the graph that `signature` describes.
+
+    Args:
+        build: Makes a module with the `forward` of `GemmaDecoder`; called under fake tensors.
+        signature: What goes in and out.
+
+    Returns:
+        A graph whose parameters are initializers without a value, named as in the module.
+    """
+    with FakeTensorMode(), warnings.catch_warnings():
+        # Deprecations inside the exporter are not the caller's business.
+        warnings.simplefilter("ignore")
+        module = _typed(build(), signature.dtype).eval()
+        sizes = _Sizes()
+        step = {t.name: sizes.example(t) for t in signature.step_inputs()}
+        state = {t.input_name: sizes.example(t) for t in signature.state_tensors()}
+        program = torch.export.export(
+            module,
+            (step, state),
+            dynamic_shapes=(
+                {t.name: _dynamic(t.shape) for t in signature.step_inputs()},
+                {t.input_name: _dynamic(t.shape) for t in signature.state_tensors()},
+            ),
+            strict=False,
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verify=False,
+            verbose=False,
+            input_names=[*step, *state],
+            output_names=_output_names(signature),
+            custom_translation_table=_translations(signature.device),
+        )
+    assert exported is not None
+    return _finished(exported.model, signature, {name for name, _ in module.named_parameters()})
+
+
+def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir.Model:
+    """Optimize the graph around its parameters, then add the bodies of its custom ops.
+
+    In this order: the optimizer must see neither fake values nor the inside of an op.
+    """
+    for name in parameters & set(model.graph.initializers):
+        model.graph.initializers[name].const_value = None
+    optimize(model)
+    model.opset_imports.update({"beam_gemma": 1, "com.microsoft": 1})
+    for function in _lowering(signature):
+        body = ir.serde.deserialize_function(function.to_function_proto())
+        model.functions[body.identifier()] = body
+    _name_dimensions(model, signature)
+    model.producer_name = "beam_gemma"
+    return model
+
+
+def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
+    """Return the bodies of the ops in a graph."""
+    if signature.head == "embed" and signature.device == "cpu":
+        return lowering_packed.FUNCTIONS
+    return DECODER_LOWERINGS[signature.device]
+
+
+def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
+    """Give the module's matrices a dtype; norm weights and frequencies stay as they are."""
+    for child in module.modules():
+        if not isinstance(child, RMSNorm | Rotary):
+            for name, parameter in child.named_parameters(recurse=False):
+                parameter = torch.nn.Parameter(parameter.to(TORCH_DTYPES[dtype]))
+                setattr(child, name, parameter)
+    return module
+
+
+class _Sizes:
+    """Example sizes for the letters of a signature; all differ, so no two are taken for one."""
+
+    def __init__(self) -> None:
+        self._sizes = {"B": 3, "B1": 4}
+
+    def example(self, tensor: Tensor | StateTensor) -> torch.Tensor:
+        shape = [
+            dim if isinstance(dim, int) else self._sizes.setdefault(dim, 11 + 2 * len(self._sizes))
+            for dim in tensor.shape
+        ]
+        return torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype])
+
+
+def _dynamic(shape: tuple[int | str, ...]) -> dict[int, Any]:
+    return {i: torch.export.Dim.DYNAMIC for i, dim in enumerate(shape) if isinstance(dim, str)}
+
+
+def _output_names(signature: Signature) -> list[str]:
+    return [
+        *(tensor.name for tensor in signature.outputs()),
+        *(tensor.output_name for tensor in signature.state_tensors()),
+    ]
+
+
+def _name_dimensions(model: ir.Model, signature: Signature) -> None:
+    """Replace the exporter's symbols by the letters of the signature, everywhere in the graph."""
+    shapes = {t.name: t.shape for t in (*signature.step_inputs(), *signature.outputs())}
+    for state in signature.state_tensors():
+        shapes |= dict.fromkeys((state.input_name, state.output_name), state.shape)
+    letters: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for symbol, letter in zip(value.shape or (), shapes[value.name or ""], strict=True):
+            if isinstance(symbol, ir.SymbolicDim) and isinstance(letter, str):
+                letters[str(symbol.value)] = letter
+    for value in _values(model):
+        if value.shape is not None and not value.shape.frozen:
+            for axis, symbol in enumerate(value.shape):
+                if isinstance(symbol, ir.SymbolicDim):
+                    value.shape[axis] = letters.get(str(symbol.value), symbol.value)
+    for value in model.graph.outputs:
+        value.shape = ir.Shape(shapes[value.name or ""])
+
+
+def _values(model: ir.Model) -> Iterable[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what torch ops become on a device, beside PyTorch's own table."""
+    return {
+        torch.ops.beam_gemma.ragged_attention.default: (
+            _attention_cpu if device == "cpu" else _attention_cuda
+        ),
+        torch.ops.beam_gemma.packed_attention.default: _packed_attention,
+        torch.ops.beam_gemma.packed_sum.default: _packed_sum,
+        torch.ops.beam_gemma.padded_attention.default: _padded_attention,
+        torch.ops.beam_gemma.column_maxima.default: _column_maxima,
+        torch.ops.beam_gemma.rms_norm.default: _rms_norm_cpu if device == "cpu" else _rms_norm_cuda,
+        torch.ops.beam_gemma.rotate.default: _rotate,
+        torch.ops.aten.linear.default: _linear,
+    }
+
+
+def _node(function: OnnxFunction[..., Any]) -> Op:
+    """Return the op that records a call of `function` as one node, without its body.
+
+    A body that the exporter sees is inlined when it changes the opset version.
+    """
+    schema = onnx.defs.OpSchema
+    attribute_types = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT}
+    signature = inspect.signature(function.function)
+    inputs, attributes = [], []
+    for name, parameter in signature.parameters.items():
+        kind = attribute_types.get(parameter.annotation)
+        if kind is None:
+            inputs.append(schema.FormalParameter(name, "T"))
+        else:
+            attributes.append(schema.Attribute(name, kind, "", required=True))
+    num_outputs = len(typing.get_args(signature.return_annotation)) or 1
+    return Op(
+        function.opset,
+        function.name,
+        schema(
+            function.name,
+            function.opset.domain,
+            1,
+            inputs=inputs,
+            outputs=[schema.FormalParameter(f"output_{i}", "T") for i in range(num_outputs)],
+            type_constraints=[("T", TENSOR_TYPES, "")],
+            attributes=attributes,
+        ),
+    )
+
+
+def _attention_cpu(  # type: ignore[no-untyped-def]
+    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float, layout: str, attention_metadata=None,
+):  # fmt: skip
+    del layout, attention_metadata
+    inputs = (
+        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        slot_mapping, context_starts, last_keys,
+    )  # fmt: skip
+    shape = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "block_size": key_cache.shape[2],
+        "query_tile": QUERY_TILE, "window": window, "scale": scale,
+    }  # fmt: skip
+    if softcap:
+        return _node(lowering_cpu.RaggedAttentionSoftcap)(*inputs, **shape, softcap=softcap)
+    return _node(lowering_cpu.RaggedAttention)(*inputs, **shape)
+
+
+def _attention_cuda(  # type: ignore[no-untyped-def]
+    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    context_starts, last_keys, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float, layout: str, attention_metadata=None,
+):  # fmt: skip
+    del layout, context_starts, last_keys
+    return _node(lowering_cuda.RaggedAttention)(
+        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        slot_mapping, attention_metadata,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
+        window=-1 if window == NO_WINDOW else window,
+    )  # fmt: skip
+
+
+def _packed_attention(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int,
+    scale: float, softcap: float,
+):  # fmt: skip
+    shape = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "back": back, "ahead": ahead,
+        "num_slices": math.ceil(key.shape[1] / num_kv_heads / VALUE_SLICE), "scale": scale,
+    }  # fmt: skip
+    if softcap:
+        node = _node(lowering_packed.PackedAttentionSoftcap)
+        return node(query, key, value, cu_seqlens, **shape, softcap=softcap)
+    return _node(lowering_packed.PackedAttention)(query, key, value, cu_seqlens, **shape)
+
+
+def _padded_attention(  # type: ignore[no-untyped-def]
+    query, key, value, mask, rows, places, num_heads: int, num_kv_heads: int, scale: float,
+    softcap: float,
+):  # fmt: skip
+    width = query.shape[1]
+    output = _node(lowering_cuda.PaddedAttention)(
+        op.Gather(query, rows), op.Gather(key, rows), op.Gather(value, rows), mask,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return op.Gather(op.Reshape(output, _ints(-1, width)), places)
+
+
+def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
+    """Add up chunks, and the sums of chunks, until each sequence is one row."""
+    chunk_sums = _node(lowering_packed.ChunkSums)
+    while True:
+        x, cu_seqlens = chunk_sums(x, cu_seqlens)
+        longest = math.ceil(longest / SUM_CHUNK)
+        if longest == 1:
+            return x
+
+
+def _column_maxima(x, parts: int):  # type: ignore[no-untyped-def]
+    return op.Max(*op.Split(x, axis=1, num_outputs=parts))
+
+
+def _rms_norm_cpu(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
+    del dtype
+    return _node(lowering_cpu.RmsNorm)(x, weight, epsilon=epsilon)
+
+
+def _rms_norm_cuda(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
+    is_half = x.dtype == dtype == ir.DataType.FLOAT16
+    function = lowering_cuda.HalfRmsNorm if is_half else lowering_cuda.RmsNorm
+    return _node(function)(x, weight, epsilon=epsilon, to=dtype)
+
+
+def _rotate(x, cos, sin, num_heads: int):  # type: ignore[no-untyped-def]
+    """All tokens are one row of a batch of one."""
+    width = x.shape[1]
+    half = width // num_heads // 2
+    tables = (op.Reshape(table, _ints(1, -1, half)) for table in (cos, sin))
+    rotated = op.RotaryEmbedding(op.Reshape(x, _ints(1, -1, width)), *tables, num_heads=num_heads)
+    return op.Reshape(rotated, _ints(-1, width))
+
+
+def _ints(*values: int) -> Any:
+    return op.Constant(value_ints=values)
+
+
+def _linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
+    """Gemm takes weights as checkpoints store them, [out, in], so no transposed copy is made."""
+    return op.Gemm(x, weight, bias, transB=1)

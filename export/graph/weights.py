@@ -1,0 +1,226 @@
+"""Giving a graph its weights: links to a checkpoint's bytes where they serve as they are.
+
+ONNX external data is (file, offset, length) of raw little-endian numbers, which is what a
+safetensors file holds. So a tensor whose dtype the graph takes is neither read nor copied: its file
+is hard-linked into the artifact (ONNX Runtime refuses paths and symbolic links that leave a model's
+folder). Only what changes is written: effective norm weights, rotary frequencies, decoded blocks.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from beam_gemma.model.config import GemmaConfig
+from export.checkpoints.hf_folder import check_names
+from export.checkpoints.tensors import NUMPY_DTYPES, Checkpoint, StoredTensor
+from export.graph.quantize import Blocks, CodedMatrix, coded_matrices, is_part
+
+LOGGER = logging.getLogger("export")
+WEIGHTS = "weights"
+WRITTEN = f"{WEIGHTS}/written.safetensors"
+IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
+}
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A tensor that is written anew."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: Callable[[], Iterator[np.ndarray]]
+    """Yields its slices."""
+    offset: float = 0.0
+    """Added to every element."""
+    aliases: tuple[str, ...] = ()
+    """Initializers of the same bytes in another shape."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All initializers of these bytes."""
+        return self.name, *self.aliases
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return int(np.prod(self.shape)) * NUMPY_DTYPES[self.dtype].itemsize
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the values, converted, slice by slice."""
+        for chunk in self.source():
+            shifted = chunk.astype(np.float32) + np.float32(self.offset) if self.offset else chunk
+            yield shifted.astype(NUMPY_DTYPES[self.dtype], copy=False)
+
+
+def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
+    """Point every initializer of some graphs at its bytes below `folder`, writing what must be.
+
+    Args:
+        models: Graphs of one checkpoint; what they have in common is written once.
+        checkpoint: Where the weights are.
+        dtype: Of the matrices.
+        folder: The artifact.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape.
+    """
+    initializers = _without_bytes(models)
+    shapes = {name: _shape(values[0]) for name, values in initializers.items()}
+
+    def place(name: str, kind: str, where: tuple[str, int, int]) -> None:
+        for value in initializers.get(name, ()):
+            value.const_value = _external(name, kind, shapes[name], where, folder)
+
+    derived = _derived(checkpoint.config, initializers)
+    coded = coded_matrices(shapes)
+    plain = {n: shape for n, shape in shapes.items() if n not in derived and not is_part(n)}
+    check_names(checkpoint.tensors, plain | {name: matrix.shape for name, matrix in coded.items()})
+    links = _Links(folder)
+    writes = list(derived.values())
+    for name, matrix in coded.items():
+        writes += _coded(matrix, checkpoint.tensors[name])
+    for name, shape in plain.items():
+        stored = checkpoint.tensors[name]
+        is_norm = name.endswith("norm.weight")
+        kind = "float32" if is_norm else dtype
+        offset = checkpoint.norm_offset if is_norm else 0.0
+        if stored.raw is not None and stored.dtype == kind and not is_norm:
+            location = links.location(stored.raw.file)
+            place(name, kind, (location, stored.raw.offset, stored.raw.length))
+        else:
+            source = stored.chunks
+            writes.append(Written(name=name, shape=shape, dtype=kind, source=source, offset=offset))
+    for item, position in _write(writes, folder / WRITTEN):
+        for name in item.names:
+            place(name, item.dtype, (WRITTEN, position, item.num_bytes))
+
+
+def _without_bytes(models: Iterable[ir.Model]) -> dict[str, list[ir.Value]]:
+    """Return the initializers that have no value yet, of each name those of all graphs."""
+    found: dict[str, list[ir.Value]] = {}
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return value.shape.numpy()
+
+
+def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]:
+    """Return the parts of a matrix; the first is to be written first."""
+    blocks = Blocks(stored, matrix.bits)
+    codes = Written(
+        name=matrix.codes, shape=matrix.shape_of(matrix.codes), dtype="uint8", source=blocks.codes
+    )
+    scales = Written(
+        name=matrix.scales,
+        shape=matrix.shape_of(matrix.scales),
+        dtype="float16",
+        source=blocks.scales,
+        aliases=(matrix.lookup_scales,),
+    )
+    return codes, scales
+
+
+def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
+    """Return theta^(-2i / H) / factor for i < H / 2, in float32 steps like the reference.
+
+    Source: `ROPE_INIT_FUNCTIONS` in transformers 5.23, kinds `default` and `linear`.
+    """
+    rope = config.rope(layer_type)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    return (1.0 / (rope.rope_theta**exponents) / rope.factor).numpy()
+
+
+def _derived(config: GemmaConfig, names: Collection[str]) -> dict[str, Written]:
+    """Return what no checkpoint holds: the rotary frequencies of each layer type."""
+    values = {f"rotary.{g}.inv_freq": inverse_frequencies(config, g) for g in config.groups}
+    return {
+        name: Written(name=name, shape=array.shape, dtype="float32", source=partial(iter, [array]))
+        for name, array in values.items()
+        if name in names
+    }
+
+
+def _external(
+    name: str, dtype: str, shape: tuple[int, ...], place: tuple[str, int, int], folder: Path
+) -> ir.ExternalTensor:
+    location, offset, length = place
+    return ir.ExternalTensor(
+        location,
+        offset,
+        length,
+        IR_DTYPES[dtype],
+        shape=ir.Shape(shape),
+        name=name,
+        base_dir=str(folder),
+    )
+
+
+class _Links:
+    """Hard links of checkpoint files below the artifact; copies where file systems differ."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[Path, str] = {}
+
+    def location(self, file: Path) -> str:
+        """Return the path of the linked file, relative to the artifact."""
+        if file not in self._known:
+            relative = f"{WEIGHTS}/{file.name}"
+            if relative in self._known.values():  # dense layers lie in folders of their own
+                relative = f"{WEIGHTS}/{file.parent.name}.{file.name}"
+            target = self._folder / relative
+            target.unlink(missing_ok=True)
+            try:
+                # A checkpoint of a local hub cache is itself a symbolic link.
+                os.link(file.resolve(), target)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                    raise
+                LOGGER.warning("%s: cannot be linked into %s, so it is copied", file, target.parent)
+                shutil.copyfile(file, target)
+            self._known[file] = relative
+        return self._known[file]
+
+
+def _write(items: list[Written], file: Path) -> Iterator[tuple[Written, int]]:
+    """Write tensors to one safetensors file, slice by slice; yield each with its file offset."""
+    header, position = {}, 0
+    for item in items:
+        end = position + item.num_bytes
+        header[item.name] = {
+            "dtype": SAFETENSORS_NAMES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)  # data starts at a multiple of 64 bytes
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for item in items:
+            yield item, stream.tell()
+            for chunk in item.chunks():
+                chunk.tofile(stream)

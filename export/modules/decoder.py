@@ -1,0 +1,290 @@
+"""The layers of Gemma 1, 2 and 3 in PyTorch, and the decoder as one ragged step.
+
+Parameters carry the names of Hugging Face checkpoints without the leading `model.`; a norm's
+weight is the effective one (1 + w). The formulas follow `models/gemma*/modeling_*.py` of
+transformers 5.23.
+
+Dimensions: T new tokens, R packed positions that need a head, D hidden, F feed-forward, N query
+heads, K key-value heads, H head dimension.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.signature import Signature
+from export.modules.heads import Named, generate_head, score_head
+from export.modules.token_choice import choosing_head
+from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm, rotate, rotate_heads
+
+
+class RMSNorm(nn.Module):
+    """Normalization by the root mean square; the weight is float32 whatever the model's dtype."""
+
+    def __init__(self, dim: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return x [..., D], normalized, in a dtype: its own where none is given."""
+        return rms_norm(x, self.weight, self.epsilon, dtype or x.dtype)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of one layer type's rotary embedding."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.inv_freq = nn.Parameter(torch.empty(head_dim // 2, dtype=torch.float32))
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, each [T, 1, H / 2], computed in float32."""
+        angles = positions.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+Rotation = Callable[[Tensor, int], Tensor]
+"""From [T, N * H] and N to the same, each head rotated by its token's position."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From query [T, N * H], key and value [T, K * H], the first two rotated, to [T, N * H]."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention around whatever keeps the keys and values."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(hidden, heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
+        if config.has_qk_norm:
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """Return the attention output [T, D]."""
+        config = self.config
+        query = self._heads(self.q_proj(x), config.num_attention_heads, "q_norm", rotation)
+        key = self._heads(self.k_proj(x), config.num_key_value_heads, "k_norm", rotation)
+        return self.o_proj(attend(query, key, self.v_proj(x)))
+
+    def _heads(self, x: Tensor, num_heads: int, norm: str, rotation: Rotation) -> Tensor:
+        """Normalize and rotate each head of x [T, N * H]."""
+        heads = x.view(-1, num_heads, self.config.head_dim)
+        if self.config.has_qk_norm:
+            heads = getattr(self, norm)(heads)
+        return rotation(heads.reshape(x.shape), num_heads)
+
+
+class FeedForward(nn.Module):
+    """GeGLU with the tanh approximation of GELU."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        hidden, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, wide, bias=False)
+        self.up_proj = nn.Linear(hidden, wide, bias=False)
+        self.down_proj = nn.Linear(wide, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [T, D] through F and back."""
+        gate = nn.functional.gelu(self.gate_proj(x), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each normalized before, and after from Gemma 2 on.
+
+    `post_attention_layernorm` is the norm *before* the feed-forward in Gemma 1 and the one *after*
+    attention from Gemma 2 on: the checkpoints' names, kept.
+
+    The residual stream may be wider than `inner`, the dtype of what lies between its sums; norms
+    lead from one to the other.
+    """
+
+    def __init__(self, config: GemmaConfig, inner: torch.dtype | None) -> None:
+        super().__init__()
+        self.inner = inner
+        dim, epsilon = config.hidden_size, config.rms_norm_eps
+        self.has_post_norms = config.has_post_norms
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(dim, epsilon)
+        self.post_attention_layernorm = RMSNorm(dim, epsilon)
+        if self.has_post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(dim, epsilon)
+            self.post_feedforward_layernorm = RMSNorm(dim, epsilon)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """Return the residual stream [T, D]."""
+        attended = self.self_attn(self.input_layernorm(x, self.inner), rotation, attend)
+        if not self.has_post_norms:
+            x = x + attended.to(x.dtype)
+            return x + self.mlp(self.post_attention_layernorm(x, self.inner)).to(x.dtype)
+        x = x + self.post_attention_layernorm(attended, x.dtype)
+        wide = self.mlp(self.pre_feedforward_layernorm(x, self.inner))
+        return x + self.post_feedforward_layernorm(wide, x.dtype)
+
+
+class GemmaLayers(nn.Module):
+    """What decoders and encoders have in common: everything from token ids to the last layer."""
+
+    def __init__(self, config: GemmaConfig, signature: Signature) -> None:
+        super().__init__()
+        self.config = config
+        self.signature = signature
+        # Rounded to the model's dtype, as the reference does.
+        round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
+        self.embedding_factor = float(round_to(config.hidden_size**0.5))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # The residual stream of Gemma 3 grows beyond float16, whose greatest number is 65,504.
+        self.inner = torch.float16 if signature.dtype == "float16" else None
+        self.layers = nn.ModuleList(Layer(config, self.inner) for _ in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = nn.ModuleDict({group: Rotary(config.head_dim) for group in config.groups})
+
+    def residual(self, step: Named, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Return the residual stream [T, D] after the last layer, not normalized yet.
+
+        Args:
+            step: `Signature.step_inputs` by name.
+            positions: [T], in their sequences.
+            attend: `Attend`, behind the number of a layer.
+        """
+        x = self.embed_tokens(step["input_ids"])
+        x = (x if self.inner is None else x.float()) * self.embedding_factor
+        rotations = {group: self._rotation(group, positions) for group in self.config.groups}
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotations[self.config.layer_types[i]], partial(attend, i))
+        return x
+
+    def _rotation(self, group: str, positions: Tensor) -> Rotation:
+        cos, sin = self.rotary[group](positions, self.embed_tokens.weight.dtype)
+        if self.signature.device == "cuda":
+            return lambda x, num_heads: rotate(x, cos, sin, num_heads)
+        return lambda x, num_heads: rotate_heads(
+            x.view(-1, num_heads, self.config.head_dim), cos, sin
+        ).reshape(x.shape)
+
+
+class GemmaDecoder(GemmaLayers):
+    """One ragged step of a Gemma decoder, with the head that the signature names."""
+
+    def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
+        """Run one step; names are those of `beam_gemma.model.signature`.
+
+        Args:
+            step: `Signature.step_inputs` by name.
+            state: `Signature.state_tensors` by input name.
+
+        Returns:
+            `Signature.outputs` by name, and the updated state by input name.
+        """
+        positions = step["position_ids"] if "position_ids" in step else sequence_positions(step)
+        new_state = dict(state)
+        attend = partial(self._attend, step, positions.to(torch.int32), new_state)
+        if self.signature.chooses:
+            step = step | {"input_ids": _token_ids(step, state["next_ids"])}
+        x = self.residual(step, positions, attend)
+        rows = self.norm(x.index_select(0, step["logit_rows"]), self.inner)
+        return self._head(rows, step, new_state), new_state
+
+    def _attend(
+        self, step: Named, last_keys: Tensor, state: Named, layer: int, *rows: Tensor
+    ) -> Tensor:
+        """Attend over a layer's cache, which takes in the new tokens."""
+        config = self.config
+        group = config.layer_types[layer]
+        names = (f"key_cache.{layer}", f"value_cache.{layer}")
+        output, *caches = ragged_attention(
+            *rows,
+            *(state[name] for name in names),
+            step["cu_seqlens"],
+            step["past_seqlens"],
+            step[f"block_table.{group}"],
+            step[f"slot_mapping.{group}"],
+            step.get(f"context_starts.{group}", torch.zeros_like(step["past_seqlens"])),
+            last_keys,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.window(group) or NO_WINDOW,
+            config.attention_scale,
+            config.attn_logit_softcapping or 0.0,
+            self.signature.device,
+            step.get("attention_metadata"),
+        )
+        state.update(zip(names, caches, strict=True))
+        return output
+
+    def _head(self, rows: Tensor, step: Named, state: Named) -> Named:
+        """Return the outputs for normalized rows [R, D]; what was chosen goes to the state."""
+        signature = self.signature
+        weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
+        poison = torch.zeros(())
+        if signature.device == "cuda":
+            rows, poison = _split_poison(rows)
+        if signature.head == "score":
+            return self._scores(rows, poison, step)
+        logits = nn.functional.linear(rows, weight)
+        if not signature.chooses:
+            return generate_head(self._softcapped(logits), probability_rows, signature)
+        outputs, state["next_ids"] = choosing_head(
+            logits, poison, self._softcapped, step, state["next_ids"], signature
+        )
+        return outputs
+
+    def _scores(self, rows: Tensor, poison: Tensor, step: Named) -> Named:
+        """Return the outputs of the `score` head for normalized rows [R, D] and poison [R]."""
+        weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
+        # One product for each target, so that no other column of the vocabulary is computed.
+        targets = rows.index_select(0, step["target_rows"])[:, None, :]
+        products = targets @ weight.index_select(0, step["target_ids"])[:, :, None]
+        logits = nn.functional.linear(rows.index_select(0, probability_rows), weight)
+        target_logits = self._softcapped(products[:, 0, 0])
+        outputs = score_head(target_logits, self._softcapped(logits), self.signature.device)
+        if self.signature.device == "cuda":
+            outputs["top_logits"] += poison.index_select(0, probability_rows)
+            outputs["target_logits"] += poison.index_select(0, step["target_rows"])
+        return outputs
+
+    def _softcapped(self, logits: Tensor) -> Tensor:
+        """Return logits in float32 or wider, capped where the model does so."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.final_logit_softcapping
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def _token_ids(step: Named, next_ids: Tensor) -> Tensor:
+    """Return the packed tokens [T]: given ones, and those that the step before has chosen."""
+    slots = step["token_slots"]
+    chosen = next_ids.index_select(0, slots.clamp(min=0))
+    return torch.where(slots >= 0, chosen, step["input_ids"])
+
+
+def _split_poison(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows [R, D] with zeros for those that are not finite, and [R], NaN for those.
+
+    So no kernel sorts NaN, and no product with others' rows meets one.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    poison = (wide - wide).sum(dim=1)
+    return torch.where(poison.isnan()[:, None], 0.0, rows), poison
+
+
+def sequence_positions(step: Named) -> Tensor:
+    """Return the position [T] of each packed token in its sequence, int64."""
+    cu_seqlens = step["cu_seqlens"].long()
+    tokens = torch.arange(step["input_ids"].shape[0])
+    owner = (tokens[:, None] >= cu_seqlens[None, 1:]).sum(dim=1)
+    offsets = step.get("past_seqlens", torch.zeros(1)).long() - cu_seqlens[:-1]
+    return tokens + offsets.index_select(0, owner)

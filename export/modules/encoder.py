@@ -1,0 +1,128 @@
+"""Texts to embeddings: the same layers as a decoder's, over whole packed sequences.
+
+Pooling, dense layers and normalization follow the modules of sentence-transformers.
+
+Dimensions: B sequences, T tokens, D hidden, W width of an embedding, N query heads, K key-value
+heads, H head dimension, L places of a text.
+"""
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.signature import Signature
+from export.modules.decoder import GemmaLayers, sequence_positions
+from export.modules.heads import Named
+from export.ops.reference import NO_WINDOW, packed_attention, packed_sum, padded_attention
+
+
+class GemmaEncoder(GemmaLayers):
+    """One step over whole texts, two-sided or causal as the model is."""
+
+    def __init__(
+        self, config: GemmaConfig, signature: Signature, embedding: EmbeddingConfig
+    ) -> None:
+        super().__init__(config, signature)
+        self.embedding = embedding
+        widths = (config.hidden_size, *embedding.dense_sizes)
+        self.dense = nn.ModuleList(nn.Linear(*sizes, bias=False) for sizes in pairwise(widths))
+
+    def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
+        """Run one step; names are those of `beam_gemma.model.signature`.
+
+        Args:
+            step: `Signature.step_inputs` by name.
+            state: Empty.
+
+        Returns:
+            `Signature.outputs` by name, and the empty state.
+        """
+        if self.signature.device == "cuda":
+            step = step | _masks(step, self.config)
+            x = self.residual(step, step["position_ids"], partial(self._attend_padded, step))
+        else:
+            x = self.residual(step, sequence_positions(step), partial(self._attend, step))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        first = self.norm(x.index_select(0, step["cu_seqlens"][:-1]), wide)
+        embedding = self._pooled(x, step, wide)
+        for dense in self.dense:
+            embedding = dense(embedding.to(self.embed_tokens.weight.dtype))
+        embedding = embedding.to(wide)
+        if self.embedding.normalize:
+            # As `normalize` does, but without an output's shape.
+            norm = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+            embedding = embedding / norm.clamp(min=1e-12)
+        return {"embedding": embedding, "first_state": first}, state
+
+    def _pooled(self, x: Tensor, step: Named, dtype: torch.dtype) -> Tensor:
+        """Return [B, D] of the residual stream [T, D]."""
+        cu_seqlens = step["cu_seqlens"]
+        if self.embedding.pooling == "lasttoken":
+            return self.norm(x.index_select(0, cu_seqlens[1:] - 1), dtype)
+        normed = self.norm(x, dtype)
+        if self.signature.device == "cuda":
+            places = nn.functional.embedding(step["rows"], normed)
+            sums = torch.where(step["is_token"][:, :, None], places, 0.0).sum(dim=1)
+        else:
+            sums = packed_sum(normed, cu_seqlens, self.signature.max_model_len)
+        return sums / (cu_seqlens[1:] - cu_seqlens[:-1])[:, None].to(sums.dtype)
+
+    def _attend(self, step: Named, layer: int, *rows: Tensor) -> Tensor:
+        """Attend within each text."""
+        config = self.config
+        back, ahead = reach(config, config.layer_types[layer])
+        return packed_attention(
+            *rows,
+            step["cu_seqlens"],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            back,
+            ahead,
+            config.attention_scale,
+            config.attn_logit_softcapping or 0.0,
+        )
+
+    def _attend_padded(self, step: Named, layer: int, *rows: Tensor) -> Tensor:
+        """Attend within each text, where texts lie side by side."""
+        config = self.config
+        return padded_attention(
+            *rows,
+            step[config.layer_types[layer]],
+            step["rows"],
+            step["token_places"],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.attention_scale,
+            config.attn_logit_softcapping or 0.0,
+        )
+
+
+def _masks(step: Named, config: GemmaConfig) -> Named:
+    """Return which places are tokens, their packed positions, and a mask for each layer type.
+
+    Padding takes the first token's place, and reaches whatever is there, since a kernel may make
+    NaN of a query that reaches nothing.
+    """
+    is_token = step["token_rows"] >= 0
+    rows = step["token_rows"].clamp(min=0)
+    positions = nn.functional.embedding(rows, step["position_ids"][:, None])[:, :, 0]
+    distance = positions[:, None, None, :] - positions[:, None, :, None]
+    masks = {}
+    for group in config.groups:
+        back, ahead = reach(config, group)
+        near = (distance >= -back) & (distance <= ahead) | ~is_token[:, None, :, None]
+        masks[group] = near & is_token[:, None, None, :]
+    return {"is_token": is_token, "rows": rows, **masks}
+
+
+def reach(config: GemmaConfig, layer_type: str) -> tuple[int, int]:
+    """Return how many positions before and after its own a token of such a layer reaches."""
+    window = config.window(layer_type)
+    if config.use_bidirectional_attention:
+        half = NO_WINDOW if window is None else window // 2
+        return half, half
+    return (NO_WINDOW if window is None else window - 1), 0

@@ -1,0 +1,66 @@
+"""What becomes of logits in a graph: candidates for the next token, or scores of given tokens.
+
+Dimensions: R packed positions that need a head, Q of these that need a probability, Y targets,
+V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from beam_gemma.model.signature import Device, Signature
+from export.ops.reference import column_maxima, even_parts
+
+Named = dict[str, Tensor]
+
+
+def generate_head(logits: Tensor, probability_rows: Tensor, signature: Signature) -> Named:
+    """Return the outputs of the `generate` head for logits [R, V]; probability_rows is [Q]."""
+    top = torch.topk(logits, signature.candidates)
+    return {
+        "topk_logits": top.values,
+        "topk_ids": top.indices,
+        "top_probability": top_probability(logits.index_select(0, probability_rows), "cpu"),
+        "logits": logits,
+    }
+
+
+def score_head(target_logits: Tensor, logits: Tensor, device: Device) -> Named:
+    """Return the outputs of the `score` head for target_logits [Y] and logits [Q, V]."""
+    return {
+        "target_logits": target_logits,
+        "top_logits": _maxima(logits, device),
+        "top_probability": top_probability(logits, device),
+    }
+
+
+def top_probability(logits: Tensor, device: Device) -> Tensor:
+    """Return the largest probability of each row of logits [Q, V], as [Q].
+
+    Taken in two levels of about sqrt(V) terms: one pass over 262,144 float32 terms is off by 6e-5.
+    Of exponentials and sums in ONNX Runtime on the CPU, only those of a softmax over whole rows and
+    of a product with more than one row are the same bits in every batch.
+    """
+    vocab = logits.shape[1]
+    outer = next(n for n in range(math.isqrt(vocab), 0, -1) if vocab % n == 0)
+    parts = logits.reshape(-1, vocab // outer)
+    # A softmax's largest weight is 1 / sum(exp(x - max(x))).
+    sums = _maxima(torch.softmax(parts, dim=1), device).reciprocal().view(-1, outer)
+    shares = torch.softmax(_maxima(parts, device).view(-1, outer), dim=1)
+    if device == "cuda":
+        return _maxima(shares, device) / (shares * sums).sum(dim=1)
+    ones = torch.ones(outer, 2, dtype=logits.dtype)
+    total = torch.cat([shares * sums] * 2) @ ones
+    return shares.amax(dim=1) / total[: logits.shape[0], 0]
+
+
+def _maxima(x: Tensor, device: Device) -> Tensor:
+    """Return the maximum of each row of x [N, U], as [N].
+
+    ONNX Runtime's own reduction on CUDA would need cuDNN, and nothing else of a decoder does.
+    """
+    if device == "cuda":
+        while (parts := even_parts(x.shape[1])) > 1:
+            x = column_maxima(x, parts)
+    return x.reshape(-1) if x.shape[1] == 1 else x.amax(dim=1)

@@ -1,0 +1,175 @@
+"""Blocks that outlive their row: found again by their tokens, clean when they are used anew."""
+
+import itertools
+
+import pytest
+
+from beam_gemma.engine.block_pool import BlockPool
+from beam_gemma.engine.prefix import DIGEST_SIZE, PrefixChain
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT
+from tests.doubles.caches import BLOCK, GROUPS, admit, chain_of, found, make_cache
+
+
+def test_a_digest_stands_for_all_tokens_up_to_its_blocks_end():
+    base = [*range(40), *range(40)]
+    digests = chain_of(base).digests(0, 5)
+    assert len(set(digests)) == 5
+    assert {len(digest) for digest in digests} == {DIGEST_SIZE}
+    for position in range(80):
+        other = base.copy()
+        other[position] += 1
+        first = position // BLOCK
+        assert chain_of(other).digests(0, first) == digests[:first]
+        assert not set(chain_of(other).digests(first, 5)) & set(digests)
+
+
+def test_a_chain_follows_its_sequence_and_has_no_digest_of_a_part():
+    token_ids = [1] * 31
+    chain = PrefixChain(token_ids, BLOCK)
+    first = chain.digests(0, 1)
+    with pytest.raises(AssertionError, match="not full"):
+        chain.digests(1, 2)
+    token_ids.append(1)
+    assert chain.digests(0, 2) == [*first, *chain_of([1] * 32).digests(1, 2)]
+
+
+def test_token_ids_are_not_run_together():
+    """Ids of more than one byte, and neighbours that share their digits."""
+    ids = [[1, 23] * 8, [12, 3] * 8, [256, 0] * 8, [0, 256] * 8, [2**20 + 1] * 16]
+    assert len({chain_of(tokens).digests(0, 1)[0] for tokens in ids}) == len(ids)
+
+
+def test_of_equal_blocks_the_first_keeps_the_name():
+    pool = BlockPool(4)
+    first, second = pool.allocate(), pool.allocate()
+    pool.register(first, b"x")
+    pool.register(second, b"x")
+    assert pool.find(b"x") == first
+    pool.forget(second)
+    assert pool.find(b"x") == first
+    pool.forget(first)
+    assert pool.find(b"x") is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_prefix_is_taken_up_where_it_lies(device):
+    cache = make_cache(window=40, device=device)
+    first = admit(cache, 300, 300, chain=chain_of([7] * 300))
+    full, sliding = (cache.block_table(group)[first].tolist() for group in GROUPS)
+    second = admit(cache, 300, 5, chain=chain_of([7] * 290 + [8] * 10))
+    # 288 tokens are equal in full blocks; the next one reaches back to 249.
+    assert cache.block_table("full")[second, :20].tolist() == [*full[:18], *[full[18] + 1], 0]
+    row = cache.block_table("sliding")[second].tolist()
+    if device == "cpu":
+        start = 249 // CONTEXT_ALIGNMENT * CONTEXT_ALIGNMENT
+        assert cache.context_starts("sliding")[second] == start
+        expected = sliding[start // BLOCK : 18]
+    else:
+        expected = [*[0] * 15, *sliding[15:18]]
+    assert row[: len(expected) + 2] == [*expected, sliding[18] + 1, 0]
+
+
+def test_a_prefix_is_found_after_its_owner_has_gone_and_eviction_takes_the_oldest_first():
+    cache = make_cache(num_blocks=11)
+    for token in (1, 2):
+        slot = admit(cache, 49, 49, chain=chain_of([token] * 49))
+        cache.release(slot, num_computed_tokens=49)
+    assert cache.num_free_blocks("full") == 10
+    # Six blocks: four that have no digest, and two of the first row, from its end.
+    admit(cache, 96, 96)
+    assert found(cache, [1] * 49) == 16
+    assert found(cache, [2] * 49) == 48
+
+
+def test_one_token_at_least_is_computed():
+    cache = make_cache()
+    admit(cache, 64, 64, chain=chain_of([7] * 64))
+    assert [found(cache, [7] * n) for n in (16, 17, 32, 33, 64, 65, 99)] == [
+        0, 16, 16, 32, 48, 64, 64,
+    ]  # fmt: skip
+
+
+def test_tokens_that_no_step_has_are_not_shared():
+    cache = make_cache()
+    chain = chain_of([7] * 300)
+    slot = admit(cache, 300, 100, chain=chain)
+    assert found(cache, [7] * 300) == 96
+    cache.extend(slot, 100, 60)
+    assert found(cache, [7] * 300) == 160
+
+
+def test_a_prefix_needs_every_group():
+    """What the window has left behind may be overwritten while the other group keeps its part."""
+    cache = make_cache(window=16, device="cuda", num_blocks={"full": 99, "sliding": 20})
+    slot = admit(cache, 200, 200, chain=chain_of([7] * 200))
+    cache.extend(slot, 200, 1)
+    assert found(cache, [7] * 200) == 192
+    assert found(cache, [7] * 150) == 144, "found again, though the window went on"
+    admit(cache, 17 * BLOCK, 17 * BLOCK)
+    assert found(cache, [7] * 150) == 0
+    assert found(cache, [7] * 209) == 192, "its window is still held"
+
+
+def test_sharers_are_those_who_count_on_blocks_to_come():
+    cache = make_cache()
+    first = admit(cache, 100, 100, chain=chain_of([7] * 100))
+    second = admit(cache, 60, 60 - 48, chain=chain_of([7] * 48 + [8] * 12))
+    third = admit(cache, 60, 60 - 48, chain=chain_of([7] * 48 + [8] * 12))
+    assert cache.sharers(first, 0) == [second, third]
+    assert cache.sharers(first, 47) == [second, third]
+    assert cache.sharers(first, 48) == []
+    assert cache.sharers(second, 48) == []
+
+
+def test_blocks_of_a_failed_row_are_zeroed_before_they_are_used_again_and_not_found():
+    cache = make_cache(num_blocks=4)
+    slot = admit(cache, 40, 40, chain=chain_of([7] * 40))
+    cache.release(slot, num_computed_tokens=40, clean=False)
+    assert found(cache, [7] * 40) == 0
+    assert cache.take_unclean() == {}, "nobody needs them yet"
+    slot = admit(cache, 40, 40)
+    unclean = cache.take_unclean()
+    assert {group: sorted(blocks) for group, blocks in unclean.items()} == {
+        "full": [1, 2, 3],
+        "sliding": [1, 2, 3],
+    }
+    assert cache.take_unclean() == {}
+    cache.release(slot, num_computed_tokens=40)
+    admit(cache, 40, 40)
+    assert cache.take_unclean() == {}, "a token was chosen, so they are finite"
+
+
+def test_a_shared_block_is_clean_once_one_of_its_holders_has_a_token():
+    cache = make_cache(num_blocks=3)
+    first = admit(cache, 17, 17, chain=chain_of([7] * 17))
+    cache.release(first, num_computed_tokens=17)
+    second = admit(cache, 17, 1, chain=chain_of([7] * 16 + [8]))
+    cache.release(second, num_computed_tokens=17, clean=False)
+    admit(cache, 32, 32)
+    # Block 1 held 16 tokens that the first row has read; block 2 the rest of either.
+    assert cache.take_unclean() == {"full": [2], "sliding": [2]}
+
+
+def test_a_row_that_is_preempted_before_its_first_token_proves_nothing():
+    cache = make_cache(num_blocks=4)
+    slot = admit(cache, 48, 32, chain=chain_of([7] * 48))
+    cache.release(slot, num_computed_tokens=32)
+    assert found(cache, [7] * 48) == 32, "it is found, and whoever reads it will see"
+    admit(cache, 48, 48)
+    assert sorted(cache.take_unclean()["full"]) == [1, 2]
+
+
+def test_what_the_first_token_does_not_reach_is_zeroed_and_the_rest_is_not():
+    cache = make_cache(window=40)
+    slot = admit(cache, 200, 200)
+    prompt_blocks = cache.block_table("sliding")[slot, :13].tolist()
+    for computed in range(200, 599):
+        assert cache.extend(slot, computed, 1)
+    cache.release(slot, num_computed_tokens=599)
+    slots = [admit(cache, 1600, 300) for _ in range(4)]
+    for computed, slot in itertools.product(range(300, 1600, 300), slots):
+        cache.extend(slot, computed, min(300, 1600 - computed))
+    # The first token reaches back from 199 to 160: ten blocks are wholly before that.
+    zeroed = cache.take_unclean()["sliding"]
+    assert set(prompt_blocks[:10]) <= set(zeroed)
+    assert not set(prompt_blocks[10:]) & set(zeroed[:10])

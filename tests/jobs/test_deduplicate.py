@@ -1,0 +1,120 @@
+"""Requests: rows that ask the same meet, rows that draw do not, and results find all their rows."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.jobs.deduplicate import distinct, key_ranges, keyed, split_durable, spread
+from beam_gemma.tasks.generate import GenerateSettings
+from beam_gemma.tasks.row_keys import POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
+
+GREEDY = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=4))
+DRAWN = GenerateSettings(
+    prompt_column="text", sampling=SamplingParams(max_tokens=4, temperature=1.0)
+)
+KEYED = GenerateSettings(
+    prompt_column="text", key_column="id", sampling=SamplingParams(max_tokens=4, temperature=1.0)
+)
+
+
+def fingerprint(row):
+    return hashlib.blake2b(str(row["text"]).encode(), digest_size=16).digest()
+
+
+def requests_of(rows, settings=GREEDY, *, batches=1, order=None):
+    """Return the distinct requests of rows that come in some batches, in some order."""
+    table = pa.Table.from_pylist(rows)
+    size = -(-table.num_rows // batches)
+    parts = [(i, table.slice(i, size)) for i in range(0, table.num_rows, size)]
+    found = [
+        keyed(start, part.combine_chunks().to_batches()[0], settings, fingerprint)
+        for start, part in parts
+    ]
+    return distinct([found[i] for i in order or range(len(found))])
+
+
+def test_only_what_a_task_uses_goes_along():
+    rows = pa.RecordBatch.from_pylist([{"id": 1, "text": "a", "wide": "x" * 1000}])
+    found = keyed(7, rows, GREEDY, fingerprint)
+    assert found.schema.names == [REQUEST_KEY, POSITION, "text"]
+    assert found.to_pylist() == [
+        {REQUEST_KEY: fingerprint({"text": "a"}), POSITION: 7, "text": "a"}
+    ]
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=60), st.integers(1, 5), st.randoms())
+def test_every_row_is_in_one_request_with_all_that_ask_the_same(texts, batches, random):
+    rows = [{"text": text, "unused": i} for i, text in enumerate(texts)]
+    size = -(-len(rows) // batches)
+    order = list(range(-(-len(rows) // size)))
+    random.shuffle(order)
+    found = requests_of(rows, batches=batches, order=order).to_pylist()
+    wanted = {text: [i for i, t in enumerate(texts) if t == text] for text in texts}
+    assert {row["text"]: row[POSITIONS] for row in found} == wanted
+    assert len(found) == len(wanted)
+
+
+@given(st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=50), st.integers(1, 1024))
+def test_ranges_are_of_keys_alone_and_in_their_order(keys, num_ranges):
+    batch = pa.record_batch({REQUEST_KEY: pa.array(sorted(keys), pa.binary(16))})
+    ranges = key_ranges(batch, num_ranges)
+    assert (np.diff(ranges) >= 0).all()
+    assert ranges.min() >= 0
+    assert ranges.max() < num_ranges
+    last = pa.record_batch({REQUEST_KEY: pa.array([b"\xff" * 16], pa.binary(16))})
+    assert key_ranges(last, num_ranges).tolist() == [num_ranges - 1]
+
+
+def test_results_reach_all_rows_that_ask():
+    requests = requests_of([{"text": text} for text in "abacab"])
+    results = pa.record_batch({"completion": [row["text"] * 2 for row in requests.to_pylist()]})
+    found = sorted(spread(requests, results).to_pylist(), key=lambda row: row[POSITION])
+    assert [row["completion"] for row in found] == ["aa", "bb", "aa", "cc", "aa", "bb"]
+    assert [row[POSITION] for row in found] == list(range(6))
+
+
+def test_what_is_durable_is_not_asked():
+    requests = requests_of([{"text": text} for text in "abacab"])
+    durable = {fingerprint({"text": "a"}): {}, fingerprint({"text": "z"}): {}}
+    known, left = split_durable(requests, durable)
+    assert known.column("text").to_pylist() == ["a"]
+    assert sorted(left.column("text").to_pylist()) == ["b", "c"]
+
+
+@pytest.mark.parametrize("settings", [DRAWN, KEYED])
+def test_rows_that_draw_ask_for_themselves(settings):
+    rows = [{"id": 1, "text": "a"}, {"id": 1, "text": "a"}, {"id": 2, "text": "a"}] * 2
+    found = requests_of(rows, settings).to_pylist()
+    assert len(found) == 6
+    assert [row[POSITIONS] for row in found] == [[i] for i in range(6)]
+    assert len({row[REQUEST_KEY] for row in found}) == 6
+    assert len({row[ROW_KEY] for row in found}) == 6
+
+
+def test_keys_of_rows_that_draw_hang_on_the_rows_and_not_on_their_batches():
+    rows = [{"id": i % 4, "text": "ab"[i % 2], "other": i % 3} for i in range(40)]
+
+    def named(found):
+        keys = ((row[POSITIONS][0], row[REQUEST_KEY], row[ROW_KEY]) for row in found.to_pylist())
+        return sorted(keys)
+
+    wanted = named(requests_of(rows, DRAWN))
+    assert named(requests_of(rows, DRAWN, batches=7, order=[3, 1, 0, 6, 5, 2, 4])) == wanted
+    changed = [row | {"other": 9} for row in rows]
+    assert {key for _, key, _ in named(requests_of(changed, DRAWN))}.isdisjoint(
+        key for _, key, _ in wanted
+    )
+    # A key of their own makes draws the same whatever else is in a row.
+    assert named(requests_of(changed, KEYED)) == named(requests_of(rows, KEYED))
+
+
+def test_key_of_a_row_is_that_of_its_column():
+    rows = [{"id": "k1", "text": "a"}, {"id": None, "text": "a"}]
+    one, two = sorted(requests_of(rows, KEYED).to_pylist(), key=lambda row: row[POSITIONS])
+    assert one[ROW_KEY] == "k1"
+    assert len(two[ROW_KEY]) == 32

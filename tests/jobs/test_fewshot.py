@@ -1,0 +1,71 @@
+"""Shots out of a table: seeded, the same for all rows, and only from rows that have a label."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from beam_gemma.errors import OptionsError
+from beam_gemma.jobs.fewshot import all_shots, draw_shots
+from beam_gemma.tables.open_table import open_source
+from beam_gemma.tasks.questions import ClassifySettings
+
+SETTINGS = ClassifySettings(prompt="{text}:", labels=(" no", " yes"))
+
+
+def table_of(folder, **columns):
+    path = folder / "in.parquet"
+    pq.write_table(pa.table(columns), path)
+    return open_source(str(path))
+
+
+def source_of(folder, num_rows=50, **columns):
+    texts = [f"row {i}" for i in range(num_rows)]
+    return table_of(folder, text=texts, answer=[i % 2 for i in range(num_rows)], **columns)
+
+
+def test_a_draw_depends_on_the_seed_alone(tmp_path):
+    source = source_of(tmp_path)
+    draws = [draw_shots(source, SETTINGS, "answer", number=8, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    texts = [shot.row["text"] for shot in draws[0]]
+    assert len(set(texts)) == 9, "eight, and one to spare"
+    assert {shot.label for shot in draws[0]} == {0, 1}
+    for shot in draws[0]:
+        assert shot.row == {"text": shot.row["text"]}
+        assert shot.label == int(shot.row["text"][4:]) % 2
+
+
+def test_a_spare_one_where_there_is_one(tmp_path):
+    source = source_of(tmp_path, 4)
+    assert len(draw_shots(source, SETTINGS, "answer", number=4, seed=0)) == 4
+    assert len(draw_shots(source, SETTINGS, "answer", number=3, seed=0)) == 4
+    with pytest.raises(OptionsError, match="at most the 4 rows"):
+        draw_shots(source, SETTINGS, "answer", number=5, seed=0)
+
+
+def test_labels_by_name_or_index(tmp_path):
+    names = table_of(tmp_path, text=["a", "b"], answer=["yes", "no "])
+    assert [shot.label for shot in all_shots(names, SETTINGS, "answer")] == [1, 0]
+    settings = ClassifySettings(prompt="{text}", labels=("{first}", "{second}"))
+    choices = table_of(tmp_path, text=["q"], first=["2"], second=["3"], answer=["3"])
+    (shot,) = all_shots(choices, settings, "answer")
+    assert shot.label == 1
+    assert shot.row == {"text": "q", "first": "2", "second": "3"}
+
+
+def test_rows_without_a_label_or_a_prompt_are_no_shots(tmp_path):
+    source = table_of(tmp_path, text=["a", None, "c"], answer=[None, 1, 1])
+    assert [shot.row["text"] for shot in all_shots(source, SETTINGS, "answer")] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"), [([2], "got 2"), (["maybe"], "got 'maybe'"), ([-1], "-1")]
+)
+def test_a_label_that_is_none(tmp_path, answer, got):
+    with pytest.raises(OptionsError, match=f"no, yes, .*{got}"):
+        all_shots(table_of(tmp_path, text=["a"], answer=answer), SETTINGS, "answer")
+
+
+def test_a_column_that_is_missing(tmp_path):
+    with pytest.raises(OptionsError, match=r"'anser'.*did you mean answer"):
+        all_shots(source_of(tmp_path), SETTINGS, "anser")

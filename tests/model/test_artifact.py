@@ -1,0 +1,112 @@
+"""The model folder: complete, undamaged, of this format, or refused in one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from beam_gemma.errors import ArtifactError
+from beam_gemma.model.artifact import MANIFEST, Artifact
+from export.checkpoints.released_sizes import SIZES
+from tests.conftest import TinyModel
+
+MANIFESTS = sorted((Path(__file__).parents[1] / "data/manifests").glob("*.json"))
+
+
+@pytest.fixture
+def folder(tiny_gemma3: TinyModel, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_gemma3.artifact.path, tmp_path / "model"))
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+
+
+def test_it_says_what_was_exported(tiny_gemma3: TinyModel, folder: Path) -> None:
+    artifact = Artifact.open(str(folder))
+    assert artifact.config == tiny_gemma3.checkpoint.config
+    assert artifact.devices == ("cpu",)
+    assert artifact.eos_token_ids == (1,)
+    assert artifact.precision == "fp32"
+    assert artifact.digest == tiny_gemma3.artifact.digest
+    artifact.verify()
+
+
+def test_the_terms_of_the_weights_travel_with_them(folder: Path) -> None:
+    assert "ai.google.dev/gemma/terms" in (folder / "legal" / "NOTICE").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["generate.cpu.onnx", "tokenizer.model", "weights/written.safetensors"]
+)
+def test_a_missing_or_cut_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=rf"{name}: expected [\d,]+ bytes, got [\d,]+; .*again"):
+        Artifact.open(folder)
+    (folder / name).unlink()
+    with pytest.raises(ArtifactError, match=f"{name}: expected a file of the model, got nothing"):
+        Artifact.open(folder)
+
+
+def test_a_flipped_bit_is_found(folder: Path) -> None:
+    content = bytearray((folder / "generate.cpu.onnx").read_bytes())
+    content[1000] ^= 1
+    (folder / "generate.cpu.onnx").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"generate\.cpu\.onnx: expected sha256"):
+        Artifact.open(folder)
+
+
+def test_a_flipped_bit_of_the_weights_is_found_by_verify(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beam_gemma.model.artifact.SMALL_FILE_BYTES", 0)
+    file = folder / "weights" / "written.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    artifact = Artifact.open(folder)
+    with pytest.raises(ArtifactError, match=r"written\.safetensors: expected sha256"):
+        artifact.verify()
+
+
+def test_another_format_is_refused_with_the_remedy(folder: Path) -> None:
+    for other in (0, 99):
+        edit_manifest(folder, format=other)
+        message = rf"format {other}, this version reads 1; export .* again"
+        with pytest.raises(ArtifactError, match=message):
+            Artifact.open(folder)
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.stem)
+def test_what_older_versions_wrote_is_read(file: Path, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(file.read_text())
+    artifact = Artifact.read(tmp_path)
+    assert artifact.source["exporter"] == f"beam_gemma {file.stem}"
+    [config] = [size.config for size in SIZES if size.name == "Gemma 3 270M"]
+    assert artifact.config == config
+    assert artifact.signature("generate", "cpu").vocab_size == config.vocab_size
+    assert (artifact.embedding is None) == (("embed", "cpu") not in artifact.signatures)
+
+
+def test_a_manifest_without_its_fields_is_refused(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"format": 1, "name": "x"}')
+    with pytest.raises(ArtifactError, match="expected the fields of format 1, got 'config'"):
+        Artifact.open(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match="expected JSON"):
+        Artifact.open(folder)
+
+
+def test_other_folders_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="got another folder; make one with python -m export"):
+        Artifact.open(tmp_path)
+    with pytest.raises(ArtifactError, match="got nothing"):
+        Artifact.open(tmp_path / "none")
+
+
+def test_a_graph_that_was_not_exported_is_refused(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match="expected a graph to generate on cuda, got generate"):
+        Artifact.open(folder).signature("generate", "cuda")

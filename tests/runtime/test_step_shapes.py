@@ -1,0 +1,174 @@
+"""Padded steps: what was there stays as it is, and what is added harms nobody."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beam_gemma.errors import DeviceError
+from beam_gemma.model.signature import PREFILL_ROWS, PagedState, Signature
+from beam_gemma.runtime.step_shapes import (
+    METADATA,
+    StepSizes,
+    largest_shapes,
+    no_step,
+    pad,
+    power_of_two,
+)
+from beam_gemma.runtime.text_rows import side_by_side
+from tests.doubles.ragged import Feeder
+
+SIZES = StepSizes(decode=(4, 16), prefill=(300,))
+SPARE = 16
+
+
+def signature(head="generate", block_size=64):
+    return Signature(
+        head=head,
+        device="cuda",
+        dtype="bfloat16",
+        vocab_size=97,
+        hidden_size=8,
+        max_model_len=5000,
+        states=(
+            PagedState(group="full", layers=(0,), num_key_value_heads=1, head_dim=8),
+            PagedState(
+                group="near", layers=(1,), num_key_value_heads=1, head_dim=8, sliding_window=9
+            ),
+        ),
+        block_size=block_size,
+        optional_inputs=("position_ids",),
+    )
+
+
+def padded(feeds, sig, *, with_logits=False, sizes=SIZES):
+    shape = sizes.shape(feeds, sig, with_logits=with_logits)
+    into = {
+        t.name: np.full(shape.of(t), 77, t.dtype) for t in sig.step_inputs() if t.name != METADATA
+    }
+    pad(feeds, shape, into, spare_slot=SPARE)
+    return shape, into
+
+
+@st.composite
+def steps(draw):
+    sig = signature(block_size=draw(st.sampled_from([64, 256])))
+    is_decode = draw(st.booleans())
+    count = draw(st.integers(1, 16 if is_decode else 8))
+    feeder = Feeder(sig, count, 3000)
+    feeder.past = [draw(st.integers(0, 2500)) for _ in range(count)]
+    lengths = [1 if is_decode else draw(st.integers(1, 37)) for _ in range(count)]
+    feeds = feeder.feeds(
+        [(i, list(range(1, n + 1))) for i, n in enumerate(lengths)], all_rows=False
+    )
+    feeds["probability_rows"] = np.flatnonzero([draw(st.booleans()) for _ in range(count)])
+    feeds["temperatures"] = np.linspace(0.1, 2, count).astype(np.float32)
+    feeds[METADATA][0] = 1 if is_decode else max(2, max(lengths))
+    return sig, feeds, is_decode
+
+
+@given(steps(), st.booleans())
+def test_padding_leaves_a_step_as_it_is_and_writes_nowhere(step, with_logits):
+    sig, feeds, is_decode = step
+    shape, into = padded(feeds, sig, with_logits=with_logits)
+    assert shape.is_decode is is_decode
+    for name, array in into.items():
+        if name != "full_rows":
+            real = array[tuple(slice(n) for n in feeds[name].shape)]
+            np.testing.assert_array_equal(real, feeds[name])
+    count, tokens, rows = (len(feeds[n]) for n in ("past_seqlens", "input_ids", "logit_rows"))
+    starts = into["cu_seqlens"]
+    assert starts[-1] == shape.num_tokens in (4, 16, 300)
+    lengths = np.diff(starts)[count:]
+    assert (lengths >= 1).all()
+    assert (into["past_seqlens"][count:] == 0).all()
+    assert (into["logit_slots"][rows:] == SPARE).all()
+    assert (into["temperatures"][rows:] == 0).all()
+    assert (into["token_slots"][tokens:] == -1).all()
+    for name in ("logit_rows", "probability_rows"):
+        assert (into[name] < (shape.num_tokens if name == "logit_rows" else shape.num_rows)).all()
+    for group in ("full", "near"):
+        table = into[f"block_table.{group}"]
+        assert (into[f"slot_mapping.{group}"][tokens:] == -1).all()
+        assert (table[count:] == 0).all()
+        assert (table[:count, feeds[f"block_table.{group}"].shape[1] :] == 0).all()
+        assert (lengths <= table.shape[1] * sig.block_size).all()
+    if is_decode:
+        assert (lengths == 1).all()
+        assert shape.num_rows == shape.num_tokens
+    longest, context, least = shape.metadata(sig.block_size)
+    assert (longest >= np.diff(starts)).all()
+    assert longest == (1 if is_decode else 300)
+    assert (context >= into["past_seqlens"] + np.diff(starts)).all()
+    assert least == 0
+
+
+@given(st.lists(steps(), min_size=2, max_size=6))
+def test_shapes_are_few(some):
+    """A prefill step's kernels do not depend on what it holds, but for tables and probabilities."""
+    shapes = [SIZES.shape(feeds, sig, with_logits=False) for sig, feeds, _ in some]
+    for shape in shapes:
+        assert shape.num_blocks == power_of_two(shape.num_blocks)
+        assert shape.num_probabilities in (0, shape.num_rows)
+        assert shape.is_decode or shape.num_rows == PREFILL_ROWS
+
+
+def test_a_prompt_of_one_token_is_no_decode_step():
+    sig = signature()
+    feeds = Feeder(sig, 1, 100).feeds([(0, [5])])
+    feeds[METADATA][0] = 2
+    assert not SIZES.shape(feeds, sig, with_logits=False).is_decode
+    feeds[METADATA][0] = 1
+    assert SIZES.shape(feeds, sig, with_logits=False).is_decode
+
+
+def test_a_step_has_room_for_the_logits_of_all_rows_or_of_none():
+    sig = signature()
+    feeds = Feeder(sig, 2, 100).feeds([(0, [5, 6]), (1, [7])], all_rows=False)
+    feeds["full_rows"] = np.array([1])
+    for with_logits, wanted in ((False, []), (True, [1] + [0] * (PREFILL_ROWS - 1))):
+        _, into = padded(feeds, sig, with_logits=with_logits)
+        assert into["full_rows"].tolist() == wanted
+
+
+@pytest.mark.parametrize("head", ["generate", "score"])
+def test_a_step_for_nobody_writes_nothing(head):
+    sig = signature(head)
+    for shape in largest_shapes(SIZES, sig):
+        into = {t.name: np.full(shape.of(t), 77, t.dtype) for t in sig.step_inputs()}
+        pad(no_step(sig), shape, {n: a for n, a in into.items() if n != METADATA}, spare_slot=SPARE)
+        assert into["cu_seqlens"][0] == 0
+        assert into["cu_seqlens"][-1] == shape.num_tokens
+        for group in ("full", "near"):
+            assert (into[f"slot_mapping.{group}"] == -1).all()
+            assert (into[f"block_table.{group}"] == 0).all()
+        if head == "generate":
+            assert (into["logit_slots"] == SPARE).all()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_texts_are_padded_with_short_ones(lengths):
+    sig = Signature(
+        head="embed", device="cuda", dtype="float32", vocab_size=97, hidden_size=8,
+        max_model_len=200, states=(), embedding_size=4,
+    )  # fmt: skip
+    sizes = StepSizes(decode=(), prefill=(128, 256))
+    ends = np.cumsum([0, *lengths]).astype(np.int32)
+    feeds = side_by_side({"input_ids": np.ones(ends[-1], np.int64), "cu_seqlens": ends})
+    shape, into = padded(feeds, sig, sizes=sizes)
+    assert shape.size == (128 if ends[-1] <= 128 else 256)
+    assert shape.text_length >= max(lengths)
+    assert shape.num_sequences > len(lengths)
+    rows = feeds["token_rows"]
+    np.testing.assert_array_equal(into["token_rows"][: len(rows), : rows.shape[1]], rows)
+    assert (into["token_rows"] >= 0).sum() == ends[-1]
+    np.testing.assert_array_equal(into["cu_seqlens"][: len(ends)], ends)
+    assert into["cu_seqlens"][-1] == shape.num_tokens
+    assert (np.diff(into["cu_seqlens"]) >= 1).all()
+
+
+def test_what_is_too_large_is_refused():
+    sig = signature()
+    feeds = Feeder(sig, 1, 400).feeds([(0, [1] * 301)])
+    with pytest.raises(DeviceError, match="at most 300 tokens, got 301"):
+        SIZES.shape(feeds, sig, with_logits=False)

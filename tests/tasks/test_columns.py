@@ -1,0 +1,75 @@
+"""What a task needs of a table is checked before a job."""
+
+import pyarrow as pa
+import pytest
+
+from beam_gemma.errors import OptionsError
+from beam_gemma.tasks.columns import check_columns
+from beam_gemma.tasks.generate import GenerateSettings
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.large_string())])
+SCHEMA = pa.schema(
+    [
+        ("text", pa.string()),
+        ("large", pa.large_string()),
+        ("label", pa.dictionary(pa.int8(), pa.string())),
+        ("count", pa.int32()),
+        ("raw", pa.binary()),
+        ("chat", pa.list_(MESSAGE)),
+        ("large_chat", pa.large_list(MESSAGE)),
+        ("not_chat", pa.list_(pa.struct([("role", pa.string())]))),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt": "{text} {count} {chat} {label}", "key_column": "count"},
+        {"prompt": "no column"},
+        {"prompt_column": "text"},
+        {"prompt_column": "large"},
+        {"prompt_column": "label"},
+        {"messages_column": "chat"},
+        {"messages_column": "large_chat"},
+    ],
+)
+def test_tables_that_fit(settings):
+    check_columns(GenerateSettings(**settings), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"prompt": "{txt}"}, "'txt'.*did you mean text"),
+        ({"prompt_column": "txt"}, "'txt'.*did you mean text"),
+        ({"messages_column": "chats"}, "'chats'.*did you mean chat"),
+        ({"prompt": "x", "key_column": "conut"}, "'conut'.*did you mean count"),
+        ({"prompt_column": "count"}, "'count': expected string, got int32"),
+        ({"prompt": "{raw}"}, "'raw'.*got binary"),
+        ({"messages_column": "text"}, "'text': expected list<struct<role: string"),
+        ({"messages_column": "not_chat"}, "'not_chat': expected list<struct<role: string"),
+    ],
+)
+def test_tables_that_do_not_fit(settings, match):
+    with pytest.raises(OptionsError, match=match):
+        check_columns(GenerateSettings(**settings), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("error", {}), ("completion", {}), ("logprob", {"logprob": True})]
+)
+def test_clash_with_a_result_is_refused(name, settings):
+    table = SCHEMA.append(pa.field(name, pa.string()))
+    with pytest.raises(OptionsError, match=f"'{name}'.*rename it"):
+        check_columns(GenerateSettings(prompt="x", **settings), table)
+
+
+def test_optional_results_clash_only_when_asked_for():
+    check_columns(GenerateSettings(prompt="x"), SCHEMA.append(pa.field("logprob", pa.string())))
+
+
+def test_column_that_occurs_twice_is_refused():
+    table = pa.schema([("text", pa.string()), ("text", pa.string())])
+    with pytest.raises(OptionsError, match="got it twice"):
+        check_columns(GenerateSettings(prompt="{text}"), table)
