@@ -21,7 +21,8 @@ import psutil
 
 from beam_gemma.errors import BeamGemmaError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import HEADS, Device, Head
+from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.signature import HEADS
 from beam_gemma.monitoring.timeline import processor_of
 from beam_gemma.runtime.device_memory import (
     BF16_CAPABILITY,
@@ -34,7 +35,8 @@ from beam_gemma.runtime.download import open_model
 from beam_gemma.versions import versions
 
 if TYPE_CHECKING:
-    from beam_gemma.inference.task_handler import DeviceChoice, TaskHandler
+    from beam_gemma.inference.task_handler import TaskHandler
+    from beam_gemma.runtime.devices import DeviceChoice
 
 GIB = 1 << 30
 TEXT = "The capital of France is"
@@ -68,8 +70,7 @@ def checks(model: str | None, device: "DeviceChoice") -> Iterator[Fact]:
     yield from _packages()
     yield from _machine()
     # Only here: without ONNX Runtime these cannot be imported, and that is a finding too.
-    from beam_gemma.inference.task_handler import choose_device
-    from beam_gemma.runtime.cpu_session import has_device, providers, require_device
+    from beam_gemma.runtime.devices import choose_device, has_device, providers, require_device
 
     yield Fact(name="providers", text=", ".join(providers()), values={"names": providers()})
     wants_gpu = device == "cuda" or (device == "auto" and has_device("cuda"))

@@ -7,12 +7,14 @@ import contextlib
 import functools
 import os
 import uuid
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 
-from beam_gemma.errors import StorageError
+from beam_gemma.errors import OptionsError, StorageError
 
 
 def write_once(path: str, content: bytes) -> None:
@@ -77,3 +79,44 @@ def storage_client() -> Any:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     return create_storage_client(PipelineOptions())
+
+
+def match_files(pattern: str) -> list[str]:
+    """Return the files that a pattern matches, in order.
+
+    Raises:
+        OptionsError: the file system is not known or cannot be listed.
+    """
+    try:
+        (result,) = FileSystems.match([pattern])
+    except (BeamIOError, ValueError) as error:
+        raise OptionsError(f"{pattern}: expected files that can be listed, got: {error}") from error
+    return sorted(file.path for file in result.metadata_list)
+
+
+def delete_folder(folder: str) -> None:
+    """Delete a folder and all that is in it, if it is there."""
+    if _is_there(folder):
+        # Beam takes the name of a local folder as it is, and a prefix of objects with a slash.
+        FileSystems.delete([f"{folder}/" if "://" in folder else folder])
+
+
+def _is_there(folder: str) -> bool:
+    # A folder of an object store is there only by what is in it.
+    (files,) = FileSystems.match([f"{folder}/**"], limits=[1])
+    return FileSystems.exists(folder) or bool(files.metadata_list)
+
+
+def create(path: str) -> BufferedIOBase:
+    """Return a new file to write, with its folder."""
+    folder = path.rpartition("/")[0]
+    if folder and not FileSystems.exists(folder):
+        try:
+            FileSystems.mkdirs(folder)
+        except OSError:
+            # Another thread has made it, which is as good. Of Beam's file systems the local one
+            # raises a bare OSError, the others its subclass BeamIOError.
+            if not FileSystems.exists(folder):
+                raise
+    stream: Any = FileSystems.create(path)  # which only Beam calls a BinaryIO
+    return stream

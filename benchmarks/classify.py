@@ -20,10 +20,10 @@ import torch
 import transformers
 
 from beam_gemma.inference.handlers import GemmaClassifyModelHandler
-from beam_gemma.inputs.prompt_encoder import Row
-from beam_gemma.inputs.template import Text
+from beam_gemma.inputs.row import Row
 from beam_gemma.jobs.fewshot import draw_shots
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.labels import join

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from beam_gemma.engine.engine import Engine, EngineConfig, EngineStats
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
-from beam_gemma.inputs.template import Text
+from beam_gemma.engine.stats import EngineStats
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.limits import EngineConfig
 from benchmarks.workload import SEED, Passages
 
 SHARED_TOKENS, DEEP_TOKENS = 64, 500

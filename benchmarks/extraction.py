@@ -22,7 +22,8 @@ import pyarrow as pa
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.inference.handlers import start_engine
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, Row
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.row import Row
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.monitoring.progress import METER

@@ -20,7 +20,6 @@ import psutil
 import safetensors.torch
 import torch
 
-from beam_gemma.engine.engine import EngineConfig
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.packing import pack
 from beam_gemma.engine.sampling import SamplingParams
@@ -30,6 +29,7 @@ from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import FULL, SLIDING
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.limits import EngineConfig
 from benchmarks.table import table
 from export.__main__ import export
 from export.checkpoints.released_sizes import Size

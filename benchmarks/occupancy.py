@@ -33,13 +33,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 from beam_gemma.options import NO_PRISM
 
-from beam_gemma.cli.plan import counters
-from beam_gemma.engine.engine import EngineConfig
+from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.inference.handlers import GemmaModelHandler, Model
 from beam_gemma.inference.rows import Example
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.inference.transforms import Generate
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.tasks.generate import GenerateSettings
 from benchmarks.table import table
 from export.__main__ import export

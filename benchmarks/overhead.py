@@ -24,10 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from beam_gemma.cli.generate_flags import generate_parser, generate_settings
+from beam_gemma.cli.plan import plan
 from beam_gemma.inference.handlers import GemmaModelHandler
-from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.inputs.row import Row
 from beam_gemma.monitoring.timeline import Pulse
 from beam_gemma.tasks.interface import in_order
 from benchmarks.table import table
@@ -105,13 +106,13 @@ def run(model: str, folder: Path) -> None:
     started = time.monotonic()
     flags = [f"--model={model}", f"--input={folder}/in.parquet", f"--output={folder}/out.parquet"]
     flags += ["--prompt=Echo: {text}", "--max_tokens=8"]
-    job = plan.plan(flags, generate_parser(), generate_settings, EchoHandler)
+    job = plan(flags, generate_parser(), generate_settings, EchoHandler)
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
     answers = rows | "Generate" >> job.ask()
     _ = (rows, *answers) | "Write" >> job.write()
-    if plan.run(pipeline, job) != plan.SUCCESS:
-        sys.exit(plan.FAILURE)
+    if cli.run(pipeline, job) != cli.SUCCESS:
+        sys.exit(cli.FAILURE)
     secs = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     sys.stdout.write(json.dumps({"secs": secs, "peak": peak}) + "\n")

@@ -13,12 +13,13 @@ import sys
 import time
 from dataclasses import dataclass
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.limits import EngineConfig
 from benchmarks.comparison import Bar, bar_lines
 from benchmarks.table import table
 from benchmarks.workload import SEED, Passages

@@ -26,7 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.cli.plan import exit_code
+from beam_gemma.cli.run import exit_code
 from beam_gemma.monitoring.progress import METER
 from beam_gemma.tables.file_sink import open_sink
 from benchmarks.table import table

@@ -1,10 +1,11 @@
 """Our engine alone: token ids in, token ids out."""
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.limits import EngineConfig
 from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
 
 WARM_UP = Request(

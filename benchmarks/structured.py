@@ -29,8 +29,8 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.inference.handlers import start_engine
-from beam_gemma.inputs.template import Text
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.structured.constraint import Constraint, Guide

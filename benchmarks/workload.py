@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from beam_gemma.inputs.template import Text
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,8 @@ from beam_gemma.model.artifact import (
     write_manifest,
 )
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
-from beam_gemma.model.signature import HEADS, Device, Signature
+from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.signature import HEADS, Signature
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.legal import write_legal
 from export.checkpoints.lora import merge_adapter

@@ -7,23 +7,24 @@ import sys
 
 import apache_beam as beam
 
-from beam_gemma.cli import plan
 from beam_gemma.cli.embed_flags import embed_parser, embed_settings
+from beam_gemma.cli.plan import plan
+from beam_gemma.cli.run import SUCCESS, exit_code, run
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    job = plan.plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
+    job = plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
     if job.preview is not None:
         sys.stdout.write(job.preview)
-        return plan.SUCCESS
+        return SUCCESS
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
     answers = rows | "Embed" >> job.ask()
     _ = (rows, *answers) | "Write" >> job.write()
-    return plan.run(pipeline, job)
+    return run(pipeline, job)
 
 
 if __name__ == "__main__":
-    sys.exit(plan.exit_code(main))
+    sys.exit(exit_code(main))

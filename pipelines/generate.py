@@ -7,23 +7,24 @@ import sys
 
 import apache_beam as beam
 
-from beam_gemma.cli import plan
 from beam_gemma.cli.generate_flags import generate_parser, generate_settings
+from beam_gemma.cli.plan import plan
+from beam_gemma.cli.run import SUCCESS, exit_code, run
 from beam_gemma.inference.handlers import GemmaModelHandler
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    job = plan.plan(sys.argv[1:], generate_parser(), generate_settings, GemmaModelHandler)
+    job = plan(sys.argv[1:], generate_parser(), generate_settings, GemmaModelHandler)
     if job.preview is not None:
         sys.stdout.write(job.preview)
-        return plan.SUCCESS
+        return SUCCESS
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
     answers = rows | "Generate" >> job.ask()
     _ = (rows, *answers) | "Write" >> job.write()
-    return plan.run(pipeline, job)
+    return run(pipeline, job)
 
 
 if __name__ == "__main__":
-    sys.exit(plan.exit_code(main))
+    sys.exit(exit_code(main))

@@ -10,7 +10,7 @@ import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.inputs.prompt_encoder import as_text
+from beam_gemma.inputs.row import as_text
 from beam_gemma.inputs.template import Template
 from beam_gemma.structured.grammar import to_regex
 from beam_gemma.structured.output import StructuredOutput

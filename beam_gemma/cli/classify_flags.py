@@ -5,19 +5,16 @@ import dataclasses
 from pathlib import Path
 
 from beam_gemma.cli.estimate_flags import add_estimate
-from beam_gemma.cli.flag_types import SWITCH, count
-from beam_gemma.cli.flags import (
-    FlagParser,
+from beam_gemma.cli.flag_groups import (
+    add_dataflow,
     add_engine,
     add_files,
     add_job,
     add_prompt,
-    flag_parser,
     prompt_settings,
-    text_of,
-    words_of,
 )
-from beam_gemma.dataflow.options import add_dataflow
+from beam_gemma.cli.flag_types import SWITCH, count
+from beam_gemma.cli.flags import FlagParser, flag_parser, text_of, words_of
 from beam_gemma.errors import OptionsError
 from beam_gemma.jobs.fewshot import POOL_ROWS, all_shots, draw_shots
 from beam_gemma.tables.bigquery_client import SCHEME

@@ -4,15 +4,9 @@ import argparse
 import dataclasses
 
 from beam_gemma.cli.estimate_flags import add_estimate
+from beam_gemma.cli.flag_groups import add_dataflow, add_files, add_job, add_steps
 from beam_gemma.cli.flag_types import SWITCH, positive
-from beam_gemma.cli.flags import (
-    FlagParser,
-    add_files,
-    add_job,
-    add_steps,
-    flag_parser,
-)
-from beam_gemma.dataflow.options import add_dataflow
+from beam_gemma.cli.flags import FlagParser, flag_parser
 from beam_gemma.errors import OptionsError
 from beam_gemma.runtime.limits import EMBED_TOKENS
 from beam_gemma.tasks.text_encoder import EmbedSettings

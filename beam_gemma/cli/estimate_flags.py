@@ -7,10 +7,11 @@ from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
 from beam_gemma.cli.flag_types import above_zero
 from beam_gemma.cli.flags import is_local
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.task_handler import TaskHandler, choose_device
+from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.jobs.estimate import Means, Throughput
 from beam_gemma.jobs.profiles import find_profile, this_machine
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.runtime.devices import choose_device
 
 FLAGS = (
     "prompt_tokens_per_sec", "completion_tokens_per_sec", "expected_tokens", "worker_price"

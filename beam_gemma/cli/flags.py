@@ -1,11 +1,10 @@
 """Flags that tasks share, with complete help; Beam's are passed on, unknown ones refused."""
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from apache_beam.io.filesystem import BeamIOError
@@ -17,15 +16,7 @@ from apache_beam.options.pipeline_options import (
     _BeamArgumentParser,
 )
 
-from beam_gemma.cli.flag_types import SWITCH, column_names, count, fraction, positive, rising
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.inputs.prompt_encoder import PromptSettings
-from beam_gemma.runtime.limits import (
-    GPU_MEMORY_UTILIZATION,
-    MAX_NUM_BATCHED_TOKENS,
-    MAX_NUM_SEQS,
-    Limits,
-)
 
 LOCAL_RUNNER = "DirectRunner"
 NO_PRISM = "--prism_location=/nonexistent"
@@ -128,29 +119,6 @@ def in_one_process(options: PipelineOptions) -> bool:
     return is_local(options) and mode != "multi_processing"
 
 
-def engine_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of `add_engine` say."""
-    names = ("device", *(field.name for field in dataclasses.fields(Limits)))
-    return {name: value for name, value in vars(flags).items() if name in names}
-
-
-def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of `add_prompt` say, as fields of `PromptSettings`.
-
-    Raises:
-        OptionsError: the chat template cannot be read.
-    """
-    names = {field.name for field in dataclasses.fields(PromptSettings)}
-    given = {name: value for name, value in vars(flags).items() if name in names}
-    return given | {"chat_template": _chat_template(flags.chat_template)}
-
-
-def _chat_template(name_or_file: str | None) -> str | None:
-    if name_or_file in (None, "gemma"):
-        return name_or_file
-    return text_of("--chat_template", name_or_file)
-
-
 def text_of(flag: str, path: str) -> str:
     """Return the text of a file that a flag names, on this machine or on gs://.
 
@@ -180,197 +148,3 @@ def words_of(flag: str, text: str, remedy: str) -> tuple[str, ...]:
                 f"{remedy}"
             )
     return words
-
-
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Add what to run, where rows come from and where they go."""
-    group = parser.add_argument_group("input and output")
-    add = group.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="DIR",
-        help="model folder that python -m export wrote, on this machine or on gs://",
-    )
-    read = group.add_mutually_exclusive_group(required=True).add_argument
-    read(
-        "--input",
-        metavar="URI",
-        help="table to read: a .parquet or .jsonl file, a pattern, a folder of Parquet files, or "
-        "bq://PROJECT.DATASET.TABLE; this or --query is required (default: none)",
-    )
-    read("--query", metavar="SQL", help="query of BigQuery whose result to read (default: none)")
-    add(
-        "--read_method",
-        choices=("DIRECT_READ", "EXPORT"),
-        help="how to read from BigQuery: from its storage, or from files under --temp_location "
-        "that it is exported to (default: DIRECT_READ)",
-    )
-    add(
-        "--output",
-        required=True,
-        metavar="URI",
-        help="table to write: dir/name.parquet becomes dir/name-00000-of-00004.parquet and so on, "
-        "bq://PROJECT.DATASET.TABLE is loaded from --temp_location; all columns are kept",
-    )
-    add(
-        "--columns",
-        type=column_names,
-        metavar="A,B",
-        help="columns of the table to read and to keep (default: all)",
-    )
-    add("--overwrite", **SWITCH, help="replace an earlier output (default: refuse)")
-    add("--append", **SWITCH, help="add to a table of BigQuery (default: refuse)")
-    add(
-        "--errors",
-        metavar="URI",
-        help="table to write failed rows to as well (default: they are in the output alone)",
-    )
-    add(
-        "--num_shards",
-        type=count,
-        default=0,
-        metavar="N",
-        help="files to write, of even size (default: 0, so many that each has about 256 MB)",
-    )
-    add("--limit", type=positive, metavar="N", help="rows to read, from the first (default: all)")
-
-
-def add_prompt(parser: argparse.ArgumentParser) -> None:
-    """Add how a row becomes a prompt."""
-    group = parser.add_argument_group("prompt", "one of the first three is required")
-    add = group.add_argument
-    add("--prompt", metavar="TEMPLATE", help="text with column names in braces (default: none)")
-    add("--prompt_column", metavar="COLUMN", help="holds the whole prompt (default: none)")
-    add(
-        "--messages_column",
-        metavar="COLUMN",
-        help="holds a conversation, a list of role and content (default: none)",
-    )
-    add("--system", metavar="TEXT", help="system prompt of every row (default: none)")
-    add(
-        "--prompt_format",
-        choices=("auto", "raw", "chat"),
-        default="auto",
-        help="raw takes the prompt as it stands, chat makes it a user's turn (default: auto, "
-        "which is chat where there is a chat template)",
-    )
-    add(
-        "--chat_template",
-        metavar="NAME_OR_FILE",
-        help="gemma, or a file with a Jinja template (default: the model's own)",
-    )
-    add(
-        "--allow_special_tokens",
-        **SWITCH,
-        help="let text of rows become control tokens (default: no, it stays text)",
-    )
-    add(
-        "--max_prompt_tokens",
-        type=positive,
-        metavar="N",
-        help="longest prompt, in tokens (default: what the model takes beside its answer)",
-    )
-    add(
-        "--truncate",
-        choices=("left", "right"),
-        help="side on which a longer prompt loses text (default: such a row is an error)",
-    )
-
-
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add how an engine runs."""
-    add = add_steps(parser, MAX_NUM_BATCHED_TOKENS).add_argument
-    add(
-        "--max_num_seqs",
-        type=int,
-        metavar="N",
-        help=f"rows that run at once (default: {_by_device(MAX_NUM_SEQS)} rows)",
-    )
-    add(
-        "--cudagraph_capture_sizes",
-        type=rising,
-        metavar="N,N",
-        help="CUDA: what the rows of a decode step are padded to, up to --max_num_seqs; with "
-        "several, steps of few rows cost less, and a row's last bits may depend on the others "
-        "(default: --max_num_seqs alone)",
-    )
-
-
-def add_steps(
-    parser: argparse.ArgumentParser, max_num_batched_tokens: Mapping[str, int]
-) -> argparse._ArgumentGroup:
-    """Add where steps run and how large they are, by default on each device."""
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where the model runs (default: auto, CUDA where model and machine have it)",
-    )
-    group.add_argument(
-        "--max_num_batched_tokens",
-        type=positive,
-        metavar="N",
-        help=f"new tokens of one step (default: {_by_device(max_num_batched_tokens)} tokens)",
-    )
-    group.add_argument(
-        "--gpu_memory_utilization",
-        type=fraction,
-        metavar="X",
-        help="CUDA: share of the GPU's memory to use, the rest is for others "
-        f"(default: {GPU_MEMORY_UTILIZATION})",
-    )
-    return group
-
-
-def _by_device(defaults: Mapping[str, int]) -> str:
-    return f"{defaults['cpu']}, on CUDA {defaults['cuda']}"
-
-
-def add_job(parser: argparse.ArgumentParser) -> None:
-    """Add how to go about a job."""
-    add = parser.add_argument_group("job").add_argument
-    add(
-        "--dry_run",
-        nargs="?",
-        const="text",
-        choices=("text", "json"),
-        help="read a sample, show its prompts and say what all rows take, and do not load the "
-        "model; text where no form is named (default: run)",
-    )
-    add(
-        "--resume",
-        **SWITCH,
-        help="go on with a job that was broken off; what it has finished is not computed again "
-        "(default: refuse where there is such a job)",
-    )
-    add(
-        "--max_error_fraction",
-        type=fraction,
-        default=1.0,
-        metavar="X",
-        help="rows that may fail, as a share of all; with more, the job stops early "
-        "(default: %(default)s, all)",
-    )
-    add(
-        "--max_cost_tokens",
-        type=positive,
-        metavar="N",
-        help="prompt and completion tokens to compute; then the job stops, and --resume goes on "
-        "(default: no limit)",
-    )
-    add(
-        "--report",
-        metavar="FILE",
-        help="page to write about the run, as HTML with charts: lengths, tokens per second, "
-        "errors; it holds nothing of the rows (default: none)",
-    )
-    add(
-        "--report_rows",
-        type=count,
-        default=0,
-        metavar="N",
-        help="rows of the output to show in the report (default: %(default)s rows)",
-    )
-    add("--verbose", **SWITCH, help="log what the job does (default: warnings only)")

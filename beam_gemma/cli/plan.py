@@ -2,36 +2,31 @@
 
 import argparse
 import logging
-import re
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-import apache_beam as beam
 import pyarrow as pa
-from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.runner import PipelineResult
 
 from beam_gemma.cli.estimate_flags import check_estimate, means_of
-from beam_gemma.cli.flags import FlagParser, engine_settings, in_one_process, is_local, parse
+from beam_gemma.cli.flag_groups import engine_settings
+from beam_gemma.cli.flags import FlagParser, in_one_process, is_local, parse
 from beam_gemma.cli.table_flags import refuse_streams, sink_of, source_of
 from beam_gemma.dataflow.options import on_dataflow, resource_hints, worker_device, worker_options
 from beam_gemma.dataflow.wheel import stage
-from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
+from beam_gemma.errors import OptionsError
 from beam_gemma.inference.saved_results import run_digest
 from beam_gemma.inference.supervised_model import Supervision
-from beam_gemma.inference.task_handler import TaskHandler, choose_device
+from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.jobs.dry_run import preview
 from beam_gemma.jobs.infer_table import Ask
 from beam_gemma.jobs.run_record import facts_of, marks_of
 from beam_gemma.jobs.shards import Layout
 from beam_gemma.jobs.write_table import Columns, Output, Page, WriteTable
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.monitoring.progress import METRICS_NAMESPACE, Display
+from beam_gemma.runtime.devices import choose_device
 from beam_gemma.tables.file_sink import check_writable
 from beam_gemma.tables.open_table import ReadTable
 from beam_gemma.tables.sink import Sink
@@ -41,9 +36,6 @@ from beam_gemma.tasks.interface import Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 HandlerT = TypeVar("HandlerT", bound=TaskHandler)
-SUCCESS, FAILURE, USAGE, STOPPED = 0, 1, 2, 3
-"""Exit codes: rows balance; they do not, or the job broke; a setting is wrong; the job has stopped
-where it was told to and can go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,101 +209,6 @@ def _make_room(flag: str, sink: Sink, source: Source, flags: argparse.Namespace)
     return None
 
 
-def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
-    """Run a job, show its progress and check that no row was lost; return the exit code.
-
-    A Dataflow job goes on alone: its state and counters are in its own console.
-    """
-    if on_dataflow(job.options):
-        return _submit(pipeline)
-    started = time.monotonic()
-    try:
-        with _display(job):
-            result = pipeline.run()
-            result.wait_until_finish()
-    except (BeamGemmaError, RuntimeError) as error:
-        if (sentence := _sentence(error)) is None:
-            raise
-        sys.stderr.write(f"error: {sentence}\n")
-        return STOPPED if BudgetError.__name__ in repr(error) else FAILURE
-    return report(counters(result), time.monotonic() - started)
-
-
-def _submit(pipeline: beam.Pipeline) -> int:
-    try:
-        result: Any = pipeline.run()
-    except Exception as error:  # the clients of the services on the way have many, and one remedy
-        reason = " ".join(str(error).split())
-        raise OptionsError(
-            f"Dataflow: expected the job to be taken, got {type(error).__name__}: {reason}; "
-            "docs/dataflow.md names the roles and settings that it takes"
-        ) from error
-    if result.has_job:
-        sys.stdout.write(f"submitted the job {result.job_id()}\n")
-    else:  # --template_location, by which the launcher of a template gets it as a file
-        sys.stdout.write("wrote the job for its launcher\n")
-    return SUCCESS
-
-
-def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
-    """Write the line that balances a job's rows; return the exit code."""
-    names = ("rows_read", "written_ok", "written_failed", "rows_written")
-    read, ok, failed, written = (counts.get(name, 0) for name in names)
-    line = (
-        f"read {read:,} = ok {ok:,} + failed {failed:,} = written {written:,} rows; "
-        f"{_tokens(counts, elapsed_secs)}"
-    )
-    if slots := counts.get("decode_slots", 0):
-        line += f"; steps {100 * counts['decode_rows'] / slots:.0f} % full"
-    for name, what in (("duplicate_rows", "asked what others ask"), ("resumed_rows", "resumed")):
-        if number := counts.get(name, 0):
-            line += f"; {number:,} rows {what}"
-    sys.stdout.write(line + "\n")
-    if read == ok + failed == written:
-        return SUCCESS
-    sys.stderr.write(
-        "error: rows: expected the counts above to be equal; rows were lost or doubled\n"
-    )
-    return FAILURE
-
-
-def _tokens(counts: Mapping[str, int], elapsed_secs: float) -> str:
-    """Return what was computed in which time; the rate is that of completions where there are."""
-    amount = f"{counts.get('prompt_tokens', 0):,}"
-    if "completion_tokens" in counts:
-        amount += f" prompt + {counts['completion_tokens']:,} completion"
-    rate = counts.get("completion_tokens", counts.get("prompt_tokens", 0)) / max(elapsed_secs, 1e-9)
-    return f"{amount} tokens in {elapsed_secs:,.1f} s ({rate:,.1f} tokens/s)"
-
-
-def counters(result: PipelineResult) -> dict[str, int]:
-    """Return the sums of the project's counters over all steps of a job."""
-    counts: dict[str, int] = {}
-    query = MetricsFilter().with_namespace(METRICS_NAMESPACE)
-    for metric in result.metrics().query(query)["counters"]:
-        name = metric.key.metric.name
-        # Of a counter at zero, portable runners say nothing.
-        counts[name] = counts.get(name, 0) + (metric.result or 0)
-    return counts
-
-
-def exit_code(main: Callable[[], int]) -> int:
-    """Run a command; an error of ours is one sentence and the exit code of a wrong setting."""
-    try:
-        return main()
-    except BeamGemmaError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USAGE
-
-
-def _sentence(error: Exception) -> str | None:
-    """Return an error of ours in its own words; workers send theirs as the text of a traceback."""
-    if isinstance(error, BeamGemmaError):
-        return str(error)
-    sentences = re.findall(r"^beam_gemma\.errors\.\w+: (.*)$", str(error), re.MULTILINE)
-    return sentences[-1] if sentences else None
-
-
 def _set_up_logs(*, verbose: bool) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -321,10 +218,3 @@ def _set_up_logs(*, verbose: bool) -> None:
 def _matters(record: logging.LogRecord) -> bool:
     """Drop what Beam says at each load where torch is not installed, as on our workers."""
     return not record.getMessage().startswith("Resource module is not available")
-
-
-def _display(job: Job[Any]) -> AbstractContextManager[object]:
-    """Return the display of a job whose rows go through this process."""
-    if in_one_process(job.options):
-        return Display(job.source.num_rows)
-    return nullcontext()

@@ -15,12 +15,11 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from beam_gemma.cli.flag_types import positive
 from beam_gemma.dataflow import image
 from beam_gemma.dataflow.gpus import GPUS, Gpu
 from beam_gemma.errors import OptionsError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Device
+from beam_gemma.model.graph_tensors import Device
 from beam_gemma.runtime.download import SCHEME as CLOUD_STORAGE
 from beam_gemma.tables.bigquery_client import SCHEME as BIGQUERY
 
@@ -34,31 +33,6 @@ HARNESS_THREADS = 8
 """Bundles that a worker's one process takes at once; from four on, steps are full."""
 DISK_GB = {"cpu": 30, "cuda": 50}
 """Of a worker, for its system and its image, before the model."""
-
-
-def add_dataflow(parser: argparse.ArgumentParser) -> None:
-    """Add which GPUs workers have."""
-    add = parser.add_argument_group(
-        "Dataflow",
-        "with --runner DataflowRunner; Beam's own flags, such as --sdk_container_image and "
-        "--machine_type, say the rest",
-    ).add_argument
-    add(
-        "--gpu_type",
-        choices=tuple(GPUS),
-        help="GPU of the workers that run the model (default: none, they run it on the CPU)",
-    )
-    add(
-        "--gpu_count",
-        type=positive,
-        metavar="N",
-        help="GPUs of each of these workers, of which the model uses one (default: 1)",
-    )
-    add(
-        "--gpu_driver",
-        metavar="WORDS",
-        help=f"how Dataflow gets the driver, passed on as it stands (default: {DRIVER})",
-    )
 
 
 def on_dataflow(options: PipelineOptions) -> bool:

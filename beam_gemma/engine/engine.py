@@ -18,79 +18,12 @@ from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.launched_step import StepCount
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Completion, Request, Sequence
+from beam_gemma.engine.stats import EngineStats
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.monitoring.timeline import DeviceStats, Pulse, Work
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.runtime.step_interface import Runner
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How much work a step may hold."""
-
-    max_num_seqs: int = 64
-    """Sequences that run at once."""
-    max_num_batched_tokens: int = 1024
-    """New tokens of one step."""
-    eos_token_ids: tuple[int, ...] = ()
-    """The model's own end tokens; they end a completion unless its request ignores them."""
-    enable_prefix_caching: bool = True
-    """Whether prompts with the same first tokens share what the caches hold of them."""
-
-    def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise OptionsError(f"max_num_seqs: expected at least 1, got {self.max_num_seqs}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise OptionsError(
-                f"max_num_batched_tokens: expected at least max_num_seqs ({self.max_num_seqs}), "
-                f"one token for each sequence, got {self.max_num_batched_tokens}"
-            )
-
-
-@dataclasses.dataclass(slots=True)
-class EngineStats:
-    """Counts since the engine started."""
-
-    max_num_seqs: int
-    num_requests: int = 0
-    """Submitted."""
-    num_finished: int = 0
-    """Of these, failed ones included."""
-    num_failed: int = 0
-    num_prefill_steps: int = 0
-    """With part of a prompt, whatever else runs beside it."""
-    num_decode_steps: int = 0
-    """With one token of each sequence."""
-    num_prompt_tokens: int = 0
-    """Computed by prefill; again after a preemption."""
-    num_cached_tokens: int = 0
-    """Of prompts, not computed because the cache had them; again after a preemption."""
-    num_completion_tokens: int = 0
-    """Chosen, end tokens included."""
-    num_preemptions: int = 0
-    """Sequences put back to make room, or after a failure, and computed again."""
-    num_decode_rows: int = 0
-    """Sequences of all decode steps."""
-    num_backlog_decode_steps: int = 0
-    """Decode steps while other requests waited."""
-    num_backlog_decode_rows: int = 0
-    """Sequences of those steps."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed, of prompts and of completions."""
-        return self.num_prompt_tokens + self.num_completion_tokens
-
-    @property
-    def occupancy(self) -> float:
-        """Mean share of the slots that a decode step used."""
-        return self.num_decode_rows / max(1, self.num_decode_steps * self.max_num_seqs)
-
-    @property
-    def backlog_occupancy(self) -> float:
-        """The same while other requests waited: what the end of the work has no part in."""
-        num_slots = self.num_backlog_decode_steps * self.max_num_seqs
-        return self.num_backlog_decode_rows / max(1, num_slots)
 
 
 class Engine:

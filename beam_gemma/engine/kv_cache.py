@@ -26,7 +26,8 @@ from jaxtyping import Int32
 
 from beam_gemma.engine.block_pool import BlockPool
 from beam_gemma.engine.prefix import PrefixChain
-from beam_gemma.model.signature import CONTEXT_ALIGNMENT, PagedState, Signature, blocks_for
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,8 @@ from jaxtyping import Int32, Int64
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import uniform_at
 from beam_gemma.engine.sequence import Sequence, Step
-from beam_gemma.model.signature import CONTEXT_ALIGNMENT, PagedState, Signature, blocks_for
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 

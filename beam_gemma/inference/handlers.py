@@ -9,16 +9,18 @@ from typing import Any, ClassVar
 from beam_gemma.engine.embedding_engine import EmbeddingSteps, check_sight
 from beam_gemma.engine.engine import Engine
 from beam_gemma.errors import ArtifactError, OptionsError
-from beam_gemma.inference.task_handler import DeviceChoice, TaskHandler
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, Row
-from beam_gemma.inputs.template import Text
+from beam_gemma.inference.task_handler import TaskHandler
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.row import Row
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.embedding_config import EmbeddingConfig
-from beam_gemma.model.signature import Device, Head
+from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.monitoring.progress import METER, Count
 from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.monitoring.timeline import Pulse, Work
+from beam_gemma.runtime.devices import DeviceChoice
 from beam_gemma.runtime.download import open_description
 from beam_gemma.runtime.limits import FOR_CUDA, Limits
 from beam_gemma.runtime.open_session import open_session

@@ -11,7 +11,7 @@ from apache_beam.ml.transforms.base import EmbeddingsManager, _TextEmbeddingHand
 
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
-from beam_gemma.inference.task_handler import DeviceChoice
+from beam_gemma.runtime.devices import DeviceChoice
 from beam_gemma.tasks.interface import Model
 from beam_gemma.tasks.text_encoder import EmbedSettings
 

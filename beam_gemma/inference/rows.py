@@ -8,7 +8,7 @@ from apache_beam.pvalue import Row
 
 from beam_gemma.batches import RecordBatchCoder
 from beam_gemma.errors import RecordError
-from beam_gemma.inputs.prompt_encoder import Row as Columns
+from beam_gemma.inputs.row import Row as Columns
 
 Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
 """A Row that has been between two steps comes as a named tuple."""

@@ -18,7 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.errors import StorageError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.runtime.cpu_session import numerics
+from beam_gemma.runtime.devices import numerics
 from beam_gemma.storage import write_once
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import KEY_BYTES, REQUEST_KEY

@@ -20,7 +20,7 @@ from beam_gemma.errors import (
     OptionsError,
 )
 from beam_gemma.inference.saved_results import PieceWriter
-from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.inputs.row import Row
 from beam_gemma.monitoring.result_summary import reason_of
 from beam_gemma.tasks.interface import StreamingModel, in_order
 from beam_gemma.tasks.row_keys import REQUEST_KEY

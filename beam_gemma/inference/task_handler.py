@@ -1,35 +1,38 @@
 """What every task has in common as a Beam model handler: rows, errors, counts, one shared model."""
 
+import atexit
 import hashlib
 import json
+import logging
+import os
+import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
+import psutil
 import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from apache_beam.pvalue import PCollection
 
 from beam_gemma.errors import EngineError, OptionsError, RecordError
-from beam_gemma.inference import owner
 from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
-from beam_gemma.inputs.prompt_encoder import Row
-from beam_gemma.jobs.run_record import task_name
+from beam_gemma.inputs.row import Row
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Device, Head
+from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
 from beam_gemma.monitoring.startup_log import log_process, logged
 from beam_gemma.monitoring.timeline import used_mib, with_pulse
-from beam_gemma.runtime.cpu_session import has_device, require_device
+from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.runtime.download import open_description, open_model
-from beam_gemma.tasks.interface import Asked, Encoder, Model, Settings, StreamingModel
+from beam_gemma.tasks.interface import Asked, Encoder, Model, Settings, StreamingModel, task_name
 from beam_gemma.tasks.row_keys import KEY_BYTES
 from beam_gemma.versions import check_versions, versions
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 BATCH_ROWS = 4096
 """Rows that go to the engine together: enough that few steps run with slots left empty."""
 Fingerprint = Callable[[Row], bytes]
@@ -159,7 +162,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             OptionsError: the model cannot be asked so, or the device is absent.
         """
         if self.share_model_across_processes():
-            owner.claim(self._key)
+            claim(self._key)
         model = self._start()
         if self._supervision is None:
             return model
@@ -265,19 +268,20 @@ def check_bounded(rows: PCollection[Any]) -> None:
         )
 
 
-def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Device:
-    """Return the device that a graph of a model runs on, on this machine.
+def claim(key: str) -> None:
+    """Note that this process runs the engine of a key; warn if its last owner has died.
 
-    Raises:
-        ArtifactError: the model has no graph for the device that was asked for.
-        OptionsError: the machine does not have that device, or has one that is of no use.
+    Beam lets one process of a machine load at a time.
     """
-    if device != "auto":
-        artifact.signature(head, device)
-        require_device(device)
-        return device
-    if (head, "cuda") in artifact.signatures and has_device("cuda"):
-        require_device("cuda")
-        return "cuda"
-    artifact.signature(head, "cpu")
-    return "cpu"
+    note = Path(tempfile.gettempdir()) / f"beam-gemma-{key}.pid"
+    former = note.read_text() if note.exists() else ""
+    if former and not psutil.pid_exists(int(former)):
+        logging.getLogger(__name__).warning(
+            "engine: process %s, which ran it for this machine, has died; process %d loads the "
+            "model anew",
+            former,
+            os.getpid(),
+        )
+    note.write_text(str(os.getpid()))
+    # A process that ends in peace takes its note along.
+    atexit.register(note.unlink, missing_ok=True)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inputs.template import Control, ControlPieces, Part, column_text
+from beam_gemma.inputs.template import column_text
+from beam_gemma.model.markup import Control, ControlPieces, Part
 
 PREFIX, SUFFIX, MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 FILE_SEPARATOR = "<|file_separator|>"

@@ -3,30 +3,20 @@
 A row is a mapping of columns, or a string that is the prompt itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from beam_gemma.errors import BeamGemmaError, OptionsError, PromptTooLongError, RecordError
+from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
+from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
 from beam_gemma.inputs.infill import Infill
-from beam_gemma.inputs.template import (
-    GEMMA_CHAT_TEMPLATE,
-    ChatTemplate,
-    Control,
-    Part,
-    Template,
-    Text,
-    format_value,
-)
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors
+from beam_gemma.inputs.template import Template, format_value
+from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 
-Row = Mapping[str, Any] | str
 Turn = tuple[tuple[Part, ...], tuple[Part, ...]]
 """What a shot asks and what it answers."""
-ColumnUse = Literal["text", "messages", "value", "key"]
-"""What a task makes of a column: a text, a conversation, a value that is written into a template,
-or a name for its row."""
 PromptFormat = Literal["auto", "raw", "chat"]
 Side = Literal["left", "right"]
 MAX_CUTS = 4
@@ -106,25 +96,6 @@ class PromptSettings:
             self.suffix_column: "text",
         }
         return {column: use for column, use in uses.items() if column is not None}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """What the model sees of one row."""
-
-    parts: tuple[Part, ...]
-    token_ids: tuple[int, ...]
-    truncated: bool = False
-
-    @property
-    def text(self) -> str:
-        """The prompt as a person reads it."""
-        return as_text(self.parts)
-
-    @property
-    def identity(self) -> list[Any]:
-        """What tells it from other prompts, as JSON holds it."""
-        return [self.token_ids, self.truncated]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,28 +259,6 @@ class PromptEncoder:
         if (side or self.settings.truncate) == "left":
             return self.tokenizer.decode(ids[num_tokens:]).lstrip("\ufffd")
         return self.tokenizer.decode(ids[:-num_tokens]).rstrip("\ufffd")
-
-
-def as_text(parts: Sequence[Part]) -> str:
-    """Return parts as a person reads them."""
-    return "".join(part.piece if isinstance(part, Control) else part.text for part in parts)
-
-
-@contextmanager
-def rows_own_errors() -> Iterator[None]:
-    """Make what trips over a row an error of that row, which may hold anything.
-
-    Raises:
-        RecordError: something went wrong inside.
-    """
-    try:
-        yield
-    except BeamGemmaError:
-        raise
-    except Exception as error:  # whatever a row's values do when they are written as text
-        raise RecordError(
-            f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
-        ) from error
 
 
 def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from beam_gemma.batches import joined
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.rows import rows_of
-from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.inputs.row import Row
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import KEY_BYTES, POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
 

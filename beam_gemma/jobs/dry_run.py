@@ -10,7 +10,7 @@ import pyarrow as pa
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inference.task_handler import TaskHandler
-from beam_gemma.inputs.prompt_encoder import Prompt, Row
+from beam_gemma.inputs.row import Prompt, Row
 from beam_gemma.jobs.estimate import Estimate, Means, Sample, distribution
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.monitoring.result_summary import reason_of

@@ -6,7 +6,7 @@ from typing import Any
 
 from beam_gemma.errors import OptionsError, nearest
 from beam_gemma.inference.rows import rows_of
-from beam_gemma.inputs.prompt_encoder import as_text
+from beam_gemma.inputs.row import as_text
 from beam_gemma.inputs.template import Template
 from beam_gemma.tables.source import Source
 from beam_gemma.tasks.questions import ClassifySettings, Shot

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Device, Head
+from beam_gemma.model.graph_tensors import Device, Head
 
 PROFILES = Path(__file__).with_suffix(".json")
 CPU_INFO = Path("/proc/cpuinfo")

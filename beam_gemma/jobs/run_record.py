@@ -19,7 +19,7 @@ import beam_gemma
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.monitoring.result_summary import Summary
 from beam_gemma.monitoring.timeline import timeline
-from beam_gemma.tasks.interface import Settings
+from beam_gemma.tasks.interface import Settings, task_name
 
 FORMAT = 2
 """Raised when a reader of records would misread a new one."""
@@ -123,11 +123,6 @@ def record_of(
         ),
         "timelines": [timeline(own) for own in pulses],
     }
-
-
-def task_name(settings: Settings) -> str:
-    """Return what a task is called: generate, classify, moderate or embed."""
-    return type(settings).__name__.removesuffix("Settings").lower()
 
 
 def _results(task: Mapping[str, Any], summary: Summary) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from apache_beam.typehints.decorators import no_annotations
 from beam_gemma.batches import Grouped, Located, Tagged
 from beam_gemma.errors import BalanceError, FailuresError
 from beam_gemma.jobs.run_record import record_of
-from beam_gemma.jobs.shard import assembled
-from beam_gemma.jobs.shards import Layout
+from beam_gemma.jobs.shards import Layout, assembled
 from beam_gemma.monitoring.html_report import render
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
 from beam_gemma.monitoring.result_summary import Summary
+from beam_gemma.storage import create, delete_folder
 from beam_gemma.tables import json_lines
-from beam_gemma.tables.file_sink import ShardFile, create, stage
-from beam_gemma.tables.sink import Sink, delete_folder
+from beam_gemma.tables.file_sink import ShardFile, stage
+from beam_gemma.tables.sink import Sink
 
 TABLE, NOTHING = -1, -2
 """What the batches of a shard are, beside results: rows of the table; none, so that it is there."""

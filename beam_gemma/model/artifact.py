@@ -20,7 +20,8 @@ from typing import Any
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.config import GemmaConfig, RopeParameters
 from beam_gemma.model.embedding_config import EmbeddingConfig
-from beam_gemma.model.signature import HEADS, Device, Head, Signature
+from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.signature import HEADS, Signature
 
 FORMAT = 1
 """Raised when a worker of an older version could not run what is written now."""

@@ -85,12 +85,22 @@ another before the host has seen what it chose:
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from beam_gemma.errors import ArtifactError
-
-Device = Literal["cpu", "cuda"]
-Head = Literal["generate", "score", "embed"]
+from beam_gemma.model.graph_tensors import (
+    _STATES,
+    CrossState,
+    Device,
+    Head,
+    PagedState,
+    RecurrentState,
+    State,
+    StateTensor,
+    Tensor,
+    _state_tensor,
+    _tensors,
+)
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
 """The head of each task."""
@@ -108,73 +118,6 @@ TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
 OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "position_ids")
 CROSS = "cross_attention"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
-    """One input or output of a graph."""
-
-    name: str
-    dtype: str
-    """numpy's name, or `bfloat16`."""
-    shape: tuple[int | str, ...]
-    """Fixed sizes, and letters of the module's legend."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PagedState:
-    """Keys and values of every token, in blocks that a table names; one group of layers."""
-
-    group: str
-    layers: tuple[int, ...]
-    num_key_value_heads: int
-    head_dim: int
-    sliding_window: int | None = None
-    """Tokens that a query reaches, itself included; None for all."""
-
-    def shape(self, device: Device, block_size: int) -> tuple[int | str, ...]:
-        """Return the shape of a layer's key cache, which is that of its value cache.
-
-        CUDA takes [P, block, K, H]; on the CPU heads come first: [K, P, block, H].
-        """
-        heads, blocks = self.num_key_value_heads, "P_" + self.group
-        if device == "cuda":
-            return blocks, block_size, heads, self.head_dim
-        return heads, blocks, block_size, self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecurrentState:
-    """A tensor of fixed size for each sequence, such as an RG-LRU state or a convolution's tail."""
-
-    name: str
-    layers: tuple[int, ...]
-    shape: tuple[int, ...]
-    """Of one sequence."""
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CrossState:
-    """Keys and values of an encoder's output: written once, read by every step of a sequence."""
-
-    layers: tuple[int, ...]
-    num_key_value_heads: int
-    head_dim: int
-
-
-State = PagedState | RecurrentState | CrossState
-_STATES = {"paged": PagedState, "recurrent": RecurrentState, "cross": CrossState}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StateTensor:
-    """A buffer that a step reads and updates in place: bound as input and as output."""
-
-    input_name: str
-    output_name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,10 +291,6 @@ class Signature:
         ]
 
 
-def _tensors(shape: tuple[str, ...], **dtypes: str) -> tuple[Tensor, ...]:
-    return tuple(Tensor(name=name, dtype=dtype, shape=shape) for name, dtype in dtypes.items())
-
-
 _TEXT_INPUTS = (
     *_tensors(("T",), position_ids="int64"),
     *_tensors(("B", "L"), token_rows="int64"),
@@ -381,11 +320,6 @@ def block_size_for(device: Device, head_dim: int) -> int:
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Return how many cache blocks hold so many tokens."""
     return math.ceil(num_tokens / block_size)
-
-
-def _state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:
-    stem, _, layer = name.rpartition(".")
-    return StateTensor(input_name=name, output_name=f"{stem}_out.{layer}", dtype=dtype, shape=shape)
 
 
 def _state_from_json(raw: dict[str, Any]) -> State:

@@ -17,7 +17,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from beam_gemma.errors import ArtifactError, RecordError
-from beam_gemma.inputs.template import Control, ControlPieces, Part, Text
+from beam_gemma.model.markup import Control, ControlPieces, Part, Text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces, as SentencePiece and GGUF number them."""

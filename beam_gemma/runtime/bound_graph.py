@@ -13,8 +13,9 @@ import onnxruntime
 
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.model.signature import Signature
-from beam_gemma.runtime.cpu_session import LOAD_ERRORS, PROVIDERS, check_names
+from beam_gemma.runtime.cpu_session import check_names
 from beam_gemma.runtime.device_memory import DeviceMemory
+from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS
 
 Binding: TypeAlias = Any
 """ONNX Runtime's, which has no types."""

@@ -7,7 +7,8 @@ from math import prod
 import numpy as np
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.model.signature import CONTEXT_ALIGNMENT, PagedState, Signature, blocks_for
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

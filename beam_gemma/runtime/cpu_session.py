@@ -1,4 +1,4 @@
-"""Steps on the CPU, and which devices ONNX Runtime has.
+"""Steps on the CPU.
 
 A session owns the loaded graph and the state buffers, which are bound once, as input and as output
 of every step, so that a step updates them in place.
@@ -7,40 +7,21 @@ of every step, so that a step updates them in place.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnxruntime
 import psutil
 
-from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Device, Head, Signature, StateTensor
+from beam_gemma.model.graph_tensors import Head, StateTensor
+from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.capacity import Capacity, plan_capacity
-from beam_gemma.runtime.device_memory import has_gpu, require_gpu
+from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS
 from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
 
-try:
-    import onnxruntime
-except ModuleNotFoundError as error:
-    # Its two builds are one package under two names, of which no dependency can ask for either.
-    raise ModuleNotFoundError(
-        "onnxruntime: expected one of its builds, got none; install beam-gemma[cpu], or "
-        "beam-gemma[gpu] for NVIDIA GPUs",
-        name="onnxruntime",
-    ) from error
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-NUMERICS = 1
-"""Raised where a request may give other bits than with the version before."""
 CACHE_FRACTION = 0.4
 """Share of the free memory that caches may fill once the weights are loaded."""
 LOGITS = "logits"
-_STATES = onnxruntime.capi.onnxruntime_pybind11_state
-LOAD_ERRORS = (
-    _STATES.Fail,
-    _STATES.InvalidGraph,
-    _STATES.InvalidProtobuf,
-    _STATES.NoSuchFile,
-)
-"""What ONNX Runtime raises where it cannot make a session."""
 
 
 class Session:
@@ -173,37 +154,6 @@ def _zeros(tensor: StateTensor, sizes: Mapping[str, int]) -> np.ndarray:
     """Allocate a state buffer; zeros from the system cost no memory until they are written."""
     shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
     return np.zeros(shape, tensor.dtype)
-
-
-def numerics() -> str:
-    """Return whose arithmetic results are made with: ours, and ONNX Runtime's."""
-    return f"{NUMERICS}, onnxruntime {onnxruntime.__version__}"
-
-
-def providers() -> list[str]:
-    """Return what this machine's ONNX Runtime can run on, by its own names."""
-    return onnxruntime.get_available_providers()
-
-
-def require_device(device: Device) -> None:
-    """Refuse a device that this machine or its ONNX Runtime does not have.
-
-    Raises:
-        OptionsError: with the remedy; nothing falls back in silence.
-    """
-    have = providers()
-    if PROVIDERS[device] not in have:
-        raise OptionsError(
-            f"device: expected {device}, got an ONNX Runtime with {', '.join(have)}; install "
-            "onnxruntime-gpu on a machine with an NVIDIA GPU, or run with --device cpu"
-        )
-    if device == "cuda":
-        require_gpu()
-
-
-def has_device(device: Device) -> bool:
-    """Return whether ONNX Runtime knows of a device and the machine has one, fit for use or not."""
-    return PROVIDERS[device] in providers() and (device == "cpu" or has_gpu())
 
 
 def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:

@@ -31,8 +31,14 @@ from beam_gemma.runtime.device_memory import DeviceMemory, Mark
 from beam_gemma.runtime.device_state import DeviceState
 from beam_gemma.runtime.step_buffers import CANDIDATES, Layout, StepBuffers, num_real
 from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, ScoreOutput, StepOutput
-from beam_gemma.runtime.step_shapes import StepShape, StepSizes, largest_shapes, no_step, pad
-from beam_gemma.runtime.text_rows import side_by_side
+from beam_gemma.runtime.step_shapes import (
+    StepShape,
+    StepSizes,
+    largest_shapes,
+    no_step,
+    pad,
+    side_by_side,
+)
 
 LOGGER = logging.getLogger(__name__)
 MAX_STEPS_IN_FLIGHT = 2

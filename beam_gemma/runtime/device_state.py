@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from beam_gemma.model.signature import PagedState, Signature, StateTensor
+from beam_gemma.model.graph_tensors import PagedState, StateTensor
+from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.capacity import Capacity, num_bytes
 from beam_gemma.runtime.device_memory import DeviceMemory
 

@@ -1,10 +1,34 @@
 """How large steps may be, and how much of a GPU they may use: what was said, and what was not."""
 
+import dataclasses
 from dataclasses import dataclass
 
-from beam_gemma.engine.engine import EngineConfig
 from beam_gemma.errors import OptionsError
-from beam_gemma.model.signature import Device
+from beam_gemma.model.graph_tensors import Device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How much work a step may hold."""
+
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 1024
+    """New tokens of one step."""
+    eos_token_ids: tuple[int, ...] = ()
+    """The model's own end tokens; they end a completion unless its request ignores them."""
+    enable_prefix_caching: bool = True
+    """Whether prompts with the same first tokens share what the caches hold of them."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise OptionsError(f"max_num_seqs: expected at least 1, got {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise OptionsError(
+                f"max_num_batched_tokens: expected at least max_num_seqs ({self.max_num_seqs}), "
+                f"one token for each sequence, got {self.max_num_batched_tokens}"
+            )
+
 
 MAX_NUM_SEQS = {"cpu": EngineConfig().max_num_seqs, "cuda": 256}
 MAX_NUM_BATCHED_TOKENS = {"cpu": EngineConfig().max_num_batched_tokens, "cuda": 2048}

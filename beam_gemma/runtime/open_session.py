@@ -1,9 +1,14 @@
 """A model folder's graph on a device: the CPU's session, or the GPU's."""
 
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, takewhile
+from pathlib import Path
 
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Device, Head, Signature
+from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.startup_log import logged
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.cuda_session import CudaSession
@@ -14,7 +19,6 @@ from beam_gemma.runtime.device_memory import (
     require_bfloat16,
 )
 from beam_gemma.runtime.limits import Limits
-from beam_gemma.runtime.read_ahead import read_ahead
 from beam_gemma.runtime.step_shapes import StepSizes
 
 
@@ -66,3 +70,31 @@ def _sizes(signature: Signature, limits: Limits) -> StepSizes:
         return StepSizes(decode=(), prefill=tuple(larger) or (tokens,))
     tokens = limits.engine_config("cuda").max_num_batched_tokens
     return StepSizes(decode=limits.capture_sizes, prefill=(tokens,))
+
+
+NUM_THREADS = 8
+
+
+PIECE_BYTES = 16 << 20
+
+
+def read_ahead(paths: Iterable[Path]) -> None:
+    """Read files into the system's cache, each page once; links to one file are one file."""
+    files = {(info.st_dev, info.st_ino): path for path in paths for info in [path.stat()]}
+    pieces = [
+        (path, offset)
+        for path in files.values()
+        for offset in range(0, path.stat().st_size, PIECE_BYTES)
+    ]
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="read-ahead") as pool:
+        for _ in pool.map(_read, pieces):
+            pass
+
+
+def _read(piece: tuple[Path, int]) -> None:
+    path, offset = piece
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.pread(file, PIECE_BYTES, offset)
+    finally:
+        os.close(file)

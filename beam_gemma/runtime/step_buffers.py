@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Shaped
 
-from beam_gemma.model.signature import Signature, Tensor
+from beam_gemma.model.graph_tensors import Tensor
+from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.bound_graph import Place
 from beam_gemma.runtime.capacity import num_bytes
 from beam_gemma.runtime.device_memory import ALIGNMENT, DeviceMemory

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from beam_gemma.errors import DeviceError
-from beam_gemma.model.signature import PREFILL_ROWS, Signature, Tensor, blocks_for
+from beam_gemma.model.graph_tensors import Tensor
+from beam_gemma.model.signature import PREFILL_ROWS, Signature, blocks_for
 
 METADATA = "attention_metadata"
 """Lies on the host, and is the same in all steps of a shape."""
@@ -262,3 +263,24 @@ def _least(sizes: Sequence[int], number: int) -> int:
     if not fitting:
         raise DeviceError(f"step: expected at most {max(sizes):,} tokens, got {number:,}")
     return min(fitting)
+
+
+PAD_TEXTS_TO = 16
+"""Texts are padded to a multiple of so many tokens; kernels that can mask want one of 4."""
+
+
+def side_by_side(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the inputs of a step that embeds on CUDA, for packed `input_ids` and `cu_seqlens`."""
+    ends = feeds["cu_seqlens"].astype(np.int64)
+    lengths = np.diff(ends)
+    width = -(-int(lengths.max()) // PAD_TEXTS_TO) * PAD_TEXTS_TO
+    places = np.arange(width)
+    rows = np.where(places < lengths[:, None], ends[:-1, None] + places, -1)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(ends[-1]) - ends[owners]
+    return {
+        **feeds,
+        "position_ids": positions,
+        "token_rows": rows,
+        "token_places": owners * width + positions,
+    }

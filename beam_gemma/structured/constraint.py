@@ -18,7 +18,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, Token
 from llguidance.numpy import fill_next_token_bitmask_par, get_bitmask_shape
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.template import Text
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.structured.automaton import Automaton, Vocabulary
 from beam_gemma.structured.grammar import Language, to_regex

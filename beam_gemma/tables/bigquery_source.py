@@ -15,16 +15,10 @@ from google.cloud import bigquery, bigquery_storage_v1
 
 from beam_gemma.batches import Located, with_schema
 from beam_gemma.errors import OptionsError
+from beam_gemma.storage import match_files
 from beam_gemma.tables.bigquery_client import asking, encryption, open_client, table_of
 from beam_gemma.tables.bigquery_schema import EXTENSION, arrow_schema
-from beam_gemma.tables.source import (
-    BATCH_BYTES,
-    BATCH_ROWS,
-    SAMPLE_PLACES,
-    Source,
-    match_files,
-    selected,
-)
+from beam_gemma.tables.source import BATCH_BYTES, BATCH_ROWS, SAMPLE_PLACES, Source, selected
 
 ROW_BITS = 40
 """Of a position; the bits above say which stream or file the row is in."""

@@ -15,9 +15,9 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import with_schema
 from beam_gemma.errors import OptionsError
+from beam_gemma.storage import create, match_files
 from beam_gemma.tables import json_lines
 from beam_gemma.tables.sink import FORMATS, Format, Sink
-from beam_gemma.tables.source import match_files
 
 ROW_GROUP_BYTES = 64 << 20
 """Of Arrow data that become one row group."""
@@ -104,21 +104,6 @@ def stage(sink: Sink, shard: int, schema: pa.Schema) -> tuple[str, ShardFile]:
     return path, (
         _ParquetShard(stream, schema) if sink.format == "parquet" else _JsonlShard(stream)
     )
-
-
-def create(path: str) -> BufferedIOBase:
-    """Return a new file to write, with its folder."""
-    folder = path.rpartition("/")[0]
-    if folder and not FileSystems.exists(folder):
-        try:
-            FileSystems.mkdirs(folder)
-        except OSError:
-            # Another thread has made it, which is as good. Of Beam's file systems the local one
-            # raises a bare OSError, the others its subclass BeamIOError.
-            if not FileSystems.exists(folder):
-                raise
-    stream: Any = FileSystems.create(path)  # which only Beam calls a BinaryIO
-    return stream
 
 
 def check_writable(flag: str, path: str) -> None:

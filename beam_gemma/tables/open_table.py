@@ -12,10 +12,11 @@ from apache_beam.pvalue import PBegin, PCollection
 from beam_gemma.batches import Located, send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
+from beam_gemma.storage import match_files
 from beam_gemma.tables.hive_partitions import is_data
 from beam_gemma.tables.jsonl_source import JsonlSource
 from beam_gemma.tables.parquet_source import ParquetSource
-from beam_gemma.tables.source import Source, match_files
+from beam_gemma.tables.source import Source
 
 WILDCARD = re.compile(r"[*?\[]")
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma.storage import _is_there, delete_folder
 
 Format = Literal["parquet", "jsonl"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
@@ -51,16 +52,3 @@ class Sink(ABC):
     def clear(self) -> None:
         """Remove what is not finished."""
         delete_folder(self.work)
-
-
-def delete_folder(folder: str) -> None:
-    """Delete a folder and all that is in it, if it is there."""
-    if _is_there(folder):
-        # Beam takes the name of a local folder as it is, and a prefix of objects with a slash.
-        FileSystems.delete([f"{folder}/" if "://" in folder else folder])
-
-
-def _is_there(folder: str) -> bool:
-    # A folder of an object store is there only by what is in it.
-    (files,) = FileSystems.match([f"{folder}/**"], limits=[1])
-    return FileSystems.exists(folder) or bool(files.metadata_list)

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located
 from beam_gemma.errors import OptionsError, nearest
@@ -62,19 +60,6 @@ class Source(ABC):
     def expected_rows(self) -> int | None:
         """About how many rows there are; None where that cannot be told either."""
         return self.num_rows
-
-
-def match_files(pattern: str) -> list[str]:
-    """Return the files that a pattern matches, in order.
-
-    Raises:
-        OptionsError: the file system is not known or cannot be listed.
-    """
-    try:
-        (result,) = FileSystems.match([pattern])
-    except (BeamIOError, ValueError) as error:
-        raise OptionsError(f"{pattern}: expected files that can be listed, got: {error}") from error
-    return sorted(file.path for file in result.metadata_list)
 
 
 def selected(schema: pa.Schema, columns: tuple[str, ...] | None, uri: str) -> pa.Schema:

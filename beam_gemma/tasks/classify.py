@@ -18,7 +18,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import RecordError
-from beam_gemma.inputs.prompt_encoder import Row
+from beam_gemma.inputs.row import Row
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.tasks.interface import in_order
 from beam_gemma.tasks.moderate import ModerateSettings

@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.inputs.prompt_encoder import ColumnUse
+from beam_gemma.inputs.row import ColumnUse
 from beam_gemma.tasks.interface import Settings
 
 

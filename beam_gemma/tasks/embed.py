@@ -13,7 +13,7 @@ import numpy as np
 
 from beam_gemma.engine.embedding_engine import EmbeddingSteps, Result
 from beam_gemma.errors import RecordError
-from beam_gemma.inputs.prompt_encoder import Prompt, Row
+from beam_gemma.inputs.row import Prompt, Row
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.monitoring.timeline import Pulse
 from beam_gemma.tasks.interface import in_order

@@ -4,6 +4,7 @@ What is wrong with one row ends as that row's `error`; its neighbours never see 
 """
 
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, as_completed
@@ -19,12 +20,12 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.prompt_encoder import ColumnUse, Prompt, PromptEncoder, PromptSettings, Row
+from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import StructuredOutput
-from beam_gemma.tasks.data_commons import find_statistics
 from beam_gemma.tasks.interface import Settings, in_order
 from beam_gemma.tasks.row_keys import ROW_KEY
 
@@ -331,3 +332,12 @@ class Generator:
     def _text(self, task: _Task, completion: Completion) -> str:
         text = self._encoder.tokenizer.decode(completion.token_ids)
         return text if task.stop is None else text[: task.stop.position]
+
+
+STATISTIC = re.compile(r'\[__DC__\("([^"]+)"\) --> "([^"]*)"\]?')
+
+
+def find_statistics(completion: str) -> tuple[list[str], list[str]]:
+    """Return the queries of a completion and, beside each, the value that the model believes."""
+    found = STATISTIC.findall(completion)
+    return [query for query, _ in found], [value for _, value in found]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from beam_gemma.inputs.prompt_encoder import ColumnUse, Prompt, Row
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 
 Encoder = Callable[[Row], Prompt]
 """Makes what the model sees of one row; needs no weights."""
@@ -101,3 +101,8 @@ class StreamingModel(Model, Protocol):
 def in_order(stream: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the results of a stream in the order of their rows."""
     return [result for _, result in sorted(stream, key=itemgetter(0))]
+
+
+def task_name(settings: Settings) -> str:
+    """Return what a task is called: generate, classify, moderate or embed."""
+    return type(settings).__name__.removesuffix("Settings").lower()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from beam_gemma.errors import RecordError
-from beam_gemma.inputs.template import Part, Text
+from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import SPACE, Tokenizer
 
 

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inputs.prompt_encoder import ColumnUse, Side
+from beam_gemma.inputs.prompt_encoder import Side
+from beam_gemma.inputs.row import ColumnUse
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.questions import Answer, ClassifySettings
 

@@ -11,17 +11,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.prompt_encoder import (
-    ColumnUse,
-    Prompt,
-    PromptEncoder,
-    PromptSettings,
-    Row,
-    Shots,
-    as_text,
-    rows_own_errors,
-)
-from beam_gemma.inputs.template import Part, Template
+from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_errors
+from beam_gemma.inputs.template import Template
+from beam_gemma.model.markup import Part
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.labels import Plan, join, softmax

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError, nearest
-from beam_gemma.inputs.prompt_encoder import ColumnUse, Prompt, Row, rows_own_errors
-from beam_gemma.inputs.template import Control, Part, Text, format_value
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors
+from beam_gemma.inputs.template import format_value
 from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.markup import Control, Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.interface import Settings
 

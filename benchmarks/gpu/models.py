@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import HEADS, Device
+from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.signature import HEADS
 from benchmarks.shapes import make_checkpoint
 from export.__main__ import export
 from export.checkpoints.released_sizes import Size

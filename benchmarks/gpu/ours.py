@@ -1,14 +1,14 @@
 """Our own engine and steps for the benchmark on a GPU; what other systems need not import."""
 
 from beam_gemma.engine.embedding_engine import EmbeddingSteps
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Head
+from beam_gemma.model.graph_tensors import Head
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.cuda_session import CudaSession
-from beam_gemma.runtime.limits import Limits
+from beam_gemma.runtime.limits import EngineConfig, Limits
 from beam_gemma.runtime.open_session import open_session
 from beam_gemma.runtime.step_shapes import num_texts
 from benchmarks.gpu.work import Job

@@ -25,7 +25,7 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.signature import Device
+from beam_gemma.model.graph_tensors import Device
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.open_session import open_session
 from benchmarks.conditions import Outcome, outcome

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from beam_gemma.model.signature import Device
+from beam_gemma.model.graph_tensors import Device
 
 SEED = 20261122
 

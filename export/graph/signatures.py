@@ -2,7 +2,8 @@
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
-from beam_gemma.model.signature import Device, Head, PagedState, Signature, block_size_for
+from beam_gemma.model.graph_tensors import Device, Head, PagedState
+from beam_gemma.model.signature import Signature, block_size_for
 
 MAX_HEAD_DIM = 256
 """CPU: most channels that one query-key product sums in one go, as `CONTEXT_ALIGNMENT` says."""

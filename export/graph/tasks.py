@@ -7,11 +7,8 @@ import torch
 from beam_gemma.errors import CheckpointError, OptionsError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
-from beam_gemma.model.signature import (
-    HEADS,
-    Device,
-    Signature,
-)
+from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.signature import HEADS, Signature
 from export.checkpoints.sentence_folder import MODULES
 from export.checkpoints.tensors import Checkpoint
 from export.graph.signatures import decoder_signature, encoder_signature

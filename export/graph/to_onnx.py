@@ -19,7 +19,8 @@ from onnxscript.optimizer import optimize
 from onnxscript.values import OnnxFunction, Op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beam_gemma.model.signature import QUERY_TILE, Signature, StateTensor, Tensor
+from beam_gemma.model.graph_tensors import StateTensor, Tensor
+from beam_gemma.model.signature import QUERY_TILE, Signature
 from export.modules.decoder import RMSNorm, Rotary
 from export.ops import lowering_cpu, lowering_cuda, lowering_packed
 from export.ops.lowering_packed import SUM_CHUNK, VALUE_SLICE

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from beam_gemma.model.signature import Device, Signature
+from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.signature import Signature
 from export.ops.reference import column_maxima, even_parts
 
 Named = dict[str, Tensor]

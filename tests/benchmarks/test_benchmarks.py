@@ -7,8 +7,8 @@ import random
 import pytest
 
 from beam_gemma.engine.sequence import Completion
-from beam_gemma.inputs.template import Text
 from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.markup import Text
 from beam_gemma.monitoring.progress import Count
 from benchmarks import classify, generate, run_engine, run_transformers
 from benchmarks.comparison import Comparison

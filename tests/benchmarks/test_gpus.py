@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from beam_gemma.dataflow.gpus import GPUS
-from beam_gemma.model.signature import PagedState
+from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.runtime.capacity import block_bytes
 from benchmarks.gpu import machines
 from export.checkpoints.released_sizes import SIZES

@@ -2,7 +2,7 @@
 
 import pytest
 
-from beam_gemma.cli.plan import FAILURE, SUCCESS, USAGE, exit_code, report
+from beam_gemma.cli.run import FAILURE, SUCCESS, USAGE, exit_code, report
 from beam_gemma.errors import OptionsError
 
 BALANCED = {

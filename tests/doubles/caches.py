@@ -2,7 +2,7 @@
 
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.prefix import PrefixChain
-from beam_gemma.model.signature import PagedState
+from beam_gemma.model.graph_tensors import PagedState
 from tests.doubles.fakes import fake_signature
 
 BLOCK = 16

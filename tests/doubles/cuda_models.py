@@ -23,7 +23,7 @@ from beam_gemma.engine.embedding_engine import feeds as packed
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.signature import Signature
-from beam_gemma.runtime.text_rows import side_by_side
+from beam_gemma.runtime.step_shapes import side_by_side
 from export.checkpoints.hf_folder import read_checkpoint
 from export.graph.tasks import graph_module, graph_signature
 from export.graph.to_onnx import trace

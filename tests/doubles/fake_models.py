@@ -7,16 +7,17 @@ import time
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.inference.handlers import GemmaModelHandler
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
-from beam_gemma.inputs.template import Text
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import FULL
-from beam_gemma.model.signature import PagedState
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.monitoring.progress import METER
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.tasks.generate import Generator, constraint_of
 from tests.doubles.fakes import FakeSession, fake_signature
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model

@@ -20,15 +20,8 @@ import numpy as np
 
 from beam_gemma.engine.sampling import sample
 from beam_gemma.engine.sequence import Completion, Request
-from beam_gemma.model.signature import (
-    CONTEXT_ALIGNMENT,
-    Device,
-    Head,
-    PagedState,
-    RecurrentState,
-    Signature,
-    State,
-)
+from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
 from beam_gemma.runtime.step_interface import Finished, ScoreOutput, StepOutput
 
 VOCAB_SIZE = 97

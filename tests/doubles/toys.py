@@ -6,7 +6,8 @@ They have no weights: tokens are one-hot vectors, so what comes out can be said 
 import torch
 
 from beam_gemma.model.config import FULL
-from beam_gemma.model.signature import PagedState, RecurrentState, Signature
+from beam_gemma.model.graph_tensors import PagedState, RecurrentState
+from beam_gemma.model.signature import Signature
 from export.modules.decoder import sequence_positions
 from export.modules.heads import Named, generate_head
 from export.ops.reference import NO_WINDOW, ragged_attention

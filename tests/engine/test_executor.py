@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.errors import EngineError
+from beam_gemma.runtime.limits import EngineConfig
 from tests.doubles.fakes import RAREST, STATES, FakeSession, expected, fake_signature
 
 PAGED = STATES[:2]

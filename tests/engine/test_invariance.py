@@ -10,9 +10,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from beam_gemma.engine.engine import Engine, EngineStats
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
+from beam_gemma.engine.stats import EngineStats
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from benchmarks.conditions import CONDITIONS, Condition

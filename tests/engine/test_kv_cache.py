@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.prefix import PrefixChain
-from beam_gemma.model.signature import CONTEXT_ALIGNMENT, PagedState
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.signature import CONTEXT_ALIGNMENT
 from tests.doubles.caches import BLOCK, GROUPS, admit, make_cache
 from tests.doubles.fakes import fake_signature
 

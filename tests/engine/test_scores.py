@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.errors import OptionsError
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.limits import EngineConfig
 from tests.conftest import TinyModel
 from tests.doubles.fakes import RAREST, STATES, FakeSession, fake_signature, logits_of, logsumexp
 from tests.doubles.ragged import Feeder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from beam_gemma.model.signature import Device
+from beam_gemma.model.graph_tensors import Device
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from export.graph.signatures import decoder_signature

@@ -8,7 +8,7 @@ import sentencepiece
 from gguf import GGUFReader, GGUFWriter
 
 from beam_gemma.errors import CheckpointError
-from beam_gemma.inputs.template import Control, Text
+from beam_gemma.model.markup import Control, Text
 from beam_gemma.model.tokenizer import (
     BYTE,
     CONTROL,

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from beam_gemma.tables.file_sink import FileSink, open_sink
 from pipelines.generate import main
 from tests.conftest import TinyModel
@@ -147,7 +147,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run_with(flags: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate", *flags])
-        code = plan.exit_code(main)
+        code = cli.exit_code(main)
         return code, *capsys.readouterr()
 
     return run_with
@@ -163,7 +163,7 @@ def undisturbed(
     job = Faulty(str(tiny_gemma3.artifact.path), folder)
     argv, sys.argv = sys.argv, ["generate", *job.flags()]
     try:
-        assert plan.exit_code(main) == 0
+        assert cli.exit_code(main) == 0
     finally:
         sys.argv = argv
     return job

@@ -16,7 +16,7 @@ from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
-from beam_gemma.cli.plan import exit_code
+from beam_gemma.cli.run import exit_code
 from beam_gemma.inference import saved_results
 from beam_gemma.monitoring.progress import METER
 from beam_gemma.tables import file_sink

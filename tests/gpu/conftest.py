@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.runtime.cuda_session import CudaSession
 from beam_gemma.runtime.device_memory import CudaMemory, HostMemory
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.runtime.step_shapes import StepSizes
 from export.__main__ import export
 from tests.doubles.cuda_models import reference

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from beam_gemma.inference import owner
+from beam_gemma.inference import task_handler
 
 KEY = "key"
 
@@ -21,28 +21,28 @@ def note(tmp_path, monkeypatch):
 def claim_elsewhere(note, code):
     """Claim in another process, which then ends with some code."""
     script = f"import tempfile; tempfile.tempdir = {str(note.parent)!r}\n"
-    script += f"from beam_gemma import owner; owner.claim({KEY!r})\n{code}"
+    script += f"from beam_gemma.inference.task_handler import claim; claim({KEY!r})\n{code}"
     subprocess.run([sys.executable, "-c", script], timeout=200)
 
 
 def test_first_owner_is_silent(note, caplog):
-    owner.claim(KEY)
+    task_handler.claim(KEY)
     assert note.read_text() == str(os.getpid())
     assert not caplog.messages
 
 
 def test_owner_of_another_key_or_still_alive_is_no_matter(note, caplog):
-    owner.claim("other")
+    task_handler.claim("other")
     note.write_text(str(os.getppid()))
-    owner.claim(KEY)
-    owner.claim(KEY)
+    task_handler.claim(KEY)
+    task_handler.claim(KEY)
     assert not caplog.messages
 
 
 def test_owner_that_died_is_named(note, caplog):
     claim_elsewhere(note, "import os; os._exit(1)")
     former = note.read_text()
-    owner.claim(KEY)
+    task_handler.claim(KEY)
     (warning,) = caplog.messages
     assert warning.startswith(f"engine: process {former}, which ran it for this machine, has died")
     assert note.read_text() == str(os.getpid())
@@ -51,5 +51,5 @@ def test_owner_that_died_is_named(note, caplog):
 def test_owner_that_ended_in_peace_leaves_no_trace(note, caplog):
     claim_elsewhere(note, "assert tempfile.tempdir")
     assert not note.exists()
-    owner.claim(KEY)
+    task_handler.claim(KEY)
     assert not caplog.messages

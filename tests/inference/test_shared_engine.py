@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 
-from beam_gemma.cli.plan import FAILURE, Job, counters, run
+from beam_gemma.cli.plan import Job
+from beam_gemma.cli.run import FAILURE, counters, run
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.inference.handlers import GemmaModelHandler

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from beam_gemma.errors import RecordError
+from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
-from beam_gemma.inputs.template import GEMMA_CHAT_TEMPLATE, ChatTemplate, Control, Text
+from beam_gemma.model.markup import Control, Text
 from tests.doubles.fake_models import TOKENIZER
 
 FOLDER = Path(__file__).parents[1] / "data/chat_templates"

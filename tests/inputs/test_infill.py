@@ -2,13 +2,14 @@
 
 import pytest
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
-from beam_gemma.inputs.template import Control, Text
+from beam_gemma.model.markup import Control, Text
 from beam_gemma.model.tokenizer import ModelProto, Tokenizer
 from beam_gemma.monitoring.progress import METER
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.tasks.generate import GenerateSettings, Generator
 from tests.doubles.fake_models import SIGNATURE, TOKENIZER, next_letter
 from tests.doubles.fakes import FakeSession

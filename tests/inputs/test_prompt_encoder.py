@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
-from beam_gemma.inputs.template import Control
+from beam_gemma.model.markup import Control
 from tests.doubles.fake_models import TOKENIZER
 
 TURN = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"

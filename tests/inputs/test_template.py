@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.template import (
-    GEMMA_CHAT_TEMPLATE,
-    ChatTemplate,
-    Control,
-    ControlPieces,
-    Part,
-    Template,
-    Text,
-    format_value,
-)
+from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
+from beam_gemma.inputs.template import Template, format_value
+from beam_gemma.model.markup import Control, ControlPieces, Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 

@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.jobs.run_record import facts_of, record_of, task_name
+from beam_gemma.jobs.run_record import facts_of, record_of
 from beam_gemma.monitoring.result_summary import Summary
 from beam_gemma.monitoring.timeline import COLUMNS
 from beam_gemma.tasks.generate import GenerateSettings
+from beam_gemma.tasks.interface import task_name
 from beam_gemma.tasks.moderate import ModerateSettings, Policy
 from beam_gemma.tasks.questions import ClassifySettings, Shot
 from beam_gemma.tasks.text_encoder import EmbedSettings

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_gemma.errors import BalanceError
-from beam_gemma.jobs.shard import assembled
+from beam_gemma.jobs.shards import assembled
 from beam_gemma.tasks.row_keys import POSITION
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_gemma.cli.plan import counters
+from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import BalanceError, FailuresError
 from beam_gemma.jobs import infer_table

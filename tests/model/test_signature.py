@@ -5,13 +5,8 @@ import dataclasses
 import pytest
 
 from beam_gemma.errors import ArtifactError
-from beam_gemma.model.signature import (
-    CrossState,
-    PagedState,
-    RecurrentState,
-    Signature,
-    block_size_for,
-)
+from beam_gemma.model.graph_tensors import CrossState, PagedState, RecurrentState
+from beam_gemma.model.signature import Signature, block_size_for
 from export.graph.signatures import decoder_signature
 from tests.conftest import TinyModel
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_gemma.errors import ArtifactError, RecordError
-from beam_gemma.inputs.template import Control, Part, Text
+from beam_gemma.model.markup import Control, Part, Text
 from beam_gemma.model.tokenizer import (
     CONTROL,
     HTML_TAG,

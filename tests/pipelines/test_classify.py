@@ -8,7 +8,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from beam_gemma.cli.classify_flags import classify_parser, classify_settings
 from beam_gemma.inference.handlers import GemmaClassifyModelHandler
 from beam_gemma.inference.transforms import Classify
@@ -45,7 +45,7 @@ def run(monkeypatch, capsys, model, rows, tmp_path):
         out = tmp_path / "out"
         shared = [f"--model={model}", f"--input={rows}", f"--output={out}/x.jsonl", "--overwrite"]
         monkeypatch.setattr(sys, "argv", ["classify", *shared, *map(str, flags)])
-        code = plan.exit_code(main)
+        code = cli.exit_code(main)
         lines = [line for p in sorted(out.glob("*.jsonl")) for line in p.read_text().splitlines()]
         results = {row["id"]: row for row in map(json.loads, lines)}
         return code, *capsys.readouterr(), results

@@ -17,7 +17,7 @@ from apache_beam.testing.util import assert_that
 from apache_beam.typehints import List, Optional
 from apache_beam.typehints.row_type import RowTypeConstraint
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 from beam_gemma.inference.ml_transform import GemmaTextEmbeddings
@@ -53,7 +53,7 @@ def run(monkeypatch, capsys, model, tmp_path):
         files = ["--input", tmp_path / "in.parquet", "--output", tmp_path / output]
         argv = ["embed", "--model", model, *files, *flags]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
-        code = plan.exit_code(main)
+        code = cli.exit_code(main)
         return code, *capsys.readouterr()
 
     return run_with
@@ -66,7 +66,7 @@ def close(vectors, expected):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_table_to_table(run, tmp_path, expected, dtype):
     code, out, _ = run("--text_column", "text", "--embedding_dtype", dtype)
-    assert code == plan.SUCCESS
+    assert code == cli.SUCCESS
     assert "read 5 = ok 4 + failed 1 = written 5 rows" in out
     [file] = (tmp_path / "out").glob("v-*")
     table = pq.read_table(file).sort_by("id")
@@ -82,7 +82,7 @@ def test_table_to_table(run, tmp_path, expected, dtype):
 def test_json_lines_and_titles(run, tmp_path, two_sided):
     flags = ["--text_column", "text", "--title_column", "title", "--truncate_dim", "128"]
     code, _, _ = run(*flags, output="out/v.jsonl")
-    assert code == plan.SUCCESS
+    assert code == cli.SUCCESS
     [file] = (tmp_path / "out").glob("v-*")
     rows = {row["id"]: row for row in map(json.loads, file.read_text().splitlines())}
     theirs = encode(two_sided[0], ["title: x | text: the cat"])[:, :128]
@@ -91,7 +91,7 @@ def test_json_lines_and_titles(run, tmp_path, two_sided):
 
 def test_a_dry_run_shows_texts_behind_their_prompts(run, tmp_path):
     code, out, _ = run("--text_column", "text", "--prompt_name", "query", "--dry_run")
-    assert code == plan.SUCCESS
+    assert code == cli.SUCCESS
     assert "<bos>task: search result | query: the cat<eos>" in out
     assert "rows that would fail: 1 of the sample" in out
     assert not (tmp_path / "out").exists()
@@ -112,7 +112,7 @@ def test_a_dry_run_shows_texts_behind_their_prompts(run, tmp_path):
 )
 def test_what_cannot_work_is_refused(run, flags, error):
     code, _, err = run(*flags)
-    assert code == plan.USAGE
+    assert code == cli.USAGE
     assert error in err
 
 

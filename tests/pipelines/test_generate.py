@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import beam_gemma
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.runtime.cpu_session import Session
 from pipelines.generate import main
@@ -44,7 +44,7 @@ def run(monkeypatch, capsys):
 
     def run_with(*flags):
         monkeypatch.setattr(sys, "argv", ["generate", *map(str, flags)])
-        code = plan.exit_code(main)
+        code = cli.exit_code(main)
         return code, *capsys.readouterr()
 
     return run_with
@@ -229,7 +229,7 @@ def test_engine_that_stops_fails_the_job_in_one_sentence(run, model, rows, tmp_p
 
 
 def test_job_that_loses_rows_fails(run, model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "counters", lambda _: {"rows_read": 4, "written_ok": 3})
+    monkeypatch.setattr(cli, "counters", lambda _: {"rows_read": 4, "written_ok": 3})
     code, _, stderr = run(
         f"--model={model}", f"--input={rows}", f"--output={tmp_path}/out/x.jsonl",
         "--prompt=x", "--max_tokens=1",

@@ -10,8 +10,8 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from google.cloud import bigquery
 
-from beam_gemma.cli import plan
-from beam_gemma.tables.source import match_files
+from beam_gemma.cli import run as cli
+from beam_gemma.storage import match_files
 from pipelines import classify, embed, generate
 
 pytestmark = pytest.mark.timeout(600)
@@ -44,7 +44,7 @@ def run(gcp, monkeypatch, capsys):
 
     def run_with(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__name__, *gcp.flags, *map(str, flags)])
-        code = plan.exit_code(module.main)
+        code = cli.exit_code(module.main)
         return code, *capsys.readouterr()
 
     return run_with
@@ -192,7 +192,7 @@ def test_exported_rows_are_appended_or_replace_others(run, gcp, table, tiny_gemm
     assert match_files(f"{gcp.bucket}/tmp/**") == before  # the export is gone
     first = rows_of(name)
     code, _, stderr = run(generate, *flags)
-    assert code == plan.USAGE
+    assert code == cli.USAGE
     assert stderr.endswith("choose another name or pass --append or --overwrite\n")
     assert run(generate, *flags, "--append")[0] == 0
     assert len(rows_of(name)) == 2 * NUM_ROWS
@@ -217,7 +217,7 @@ def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, tiny_gemma3, fl
         generate, f"--model={tiny_gemma3.artifact.path}", "--prompt={text}",
         f"--input={gcp.table(table)}", *(flag.format(**names) for flag in flags),
     )  # fmt: skip
-    assert code == plan.USAGE
+    assert code == cli.USAGE
     assert sentence in stderr
 
 
@@ -228,5 +228,5 @@ def test_examples_for_prompts_come_from_files(run, gcp, table, tiny_gemma3, sour
         source.format(table=gcp.table(table)), f"--output={gcp.table(next(NAMES))}",
         "--num_fewshot=2", "--label_column=text",
     )  # fmt: skip
-    assert code == plan.USAGE
+    assert code == cli.USAGE
     assert "--fewshot_file: expected a file of examples" in stderr

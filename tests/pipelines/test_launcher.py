@@ -11,7 +11,7 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from google.cloud import bigquery
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from pipelines import classify, embed, generate
 from tests.doubles.dataflow_service import Job, dataflow_service
 from tests.doubles.locked_environment import Image, locked_python
@@ -74,7 +74,7 @@ def on_dataflow(gcp, name):
 def run_here(task, flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [task, *flags])
-        assert plan.exit_code(TASKS[task][0].main) == plan.SUCCESS
+        assert cli.exit_code(TASKS[task][0].main) == cli.SUCCESS
 
 
 def submitted(task, flags):

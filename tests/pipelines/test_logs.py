@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from pipelines import classify, embed, generate
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,7 +38,7 @@ def test_a_verbose_log_has_nothing_of_any_row(
 ):
     model = two_sided[1].path if task is embed else tiny_gemma3.artifact.path
     monkeypatch.setattr(sys, "argv", ["job", f"--model={model}", *files, *TASKS[task]])
-    assert plan.exit_code(task.main) == plan.SUCCESS
+    assert cli.exit_code(task.main) == cli.SUCCESS
     stdout, stderr = capsys.readouterr()
     assert "read 6 = ok " in stdout
     assert "failed 0" not in stdout  # so there was something to complain of

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from pipelines import classify, embed, generate
 from tests.doubles.job_server import job_server, start
 
@@ -38,7 +38,7 @@ def test_the_same_files_as_in_this_process(
 
     here = f"--output={tmp_path}/here/rows.parquet"
     monkeypatch.setattr(sys, "argv", [module.__name__, *flags, here])
-    assert plan.exit_code(module.main) == 0
+    assert cli.exit_code(module.main) == 0
     assert BALANCE in capsys.readouterr().out
 
     there = f"--output={tmp_path}/there/rows.parquet"

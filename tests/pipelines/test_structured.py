@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from pipelines.generate import main
 
 SCHEMA = {
@@ -49,7 +49,7 @@ def run(tiny_gemma3, tmp_path, monkeypatch, capsys):
         argv = ["generate", f"--model={tiny_gemma3.artifact.path}", f"--input={rows}",
                 f"--output={output}", "--prompt_column=text", *map(str, flags)]  # fmt: skip
         monkeypatch.setattr(sys, "argv", argv)
-        code = plan.exit_code(main)
+        code = cli.exit_code(main)
         return code, *capsys.readouterr()
 
     return run_with

@@ -13,7 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 from google.cloud.dataflow import WorkerIPAddressConfiguration
 
 import beam_gemma
-from beam_gemma.cli import plan
+from beam_gemma.cli import run as cli
 from beam_gemma.dataflow.wheel import CHECKOUT, REQUIREMENTS
 from beam_gemma.versions import versions
 from pipelines import classify, embed, generate
@@ -104,7 +104,7 @@ def run(gcp, table, model_of, registry, monkeypatch, capsys):
                 *(flag.replace(IMAGES, registry.host) for flag in flags),
             ]  # fmt: skip
             monkeypatch.setattr(sys, "argv", command)
-            code = plan.exit_code(module.main)
+            code = cli.exit_code(module.main)
         return Outcome(code, *capsys.readouterr(), service)
 
     return run_with
@@ -116,7 +116,7 @@ def submit(run):
 
     def submitted(task, *flags):
         code, out, err, service = run(task, *flags)
-        assert (code, err) == (plan.SUCCESS, "")
+        assert (code, err) == (cli.SUCCESS, "")
         assert out == f"submitted the job {JOB_ID}\n"
         # Nobody asks how it goes.
         assert [request.method for request in service.requests] == ["POST"]
@@ -224,7 +224,7 @@ def test_what_an_administrator_asks_for_reaches_the_job(submit):
 def test_what_cannot_work_is_one_sentence_and_no_request(run, registry, task, flags, sentence):
     code, out, err, service = run(task, *flags)
     err = err.replace(registry.host, IMAGES)
-    assert (code, out) == (plan.USAGE, "")
+    assert (code, out) == (cli.USAGE, "")
     assert err.startswith(f"error: {sentence}")
     assert err.count("\n") == 1
     assert service.requests == []
@@ -232,14 +232,14 @@ def test_what_cannot_work_is_one_sentence_and_no_request(run, registry, task, fl
 
 def test_a_model_without_a_graph_for_the_gpu_is_refused(run):
     code, _, err, service = run("generate", *GPU, device="cpu")
-    assert code == plan.USAGE
+    assert code == cli.USAGE
     assert "export the model again with --tasks generate --device cuda" in err
     assert service.requests == []
 
 
 def test_a_dry_run_asks_for_no_job(run):
     code, out, _, service = run("generate", *GPU, "--dry_run")
-    assert code == plan.SUCCESS
+    assert code == cli.SUCCESS
     assert "10" in out.partition("\n")[0]
     assert service.requests == []
 
@@ -250,7 +250,7 @@ def test_a_job_that_dataflow_does_not_take_is_one_sentence(run):
     code, out, err, _ = run(
         "generate", f"--sdk_container_image={IMAGES}/team/worker:cpu", refusal=refusal
     )
-    assert (code, out) == (plan.USAGE, "")
+    assert (code, out) == (cli.USAGE, "")
     sentence = next(line for line in err.splitlines() if line.startswith("error: "))
     assert sentence.startswith("error: Dataflow: expected the job to be taken, got ")
     assert refusal in sentence

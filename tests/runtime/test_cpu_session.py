@@ -9,7 +9,8 @@ import pytest
 
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.runtime.capacity import Capacity, block_bytes, plan_capacity
-from beam_gemma.runtime.cpu_session import Session, has_device, require_device
+from beam_gemma.runtime.cpu_session import Session
+from beam_gemma.runtime.devices import has_device, require_device
 from tests.conftest import TinyModel
 from tests.doubles.ragged import Feeder
 
@@ -82,7 +83,7 @@ def test_a_gpu_that_is_absent_is_an_error() -> None:
 def test_a_gpu_without_its_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime lists what it was built for, whatever the machine has."""
     monkeypatch.setattr(
-        "beam_gemma.runtime.cpu_session.onnxruntime.get_available_providers",
+        "beam_gemma.runtime.devices.onnxruntime.get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
     for version, words in ((0, "without its driver"), (12080, "580 or newer.* for CUDA 12.8")):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from beam_gemma.engine.embedding_engine import feeds
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.errors import DeviceError, OptionsError
@@ -24,6 +24,7 @@ from beam_gemma.runtime.capacity import Capacity, block_bytes
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.cuda_session import CudaSession
 from beam_gemma.runtime.device_memory import HostMemory
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.runtime.step_shapes import StepSizes
 from export.__main__ import export
 from tests.doubles.cuda_models import TWO_SIDED, cuda_model

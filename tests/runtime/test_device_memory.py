@@ -15,7 +15,7 @@ from beam_gemma.runtime.device_memory import (
     require_bfloat16,
     require_gpu,
 )
-from beam_gemma.runtime.read_ahead import PIECE_BYTES, read_ahead
+from beam_gemma.runtime.open_session import PIECE_BYTES, read_ahead
 
 
 class Runtime:

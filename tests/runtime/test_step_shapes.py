@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_gemma.errors import DeviceError
-from beam_gemma.model.signature import PREFILL_ROWS, PagedState, Signature
+from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.signature import PREFILL_ROWS, Signature
 from beam_gemma.runtime.step_shapes import (
     METADATA,
     StepSizes,
@@ -14,8 +15,8 @@ from beam_gemma.runtime.step_shapes import (
     no_step,
     pad,
     power_of_two,
+    side_by_side,
 )
-from beam_gemma.runtime.text_rows import side_by_side
 from tests.doubles.ragged import Feeder
 
 SIZES = StepSizes(decode=(4, 16), prefill=(300,))

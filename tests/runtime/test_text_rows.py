@@ -3,7 +3,7 @@
 import numpy as np
 
 from beam_gemma.engine.embedding_engine import feeds
-from beam_gemma.runtime.text_rows import PAD_TEXTS_TO, side_by_side
+from beam_gemma.runtime.step_shapes import PAD_TEXTS_TO, side_by_side
 
 
 def test_each_token_has_a_place_and_each_place_a_token_or_none():

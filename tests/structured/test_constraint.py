@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams, sample
 from beam_gemma.engine.sequence import Request
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.template import Text
+from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.structured.constraint import Constraint, MaskMaker, allowed_ids
 from beam_gemma.structured.grammar import ANY_CHAR, Concat, Literal, OneOf, Repeat, chars, to_regex
 from beam_gemma.structured.json_schema import compile_schema

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_gemma.engine.engine import Engine, EngineConfig
+from beam_gemma.engine.engine import Engine
 from beam_gemma.errors import EngineError
-from beam_gemma.inputs.template import Text
+from beam_gemma.model.markup import Text
 from beam_gemma.monitoring.progress import METER, Meter
+from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.moderate import ModerateSettings, Policy
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder, Shot

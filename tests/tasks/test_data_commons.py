@@ -2,7 +2,7 @@
 
 import pytest
 
-from beam_gemma.tasks.data_commons import find_statistics
+from beam_gemma.tasks.generate import find_statistics
 
 POPULATION = "what was the population of california in 2020?"
 ENERGY = "what percentage of energy in the US comes from petroleum in 2022?"

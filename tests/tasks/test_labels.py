@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_gemma.errors import RecordError
-from beam_gemma.inputs.template import Control, Text
+from beam_gemma.model.markup import Control, Text
 from beam_gemma.model.tokenizer import SPACE, Tokenizer
 from beam_gemma.tasks.labels import Continuation, Plan, join, softmax
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model

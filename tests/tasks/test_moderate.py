@@ -6,7 +6,7 @@ import jinja2
 import pytest
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inputs.template import Control
+from beam_gemma.model.markup import Control
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
 from beam_gemma.tasks.questions import Answer, QuestionEncoder

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
-from beam_gemma.inputs.template import Control
+from beam_gemma.model.markup import Control
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.questions import Answer, ClassifySettings, QuestionEncoder, Shot
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model

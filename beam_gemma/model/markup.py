@@ -1,0 +1,66 @@
+"""Text and control pieces: what a row says, kept apart from what a template says."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text that is encoded as it stands and never yields a control token."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One control piece, such as `<end_of_turn>`."""
+
+    piece: str
+
+
+Part = Text | Control
+
+
+class ControlPieces:
+    """The control pieces of a vocabulary, found in markup; the longest wins, from the left."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces = frozenset(pieces)
+        # A vocabulary has thousands of pieces of few lengths, and most begin alike: looking up
+        # each length at a first character is far quicker than one alternation of all pieces.
+        self._lengths = sorted({len(piece) for piece in self._pieces}, reverse=True)
+        firsts = sorted({piece[0] for piece in self._pieces})
+        self._first = re.compile(f"[{re.escape(''.join(firsts))}]" if firsts else r"(?!)")
+
+    def split(self, markup: str) -> tuple[Part, ...]:
+        """Return the parts of trusted markup."""
+        return tuple(self._parts(markup))
+
+    def guard(self, data: str, sentinel: str) -> str:
+        """Return data with a sentinel wherever a control piece could begin in it or run into it.
+
+        The sentinel stands before the first character that is not a space, so that templates can
+        still trim, and after each character that a control piece begins with.
+        """
+        guarded = self._first.sub(lambda match: match[0] + sentinel, data)
+        stripped = guarded.lstrip()
+        return guarded[: len(guarded) - len(stripped)] + sentinel + stripped if stripped else data
+
+    def _parts(self, markup: str) -> Iterator[Part]:
+        start = position = 0
+        while match := self._first.search(markup, position):
+            piece = self._piece_at(markup, match.start())
+            if piece is None:
+                position = match.end()
+                continue
+            if start < match.start():
+                yield Text(markup[start : match.start()])
+            yield Control(piece)
+            start = position = match.start() + len(piece)
+        if start < len(markup):
+            yield Text(markup[start:])
+
+    def _piece_at(self, markup: str, start: int) -> str | None:
+        candidates = (markup[start : start + length] for length in self._lengths)
+        return next((piece for piece in candidates if piece in self._pieces), None)
