@@ -28,7 +28,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fix: $(READY)  ## Format the code and repair what ruff can.
 	$(BIN)/ruff format .

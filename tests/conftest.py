@@ -4,12 +4,12 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
 
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.monitoring import progress
@@ -17,8 +17,13 @@ from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.tensors import Checkpoint
 from tests.doubles.emulators import Cloud, emulators
+from tests.doubles.once import exporter_digest, kept
 from tests.doubles.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
-from tests.doubles.sentence_model import sentence_model, texts
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+pytest_plugins = ["tests.budgets"]
 
 # The same examples in every run: a failure found once is found again. How long one takes says more
 # of what else the machine does; the time limits of tests hold nevertheless.
@@ -56,9 +61,9 @@ class TinyModel:
 
 
 @pytest.fixture(scope="session")
-def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+def tiny_of() -> Callable[[str], TinyModel]:
     """Tiny models by their names; to export one takes longer than most tests."""
-    return functools.cache(lambda name: _tiny(name, tmp_path_factory.mktemp(name)))
+    return functools.cache(_tiny)
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -88,7 +93,9 @@ SENTENCE_MODELS = {
 """Mean pooling unless it says otherwise; each with a window smaller than its texts."""
 
 
-def _sentence(name: str, folder: Path) -> tuple[SentenceTransformer, Artifact]:
+def _sentence(name: str, folder: Path) -> "tuple[SentenceTransformer, Artifact]":
+    from tests.doubles.sentence_model import sentence_model  # imports take 10 seconds
+
     model = sentence_model(folder / "checkpoint", **SENTENCE_MODELS[name])
     export(folder / "checkpoint", folder / "artifact")
     return model, Artifact.open(folder / "artifact")
@@ -97,7 +104,7 @@ def _sentence(name: str, folder: Path) -> tuple[SentenceTransformer, Artifact]:
 @pytest.fixture(scope="session")
 def two_sided(
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[SentenceTransformer, Artifact]:
+) -> "tuple[SentenceTransformer, Artifact]":
     """A tiny EmbeddingGemma: the reference and what we made of it."""
     return _sentence("two-sided", tmp_path_factory.mktemp("two_sided"))
 
@@ -106,8 +113,8 @@ def two_sided(
 def sentence(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    two_sided: tuple[SentenceTransformer, Artifact],
-) -> tuple[SentenceTransformer, Artifact]:
+    two_sided: "tuple[SentenceTransformer, Artifact]",
+) -> "tuple[SentenceTransformer, Artifact]":
     """Each kind of model that embeds, in turn."""
     if request.param == "two-sided":
         return two_sided
@@ -117,20 +124,25 @@ def sentence(
 @pytest.fixture(scope="session")
 def batch() -> list[str]:
     """Texts of mixed length, the longest beyond the windows."""
+    from tests.doubles.sentence_model import texts
+
     return texts()
 
 
-def _tiny(name: str, folder: Path) -> TinyModel:
+def _tiny(name: str) -> TinyModel:
     reference = tiny_model(name)
-    source = save_checkpoint(reference, folder / "checkpoint")
-    export(source, folder / "artifact")
+
+    def make(folder: Path) -> None:
+        export(save_checkpoint(reference, folder / "checkpoint"), folder / "artifact")
+
+    folder = kept(f"tiny-{name}-{exporter_digest()}", make)
     rng = np.random.default_rng(7)
     sequences = [rng.integers(3, VOCAB, n).tolist() for n in SEQUENCE_LENGTHS]
     logits = [logits_of(reference, ids) for ids in sequences]
     exact = tiny_model(name).double()
     return TinyModel(
         reference=reference,
-        checkpoint=read_checkpoint(source),
+        checkpoint=read_checkpoint(folder / "checkpoint"),
         artifact=Artifact.open(folder / "artifact"),
         sequences=sequences,
         logits=logits,

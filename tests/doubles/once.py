@@ -1,12 +1,15 @@
 """What takes long to make is made once, by one of the processes that test, and kept in build/."""
 
+import functools
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-BUILD = Path(__file__).parents[2] / "build"
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build"
 
 
 def alone(name: str) -> FileLock:
@@ -30,3 +33,11 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
             make(partial)
             partial.rename(folder)
     return folder
+
+
+@functools.cache
+def exporter_digest() -> str:
+    """Return a digest of all that decides what an export of a test's model holds."""
+    folders = (ROOT / "export", ROOT / "beam_gemma/model", ROOT / "tests/doubles")
+    sources = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
