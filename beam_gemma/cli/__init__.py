@@ -1,1 +1,1 @@
-"""Command line flags, and the job that they describe."""
+"""Parse command line flags, and plan and run the job that they describe."""

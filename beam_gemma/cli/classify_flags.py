@@ -1,4 +1,4 @@
-"""The flags of `python -m pipelines.classify`."""
+"""Flags of `python -m pipelines.classify`."""
 
 import argparse
 import dataclasses
@@ -37,11 +37,11 @@ NOT_WITH_A_POLICY = (
     "prompt", "messages_column", "system", "chat_template", "allow_special_tokens", "labels",
     "label", "labels_file", "label_norm", "logliks", "num_fewshot", "fewshot_file", "label_column",
 )  # fmt: skip
-"""Flags that ask what a policy asks in its own way."""
+"""Flags that conflict with --policy, which sets its own prompt and labels."""
 
 
 def classify_parser() -> FlagParser:
-    """Return the parser."""
+    """Return the parser of the classify command."""
     parser = flag_parser(
         "pipelines.classify",
         "Score labels, or safety policies, for every row of a table with a Gemma model.",
@@ -60,7 +60,7 @@ def classify_parser() -> FlagParser:
 
 
 def classify_settings(flags: argparse.Namespace) -> ClassifySettings | ModerateSettings:
-    """Return what the flags ask of each row.
+    """Return the task settings that the flags describe.
 
     Raises:
         OptionsError: the flags contradict each other or are out of range, or a file of labels,
@@ -87,7 +87,7 @@ def classify_settings(flags: argparse.Namespace) -> ClassifySettings | ModerateS
 
 
 def _labels(flags: argparse.Namespace) -> tuple[str, ...]:
-    """Return the labels, of whichever flag gives them."""
+    """Return the labels from the one label flag that is set."""
     given = [name for name in ("labels", "label", "labels_file") if getattr(flags, name)]
     if len(given) != 1:
         got = " and ".join(f"--{name}" for name in given) or "none"

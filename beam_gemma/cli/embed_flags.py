@@ -1,4 +1,4 @@
-"""The flags of `python -m pipelines.embed`."""
+"""Flags of `python -m pipelines.embed`."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ EXAMPLES = """\
 
 
 def embed_parser() -> FlagParser:
-    """Return the parser."""
+    """Return the parser of the embed command."""
     parser = flag_parser(
         "pipelines.embed",
         "Embed a text of every row of a table with a Gemma model.",
@@ -38,7 +38,7 @@ def embed_parser() -> FlagParser:
 
 
 def embed_settings(flags: argparse.Namespace) -> EmbedSettings:
-    """Return what the flags ask of each row.
+    """Return the task settings that the flags describe.
 
     Raises:
         OptionsError: the flags contradict each other.

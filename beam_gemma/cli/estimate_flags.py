@@ -1,4 +1,4 @@
-"""What a dry run is told for its estimate, and what it finds out itself: throughput, workers."""
+"""Flags for the estimate of a dry run, and lookup of the throughput and number of workers."""
 
 import argparse
 
@@ -19,11 +19,11 @@ FLAGS = (
 
 
 def add_estimate(parser: argparse.ArgumentParser, *, completes: bool) -> None:
-    """Add what the estimate of a dry run rests on.
+    """Add the flags for the estimate of a dry run.
 
     Args:
-        parser: Of the task's flags.
-        completes: Whether the task completes prompts.
+        parser: The parser of the task's flags.
+        completes: Add the flags for completions too.
     """
     group = parser.add_argument_group("estimate", "for a --dry_run")
     add = group.add_argument
@@ -58,10 +58,10 @@ def add_estimate(parser: argparse.ArgumentParser, *, completes: bool) -> None:
 
 
 def check_estimate(flags: argparse.Namespace, max_new_tokens: int) -> None:
-    """Refuse flags that would change nothing.
+    """Reject estimate flags that have no effect or contradict --max_tokens.
 
     Raises:
-        OptionsError: there is one, or more is expected than may come.
+        OptionsError: a flag lacks --dry_run, or --expected_tokens exceeds --max_tokens.
     """
     given = {name: getattr(flags, name, None) for name in FLAGS}
     if not flags.dry_run and (idle := [name for name in FLAGS if given[name] is not None]):
@@ -79,7 +79,7 @@ def means_of(
     handler: TaskHandler,
     artifact: Artifact,
 ) -> Means:
-    """Return what a job has to work with, as far as that is known."""
+    """Return the throughput, workers and price of a job, as far as they are known."""
     most = handler.settings.max_new_tokens
     expected = getattr(flags, "expected_tokens", None)
     workers = options.view_as(WorkerOptions)
@@ -102,7 +102,7 @@ def _throughput(
     handler: TaskHandler,
     artifact: Artifact,
 ) -> Throughput:
-    """Return what flags say, or else what has been measured."""
+    """Return the throughput from flags, or else from measured profiles."""
     needed = ["prompt_tokens_per_sec", "completion_tokens_per_sec"]
     if not handler.settings.max_new_tokens:
         needed.pop()

@@ -1,4 +1,4 @@
-"""Groups of flags that the tasks share, and the settings that each group describes."""
+"""Groups of flags shared by the tasks, and the settings they describe."""
 
 import argparse
 import dataclasses
@@ -19,13 +19,13 @@ from beam_gemma.runtime.limits import (
 
 
 def engine_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of `add_engine` say."""
+    """Return the values of the `add_engine` flags."""
     names = ("device", *(field.name for field in dataclasses.fields(Limits)))
     return {name: value for name, value in vars(flags).items() if name in names}
 
 
 def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of `add_prompt` say, as fields of `PromptSettings`.
+    """Return the values of the `add_prompt` flags as fields of `PromptSettings`.
 
     Raises:
         OptionsError: the chat template cannot be read.
@@ -42,7 +42,7 @@ def _chat_template(name_or_file: str | None) -> str | None:
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
-    """Add what to run, where rows come from and where they go."""
+    """Add the flags for the model, the input and the output."""
     group = parser.add_argument_group("input and output")
     add = group.add_argument
     add(
@@ -96,7 +96,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
-    """Add how a row becomes a prompt."""
+    """Add the flags that turn a row into a prompt."""
     group = parser.add_argument_group("prompt", "one of the first three is required")
     add = group.add_argument
     add("--prompt", metavar="TEMPLATE", help="text with column names in braces (default: none)")
@@ -138,7 +138,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add how an engine runs."""
+    """Add the flags of the engine."""
     add = add_steps(parser, MAX_NUM_BATCHED_TOKENS).add_argument
     add(
         "--max_num_seqs",
@@ -159,7 +159,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def add_steps(
     parser: argparse.ArgumentParser, max_num_batched_tokens: Mapping[str, int]
 ) -> argparse._ArgumentGroup:
-    """Add where steps run and how large they are, by default on each device."""
+    """Add the flags for the device, step size and GPU memory, and return their group.
+
+    Args:
+        parser: The parser to add the flags to.
+        max_num_batched_tokens: The default step size by device, in tokens.
+    """
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--device",
@@ -188,7 +193,7 @@ def _by_device(defaults: Mapping[str, int]) -> str:
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
-    """Add how to go about a job."""
+    """Add the flags for running a job: dry run, resume, limits and report."""
     add = parser.add_argument_group("job").add_argument
     add(
         "--dry_run",
@@ -236,7 +241,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dataflow(parser: argparse.ArgumentParser) -> None:
-    """Add which GPUs workers have."""
+    """Add the flags for the GPUs of Dataflow workers."""
     add = parser.add_argument_group(
         "Dataflow",
         "with --runner DataflowRunner; Beam's own flags, such as --sdk_container_image and "

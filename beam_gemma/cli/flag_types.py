@@ -1,4 +1,4 @@
-"""Values of flags, for argparse."""
+"""Parse flag values for argparse."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ WORDS = {"true": True, "false": False}
 
 
 def switch(text: str) -> bool:
-    """Read true or false."""
+    """Parse `true` or `false`."""
     if text not in WORDS:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return WORDS[text]
@@ -21,21 +21,21 @@ SWITCH: dict[str, Any] = {
     "type": switch,
     "metavar": "BOOL",
 }
-"""Of a flag that is on where it stands alone; templates write its value."""
+"""Arguments of a boolean flag: true if it has no value; Dataflow templates pass a value."""
 
 
 def count(text: str) -> int:
-    """Read a whole number from 0."""
+    """Parse an integer of at least 0."""
     return _at_least(0, text)
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1."""
+    """Parse an integer of at least 1."""
     return _at_least(1, text)
 
 
 def fraction(text: str) -> float:
-    """Read a number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -46,7 +46,7 @@ def fraction(text: str) -> float:
 
 
 def above_zero(text: str) -> float:
-    """Read a number above 0."""
+    """Parse a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -57,7 +57,7 @@ def above_zero(text: str) -> float:
 
 
 def rising(text: str) -> tuple[int, ...]:
-    """Read whole numbers from 1 that commas part, each above the one before."""
+    """Parse comma-separated integers of at least 1 in strictly increasing order."""
     try:
         numbers = tuple(map(int, text.split(",")))
     except ValueError:
@@ -68,7 +68,7 @@ def rising(text: str) -> tuple[int, ...]:
 
 
 def column_names(text: str) -> tuple[str, ...]:
-    """Read names of columns that commas part."""
+    """Parse comma-separated column names."""
     return tuple(name.strip() for name in text.split(","))
 
 

@@ -1,4 +1,4 @@
-"""Flags that tasks share, with complete help; Beam's are passed on, unknown ones refused."""
+"""Flag parsing of all tasks: Beam's flags are passed on, unknown flags are rejected."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from beam_gemma.errors import OptionsError, nearest
 
 LOCAL_RUNNER = "DirectRunner"
 NO_PRISM = "--prism_location=/nonexistent"
-"""Without it, DirectRunner downloads another engine at each run and, failing that, falls back."""
+"""Without this, DirectRunner downloads Prism at each run, and falls back only if that fails."""
 BEAM_FLAGS = """
 Any other flag goes to Beam, such as --runner NAME (default: DirectRunner, in this process),
 --direct_running_mode multi_threading, --direct_num_workers N, --project NAME or --region NAME.
@@ -28,10 +28,10 @@ Any other flag goes to Beam, such as --runner NAME (default: DirectRunner, in th
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours."""
+    """An argument parser that raises `OptionsError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the flags.
+        """Raise the parser's message as an `OptionsError`.
 
         Raises:
             OptionsError: always.
@@ -39,18 +39,18 @@ class FlagParser(argparse.ArgumentParser):
         raise OptionsError(message)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Take `--flag=--` at its word, where Python 3.11 makes an empty list of it."""
+        """Keep the value of `--flag=--`, which Python 3.11 turns into an empty list."""
         if action.option_strings and arg_strings == ["--"]:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 
 
 class _BeamFlagParser(FlagParser, _BeamArgumentParser):
-    """All flags of Beam."""
+    """A parser for all of Beam's flags."""
 
 
 def flag_parser(module: str, description: str, examples: str) -> FlagParser:
-    """Return the parser of `python -m MODULE`, without flags yet."""
+    """Return a parser without flags for `python -m MODULE`."""
     return FlagParser(
         prog=f"python -m {module}",
         description=description,
@@ -61,7 +61,7 @@ def flag_parser(module: str, description: str, examples: str) -> FlagParser:
 
 
 def beam_flag_parser() -> FlagParser:
-    """Return the parser of all flags that Beam has."""
+    """Return a parser with all of Beam's flags."""
     parser = _BeamFlagParser(allow_abbrev=False, add_help=False)
     for group in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
         group._add_argparse_args(parser)
@@ -71,14 +71,14 @@ def beam_flag_parser() -> FlagParser:
 def parse(
     parser: FlagParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, PipelineOptions]:
-    """Return our flags and Beam's options.
+    """Parse the command line into our flags and Beam's options.
 
     Raises:
-        OptionsError: a flag is unknown, missing, or has a value of a wrong type.
+        OptionsError: a flag is unknown, missing, or has a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else argv
     beam_parser = beam_flag_parser()
-    # Before anything else: a flag that seems to be missing may only be misspelt.
+    # Check this first, because a flag that seems to be missing may be misspelled.
     _refuse_unknown(argv, [*parser._option_string_actions, *beam_parser._option_string_actions])
     of_job = [argument for argument in argv if _labels_job(argument)]
     flags, rest = parser.parse_known_args([a for a in argv if a not in of_job])
@@ -93,7 +93,7 @@ def parse(
 
 
 def _labels_job(argument: str) -> bool:
-    """Return whether a flag labels the job, as launchers of templates do, rather than rows."""
+    """Return whether --labels holds job labels, as template launchers pass them, as JSON."""
     name, _, value = argument.partition("=")
     try:
         return name == "--labels" and isinstance(json.loads(value), dict)
@@ -109,21 +109,21 @@ def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
 
 
 def is_local(options: PipelineOptions) -> bool:
-    """Return whether a job runs on this machine, in the engine that comes with Beam."""
+    """Return whether a job runs on this machine, in Beam's own DirectRunner."""
     return options.view_as(StandardOptions).runner in (None, LOCAL_RUNNER)
 
 
 def in_one_process(options: PipelineOptions) -> bool:
-    """Return whether a job runs in this process alone."""
+    """Return whether a job runs in this process only."""
     mode = options.view_as(DirectOptions).direct_running_mode
     return is_local(options) and mode != "multi_processing"
 
 
 def text_of(flag: str, path: str) -> str:
-    """Return the text of a file that a flag names, on this machine or on gs://.
+    """Return the text of the file that a flag names, on this machine or on gs://.
 
     Raises:
-        OptionsError: it cannot be read.
+        OptionsError: the file cannot be read.
     """
     try:
         with FileSystems.open(path) as stream:
@@ -135,10 +135,10 @@ def text_of(flag: str, path: str) -> str:
 
 
 def words_of(flag: str, text: str, remedy: str) -> tuple[str, ...]:
-    """Return words that commas part.
+    """Split comma-separated words.
 
     Raises:
-        OptionsError: there is white space around one, which may belong to it or not.
+        OptionsError: a word has white space around it, which may or may not be part of it.
     """
     words = tuple(text.split(","))
     for word in words:

@@ -1,4 +1,4 @@
-"""The flags of `python -m pipelines.generate`."""
+"""Flags of `python -m pipelines.generate`."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ EXAMPLES = """\
 
 
 def generate_parser() -> FlagParser:
-    """Return the parser."""
+    """Return the parser of the generate command."""
     parser = flag_parser(
         "pipelines.generate",
         "Complete a prompt for every row of a table with a Gemma model.",
@@ -56,7 +56,7 @@ def generate_parser() -> FlagParser:
 
 
 def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
-    """Return what the flags ask of each row.
+    """Return the task settings that the flags describe.
 
     Raises:
         OptionsError: the flags contradict each other or are out of range.
@@ -81,10 +81,10 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
 
 
 def structured_output(flags: argparse.Namespace) -> StructuredOutput | None:
-    """Return what the flags say a completion has to be.
+    """Return the structured output that the flags describe, or None.
 
     Raises:
-        OptionsError: they contradict each other, or a file, schema or pattern cannot be used.
+        OptionsError: the flags contradict each other, or a file, schema or pattern cannot be used.
     """
     sources = ("json_schema", "choices", "choices_file", "regex")
     given = [f"--{name}" for name in sources if getattr(flags, name) is not None]
@@ -105,10 +105,10 @@ def structured_output(flags: argparse.Namespace) -> StructuredOutput | None:
 
 
 def read_schema(path: str) -> Mapping[str, Any]:
-    """Return the JSON Schema of a file, on this machine or on gs://.
+    """Read a JSON Schema from a file on this machine or on gs://.
 
     Raises:
-        OptionsError: it is not there, or does not hold a JSON object.
+        OptionsError: the file cannot be read or does not hold a JSON object.
     """
     flag = "--json_schema"
     try:
@@ -125,7 +125,7 @@ def read_schema(path: str) -> Mapping[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, of which Python's reader would keep the last of equal names."""
+    """Build a JSON object, with an error for duplicate names, which Python would accept."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:

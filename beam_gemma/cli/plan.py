@@ -1,4 +1,4 @@
-"""From flags to a finished job: every setting is checked before it starts, every row after it."""
+"""Plan a job from flags, with every setting checked before the job starts."""
 
 import argparse
 import logging
@@ -47,21 +47,21 @@ class Job(Generic[HandlerT]):
     output: Output
     options: PipelineOptions
     durable: str | None = None
-    """Folder of results to go on from."""
+    """Folder of earlier results to resume from."""
     preview: str | None = None
-    """What there is to say in place of a run."""
+    """Text to show in place of a run."""
 
     def read(self) -> ReadTable:
-        """Return what reads the table."""
+        """Return the transform that reads the table."""
         return ReadTable(self.source)
 
     def ask(self) -> Ask:
-        """Return what runs the task."""
+        """Return the transform that runs the task."""
         layout, num_rows = self.output.layout, self.source.num_rows
         return Ask(self.handler, layout, num_rows=num_rows, durable=self.durable)
 
     def write(self) -> WriteTable:
-        """Return what writes rows with their results."""
+        """Return the transform that writes rows with their results."""
         return WriteTable(self.output)
 
 
@@ -74,9 +74,9 @@ def plan(
     """Return the job that the flags describe.
 
     Args:
-        argv: The command line's; None for this process's own.
-        parser: Of the task's flags.
-        settings_of: Makes the task's settings of flags.
+        argv: The command line arguments; None for those of this process.
+        parser: The parser of the task's flags.
+        settings_of: Returns the task's settings for the parsed flags.
         handler_of: The task's handler class.
 
     Raises:
@@ -130,7 +130,7 @@ def plan(
 def _open(
     handler: TaskHandler, flags: argparse.Namespace, options: PipelineOptions
 ) -> tuple[Artifact, PipelineOptions]:
-    """Open what says of the model what it is, and compare it with what it is to do, and where."""
+    """Open the model's description and check it against the task, device and workers."""
     artifact = handler.artifact()
     options = worker_options(flags, options, artifact)
     handler.run_on(resource_hints(flags, options))
@@ -180,10 +180,10 @@ def _page(flags: argparse.Namespace) -> Page | None:
 
 
 def _make_room(flag: str, sink: Sink, source: Source, flags: argparse.Namespace) -> str | None:
-    """Make room for an output; return what there is to say where it is there already.
+    """Prepare the place of an output; return a message if a resumed output is complete already.
 
     Raises:
-        OptionsError: something is there that the flags do not allow for.
+        OptionsError: an output or unfinished job exists that the flags do not allow for.
     """
     earlier, is_unfinished = sink.earlier(), sink.is_unfinished()
     if both := [name for name in earlier if name in (*source.files, source.uri)]:
@@ -216,5 +216,5 @@ def _set_up_logs(*, verbose: bool) -> None:
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    """Drop what Beam says at each load where torch is not installed, as on our workers."""
+    """Drop what Beam logs at each model load without torch, which our workers do not install."""
     return not record.getMessage().startswith("Resource module is not available")

@@ -1,4 +1,4 @@
-"""Runs a planned job, shows its progress, and checks that every row came back."""
+"""Run a planned job, show its progress, and check that every row came back."""
 
 import re
 import sys
@@ -18,14 +18,14 @@ from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE, Display
 
 SUCCESS, FAILURE, USAGE, STOPPED = 0, 1, 2, 3
-"""Exit codes: rows balance; they do not, or the job broke; a setting is wrong; the job has stopped
-where it was told to and can go on."""
+"""Exit codes: row counts balance; they do not, or the job failed; a setting is wrong; the job
+stopped at its token budget and can be resumed."""
 
 
 def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
     """Run a job, show its progress and check that no row was lost; return the exit code.
 
-    A Dataflow job goes on alone: its state and counters are in its own console.
+    A Dataflow job is only submitted; its state and counters are in the Dataflow console.
     """
     if on_dataflow(job.options):
         return _submit(pipeline)
@@ -45,7 +45,7 @@ def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
 def _submit(pipeline: beam.Pipeline) -> int:
     try:
         result: Any = pipeline.run()
-    except Exception as error:  # the clients of the services on the way have many, and one remedy
+    except Exception as error:  # service clients raise many types, with one remedy
         reason = " ".join(str(error).split())
         raise OptionsError(
             f"Dataflow: expected the job to be taken, got {type(error).__name__}: {reason}; "
@@ -53,13 +53,13 @@ def _submit(pipeline: beam.Pipeline) -> int:
         ) from error
     if result.has_job:
         sys.stdout.write(f"submitted the job {result.job_id()}\n")
-    else:  # --template_location, by which the launcher of a template gets it as a file
+    else:  # with --template_location, the job is a file for the template launcher
         sys.stdout.write("wrote the job for its launcher\n")
     return SUCCESS
 
 
 def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
-    """Write the line that balances a job's rows; return the exit code."""
+    """Print a line with the row counts and check that they balance; return the exit code."""
     names = ("rows_read", "written_ok", "written_failed", "rows_written")
     read, ok, failed, written = (counts.get(name, 0) for name in names)
     line = (
@@ -81,7 +81,7 @@ def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
 
 
 def _tokens(counts: Mapping[str, int], elapsed_secs: float) -> str:
-    """Return what was computed in which time; the rate is that of completions where there are."""
+    """Return tokens, seconds and rate as text; the rate is of completions if there are any."""
     amount = f"{counts.get('prompt_tokens', 0):,}"
     if "completion_tokens" in counts:
         amount += f" prompt + {counts['completion_tokens']:,} completion"
@@ -95,13 +95,13 @@ def counters(result: PipelineResult) -> dict[str, int]:
     query = MetricsFilter().with_namespace(METRICS_NAMESPACE)
     for metric in result.metrics().query(query)["counters"]:
         name = metric.key.metric.name
-        # Of a counter at zero, portable runners say nothing.
+        # Portable runners report no value for a counter at zero.
         counts[name] = counts.get(name, 0) + (metric.result or 0)
     return counts
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run a command; an error of ours is one sentence and the exit code of a wrong setting."""
+    """Run a command; print an error of ours in one sentence and return `USAGE` for it."""
     try:
         return main()
     except BeamGemmaError as error:
@@ -110,7 +110,7 @@ def exit_code(main: Callable[[], int]) -> int:
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return an error of ours in its own words; workers send theirs as the text of a traceback."""
+    """Return the message of our error, also from the text of a worker's traceback, or None."""
     if isinstance(error, BeamGemmaError):
         return str(error)
     sentences = re.findall(r"^beam_gemma\.errors\.\w+: (.*)$", str(error), re.MULTILINE)
@@ -118,7 +118,7 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _display(job: Job[Any]) -> AbstractContextManager[object]:
-    """Return the display of a job whose rows go through this process."""
+    """Return a live display if the job runs in this process, else a null context."""
     if in_one_process(job.options):
         return Display(job.source.num_rows)
     return nullcontext()

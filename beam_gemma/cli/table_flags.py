@@ -1,4 +1,4 @@
-"""From flags to the tables that a job reads and writes: files or BigQuery."""
+"""Open the tables that flags name for reading and writing: files or BigQuery."""
 
 import argparse
 import re
@@ -18,10 +18,10 @@ STREAM = re.compile(r"(pubsub|kafka|kinesis)://|projects/[^/]+/(topics|subscript
 
 
 def refuse_streams(uri: str | None) -> None:
-    """Refuse an input that never ends.
+    """Reject an unbounded input.
 
     Raises:
-        OptionsError: it is the name of a stream.
+        OptionsError: the URI names a stream.
     """
     if uri is not None and STREAM.match(uri):
         raise OptionsError(
@@ -31,10 +31,10 @@ def refuse_streams(uri: str | None) -> None:
 
 
 def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
-    """Return the table that a job reads; a query is run, unless for a dry run.
+    """Return the table that a job reads; a query runs now, except in a dry run.
 
     Raises:
-        OptionsError: there is no such table, or it cannot be read so.
+        OptionsError: the table does not exist or cannot be read with these flags.
     """
     cloud = options.view_as(GoogleCloudOptions)
     is_bigquery = flags.query is not None or flags.input.startswith(SCHEME)
@@ -66,10 +66,10 @@ def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
 
 
 def sink_of(uri: str, flags: argparse.Namespace, options: PipelineOptions) -> Sink:
-    """Return a table that a job writes.
+    """Return the table that a job writes to a URI.
 
     Raises:
-        OptionsError: it cannot be written, or not so.
+        OptionsError: the table cannot be written with these flags.
     """
     if not uri.startswith(SCHEME):
         if flags.append and uri == flags.output:

@@ -1,1 +1,1 @@
-"""Table in, table out: de-duplication, shards, resume, records and estimates."""
+"""Run jobs from table to table: de-duplication, shards, resume, records and estimates."""

@@ -1,4 +1,4 @@
-"""Requests as record batches: what each row of a table asks, and who else asks the same."""
+"""Make requests from rows as record batches, and merge rows with equal requests."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -21,15 +21,15 @@ def keyed(
     settings: Settings,
     fingerprint: Callable[[Row], bytes],
 ) -> pa.RecordBatch:
-    """Return what rows ask: the key of each request, its position, and the columns it is made of.
+    """Return one request per row: its key, its position, and the columns it uses.
 
-    Where results are drawn, a row asks for itself alone, and its own key is part of the request's.
+    With sampling, rows never share a request: the row's own key becomes part of the request key.
 
     Args:
-        position: Of the first row.
-        rows: With all columns of the table.
-        settings: What to ask.
-        fingerprint: Names what a row asks.
+        position: The position of the first row.
+        rows: The rows, with all columns of the table.
+        settings: The settings of the task.
+        fingerprint: Returns a digest of the request that a row makes.
     """
     used = rows.select([name for name in rows.schema.names if name in settings.columns])
     keys = [fingerprint(row) for row in rows_of(used)]
@@ -47,13 +47,13 @@ def keyed(
 
 
 def key_ranges(requests: pa.RecordBatch, num_ranges: int) -> np.ndarray:
-    """Return the range that each key is in: [rows] int64; ranges are equally wide."""
+    """Return the index of each key's range: [rows] int64; all ranges are equally wide."""
     leading = [int.from_bytes(key[:4], "big") for key in requests.column(REQUEST_KEY).to_pylist()]
     return np.array(leading, np.int64) * num_ranges >> 32
 
 
 def distinct(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
-    """Return one request for all rows of the same key, with the positions of all of them."""
+    """Merge rows of the same key into one request with the positions of all of them."""
     rows = joined(batches).sort_by(POSITION)
     if ROW_KEY in rows.schema.names:
         rows = _numbered(rows)
@@ -71,13 +71,13 @@ def distinct(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
 def split_durable(
     requests: pa.RecordBatch, durable: Collection[bytes]
 ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """Return the requests whose keys are durable, and the others."""
+    """Return the requests whose results are durable, and the others."""
     found = np.array([key in durable for key in requests.column(REQUEST_KEY).to_pylist()], bool)
     return requests.filter(pa.array(found)), requests.filter(pa.array(~found))
 
 
 def spread(requests: pa.RecordBatch, results: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the results of requests once for each row that asks, with its position."""
+    """Return each result once per row that shares the request, with the row's position."""
     positions = requests.column(POSITIONS)
     indices = np.repeat(np.arange(requests.num_rows), positions.value_lengths().to_numpy())
     columns = [positions.flatten(), *(results.take(pa.array(indices))).columns]
@@ -85,7 +85,7 @@ def spread(requests: pa.RecordBatch, results: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _row_keys(rows: pa.RecordBatch, settings: Settings) -> list[str]:
-    """Return what names each row: its key, or else a hash of all that is in it."""
+    """Return the key of each row: the key column's value, or a hash of the whole row."""
     everything = rows_of(rows)
     keys = (name for name, use in settings.columns.items() if use == "key")
     column = next(keys, None)
@@ -97,7 +97,7 @@ def _row_keys(rows: pa.RecordBatch, settings: Settings) -> list[str]:
 
 
 def _content(row: Any) -> Iterator[Any]:
-    """Return the values of a row; one that Python cannot hold is named by its error."""
+    """Return the values of a row; the error text replaces one that Python cannot hold."""
     for name in row:
         try:
             yield row[name]
@@ -106,7 +106,7 @@ def _content(row: Any) -> Iterator[Any]:
 
 
 def _numbered(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Return rows that draw, where those that are alike in all are told apart by a number."""
+    """Return sampled rows, with a number in the keys that tells identical rows apart."""
     seen: dict[bytes, int] = {}
     keys, row_keys = [], []
     for key, row_key in zip(

@@ -1,4 +1,4 @@
-"""What a job would do: a sample of its rows as prompts, and what all rows take; no model run."""
+"""Preview a job without running the model: sample prompts and an estimate for all rows."""
 
 import json
 from collections import Counter
@@ -25,14 +25,14 @@ SHOWN_REASONS = 3
 def preview(
     source: Source, handler: TaskHandler, artifact: Artifact, means: Means, form: Form
 ) -> str:
-    """Return a report on a table: figures, and as text also the first prompts.
+    """Return a report on a table: figures, and in text form also the first prompts.
 
     Args:
         source: The table.
-        handler: What to ask of its rows.
-        artifact: The model.
-        means: What the job has to work with.
-        form: `json` has the figures alone, and nothing that a row holds.
+        handler: The handler of the task to preview.
+        artifact: The model artifact.
+        means: The throughput, workers and price to assume.
+        form: Output form; `json` has only figures and no row contents.
     """
     asked, reasons = _ask(source, handler.asks(artifact))
     sample = Sample(
@@ -64,7 +64,7 @@ def preview(
 
 
 def _ask(source: Source, asks: Callable[[Row], Asked]) -> tuple[list[Asked], Counter[str]]:
-    """Return what rows of the sample ask, and why others ask nothing."""
+    """Return the requests of the sampled rows, and the counts of reasons for failed rows."""
     asked = []
     reasons: Counter[str] = Counter()
     for batch in source.sample(SAMPLE_ROWS):
@@ -77,13 +77,13 @@ def _ask(source: Source, asks: Callable[[Row], Asked]) -> tuple[list[Asked], Cou
 
 
 def _block_tokens(handler: TaskHandler, artifact: Artifact) -> int | None:
-    """Return in which blocks the engine reuses what it has computed; None where it keeps none."""
+    """Return the engine's block size for prefix reuse, in tokens; None without reuse."""
     signature = next(s for (head, _), s in artifact.signatures.items() if head == handler.head)
     return signature.block_size if signature.paged_states else None
 
 
 def _size(source: Source) -> str:
-    """Return how many rows there are, or what is known in place of that."""
+    """Return the number of rows as text, or an estimate or the bytes to scan."""
     if source.num_rows is not None:
         return f"{source.num_rows:,}"
     if source.expected_rows is not None:
@@ -143,7 +143,7 @@ def _prompt_lines(prompts: list[Prompt]) -> list[str]:
 
 
 def _number(value: int | float | None, remedy: str = "") -> str:
-    """Return a number as text, or that it is not known and what to do about it."""
+    """Return a number as text, or `not known` followed by the remedy."""
     if value is None:
         return f"not known{remedy}"
     if isinstance(value, int):

@@ -1,7 +1,7 @@
-"""What a job will take: tokens, hours and money, from a sample of its rows.
+"""Estimate the tokens, hours and cost of a job from a sample of its rows.
 
-Everything is arithmetic with what is known. What nobody has measured or said stays unknown, and so
-does all that depends on it.
+Each figure is computed from known values. A value that is neither measured nor given is None, and
+so is every figure that depends on it.
 """
 
 import math
@@ -18,53 +18,52 @@ Sequences = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Some rows of a table, as the model would see them."""
+    """Sampled rows of a table, as the model would see them."""
 
     lengths: Sequence[int]
-    """Prompt tokens of each row that can be asked."""
+    """Prompt tokens of each valid row."""
     sequences: Sequence[Sequences]
-    """What the model would compute for each of them."""
+    """Token sequences that the model would compute for each valid row."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why the others cannot, and how many rows each reason has."""
+    """Number of invalid rows per reason."""
     num_truncated: int = 0
-    """Rows whose prompt would be cut."""
+    """Number of rows whose prompt would be truncated."""
     block_tokens: int | None = None
-    """What several prompts begin with is computed once, in blocks of so many tokens; None where it
-    is not."""
+    """Tokens per block of a shared prefix, which is computed once; None without prefix reuse."""
     is_drawn: bool = False
-    """Whether results are drawn, so that each row is asked for itself."""
+    """True if results are sampled, so that equal rows are not merged."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the sample."""
+        """Number of rows in the sample."""
         return len(self.sequences) + self.reasons.total()
 
     @property
     def distinct(self) -> list[Sequences]:
-        """What is asked, once for all rows that ask the same."""
+        """Requests to compute, one for all rows that make the same request."""
         return list(self.sequences if self.is_drawn else dict.fromkeys(self.sequences))
 
     @property
     def num_duplicates(self) -> int:
-        """Rows that ask what others ask."""
+        """Number of rows that repeat the request of another row."""
         return len(self.sequences) - len(self.distinct)
 
     @property
     def num_computed_tokens(self) -> int:
-        """Prompt tokens to compute: for rows that ask the same once, for what they share once."""
+        """Prompt tokens to compute; equal requests and shared prefixes count once."""
         sequences = [sequence for row in self.distinct for sequence in row]
         reused = 0 if self.block_tokens is None else _num_reused(sequences, self.block_tokens)
         return sum(map(len, sequences)) - reused
 
     @property
     def has_work_in_common(self) -> bool:
-        """Whether its rows have less computed together than each of them alone."""
+        """True if the rows together need fewer computed tokens than each on its own."""
         alone = sum(len(sequence) for row in self.sequences for sequence in row)
         return self.num_computed_tokens < alone
 
 
 class Distribution(NamedTuple):
-    """Figures of lengths, in tokens."""
+    """Statistics of lengths, in tokens."""
 
     mean: float
     p95: int
@@ -74,57 +73,57 @@ class Distribution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """What one worker computes in a second of each kind of step; None is not known."""
+    """Tokens per second that one worker computes, by kind of step; None if unknown."""
 
     prompt_tokens_per_sec: float | None
     completion_tokens_per_sec: float | None
     origin: str
-    """Where the figures are from."""
+    """Source of the figures, as a sentence for the report."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Means:
-    """What a job has to work with; None is not known."""
+    """Throughput, workers and price that an estimate assumes; None if unknown."""
 
     throughput: Throughput
     num_workers: int | None
     worker_price: float | None
-    """US dollars for an hour of one worker."""
+    """Price of one worker in US dollars per hour."""
     completion_tokens: float = 0.0
-    """Of each row, on average."""
+    """Average completion tokens per row."""
     completion_origin: str = ""
-    """Where that number is from."""
+    """Source of `completion_tokens`, as text for the report."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A whole table, as its sample has it."""
+    """Figures for a whole table, scaled up from its sample."""
 
     sample: Sample
     means: Means
     num_rows: int | None
     is_counted: bool
-    """Whether the rows have been counted; else their number follows from the size of the table."""
+    """True if the rows have been counted, False if estimated from the size of the table."""
 
     @property
     def prompt_tokens(self) -> int | None:
-        """Tokens of all prompts."""
+        """Tokens of all prompts together."""
         return self._scaled(sum(self.sample.lengths))
 
     @property
     def computed_prompt_tokens(self) -> int | None:
-        """Tokens of them that are computed."""
+        """Prompt tokens to compute, without duplicates and shared prefixes."""
         return self._scaled(self.sample.num_computed_tokens)
 
     @property
     def completion_tokens(self) -> int | None:
-        """Tokens of all completions that are computed."""
+        """Tokens of all completions to compute."""
         completions = self._scaled(len(self.sample.distinct))
         return None if completions is None else round(completions * self.means.completion_tokens)
 
     @property
     def worker_hours(self) -> float | None:
-        """Hours of work, of all workers together."""
+        """Hours of work, summed over all workers."""
         rates = self.means.throughput
         parts = (
             _secs(self.computed_prompt_tokens, rates.prompt_tokens_per_sec),
@@ -135,28 +134,28 @@ class Estimate:
 
     @property
     def hours(self) -> float | None:
-        """Hours that the workers take together."""
+        """Elapsed hours with all workers at work in parallel."""
         if self.worker_hours is None or self.means.num_workers is None:
             return None
         return self.worker_hours / self.means.num_workers
 
     @property
     def cost(self) -> float | None:
-        """US dollars for the work."""
+        """Cost of the work in US dollars."""
         if self.worker_hours is None or self.means.worker_price is None:
             return None
         return self.worker_hours * self.means.worker_price
 
     @property
     def cost_per_million_rows(self) -> float | None:
-        """US dollars for a million rows alike."""
+        """Cost of a million such rows in US dollars."""
         if self.cost is None or not self.num_rows:
             return None
         return self.cost / self.num_rows * 1e6
 
     @property
     def assumptions(self) -> list[str]:
-        """What the figures rest on, a sentence each."""
+        """Assumptions behind the figures, one sentence each."""
         sample, means = self.sample, self.means
         said = ["the work alone counts, without the start of workers and of the model"]
         if self.num_rows is not None and not self.is_counted:
@@ -177,7 +176,7 @@ class Estimate:
         return [*said, means.throughput.origin]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all figures, and nothing that a row holds."""
+        """Return all figures, without any row contents."""
         sample, means = self.sample, self.means
         lengths = distribution(sample.lengths)
         return {
@@ -206,14 +205,14 @@ class Estimate:
         }
 
     def _scaled(self, of_sample: int) -> int | None:
-        """Return what the table has of something that the sample has so much of."""
+        """Return an amount in the sample scaled up to the table; None if that is not possible."""
         if self.num_rows is None or (self.num_rows and not self.sample.num_rows):
             return None
         return round(of_sample * self.num_rows / max(1, self.sample.num_rows))
 
 
 def distribution(lengths: Sequence[int]) -> Distribution | None:
-    """Return figures of lengths; None where there are none."""
+    """Return the statistics of lengths; None if there are no lengths."""
     if not lengths:
         return None
     ordered = sorted(lengths)
@@ -222,21 +221,21 @@ def distribution(lengths: Sequence[int]) -> Distribution | None:
 
 
 def _num_reused(sequences: Iterable[Sequence[int]], block_tokens: int) -> int:
-    """Return how many tokens need no step, since a sequence before begins with the same blocks."""
+    """Return the number of tokens in prefix blocks that an earlier sequence has computed."""
     known: dict[tuple[int, Sequence[int]], int] = {}
     num_reused = 0
     for sequence in sequences:
-        place = 0  # of the blocks so far, in a tree of all beginnings
+        place = 0  # node of the blocks so far, in a tree of all prefixes
         for end in range(block_tokens, len(sequence) + 1, block_tokens):
             block = place, sequence[end - block_tokens : end]
-            # The last token gives the next one, so it has to be computed.
+            # The last token predicts the next one, so it must be computed.
             num_reused += block_tokens if block in known and end < len(sequence) else 0
             place = known.setdefault(block, len(known) + 1)
     return num_reused
 
 
 def _secs(num_tokens: int | None, per_sec: float | None) -> float | None:
-    """Return how long some tokens take; none take no time, whatever the rate."""
+    """Return the seconds that the tokens take; zero tokens take 0 s even at an unknown rate."""
     if num_tokens == 0:
         return 0.0
     if num_tokens is None or per_sec is None:

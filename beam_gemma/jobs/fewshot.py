@@ -1,4 +1,4 @@
-"""Shots out of a table, chosen once for a job: every row sees the same ones in the same order."""
+"""Choose few-shot examples from a table, once per job and in the same order for every row."""
 
 import random
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ from beam_gemma.tables.source import Source
 from beam_gemma.tasks.questions import ClassifySettings, Shot
 
 POOL_ROWS = 10_000
-"""Rows that shots are drawn from, from the first of a table."""
+"""Number of rows, from the start of a table, that shots are drawn from."""
 
 
 def draw_shots(
     source: Source, settings: ClassifySettings, label_column: str, *, number: int, seed: int
 ) -> tuple[Shot, ...]:
-    """Draw shots at random, and one to spare: the row of a shot is not shown to itself.
+    """Draw shots at random, plus one spare, because a row never serves as its own shot.
 
-    Rows that lack a label, or a column of the prompt, are no shots.
+    Rows that lack a label or a column of the prompt are skipped.
 
     Args:
-        source: The table.
-        settings: What they are to be shots of.
-        label_column: Holds the index of a row's label, or its text.
-        number: How many each prompt is to have.
-        seed: Of the draw; the same table and seed give the same shots.
+        source: The table to draw from.
+        settings: The classification task that the shots are for.
+        label_column: The column with the index or the text of a row's label.
+        number: The number of shots in each prompt.
+        seed: The random seed; the same table and seed give the same shots.
 
     Raises:
-        OptionsError: the table lacks a column or has too few rows with a label, or a label is none
-            of the settings'.
+        OptionsError: the table lacks a column or has too few rows with a label, or a label is not
+            among the settings' labels.
     """
     pool = all_shots(source, settings, label_column)
     if len(pool) < number:
@@ -43,10 +43,10 @@ def draw_shots(
 
 
 def all_shots(source: Source, settings: ClassifySettings, label_column: str) -> tuple[Shot, ...]:
-    """Return the rows of a table that can be shots, in order.
+    """Return all rows of the pool that can be shots, in order.
 
     Raises:
-        OptionsError: the table lacks a column, or a label is none of the settings'.
+        OptionsError: the table lacks a column, or a label is not among the settings' labels.
     """
     columns = (*settings.columns, label_column)
     for column in columns:
@@ -68,7 +68,7 @@ def all_shots(source: Source, settings: ClassifySettings, label_column: str) -> 
 
 
 def _index(labels: list[Template], row: Mapping[str, Any], label_column: str) -> int:
-    """Return which label a row has; space around a label is no part of its name."""
+    """Return the index of a row's label; space around label texts is ignored."""
     value = row[label_column]
     if isinstance(value, int) and 0 <= value < len(labels):
         return int(value)

@@ -1,7 +1,7 @@
-"""From rows to results: what rows have in common is asked once, what is durable not again.
+"""Turn rows into results: equal requests are computed once, durable results are reused.
 
-Only the columns that a task uses go this way. They are grouped by ranges of their requests' keys,
-so that rows which ask the same meet on one worker wherever they are in the table.
+Only the columns that a task uses are sent. Rows are grouped by ranges of their request keys, so
+that equal requests meet on one worker wherever their rows are in the table.
 """
 
 import json
@@ -27,18 +27,18 @@ from beam_gemma.monitoring.timeline import pulse_of
 from beam_gemma.tasks.row_keys import POSITION, POSITIONS, REQUEST_KEY
 
 ROWS, PIECES = 0, 1
-"""What the batches of a range are."""
+"""Tags of the batches of a key range: rows of the table, and pieces of durable results."""
 REQUESTS_PER_BATCH = 64
 HELD_RESULTS = 8192
-"""Until so many are there, results wait to be sorted by shard, so that batches are not tiny."""
+"""Number of results to collect before sorting them by shard, so that batches are not tiny."""
 LEDGER, DURABLE = "ledger", "durable"
 MAX_RANGES = 1024
 
 
 def num_ranges(num_rows: int | None) -> int:
-    """Return in how many ranges of keys a table's requests are grouped.
+    """Return the number of key ranges to group a table's requests by.
 
-    So many that all workers have some, and so few that the batches of a range are not tiny.
+    There are enough for all workers, but few enough that the batches of a range are not tiny.
     """
     if num_rows is None:
         return MAX_RANGES // 4
@@ -49,14 +49,13 @@ class Answers(NamedTuple):
     """The results of a task."""
 
     results: PCollection[Grouped]
-    """By shard: positions and result columns."""
+    """Positions and result columns, keyed by shard."""
     ledger: PCollection[str]
-    """What happened on the way, as JSON: counts of requests and samples of the engine, each with
-    the tag of its task."""
+    """Events as JSON: request counts and samples of the engine, each with the tag of its task."""
 
 
 def together(answers: Sequence[Answers]) -> Answers:
-    """Return the results of several tasks as one."""
+    """Merge the results and ledgers of several tasks."""
     return Answers(
         [task.results for task in answers] | "Results" >> beam.Flatten(),
         [task.ledger for task in answers] | "Ledgers" >> beam.Flatten(),
@@ -64,14 +63,14 @@ def together(answers: Sequence[Answers]) -> Answers:
 
 
 class Ask(beam.PTransform[PCollection[Located], Answers]):
-    """Asks a model about every row of a table.
+    """Runs a task on every row of a table.
 
     Args:
-        handler: The model, and what to ask of it.
-        layout: Of the output.
-        num_rows: Of the table; None where nobody knows.
-        durable: Holds results of a run that was broken off; None for a run from the start.
-        tag: Tells the results of this task from those of others.
+        handler: The handler of the task, with its model.
+        layout: The shard layout of the output.
+        num_rows: The number of rows in the table; None if unknown.
+        durable: Folder with results of an interrupted run; None to start from scratch.
+        tag: Number that identifies the results of this task among several.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Ask(beam.PTransform[PCollection[Located], Answers]):
             | "Infer" >> RunInference(self._handler)
             | "Results" >> beam.ParDo(_answer).with_outputs(LEDGER, main="results")
         )
-        # Each is sorted by itself: what two steps have in common is kept for the one after them.
+        # Sort each by itself: if two steps fed one sort, their outputs would be buffered for it.
         results = [
             found
             | f"Shards{tag}"
@@ -126,14 +125,14 @@ class Ask(beam.PTransform[PCollection[Located], Answers]):
 
 
 class _Key(beam.DoFn):
-    """Gives each row the key of its request, and sorts rows by ranges of keys."""
+    """Computes the request key of each row and groups rows by key range."""
 
     def __init__(self, handler: TaskHandler, num_ranges: int) -> None:
         self._handler = handler
         self._num_ranges = num_ranges
 
     def display_data(self) -> dict[str, str]:
-        # Runners show that of single steps; composite ones lose theirs on the way to Dataflow.
+        # Runners show display data of single steps; composites lose theirs on Dataflow.
         return self._handler.facts()
 
     def setup(self) -> None:
@@ -146,7 +145,7 @@ class _Key(beam.DoFn):
 
 
 class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
-    """Reads the results that an earlier run has made durable."""
+    """Reads the durable results of an earlier run."""
 
     def __init__(self, folder: str, num_ranges: int) -> None:
         super().__init__()
@@ -164,7 +163,7 @@ class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
 
 
 class _Unique(beam.DoFn):
-    """Makes one request of all rows that ask the same, unless its result is durable."""
+    """Merges equal requests into one, and answers those whose results are durable."""
 
     def __init__(self, results: pa.Schema) -> None:
         self._results = results
@@ -187,7 +186,7 @@ class _Unique(beam.DoFn):
 
 
 def _counted(known: pa.RecordBatch, left: pa.RecordBatch) -> dict[str, int]:
-    """Return, and add to the metrics, how many rows need no step of their own."""
+    """Return counts of requests and of rows that need none, and add the latter to the metrics."""
     asked = len(left.column(POSITIONS).flatten())
     counts = {
         "requests": left.num_rows,
@@ -205,7 +204,7 @@ def _entry(told: dict[str, Any], tag: int) -> str:
 
 
 def _answer(prediction: PredictionResult) -> Iterator[Any]:
-    """Return the results of requests at the positions that ask them."""
+    """Return the results of requests at the positions of their rows."""
     requests: Any = prediction.example
     results: Any = prediction.inference
     if (pulse := pulse_of(results)) is not None:
@@ -214,7 +213,7 @@ def _answer(prediction: PredictionResult) -> Iterator[Any]:
 
 
 class _ByShard(beam.DoFn):
-    """Sorts results by the shard of the output that they belong to."""
+    """Groups results by their output shard."""
 
     def __init__(self, layout: Layout, tag: int) -> None:
         self._layout = layout

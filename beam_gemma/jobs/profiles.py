@@ -1,6 +1,6 @@
-"""Measured throughput: which model, in which precision, computes how much on which machine.
+"""Measured throughput per model, precision and machine.
 
-`profiles.json` holds what `docs/benchmarks.md` shows, with the commands that measure it again.
+`profiles.json` holds the figures of `docs/benchmarks.md` and the commands that reproduce them.
 """
 
 import functools
@@ -20,30 +20,30 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What one worker has been measured to compute."""
+    """Measured throughput of one worker."""
 
     model: str
     config: Mapping[str, Any]
-    """What tells the shapes of the model from others: fine-tuned weights are as fast."""
+    """Config values that identify the model's shapes; fine-tuned weights are as fast."""
     precision: str
     head: Head
     device: Device
     machine: str
     prompt_tokens_per_sec: float
     completion_tokens_per_sec: float | None
-    """None for a head that completes nothing."""
+    """Completion tokens per second; None for a head without completions."""
     date: str
     command: str
     section: str
-    """Of `docs/benchmarks.md`, where the figures are."""
+    """Section of `docs/benchmarks.md` with the figures."""
 
     @property
     def origin(self) -> str:
-        """Where the figures are from, in words."""
+        """Source of the figures, as a sentence."""
         return f"throughput as measured with {self.model} on {self.machine}, {self.date}"
 
     def fits(self, artifact: Artifact, head: Head, device: str) -> bool:
-        """Return whether this is what such a model does, on some machine."""
+        """Return whether this profile covers such a model, head and device, on any machine."""
         is_this_shape = all(getattr(artifact.config, k) == v for k, v in self.config.items())
         asked = artifact.precision, head, device
         return is_this_shape and (self.precision, self.head, self.device) == asked
@@ -51,20 +51,20 @@ class Profile:
 
 @functools.cache
 def profiles() -> tuple[Profile, ...]:
-    """Return all that has been measured."""
+    """Return all measured profiles."""
     return tuple(Profile(**fields) for fields in json.loads(PROFILES.read_text()))
 
 
 def find_profile(
     artifact: Artifact, head: Head, device: str, machine: str | None
 ) -> Profile | None:
-    """Return what has been measured of a model on a machine, or None."""
+    """Return the profile of a model on a machine, or None."""
     found = (p for p in profiles() if p.machine == machine and p.fits(artifact, head, device))
     return next(found, None)
 
 
 def this_machine() -> str:
-    """Return this machine's name among profiles: its cores, and what they are."""
+    """Return this machine's name in the profiles: the number and model of its cores."""
     names = [
         line.partition(":")[2].strip()
         for line in (CPU_INFO.read_text() if CPU_INFO.exists() else "").splitlines()

@@ -1,6 +1,6 @@
-"""The record of a run: what was asked and with what, what came of it, and what to run again.
+"""Build the record of a run: settings, models, versions, results, and the command to repeat it.
 
-It is JSON, and holds nothing of the table's rows beside the templates and shots of the job itself.
+The record is JSON and holds no row contents apart from the job's own templates and shots.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from beam_gemma.monitoring.timeline import timeline
 from beam_gemma.tasks.interface import Settings, task_name
 
 FORMAT = 2
-"""Raised when a reader of records would misread a new one."""
+"""Version of the record format, raised when readers would misread a new record."""
 PACKAGES = (
     "apache-beam", "llguidance", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow",
     "sentencepiece",
 )  # fmt: skip
-"""On which results depend, as far as they are installed."""
+"""Packages that results depend on, of which some may not be installed."""
 
 
 def facts_of(
@@ -37,13 +37,13 @@ def facts_of(
     sink: str,
     tasks: Iterable[tuple[str, Artifact, Settings]],
 ) -> dict[str, Any]:
-    """Return what a record says of a job before it runs.
+    """Return the part of a record that is known before the job runs.
 
     Args:
-        command: What a shell runs to run the job again.
+        command: The shell command that repeats the job, as a list of words.
         source: URI of the table that is read.
         sink: URI of the table that is written.
-        tasks: Of each task, where its model is, the model, and what is asked of it.
+        tasks: The model location, model artifact and settings of each task.
     """
     return {
         "format": FORMAT,
@@ -66,8 +66,8 @@ def facts_of(
 
 
 def marks_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a file says of the job that has written it: version, models, hash of settings."""
-    # In their order: that of a schema's properties is part of what is asked.
+    """Return a file's metadata about its job: version, models, and a hash of the settings."""
+    # Keys stay in order, because the order of a schema's properties is part of the settings.
     settings = json.dumps([task["settings"] for task in facts["tasks"]])
     return {
         "beam_gemma.version": beam_gemma.__version__,
@@ -86,15 +86,15 @@ def record_of(
     summaries: Sequence[Summary],
     ledger: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return the record of a job that has run.
+    """Return the record of a finished job.
 
     Args:
-        facts: What `facts_of` has returned.
-        num_shards: Of the output.
-        prefixes: Of the result columns of each task, in the order of the facts.
-        summaries: Of each task.
-        ledger: What happened on the way, with the `tag` of a task: `counts` of requests, and
-            samples of its engine as `pulse`.
+        facts: The result of `facts_of`.
+        num_shards: The number of output shards.
+        prefixes: The prefix of each task's result columns, in the order of the facts.
+        summaries: The result summary of each task.
+        ledger: Events, each with the `tag` of a task: `counts` of requests, or a sample of its
+            engine as `pulse`.
     """
     counts: list[Counter[str]] = [Counter() for _ in summaries]
     pulses: list[list[Any]] = [[] for _ in summaries]
@@ -126,7 +126,7 @@ def record_of(
 
 
 def _results(task: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
-    """Return a summary whose labels have the names that the settings give them."""
+    """Return a summary as a dict, with label names from the settings."""
     results = summary.as_dict()
     if names := task["settings"].get("labels"):
         results["labels"] = {names[int(i)]: count for i, count in results["labels"].items()}
@@ -134,7 +134,7 @@ def _results(task: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages that are installed."""
+    """Return the versions of those `PACKAGES` that are installed."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -145,7 +145,7 @@ def _versions() -> dict[str, str]:
 
 
 def _as_json(value: Any) -> Any:
-    """Return a setting as JSON holds it; what has no form of its own there is its text."""
+    """Return a setting as a JSON value; values without a JSON form become text."""
     if dataclasses.is_dataclass(value):
         return {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

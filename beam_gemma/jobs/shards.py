@@ -1,7 +1,7 @@
-"""Which shard of the output a row belongs to: a function of its position alone.
+"""Assign rows to output shards by their position alone.
 
-Where positions are dense, a shard is a range of them, so the output keeps the order of the input
-and each shard knows exactly which rows it must have. Elsewhere runs of positions are spread.
+If positions are dense, a shard is a range of them: the output keeps the order of the input, and
+each shard knows exactly which rows it must have. Otherwise runs of positions are hashed to shards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,28 +16,28 @@ from beam_gemma.tables.source import Source
 from beam_gemma.tasks.row_keys import POSITION
 
 RUN_BITS = 10
-"""Of positions that stay together where they are spread: runs of 1,024."""
+"""Low bits of a position that hashing ignores: runs of 1,024 positions stay together."""
 SHARD_BYTES = 256 << 20
-"""About the most data of one shard, which one worker holds while it writes it."""
+"""Approximate maximum size of a shard, in bytes; one worker holds it while writing."""
 SHARD_ROWS = 250_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How rows make shards."""
+    """Assignment of rows to shards."""
 
     num_shards: int
     num_rows: int | None
-    """Positions are the numbers below it; None where they are anything."""
+    """Number of rows if positions are dense, from 0; None if they are not."""
 
     @classmethod
     def of(cls, source: Source, results: pa.Schema, *, num_shards: int = 0) -> "Layout":
         """Return a layout for a table.
 
         Args:
-            source: The table.
-            results: Columns that it gains.
-            num_shards: How many shards; 0 for as many as make none too large.
+            source: The input table.
+            results: The schema of the result columns to add.
+            num_shards: The number of shards; 0 for as many as the size limits require.
         """
         num_rows = source.num_rows or 0
         num_bytes = source.num_bytes + num_rows * sum(_width(field.type) for field in results)
@@ -51,7 +51,7 @@ class Layout:
         return (_mixed(positions >> RUN_BITS) % np.uint64(self.num_shards)).astype(np.int64)
 
     def rows_of(self, shard: int) -> range | None:
-        """Return the positions that a shard must have; None where nobody knows."""
+        """Return the positions that a shard must have; None if unknown."""
         if self.num_rows is None:
             return None
         first, last = (-(-(shard + i) * self.num_rows // self.num_shards) for i in (0, 1))
@@ -60,7 +60,7 @@ class Layout:
     def split(
         self, position: int, batch: pa.RecordBatch
     ) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-        """Return the slices of located rows that belong to one shard each, with their position."""
+        """Split rows into slices of one shard each: shard, position of the first row, rows."""
         shards = self.shards_of(position + np.arange(batch.num_rows))
         starts = np.flatnonzero(np.diff(shards, prepend=-1))
         if not len(starts):
@@ -70,7 +70,7 @@ class Layout:
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """Return numbers without a pattern of their own: splitmix64."""
+    """Return the splitmix64 hash of each number."""
     mixed = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -78,7 +78,7 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def _width(kind: pa.DataType) -> int:
-    """Return about how many bytes a result takes."""
+    """Return the approximate bytes per value of a result column."""
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size * _width(kind.value_type)
     return kind.bit_width // 8 if pa.types.is_primitive(kind) else 64
@@ -93,13 +93,13 @@ def assembled(
     """Return the rows of a shard in the order of their positions, with the results of each task.
 
     Args:
-        rows: Of the shard, in any order.
-        results: By task, in any order, with the positions of their rows.
-        num_tasks: How many there are.
-        wanted: The positions that the shard must have; None where nobody knows.
+        rows: The rows of the shard, in any order.
+        results: The results by task, in any order, with the positions of their rows.
+        num_tasks: The number of tasks.
+        wanted: The positions that the shard must have; None if unknown.
 
     Raises:
-        BalanceError: a row is missing or there twice, or has no result or several.
+        BalanceError: a row is missing or duplicated, or does not have exactly one result.
     """
     rows = sorted(rows, key=lambda located: located[0])
     positions = _positions(rows)
@@ -127,7 +127,7 @@ def _check_rows(positions: np.ndarray, wanted: range | None) -> None:
 
 
 def _in_order(positions: np.ndarray, results: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    """Return the results of rows, in the order of the rows."""
+    """Return the results in the order of the positions."""
     found = joined(results) if results else pa.record_batch({POSITION: pa.array([], pa.int64())})
     have = found.column(POSITION).to_numpy()
     order = np.argsort(have, kind="stable")

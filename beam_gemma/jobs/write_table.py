@@ -1,4 +1,4 @@
-"""From results to an output: rows meet their results, shards are staged, and appear together."""
+"""Write the output: join rows with results, stage shards, and publish them together."""
 
 import functools
 import json
@@ -26,71 +26,71 @@ from beam_gemma.tables.file_sink import ShardFile, stage
 from beam_gemma.tables.sink import Sink
 
 TABLE, NOTHING = -1, -2
-"""What the batches of a shard are, beside results: rows of the table; none, so that it is there."""
+"""Tags of non-result batches: rows of the table, and an empty one so that each shard exists."""
 
 
 class Page(NamedTuple):
-    """A report to write."""
+    """An HTML report to write."""
 
     path: str
     num_rows: int
-    """Rows of the output that it shows."""
+    """Number of output rows to show."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """What a job writes, and where."""
+    """Outputs of a job and their destinations."""
 
     sink: Sink
     layout: Layout
     schema: pa.Schema
-    """All columns, and what describes the table as a whole."""
+    """All columns, and the metadata of the table."""
     tasks: tuple["Columns", ...]
-    """Of each task, in the order of their tags."""
+    """Result columns of each task, in the order of the tags."""
     facts: Mapping[str, Any]
-    """What the record of the run says of the job itself."""
+    """Part of the run record that is known before the run."""
     errors: Sink | None = None
-    """Where failed rows go too."""
+    """Table that failed rows are also written to."""
     max_error_fraction: float = 1.0
-    """Of rows that fail; with more, nothing is published."""
+    """Maximum fraction of failed rows; above it, nothing is published."""
     page: Page | None = None
-    """What to draw of the run."""
+    """Report on the run to write, if any."""
     copies: str | None = None
-    """Folder of what was copied to be read; it goes when the output is there."""
+    """Folder of temporary input copies, deleted once the output is published."""
 
 
 class Columns(NamedTuple):
     """The result columns of one task."""
 
     prefix: str
-    """Before each of their names."""
+    """Prefix of each column name in the output."""
     schema: pa.Schema
-    """Under their own names."""
+    """Columns under their names without the prefix."""
 
     @property
     def in_files(self) -> pa.Schema:
-        """They as files hold them."""
+        """Schema of the columns as written to files."""
         return pa.schema(
             [_in_files(field.with_name(self.prefix + field.name)) for field in self.schema]
         )
 
 
 class Staged(NamedTuple):
-    """A shard that is complete."""
+    """A complete staged shard."""
 
     shard: int
     path: str
     errors_path: str | None
     summaries: list[Summary]
-    """Of each task."""
+    """Result summary of each task."""
     shown: bytes
     """Rows for the report, as JSON lines."""
 
 
 class WriteTable(beam.PTransform[Any, PCollection[str]]):
-    """Writes rows with their results; takes rows, results and ledgers, and gives the record.
+    """Writes rows with their results; takes rows, results and the ledger, and returns the record.
 
-    Nothing appears unless every row that was read is there, with one result of each task.
+    Nothing is published unless every row that was read is there, with one result of each task.
     """
 
     def __init__(self, output: Output) -> None:
@@ -127,7 +127,7 @@ class WriteTable(beam.PTransform[Any, PCollection[str]]):
 
 
 class _Stage(beam.DoFn):
-    """Writes one shard, and its failed rows apart."""
+    """Stages one shard, and its failed rows in a separate file."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -160,7 +160,7 @@ class _Stage(beam.DoFn):
 
 
 class _Failures:
-    """The failed rows of a shard; a file begins with the first of them."""
+    """Writes the failed rows of a shard to a file, opened at the first of them."""
 
     def __init__(self, output: Output, shard: int) -> None:
         self._output = output
@@ -169,7 +169,7 @@ class _Failures:
         self._file: ShardFile | None = None
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Keep the failed ones of some rows."""
+        """Write the failed rows of a batch."""
         sink = self._output.errors
         if sink is None:
             return
@@ -181,14 +181,14 @@ class _Failures:
         self._file.write(failed)
 
     def close(self) -> str | None:
-        """Return the path of the file, if there are such rows."""
+        """Close the file and return its path; None if no row failed."""
         if self._file is not None:
             self._file.close()
         return self._path
 
 
 class _Publish(beam.DoFn):
-    """Checks that all is there and makes it appear."""
+    """Checks that the output is complete and publishes it."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -238,9 +238,9 @@ def _num_rows(located: Located) -> int:
 
 
 def _in_files(field: pa.Field) -> pa.Field:
-    """Return a result as files hold it.
+    """Return a result field as written to files: a fixed-size list becomes a plain list.
 
-    PyArrow cannot read a null back from a fixed-size list, and a row that failed has one.
+    PyArrow cannot read nulls of fixed-size lists back from files, and failed rows have them.
     """
     if pa.types.is_fixed_size_list(field.type):
         return field.with_type(pa.list_(field.type.value_type))
@@ -250,7 +250,7 @@ def _in_files(field: pa.Field) -> pa.Field:
 def _with_results(
     rows: pa.RecordBatch, answers: list[pa.RecordBatch], output: Output
 ) -> pa.RecordBatch:
-    """Return rows with the results of all tasks, as they are written."""
+    """Return the rows with the results of all tasks, in the output schema."""
     results = [column for answer in answers for column in answer.columns]
     columns = [
         column.cast(field.type)
@@ -260,7 +260,7 @@ def _with_results(
 
 
 def _has_failed(rows: pa.RecordBatch, tasks: tuple[Columns, ...]) -> pa.BooleanArray:
-    """Return which rows have an error of some task."""
+    """Return a mask of the rows that have an error in any task."""
     failed = [rows.column(f"{task.prefix}error").is_valid() for task in tasks]
     return functools.reduce(pc.or_, failed)
 
@@ -299,7 +299,7 @@ def _check_errors(summaries: list[Summary], max_error_fraction: float) -> None:
 
 
 def _error_files(shards: list[Staged], output: Output) -> list[str]:
-    """Return the files of failed rows; there is one even if no row failed."""
+    """Return the files of failed rows, or one empty file if no row failed."""
     assert output.errors is not None
     if paths := [staged.errors_path for staged in shards if staged.errors_path is not None]:
         return paths

@@ -1,4 +1,4 @@
-"""BigQuery's client, with errors of ours: names of tables, and who may ask."""
+"""BigQuery client that raises our errors, and the parsing of table URIs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ def table_of(uri: str) -> bigquery.TableReference:
     """Return the table that a URI names.
 
     Raises:
-        OptionsError: it is no name of a table.
+        OptionsError: the URI does not name a table.
     """
     try:
-        # A project may have a dot in its name, a table has none.
+        # A project id may contain dots, a table name may not.
         project, dataset, table = uri.removeprefix(SCHEME).rsplit(".", 2)
     except ValueError:
         project = dataset = table = ""
@@ -29,10 +29,10 @@ def table_of(uri: str) -> bigquery.TableReference:
 
 
 def open_client(project: str | None) -> bigquery.Client:
-    """Return a client.
+    """Return a BigQuery client.
 
     Args:
-        project: Which one runs its jobs and pays for them; None for that of the credentials.
+        project: Project that runs and pays for the jobs; None for the credentials' project.
 
     Raises:
         OptionsError: there are no credentials, or no project.
@@ -50,20 +50,20 @@ def open_client(project: str | None) -> bigquery.Client:
 
 
 def encryption(kms_key: str | None) -> bigquery.EncryptionConfiguration | None:
-    """Return what has a job's result encrypted with a key of the customer's, if there is one."""
+    """Return the encryption settings for a customer's Cloud KMS key; None without a key."""
     return None if kms_key is None else bigquery.EncryptionConfiguration(kms_key)
 
 
 @contextmanager
 def asking(what: str, *, role: str) -> Iterator[None]:
-    """Give errors of BigQuery our words.
+    """Turn BigQuery's API errors into our own.
 
     Args:
-        what: The thing at fault if there is an error.
-        role: What one must be to be answered.
+        what: The subject of the error message, such as a table URI or a flag.
+        role: IAM role that the message suggests if access is denied.
 
     Raises:
-        OptionsError: BigQuery refused.
+        OptionsError: BigQuery returned an error.
     """
     try:
         yield

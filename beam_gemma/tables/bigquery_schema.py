@@ -1,4 +1,4 @@
-"""Schemas of BigQuery's tables and of Arrow's, in both directions."""
+"""Convert BigQuery schemas to Arrow schemas and back."""
 
 import re
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ ARROW_TYPES: dict[str, pa.DataType] = {
     "JSON": pa.string(),
     "GEOGRAPHY": pa.string(),
 }
-"""Of BigQuery's types, as its Storage Read API has them."""
+"""Arrow type of each BigQuery type, as the Storage Read API returns it."""
 EXTENSION = b"ARROW:extension:name"
 EXTENSIONS = {"JSON": b"google:sqlType:json", "GEOGRAPHY": b"google:sqlType:geography"}
-"""What the metadata of a field says of a text that is more to BigQuery than that."""
+"""Field metadata that marks Arrow strings as another BigQuery type."""
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,299}")
 RESERVED_PREFIXES = (
     "_table_",
@@ -45,10 +45,10 @@ RESERVED_PREFIXES = (
 
 
 def arrow_schema(fields: Sequence[SchemaField], uri: str) -> pa.Schema:
-    """Return what a table of BigQuery is in Arrow.
+    """Return the Arrow schema of a BigQuery table.
 
     Raises:
-        OptionsError: a column's type has no form in Arrow.
+        OptionsError: a column's type has no Arrow equivalent.
     """
     return pa.schema([_arrow_field(field, uri, is_nested=False) for field in fields])
 
@@ -57,7 +57,7 @@ def _arrow_field(field: SchemaField, uri: str, *, is_nested: bool) -> pa.Field:
     kind, extension = _arrow_type(field, uri), EXTENSIONS.get(field.field_type)
     if field.mode == "REPEATED":
         kind = pa.list_(kind)
-    # Arrow casts no structure to one with a field that must have a value.
+    # Arrow cannot cast a struct to one that has a non-nullable field.
     is_nullable = is_nested or field.mode == "NULLABLE"
     return pa.field(field.name, kind, is_nullable, extension and {EXTENSION: extension})
 
@@ -74,10 +74,10 @@ def _arrow_type(field: SchemaField, uri: str) -> pa.DataType:
 
 
 def table_schema(schema: pa.Schema) -> list[SchemaField]:
-    """Return what a table that is loaded from Parquet files of a schema is in BigQuery.
+    """Return the BigQuery schema for loading Parquet files of an Arrow schema.
 
     Raises:
-        OptionsError: a column has a name or a type that BigQuery does not have.
+        OptionsError: BigQuery does not support the name or type of a column.
     """
     return _table_fields(list(schema), path="")
 
@@ -85,16 +85,16 @@ def table_schema(schema: pa.Schema) -> list[SchemaField]:
 def conformed(
     fields: Sequence[SchemaField], existing: Sequence[SchemaField], uri: str, path: str = ""
 ) -> list[SchemaField]:
-    """Return the fields of a table that is there, for columns that are added to it.
+    """Return the fields of an existing table that match the columns of rows to append.
 
     Args:
-        fields: The columns.
-        existing: All fields of the table.
-        uri: Of the table.
-        path: Of a structure whose fields these are, with a dot at its end.
+        fields: The columns of the new rows.
+        existing: All fields of the existing table.
+        uri: The URI of the table.
+        path: Path of the struct that holds the fields, with a trailing dot.
 
     Raises:
-        OptionsError: the table does not take such rows.
+        OptionsError: the table cannot hold such rows.
     """
     by_name = {field.name.lower(): field for field in existing}
     needed = {name for name, field in by_name.items() if field.mode == "REQUIRED"}
@@ -155,7 +155,7 @@ def _table_field(field: pa.Field, path: str) -> SchemaField:
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type of the values: Parquet files hold those of a dictionary."""
+    """Return the value type of a dictionary type, which Parquet files store, or the type itself."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -165,7 +165,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _scalar(field: pa.Field, kind: pa.DataType, path: str) -> str:
-    """Return BigQuery's type of what is neither a structure nor a list."""
+    """Return the BigQuery type of a field that is neither a struct nor a list."""
     extension = (field.metadata or {}).get(EXTENSION)
     if extension == EXTENSIONS["JSON"]:
         raise OptionsError(
@@ -197,7 +197,7 @@ def _is_float(kind: pa.DataType) -> bool:
 
 
 def _fits(digits: int, scale: int, kind: pa.DataType) -> bool:
-    """Return whether a decimal has at most so many digits before the point, and so many after."""
+    """Return whether a decimal has at most `digits` before the point and `scale` after it."""
     return (
         pa.types.is_decimal(kind)
         and 0 <= kind.scale <= scale
@@ -217,7 +217,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_timestamp(kind: pa.DataType, *, has_zone: bool) -> bool:
-    """Return whether it is a point in time of microseconds at most, as BigQuery's are."""
+    """Return whether a timestamp is no finer than microseconds, BigQuery's precision."""
     return pa.types.is_timestamp(kind) and kind.unit != "ns" and (kind.tz is not None) == has_zone
 
 

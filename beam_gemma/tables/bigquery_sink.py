@@ -1,6 +1,6 @@
-"""Tables of BigQuery as outputs: shards are staged on Cloud Storage and loaded by one job.
+"""Write BigQuery tables: shards are staged on Cloud Storage and loaded by one job.
 
-A load job makes all of its rows visible at once, or none, and BigQuery runs each job id only once.
+A load job makes all of its rows visible at once or none, and BigQuery runs each job id only once.
 """
 
 import hashlib
@@ -33,20 +33,20 @@ WRITE_DISPOSITIONS: dict[Disposition, str] = {
 }
 EDITOR = "BigQuery Data Editor"
 MAX_DESCRIPTION = 16_384
-"""Characters that BigQuery keeps of a table's description."""
+"""Maximum length of a BigQuery table description, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BigQuerySink(Sink):
-    """A table of BigQuery to write."""
+    """A BigQuery table to write."""
 
     uri: str
     work: str
     disposition: Disposition
     project: str
-    """Which one runs the load job."""
+    """Project that runs the load job."""
     kms_key: str | None = None
-    """Cloud KMS key of the customer's that a new table is encrypted with."""
+    """Customer's Cloud KMS key that encrypts a new table."""
     format: Format = "parquet"
     can_append: ClassVar[bool] = True
 
@@ -60,17 +60,17 @@ class BigQuerySink(Sink):
         project: str | None = None,
         kms_key: str | None = None,
     ) -> "BigQuerySink":
-        """Describe a table.
+        """Return a sink for a BigQuery table.
 
         Args:
             uri: bq://PROJECT.DATASET.TABLE.
-            temp_location: Folder on Cloud Storage, for what is not finished.
-            disposition: What becomes of rows that are there: `create` allows none.
-            project: Which one runs the load job; None for that of the credentials.
-            kms_key: What a new table is encrypted with; None for Google's own key.
+            temp_location: Cloud Storage folder for unfinished work.
+            disposition: How to treat existing rows; `create` allows none.
+            project: Project that runs the load job; None for the credentials' project.
+            kms_key: Cloud KMS key that encrypts a new table; None for Google's own key.
 
         Raises:
-            OptionsError: it is no table's name, or there is no such folder.
+            OptionsError: the URI does not name a table, or `temp_location` is not on gs://.
         """
         table = table_of(uri)
         if temp_location is None or not temp_location.startswith("gs://"):
@@ -88,17 +88,17 @@ class BigQuerySink(Sink):
         )
 
     def earlier(self) -> list[str]:
-        """Return the name of the table if it has rows."""
+        """Return the URI of the table if it has rows."""
         table = self._existing(open_client(self.project))
         if table is None or not (table.num_rows or table.streaming_buffer):
             return []
         return [self.uri]
 
     def check(self, schema: pa.Schema) -> None:
-        """Refuse a schema that BigQuery, or the table that is there, does not take.
+        """Reject a schema that BigQuery or the existing table does not accept.
 
         Raises:
-            OptionsError: a column cannot be written, or there is no such dataset.
+            OptionsError: a column cannot be written, or the dataset does not exist.
         """
         fields = table_schema(schema)
         client = open_client(self.project)
@@ -116,7 +116,7 @@ class BigQuerySink(Sink):
             conformed(fields, table.schema, self.uri)
 
     def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
-        """Load all shards at once and describe the table."""
+        """Load all shards in one job and write the record into the table's description."""
         client = open_client(self.project)
         with asking(self.uri, role=EDITOR):
             self._load(client, staged, record)
@@ -139,7 +139,7 @@ class BigQuerySink(Sink):
     def _load(
         self, client: bigquery.Client, staged: Sequence[str], record: Mapping[str, Any]
     ) -> None:
-        """Run the load job, unless an earlier call has."""
+        """Run the load job unless an earlier call has run it."""
         location = client.get_dataset(self._dataset).location
         config = self._config(client, staged[0], record)
         job_id = self._job_id(record)
@@ -150,7 +150,7 @@ class BigQuerySink(Sink):
                     staged, table_of(self.uri), name, location=location, job_config=config
                 )
             except Conflict:
-                # An earlier call has begun this one; if that came to nothing, the next is ours.
+                # An earlier call started this job id; if that job failed, try the next id.
                 earlier: Any = client.get_job(name, location=location)
                 if earlier.exception() is None:
                     return
@@ -165,7 +165,7 @@ class BigQuerySink(Sink):
             fields = table_schema(pq.read_schema(stream))
         table = None if self.disposition == "replace" else self._existing(client)
         parquet = bigquery.ParquetOptions()
-        parquet.enable_list_inference = True  # else a list is a record of a record
+        parquet.enable_list_inference = True  # otherwise lists load as nested records
         config = bigquery.LoadJobConfig(
             source_format=bigquery.SourceFormat.PARQUET,
             schema=fields if table is None else conformed(fields, table.schema, self.uri),
@@ -177,9 +177,9 @@ class BigQuerySink(Sink):
         return config
 
     def _job_id(self, record: Mapping[str, Any]) -> str:
-        """Return a name that is the same whenever this output of this run is published.
+        """Return a job id prefix that is the same each time this run publishes this output.
 
-        A job that was killed goes on with the note that it finds; a later job makes its own.
+        A job resumed after a kill reuses the note in the work folder; a later job writes its own.
         """
         note = f"{self.work}/load.txt"
         if not FileSystems.exists(note):
@@ -191,7 +191,7 @@ class BigQuerySink(Sink):
         return f"beam-gemma-{hashlib.blake2b(output + run.encode(), digest_size=16).hexdigest()}"
 
     def _describe(self, client: bigquery.Client, record: Mapping[str, Any]) -> None:
-        """Write the record of the run to the table; rows that were there keep their description."""
+        """Write the run record to the table; appending keeps an existing description."""
         table = client.get_table(table_of(self.uri))
         if self.disposition == "append" and table.description:
             return
@@ -201,7 +201,7 @@ class BigQuerySink(Sink):
 
 
 def _labels(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what tables and jobs can be found by."""
+    """Return the labels of the table and the load job: version and models."""
     labels = {"version": beam_gemma.__version__}
     for task in record["tasks"]:
         labels[task["task"]] = task["model_digest"][:16]
@@ -211,7 +211,7 @@ def _labels(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _description(record: Mapping[str, Any]) -> str:
-    """Return as much of a record as fits, as JSON: the largest parts go first."""
+    """Return the record as JSON, without its largest fields if it is too long."""
     fields = dict(record)
     while len(text := json.dumps(fields, ensure_ascii=False)) > MAX_DESCRIPTION:
         del fields[max(fields, key=lambda name: len(json.dumps(fields[name])))]

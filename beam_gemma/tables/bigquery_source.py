@@ -1,7 +1,7 @@
-"""Tables of BigQuery and results of queries, read as Arrow.
+"""Read BigQuery tables and query results as Arrow.
 
-The parts of a table are the streams of the Storage Read API: of the columns, only those that are
-asked for leave BigQuery. In its place a table can be exported to Parquet files, which are read.
+The parts of a table are streams of the Storage Read API, which sends only the selected columns.
+Alternatively, the table is exported to Parquet files and those are read.
 """
 
 import uuid
@@ -21,7 +21,7 @@ from beam_gemma.tables.bigquery_schema import EXTENSION, arrow_schema
 from beam_gemma.tables.source import BATCH_BYTES, BATCH_ROWS, SAMPLE_PLACES, Source, selected
 
 ROW_BITS = 40
-"""Of a position; the bits above say which stream or file the row is in."""
+"""Low bits of a position, which count rows; the bits above hold the stream or file number."""
 TABLE_TYPES = ("TABLE", "SNAPSHOT", "CLONE")
 VIEWER, SESSION_USER, JOB_USER = (
     f"BigQuery {role}" for role in ("Data Viewer", "Read Session User", "Job User")
@@ -38,20 +38,20 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class BigQuerySource(Source):
-    """A table of BigQuery, or what a query results in."""
+    """A BigQuery table or the result of a query."""
 
     uri: str
-    """Or the query."""
+    """URI of the table, or the text of the query."""
     schema: pa.Schema
     num_rows: int | None
     num_bytes: int
     table: bigquery.TableReference | None
-    """None for a query that has not been run."""
+    """Table to read; None for a query that has not been run."""
     project: str
-    """Which one pays for reading."""
+    """Project that pays for reading."""
     limit: int | None = None
     copies: str | None = None
-    """Folder on Cloud Storage to export to; None reads from BigQuery's storage."""
+    """Cloud Storage folder to export to; None reads from BigQuery's storage."""
     is_dense: bool = False
 
     @classmethod
@@ -64,18 +64,18 @@ class BigQuerySource(Source):
         limit: int | None = None,
         export_to: str | None = None,
     ) -> "BigQuerySource":
-        """Describe a table.
+        """Return a source for a BigQuery table.
 
         Args:
             uri: bq://PROJECT.DATASET.TABLE.
-            project: Which one pays for reading; None for that of the credentials.
-            columns: To read; None for all.
-            limit: Rows to read, BigQuery chooses which; None for all.
-            export_to: Folder on Cloud Storage that the table is exported to; None reads it from
-                BigQuery's storage, and so does a limit, because an export takes all rows.
+            project: Project that pays for reading; None for the credentials' project.
+            columns: The columns to read; None for all.
+            limit: Number of rows to read, chosen by BigQuery; None for all.
+            export_to: Cloud Storage folder to export the table to. With None or with a limit, rows
+                are read from BigQuery's storage, because an export writes all rows.
 
         Raises:
-            OptionsError: there is no such table or column, or it cannot be read.
+            OptionsError: the table or a column does not exist or cannot be read.
         """
         client = open_client(project)
         with asking(uri, role=VIEWER):
@@ -95,20 +95,20 @@ class BigQuerySource(Source):
         dry_run: bool = False,
         kms_key: str | None = None,
     ) -> "BigQuerySource":
-        """Run a query and describe its result.
+        """Run a query and return a source for its result.
 
         Args:
             sql: The query, in GoogleSQL.
-            project: As for a table, and pays for the query too.
-            columns: As for a table.
-            limit: As for a table; the query itself is run in full.
-            export_to: As for a table.
-            dry_run: Whether only to ask for the result's columns and the bytes that the query
-                would scan. Such a source has no rows to show.
-            kms_key: What the result is encrypted with; None for Google's own key.
+            project: As in `of_table`; also pays for the query.
+            columns: As in `of_table`.
+            limit: As in `of_table`; the query itself runs in full.
+            export_to: As in `of_table`.
+            dry_run: Only ask for the result's columns and the bytes that the query would scan. Such
+                a source has no rows.
+            kms_key: Cloud KMS key that encrypts the result; None for Google's own key.
 
         Raises:
-            OptionsError: BigQuery refuses the query, or its result cannot be read.
+            OptionsError: BigQuery rejects the query, or its result cannot be read.
         """
         client = open_client(project)
         with asking("--query", role=JOB_USER):
@@ -145,7 +145,7 @@ class BigQuerySource(Source):
         if export_to is not None:
             _check_export(schema, uri)
             copies = FileSystems.join(export_to, f"beam-gemma-export-{uuid.uuid4().hex}")
-        # What has been streamed in of late is read, but not counted yet.
+        # Rows in the streaming buffer are read but not counted yet.
         num_rows = None if table.streaming_buffer else table.num_rows
         if limit is not None and num_rows is not None:
             num_rows = min(limit, num_rows)
@@ -161,7 +161,7 @@ class BigQuerySource(Source):
         )
 
     def parts(self) -> list[Part]:
-        """Return the table itself."""
+        """Return the whole table as one part, which workers split."""
         return [Part(name=self.uri, number=0)]
 
     def split(self, part: Part) -> Iterator[Part]:
@@ -186,18 +186,18 @@ class BigQuerySource(Source):
                 return
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return the first rows by the API that lists them; nothing is scanned."""
+        """Return the first rows through the row listing API, which scans nothing."""
         return self._list([0], num_rows)
 
     def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return rows from several places by the API that lists them; nothing is scanned."""
+        """Return rows from several places through the row listing API, which scans nothing."""
         if self.num_rows is None or self.limit is not None or self.num_rows <= num_rows:
             return self.head(num_rows)
         places = [self.num_rows * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
         return self._list(places, num_rows // SAMPLE_PLACES)
 
     def _list(self, places: Sequence[int], num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return so many rows from each place on."""
+        """Return `num_rows` rows starting at each place."""
         if self.table is None:
             return
         schema = self.schema.remove_metadata()
@@ -222,14 +222,14 @@ class BigQuerySource(Source):
             session = client.create_read_session(
                 parent=f"projects/{self.project}",
                 read_session=session,
-                # A limit takes its rows from one stream; otherwise BigQuery decides.
+                # A limit takes its rows from one stream; with 0, BigQuery decides.
                 max_stream_count=0 if self.limit is None else 1,
             )
         return [stream.name for stream in session.streams]
 
     def _export(self, folder: str) -> list[str]:
         assert self.table is not None
-        # A retry exports anew.
+        # A retry exports into a new folder.
         pattern = FileSystems.join(folder, uuid.uuid4().hex, "*.parquet")
         config = bigquery.ExtractJobConfig(
             destination_format=bigquery.DestinationFormat.PARQUET,
@@ -262,19 +262,19 @@ def _check_export(schema: pa.Schema, uri: str) -> None:
 def _selected(
     fields: Sequence[bigquery.SchemaField], columns: tuple[str, ...] | None, uri: str
 ) -> pa.Schema:
-    """Return what is to be read; columns that are not may be of any type."""
+    """Return the schema of the columns to read; the others may have any type."""
     by_name = {field.name: field for field in fields}
     names = selected(pa.schema([(name, pa.null()) for name in by_name]), columns, uri).names
     return arrow_schema([by_name[name] for name in names], uri)
 
 
 def _read_stream(name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Return the rows of a stream; where the connection breaks, the client takes it up again."""
-    del columns  # of the session
+    """Return the rows of a stream; the client resumes after a broken connection."""
+    del columns  # already selected by the session
     client = bigquery_storage_v1.BigQueryReadClient()
     schema = None
     for response in client.read_rows(name):
-        if schema is None:  # only the first has it
+        if schema is None:  # only the first response has a schema
             schema = pa.ipc.read_schema(pa.py_buffer(response.arrow_schema.serialized_schema))
         rows = response.arrow_record_batch.serialized_record_batch
         yield pa.ipc.read_record_batch(pa.py_buffer(rows), schema)
@@ -286,7 +286,7 @@ def _read_file(path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """Cut rows into batches that move through a pipeline."""
+    """Slice a batch into pieces within the pipeline's batch limits."""
     row_bytes = max(1, batch.nbytes // max(1, batch.num_rows))
     size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
     for start in range(0, batch.num_rows, size):

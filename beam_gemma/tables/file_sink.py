@@ -1,4 +1,4 @@
-"""Tables written as files: staged beside the output, renamed together."""
+"""Write tables as files: shards are staged beside the output, then renamed together."""
 
 import json
 import re
@@ -20,39 +20,39 @@ from beam_gemma.tables import json_lines
 from beam_gemma.tables.sink import FORMATS, Format, Sink
 
 ROW_GROUP_BYTES = 64 << 20
-"""Of Arrow data that become one row group."""
+"""Arrow bytes to collect before a row group is written."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileSink(Sink):
-    """Where files go: `dir/name.parquet` becomes `dir/name-00000-of-00004.parquet`."""
+    """A table to write as files: `dir/name.parquet` becomes `dir/name-00000-of-00004.parquet`."""
 
     uri: str
     prefix: str
-    """Of all file names."""
+    """Start of all file names, folder included."""
     format: Format
     work: str
 
     @property
     def record_path(self) -> str:
-        """The record of the run, written last: where it is, the output is whole."""
+        """Path of the run record, written last: if it exists, the output is complete."""
         return f"{_hidden(self.prefix)}.run.json"
 
     def earlier(self) -> list[str]:
-        """Return the files that an earlier job has written here, in order."""
+        """Return the output files of an earlier job, in order."""
         name = re.compile(re.escape(self.prefix) + SHARD.pattern + re.escape(f".{self.format}"))
         found = match_files(f"{self.prefix}-*-of-*.{self.format}")
         return [path for path in found if name.fullmatch(path)]
 
     def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
-        """Rename the staged files, remove those of an earlier output, and write the record."""
+        """Rename the staged files, delete files of an earlier output and write the record."""
         if FileSystems.exists(self.record_path):
             FileSystems.delete([self.record_path])
         final = [
             f"{self.prefix}-{i:05}-of-{len(staged):05}.{self.format}" for i in range(len(staged))
         ]
-        # A second call finds files that the first has renamed.
+        # On a second call, some files have already been renamed.
         left = [pair for pair in zip(staged, final, strict=True) if FileSystems.exists(pair[0])]
         for _, path in left:
             if FileSystems.exists(path):
@@ -68,10 +68,10 @@ class FileSink(Sink):
 
 
 def open_sink(uri: str) -> FileSink:
-    """Return where a table is written.
+    """Return the sink for an output URI.
 
     Raises:
-        OptionsError: the name has no format that can be written.
+        OptionsError: the name does not end in .parquet or .jsonl.
     """
     stem, _, suffix = uri.rpartition(".")
     for file_format in FORMATS:
@@ -81,24 +81,24 @@ def open_sink(uri: str) -> FileSink:
 
 
 def _hidden(path: str) -> str:
-    """Return a name beside a file's that readers of a folder of tables pass over."""
+    """Return the path with `_` before the file name, which table readers skip."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}_{name}"
 
 
 @runtime_checkable
 class ShardFile(Protocol):
-    """A file of rows that is being written."""
+    """A shard file open for writing."""
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Add rows."""
+        """Append rows to the file."""
 
     def close(self) -> None:
         """Finish the file."""
 
 
 def stage(sink: Sink, shard: int, schema: pa.Schema) -> tuple[str, ShardFile]:
-    """Begin a shard under a name of its own; return the name and the file."""
+    """Open a staged shard under a unique name; return its path and the file."""
     path = f"{sink.work}/staged/{shard:05}-{uuid.uuid4().hex}.{sink.format}"
     stream = create(path)
     return path, (
@@ -107,17 +107,17 @@ def stage(sink: Sink, shard: int, schema: pa.Schema) -> tuple[str, ShardFile]:
 
 
 def check_writable(flag: str, path: str) -> None:
-    """Refuse a name that no file can have; nothing of the attempt stays but its folder.
+    """Check that a file can be written by a trial write, which may leave its folder behind.
 
     Raises:
-        OptionsError: a file beside it cannot be written, or it is a folder.
+        OptionsError: the trial write beside the path fails, or the path is a folder.
     """
     attempt = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         create(attempt).close()
         FileSystems.delete([attempt])
         is_folder = FileSystems.exists(f"{path}/")
-    except Exception as error:  # each storage has errors of its own
+    except Exception as error:  # each file system raises its own errors
         raise OptionsError(
             f"{flag}: expected a file that can be written, got {type(error).__name__} at {path}: "
             f"{' '.join(str(error).split())}"
@@ -127,7 +127,7 @@ def check_writable(flag: str, path: str) -> None:
 
 
 class _ParquetShard:
-    """An open Parquet file that gathers batches into row groups."""
+    """An open Parquet file that collects batches into row groups."""
 
     def __init__(self, stream: BufferedIOBase, schema: pa.Schema) -> None:
         self._stream = stream
@@ -154,7 +154,7 @@ class _ParquetShard:
 
 
 class _JsonlShard:
-    """An open file of JSON lines."""
+    """An open JSON lines file."""
 
     def __init__(self, stream: BufferedIOBase) -> None:
         self._stream = stream

@@ -1,6 +1,6 @@
-"""Columns that are in the names of folders, as in `table/day=2024-01-01/part-0.parquet`.
+"""Read Hive partition columns from folder names: `table/day=2024-01-01/part-0.parquet`.
 
-So Hive, Spark and others write tables. What a folder says holds for every row below it.
+Hive, Spark and others write tables this way. A folder's value applies to every row below it.
 """
 
 import datetime
@@ -14,25 +14,25 @@ import pyarrow as pa
 from beam_gemma.errors import OptionsError
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
-"""Stands for null."""
+"""Folder value that stands for null."""
 HIDDEN = (".", "_")
-"""Names that begin so are of no data: `_SUCCESS`, `_temporary`, checksums."""
+"""Prefixes of files and folders without data: `_SUCCESS`, `_temporary`, checksums."""
 
 
 class Partitions(NamedTuple):
-    """What the folders of files say."""
+    """Partition columns and their values per file."""
 
     schema: pa.Schema
     values: dict[str, tuple[Any, ...]]
-    """Of each file, in the order of the schema."""
+    """Values of each file by path, in the order of the schema."""
 
 
 def is_data(path: str, root: str) -> bool:
-    """Return whether a file is of the table in a folder: in it, or in folders that say something.
+    """Return whether a file belongs to a table: it is in the root or in partition folders.
 
     Args:
-        path: Of the file.
-        root: Of the table.
+        path: The path of the file.
+        root: The folder of the table.
     """
     *folders, name = _below(path, root)
     if any(part.startswith(HIDDEN) for part in (*folders, name)):
@@ -41,12 +41,12 @@ def is_data(path: str, root: str) -> bool:
 
 
 def partitions_of(root: str, paths: Sequence[str]) -> Partitions:
-    """Return the columns that are in the names of folders below a root.
+    """Return the partition columns of the folders below a root.
 
-    A column has whole numbers or days where all of its values are written as such, else text.
+    A column holds integers or dates if all of its values are written as such, otherwise text.
 
     Raises:
-        OptionsError: files are in folders of different columns.
+        OptionsError: files have different partition columns.
     """
     said = {path: dict(_said(path, root)) for path in paths}
     names = list(said[paths[0]])
@@ -69,7 +69,7 @@ def _below(path: str, root: str) -> list[str]:
 
 
 def _said(path: str, root: str) -> Iterator[tuple[str, str | None]]:
-    """Return the columns that the folders of a file name, with their values as text."""
+    """Yield the partition columns of a file with their values as text."""
     for folder in _below(path, root)[:-1]:
         name, is_column, text = folder.partition("=")
         if is_column:
@@ -77,9 +77,9 @@ def _said(path: str, root: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _column(texts: list[str | None]) -> pa.Array:
-    """Return values under the type in which each is written as it stands."""
+    """Return values as integers or dates if all have that form, otherwise as text."""
     given = [text for text in texts if text is not None]
-    # A leading zero would be lost: 007 is a text.
+    # An integer would lose leading zeros, so 007 stays text.
     if given and all(re.fullmatch(r"0|-?[1-9]\d{0,17}", text, re.ASCII) for text in given):
         return pa.array([None if t is None else int(t) for t in texts], pa.int64())
     if given and all(map(_is_day, given)):

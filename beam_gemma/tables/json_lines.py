@@ -1,7 +1,7 @@
-"""JSON lines as Arrow batches and back.
+"""Convert JSON lines to Arrow batches and back.
 
-The types of the columns are found once, over all lines, before a job starts; workers parse with
-them. Text that looks like a time stays text.
+Column types are inferred once from all lines before a job starts, and workers parse with them.
+Text that looks like a time stays text.
 """
 
 import base64
@@ -19,26 +19,26 @@ import pyarrow.json
 from beam_gemma.errors import OptionsError
 
 CHUNK_BYTES = 8 << 20
-"""Of lines that are looked at together while types are found."""
+"""Bytes of lines parsed together during type inference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Lines of a file that follow each other."""
+    """Consecutive lines of a file."""
 
     schema: pa.Schema
     num_rows: int
     num_bytes: int
-    """Empty lines included."""
+    """Size in bytes, including empty lines."""
 
 
 def chunks(lines: Iterable[bytes], name: str, *, limit: int | None = None) -> Iterator[Chunk]:
-    """Look at the lines of a file, some at a time.
+    """Infer the schemas of the lines of a file, chunk by chunk.
 
     Args:
-        lines: Of the file, in order.
-        name: Of the file, for errors.
-        limit: Rows to look at; None for all.
+        lines: The lines of the file, in order.
+        name: The file name for error messages.
+        limit: Number of rows to read; None for all.
 
     Raises:
         OptionsError: a line is not a JSON object, or a column has values of several types.
@@ -60,10 +60,10 @@ def chunks(lines: Iterable[bytes], name: str, *, limit: int | None = None) -> It
 
 
 def unify_schemas(first: pa.Schema, second: pa.Schema, name: str) -> pa.Schema:
-    """Return the schema that holds both: integers become floats where some value is one.
+    """Return the schema that covers both; integers widen to floats if needed.
 
     Raises:
-        OptionsError: a column of the second has another type; the message says that `name` differs.
+        OptionsError: a column has incompatible types; the message starts with `name`.
     """
     try:
         return pa.unify_schemas([first, second], promote_options="permissive")
@@ -74,10 +74,10 @@ def unify_schemas(first: pa.Schema, second: pa.Schema, name: str) -> pa.Schema:
 
 
 def parse_lines(lines: Sequence[bytes], schema: pa.Schema | None = None) -> pa.RecordBatch:
-    """Return one row for each line; without a schema, the types are found.
+    """Parse one row per line; without a schema, the types are inferred.
 
     Raises:
-        pyarrow.ArrowInvalid: a line is not an object of that schema.
+        pyarrow.ArrowInvalid: a line is not an object that fits the schema.
     """
     data = b"\n".join(lines)
     data.decode()
@@ -96,10 +96,10 @@ def parse_lines(lines: Sequence[bytes], schema: pa.Schema | None = None) -> pa.R
 
 
 def format_rows(batch: pa.RecordBatch) -> bytes:
-    """Return one line for each row.
+    """Return one JSON line per row.
 
-    Times are written as in ISO 8601, decimals as text, bytes in base64; what JSON has no number
-    for (NaN, infinity) is null.
+    Times are written in ISO 8601, decimals as text, bytes in base64; NaN and infinity, which JSON
+    lacks, become null.
     """
     columns = pa.schema([pa.field(f.name, _representable(f.type)) for f in batch.schema])
     rows = batch.cast(columns, safe=False).to_pylist(maps_as_pydicts="lossy")
@@ -107,7 +107,7 @@ def format_rows(batch: pa.RecordBatch) -> bytes:
 
 
 def content_lines(stream: Iterable[bytes]) -> Iterator[bytes]:
-    """Return the lines of a file that hold something."""
+    """Return the lines of a file that are not blank."""
     return (line for line in stream if not line.isspace())
 
 
@@ -140,14 +140,14 @@ def _refuse_malformed(chunk: dict[int, bytes], name: str) -> None:
 
 
 def _without_times(kind: pa.DataType) -> pa.DataType:
-    """Return a type with text wherever text was taken for a time."""
+    """Return the type with string in place of inferred time types."""
     if pa.types.is_temporal(kind):
         return pa.string()
     return _mapped(kind, _without_times)
 
 
 def _representable(kind: pa.DataType) -> pa.DataType:
-    """Return a type that Python has values for: its clock knows no nanoseconds."""
+    """Return the type with nanoseconds cut to microseconds, the finest that Python holds."""
     if pa.types.is_timestamp(kind):
         return pa.timestamp("us", kind.tz)
     if pa.types.is_time64(kind):
@@ -158,7 +158,7 @@ def _representable(kind: pa.DataType) -> pa.DataType:
 
 
 def _mapped(kind: pa.DataType, change: Any) -> pa.DataType:
-    """Return a nested type with `change` applied to what it is made of."""
+    """Return a nested type with `change` applied to its inner types."""
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(change(field.type)) for field in kind])
     if pa.types.is_list(kind):
@@ -169,7 +169,7 @@ def _mapped(kind: pa.DataType, change: Any) -> pa.DataType:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold."""
+    """Return the value in a form that `json.dumps` accepts."""
     match value:
         case dict():
             return {str(key): _plain(item) for key, item in value.items()}

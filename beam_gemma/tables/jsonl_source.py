@@ -1,7 +1,6 @@
-"""Tables in files of JSON lines: all lines are looked at once at launch, for the types.
+"""Read JSON lines files: all lines are parsed once at launch to infer the column types.
 
-For a dry run some from all over the table are enough, so types that only others have are not known
-to it.
+A dry run parses only a sample from across the table, so it misses types that occur elsewhere.
 """
 
 import itertools
@@ -20,36 +19,36 @@ from beam_gemma.tables.source import BATCH_ROWS, SAMPLE_PLACES, SAMPLE_ROWS, Sou
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Some lines of a file."""
+    """Consecutive lines of a file."""
 
     path: str
     start: int
-    """Where they begin, in bytes."""
+    """Byte offset of the first line."""
     num_bytes: int
     first_row: int
-    """Of the table."""
+    """Position in the table of the first row."""
     num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """The lines that begin between two places of a file."""
+    """The lines that begin in a byte range of a file."""
 
     path: str
     start: int = 0
-    """In bytes."""
+    """Start of the range, in bytes."""
     end: int | None = None
-    """None for all that follow."""
+    """End of the range, exclusive, in bytes; None for the end of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource(Source):
-    """The rows of JSON lines files, one after the other."""
+    """The rows of JSON lines files, in file order."""
 
     uri: str
     schema: pa.Schema
     file_schema: pa.Schema
-    """With the columns that are not read."""
+    """Schema of the files, including columns that are not read."""
     files: tuple[str, ...]
     lines: tuple[Part, ...]
     num_rows: int | None
@@ -66,18 +65,18 @@ class JsonlSource(Source):
         columns: tuple[str, ...] | None = None,
         dry_run: bool = False,
     ) -> "JsonlSource":
-        """Find the types of all columns; with a limit, from the lines that it needs.
+        """Infer the column types from all lines, or from those within the limit.
 
         Args:
-            uri: Of the table.
-            paths: Of its files, in order.
-            limit: Rows to read; None for all.
-            columns: To read; None for all.
-            dry_run: Whether only to look at some lines, from all over the table. Such a source may
-                have more rows than it knows and reads.
+            uri: The URI of the table.
+            paths: The files of the table, in order.
+            limit: Number of rows to read; None for all.
+            columns: The columns to read; None for all.
+            dry_run: Without a limit, read only a sample of lines from across the table; the number
+                of rows may then be unknown.
 
         Raises:
-            OptionsError: a line is not a JSON object, or the files do not make one table.
+            OptionsError: a line is not a JSON object, or the files do not fit one schema.
         """
         is_sample = dry_run and limit is None
         sections = [[_Stretch(path) for path in paths]]
@@ -110,7 +109,7 @@ class JsonlSource(Source):
         )
 
     def parts(self) -> list[Part]:
-        """Return chunks of lines."""
+        """Return the chunks of lines found at launch."""
         return list(self.lines)
 
     def read(self, part: Part) -> Iterator[Located]:
@@ -127,7 +126,7 @@ class JsonlSource(Source):
                 position += len(chunk)
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return the first rows; no line after them is read."""
+        """Return the first rows without reading further lines."""
         for part in self.lines:
             rows = min(part.num_rows, num_rows - part.first_row)
             if rows <= 0:
@@ -135,12 +134,12 @@ class JsonlSource(Source):
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
 
     def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return the first rows; for a dry run, the only ones from all over the table."""
+        """Return the first known rows; in a dry run, those come from across the table."""
         return self.head(num_rows)
 
     @property
     def expected_rows(self) -> int | None:
-        """How many rows there are, or would be if all were as long as those looked at."""
+        """Number of rows, estimated from the mean length of the sampled lines if not counted."""
         if self.num_rows is not None:
             return self.num_rows
         return round(self.num_bytes * _num_rows(self.lines) / _num_bytes(self.lines))
@@ -155,7 +154,7 @@ def _num_bytes(parts: Sequence[Part]) -> int:
 
 
 def _sizes(paths: Sequence[str]) -> list[int]:
-    """Return the bytes of each file."""
+    """Return the size of each file in bytes."""
     return [
         file.size_in_bytes
         for found in FileSystems.match(list(paths))
@@ -164,7 +163,7 @@ def _sizes(paths: Sequence[str]) -> list[int]:
 
 
 def _sections(paths: Sequence[str]) -> list[list[_Stretch]]:
-    """Return the table in as many sections as a sample has places, each of so many bytes."""
+    """Split the table into `SAMPLE_PLACES` sections of equal size in bytes."""
     sizes = _sizes(paths)
     starts = [sum(sizes) * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES + 1)]
     files = list(zip(paths, itertools.accumulate(sizes, initial=0), sizes, strict=False))
@@ -179,9 +178,9 @@ def _sections(paths: Sequence[str]) -> list[list[_Stretch]]:
 
 
 def _settled(kind: pa.DataType) -> pa.DataType:
-    """Return a type that has texts inside where nothing but nulls has been found.
+    """Return a nested type with string in place of inner null types.
 
-    PyArrow makes broken arrays of lists of nulls.
+    PyArrow builds broken arrays for lists of nulls.
     """
 
     def inner(kind: pa.DataType) -> pa.DataType:
@@ -195,7 +194,7 @@ def _settled(kind: pa.DataType) -> pa.DataType:
 
 
 def _scan(stretch: _Stretch, first_row: int, limit: int | None) -> tuple[pa.Schema, list[Part]]:
-    """Return the types of columns in a stretch of a file, and its lines in chunks."""
+    """Return the schema of a stretch of a file, and its lines in chunks."""
     schema = pa.schema([])
     parts = []
     with FileSystems.open(stretch.path) as stream:
@@ -218,15 +217,15 @@ def _scan(stretch: _Stretch, first_row: int, limit: int | None) -> tuple[pa.Sche
 
 
 def _begin(stream: BinaryIO, place: int) -> int:
-    """Go to the first line that begins at a place or after it, and return where that is."""
+    """Seek to the first line that begins at or after an offset and return its offset."""
     if place == 0:
         return 0
-    stream.seek(place - 1)  # where the line before may end
+    stream.seek(place - 1)  # the line break before `place`, if a line begins there
     return place - 1 + len(stream.readline())
 
 
 def _lines(stream: Iterable[bytes], start: int, end: int | None) -> Iterator[bytes]:
-    """Return the lines that begin before a place."""
+    """Return the lines that begin before the offset `end`."""
     for line in stream:
         if end is not None and start >= end:
             return

@@ -1,4 +1,4 @@
-"""Tables to read, by their names."""
+"""Open a table by its URI, and the Beam transform that reads it."""
 
 import re
 from collections.abc import Iterator
@@ -28,19 +28,18 @@ def open_source(
     columns: tuple[str, ...] | None = None,
     dry_run: bool = False,
 ) -> Source:
-    """Find a table and read its schema.
+    """Find the files of a table and read its schema.
 
     Args:
-        uri: A file, a pattern, or a folder of Parquet files, on any file system of Beam. Names of
-            folders such as `day=2024-01-01` in it, or behind a pattern's first wildcard, are a
-            column.
-        limit: Rows to read, in the order of the files; None for all.
-        columns: To read; None for all.
-        dry_run: Whether the table is only to be looked at; the types of JSON lines are those of
-            the first.
+        uri: A file, a pattern, or a folder of Parquet files, on any Beam file system. Folders
+            such as `day=2024-01-01` below it, or after a pattern's first wildcard, become columns.
+        limit: Number of rows to read, in file order; None for all.
+        columns: The columns to read; None for all.
+        dry_run: Open for a preview only: without a limit, the types of JSON lines come from a
+            sample of the lines.
 
     Raises:
-        OptionsError: there is no such table or column, or the files do not make one table.
+        OptionsError: the table or a column does not exist, or the files do not fit one schema.
     """
     if uri.endswith(".jsonl"):
         paths = _found(match_files(uri), uri)
@@ -50,7 +49,7 @@ def open_source(
 
 
 class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
-    """Reads a table: some rows at a time, with the position of the first."""
+    """Reads a table as record batches, each with the position of its first row."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -95,7 +94,7 @@ def _parquet_files(uri: str) -> tuple[str, list[str]]:
         root = uri[: wildcard.start()].rpartition("/")[0]
         return root, match_files(uri if is_named else f"{folder}/*.parquet")
     inside = [path for path in match_files(f"{folder}/**.parquet") if is_data(path, folder)]
-    # What Spark calls table.parquet is a folder.
+    # Spark writes table.parquet as a folder.
     if inside or not is_named or uri.endswith("/"):
         return folder, inside
     return folder.rpartition("/")[0], match_files(uri)

@@ -1,4 +1,4 @@
-"""Tables in Parquet files: footers are read at launch, row groups by workers."""
+"""Read Parquet files: footers are read at launch, row groups by workers."""
 
 import itertools
 import math
@@ -20,31 +20,31 @@ from beam_gemma.tables.source import BATCH_BYTES, BATCH_ROWS, SAMPLE_PLACES, Sou
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Leading rows of a file, or of a run of its row groups."""
+    """Leading rows of a file or of one of its row groups."""
 
     path: str
     first_row: int
-    """Of the table."""
+    """Position in the table of the first row."""
     num_rows: int
     row_group: int | None = None
-    """None for all of the file."""
+    """Index of the row group; None for the whole file."""
     partition: tuple[Any, ...] = ()
-    """What the file's folders say: values of the table's partition columns."""
+    """Values of the table's partition columns, from the file's folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource(Source):
-    """The rows of Parquet files, one after the other."""
+    """The rows of Parquet files, in file order."""
 
     uri: str
     schema: pa.Schema
     files: tuple[str, ...]
     file_rows: tuple[int, ...]
-    """Rows to read of each file, from its first."""
+    """Number of leading rows to read from each file."""
     partition_schema: pa.Schema
-    """Of columns that are in no file but in the names of folders; perhaps none of them is read."""
+    """Partition columns, which come from folder names; some or all may not be read."""
     partitions: tuple[tuple[Any, ...], ...]
-    """Their values of each file."""
+    """Partition values of each file."""
     num_rows: int
     num_bytes: int
     is_dense: bool = True
@@ -59,17 +59,17 @@ class ParquetSource(Source):
         limit: int | None = None,
         columns: tuple[str, ...] | None = None,
     ) -> "ParquetSource":
-        """Read the footers of files; with a limit, only of those that it needs.
+        """Read the footers of the files, or with a limit only those it needs.
 
         Args:
-            uri: Of the table.
-            paths: Of its files, in order.
-            root: Folder of the table: names of folders below it may hold columns.
-            limit: Rows to read; None for all.
-            columns: To read; None for all.
+            uri: The URI of the table.
+            paths: The files of the table, in order.
+            root: The folder of the table; folders below it may hold partition columns.
+            limit: Number of rows to read; None for all.
+            columns: The columns to read; None for all.
 
         Raises:
-            OptionsError: a file is no Parquet file, or they do not make one table.
+            OptionsError: a file is not a Parquet file, or the files do not fit one schema.
         """
         partitions = partitions_of(root, paths)
         files: dict[str, int] = {}
@@ -97,7 +97,7 @@ class ParquetSource(Source):
         )
 
     def parts(self) -> list[Part]:
-        """Return the files."""
+        """Return one part per file that has rows to read."""
         firsts = itertools.accumulate(self.file_rows, initial=0)
         return [
             Part(path=path, first_row=first, num_rows=rows, partition=partition)
@@ -108,7 +108,7 @@ class ParquetSource(Source):
         ]
 
     def split(self, part: Part) -> Iterator[Part]:
-        """Return the row groups that hold the rows of a file."""
+        """Return the row groups that hold the rows of a part."""
         with FileSystems.open(part.path) as stream:
             metadata = pq.ParquetFile(stream).metadata
         first = 0
@@ -125,7 +125,7 @@ class ParquetSource(Source):
             first += rows
 
     def read(self, part: Part) -> Iterator[Located]:
-        """Return the rows of a row group, or of the leading ones of a file."""
+        """Return the rows of a row group, or the leading rows of a file."""
         names = [name for name in self.schema.names if name not in self.partition_schema.names]
         position, end = part.first_row, part.first_row + part.num_rows
         with _named(part.path), FileSystems.open(part.path) as stream:
@@ -141,7 +141,7 @@ class ParquetSource(Source):
                     return
 
     def _whole(self, rows: pa.RecordBatch, part: Part) -> pa.RecordBatch:
-        """Return rows with what the folders of their file say."""
+        """Return the rows with the partition columns added."""
         columns = dict(zip(rows.schema.names, rows.columns, strict=True))
         for field, value in zip(self.partition_schema, part.partition, strict=True):
             columns[field.name] = pa.repeat(pa.scalar(value, field.type), rows.num_rows)
@@ -150,7 +150,7 @@ class ParquetSource(Source):
         return with_schema(batch, self.schema.remove_metadata())
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return the first rows; no row group after them is read."""
+        """Return the first rows without reading further row groups."""
         for part in self.parts():
             rows = min(part.num_rows, num_rows - part.first_row)
             if rows <= 0:
@@ -158,7 +158,7 @@ class ParquetSource(Source):
             yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
 
     def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return the first rows of row groups all over the table."""
+        """Return the first rows of row groups from across the table."""
         if num_rows >= self.num_rows:
             yield from self.head(num_rows)
             return
@@ -171,7 +171,7 @@ class ParquetSource(Source):
             if _holds_any(group, places)
         ]
         for index, group in enumerate(groups):
-            # What a short row group lacks is made up for by the others.
+            # Later row groups make up for short ones.
             rows = min(group.num_rows, math.ceil(num_rows / (len(groups) - index)))
             num_rows -= rows
             yield from (batch for _, batch in self.read(replace(group, num_rows=rows)))
@@ -183,7 +183,7 @@ def _holds_any(part: Part, rows: Sequence[int]) -> bool:
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Say which file it is that cannot be read; a footer may be right and a page not."""
+    """Name the unreadable file in the error; pages can be damaged under an intact footer."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -204,9 +204,9 @@ def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
 
 
 def _agreed(schema: pa.Schema, found: pa.Schema, path: str) -> pa.Schema:
-    """Return columns that hold those of other files and of one more.
+    """Return the merged schema of earlier files and one more file.
 
-    A column may be null, or has a type, where it is so in any of them.
+    A column is nullable if any file says so; a column of nulls takes its type from another file.
     """
     if schema.names != found.names:
         names = sorted(set(schema.names) ^ set(found.names))
@@ -228,7 +228,7 @@ def _disagreement(path: str, what: str) -> OptionsError:
 
 
 def _joined(schema: pa.Schema, partitions: pa.Schema, uri: str) -> pa.Schema:
-    """Return the columns of files and those of folders behind them."""
+    """Return the columns of the files, followed by the partition columns."""
     joined = pa.schema([*schema, *partitions], schema.metadata)
     for name in joined.names:
         if joined.names.count(name) > 1:
@@ -238,14 +238,14 @@ def _joined(schema: pa.Schema, partitions: pa.Schema, uri: str) -> pa.Schema:
 
 
 def _num_bytes(metadata: pq.FileMetaData, num_rows: int) -> int:
-    """Return about how much data the leading rows of a file are."""
+    """Return the approximate uncompressed bytes of the leading rows of a file."""
     groups = range(metadata.num_row_groups)
     total = sum(metadata.row_group(group).total_byte_size for group in groups)
     return total * num_rows // max(1, metadata.num_rows)
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Return how many rows to read at once."""
+    """Return the number of rows per batch."""
     row_bytes = _num_bytes(metadata, 1)
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
 

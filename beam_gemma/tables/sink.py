@@ -1,4 +1,4 @@
-"""What a table to write is: shards are staged beside it and appear together, when all are done."""
+"""Interface of output tables: shards are staged, then published together when all are done."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ class Sink(ABC):
 
     uri: str
     format: Format
-    """Of staged shards."""
+    """File format of staged shards."""
     work: str
-    """Folder of what is not finished: staged shards and the pieces of results that are done."""
+    """Folder of unfinished work: staged shards and saved pieces of results."""
     can_append: ClassVar[bool] = False
 
     @abstractmethod
     def earlier(self) -> list[str]:
-        """Return the names of an earlier output, in whole or in part."""
+        """Return the names of an earlier output, complete or not."""
 
     def check(self, schema: pa.Schema) -> None:  # noqa: B027
-        """Refuse a schema that cannot be written, before a job starts.
+        """Reject a schema that cannot be written, before a job starts.
 
         Raises:
             OptionsError: a column has a type that cannot be written.
@@ -35,20 +35,20 @@ class Sink(ABC):
 
     @abstractmethod
     def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
-        """Make staged shards the output, in place of an earlier one.
+        """Make the staged shards the output, replacing an earlier one.
 
-        Beam may call this again with the same shards. After a kill in the middle, it is called
-        with new ones.
+        Beam may call this again with the same shards. After a kill midway, it is called with new
+        shards.
 
         Args:
-            staged: Files of the shards, in order.
-            record: Of the run.
+            staged: The paths of the staged shards, in order.
+            record: The record of the run.
         """
 
     def is_unfinished(self) -> bool:
-        """Return whether an earlier job has left something to go on with."""
+        """Return whether an earlier job left work that can be resumed."""
         return _is_there(self.work)
 
     def clear(self) -> None:
-        """Remove what is not finished."""
+        """Delete the folder of unfinished work."""
         delete_folder(self.work)

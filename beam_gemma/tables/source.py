@@ -1,4 +1,4 @@
-"""What a table to read is: its schema, its size, and parts that workers read."""
+"""Interface of input tables: schema, size, and parts that workers read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,62 +11,62 @@ from beam_gemma.errors import OptionsError, nearest
 
 BATCH_ROWS = 16_384
 BATCH_BYTES = 8 << 20
-"""Most rows, and about the most bytes, that move through a pipeline together."""
+"""Limits of one batch in the pipeline: at most `BATCH_ROWS` rows, about `BATCH_BYTES` bytes."""
 SAMPLE_ROWS = 1000
 SAMPLE_PLACES = 10
-"""So many rows, from so many places all over a table, are enough to look at it by."""
+"""A preview samples `SAMPLE_ROWS` rows from `SAMPLE_PLACES` places across a table."""
 
 
 class Source(ABC):
     """A table to read.
 
-    Each row has a position, which is the same whenever and wherever it is read.
+    Each row has a position, which is the same each time it is read, on any worker.
     """
 
     uri: str
     schema: pa.Schema
     num_rows: int | None
-    """Rows to read; None where nobody knows."""
+    """Number of rows to read; None if unknown."""
     num_bytes: int
-    """About how much data that is."""
+    """Approximate size of the data, in bytes."""
     is_dense: bool
-    """Whether positions are the numbers from 0 up to that of the rows."""
+    """True if positions count rows from 0 without gaps."""
     files: tuple[str, ...] = ()
-    """What is read, where that is files."""
+    """Files to read, if the table consists of files."""
     copies: str | None = None
-    """Folder of what is copied to be read; it may go when all has been read."""
+    """Folder of temporary copies to read from; may be deleted after the last read."""
 
     @abstractmethod
     def parts(self) -> list[Any]:
-        """Return what a job begins with, at its launch: few, and small enough to send along."""
+        """Return the initial parts at launch: few, and small enough to send with the job."""
 
     def split(self, part: Any) -> Iterator[Any]:
-        """Return what workers read one by one, on a worker."""
+        """Split a part, on a worker, into the parts that are read one by one."""
         yield part
 
     @abstractmethod
     def read(self, part: Any) -> Iterator[Located]:
-        """Return the rows of a part, on a worker, under the source's schema without metadata."""
+        """Return the rows of a part, on a worker, in the source's schema without metadata."""
 
     @abstractmethod
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return the first rows, at launch; no more is read than what holds them."""
+        """Return the first rows, at launch, reading as little as possible."""
 
     @abstractmethod
     def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """Return rows from several places of the table, at launch; all where there are no more."""
+        """Return rows from several places in the table, at launch, or all rows if it has fewer."""
 
     @property
     def expected_rows(self) -> int | None:
-        """About how many rows there are; None where that cannot be told either."""
+        """Approximate number of rows; None if there is no estimate."""
         return self.num_rows
 
 
 def selected(schema: pa.Schema, columns: tuple[str, ...] | None, uri: str) -> pa.Schema:
-    """Return the columns of a table that are asked for, in the order of the asking.
+    """Return the schema of the requested columns, in the requested order.
 
     Raises:
-        OptionsError: there is no such column.
+        OptionsError: a column does not exist.
     """
     if columns is None:
         return schema
