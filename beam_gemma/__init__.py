@@ -1,7 +1,95 @@
 """Generate, embed and classify text with Gemma in Apache Beam pipelines.
 
-This package is what a Beam worker imports: numpy, onnxruntime, sentencepiece, pyarrow and Beam,
-never torch or transformers. Models are exported by the `export` package of the same repository.
+A pipeline imports what it needs from here:
+
+    from beam_gemma import GemmaGenerateModelHandler, Generate, GenerateSettings
+
+Each name is loaded when it is first used, so `import beam_gemma` loads neither Beam nor ONNX
+Runtime. Workers need numpy, onnxruntime, sentencepiece, pyarrow and Beam, never torch or
+transformers. Models are exported by the `export` package of the same repository.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from beam_gemma import moved
+
+if TYPE_CHECKING:
+    from beam_gemma.engine.sampling import SamplingParams as SamplingParams
+    from beam_gemma.errors import ArtifactError as ArtifactError
+    from beam_gemma.errors import BalanceError as BalanceError
+    from beam_gemma.errors import BeamGemmaError as BeamGemmaError
+    from beam_gemma.errors import BudgetError as BudgetError
+    from beam_gemma.errors import CheckpointError as CheckpointError
+    from beam_gemma.errors import ConfigError as ConfigError
+    from beam_gemma.errors import DeviceError as DeviceError
+    from beam_gemma.errors import EngineError as EngineError
+    from beam_gemma.errors import FailuresError as FailuresError
+    from beam_gemma.errors import OptionsError as OptionsError
+    from beam_gemma.errors import PromptTooLongError as PromptTooLongError
+    from beam_gemma.errors import RecordError as RecordError
+    from beam_gemma.errors import StorageError as StorageError
+    from beam_gemma.inference.handlers import GemmaClassifyModelHandler as GemmaClassifyModelHandler
+    from beam_gemma.inference.handlers import GemmaEmbedModelHandler as GemmaEmbedModelHandler
+    from beam_gemma.inference.handlers import GemmaGenerateModelHandler as GemmaGenerateModelHandler
+    from beam_gemma.inference.ml_transform import GemmaTextEmbeddings as GemmaTextEmbeddings
+    from beam_gemma.inference.transforms import Classify as Classify
+    from beam_gemma.inference.transforms import Embed as Embed
+    from beam_gemma.inference.transforms import Generate as Generate
+    from beam_gemma.runtime.limits import Limits as Limits
+    from beam_gemma.structured.output import StructuredOutput as StructuredOutput
+    from beam_gemma.tasks.generate import GenerateSettings as GenerateSettings
+    from beam_gemma.tasks.moderate import ModerateSettings as ModerateSettings
+    from beam_gemma.tasks.moderate import Policy as Policy
+    from beam_gemma.tasks.questions import ClassifySettings as ClassifySettings
+    from beam_gemma.tasks.questions import Shot as Shot
+    from beam_gemma.tasks.text_encoder import EmbedSettings as EmbedSettings
+
 __version__ = "0.7.0"
+PUBLIC = {
+    "SamplingParams": "beam_gemma.engine.sampling",
+    "ArtifactError": "beam_gemma.errors",
+    "BalanceError": "beam_gemma.errors",
+    "BeamGemmaError": "beam_gemma.errors",
+    "BudgetError": "beam_gemma.errors",
+    "CheckpointError": "beam_gemma.errors",
+    "ConfigError": "beam_gemma.errors",
+    "DeviceError": "beam_gemma.errors",
+    "EngineError": "beam_gemma.errors",
+    "FailuresError": "beam_gemma.errors",
+    "OptionsError": "beam_gemma.errors",
+    "PromptTooLongError": "beam_gemma.errors",
+    "RecordError": "beam_gemma.errors",
+    "StorageError": "beam_gemma.errors",
+    "GemmaClassifyModelHandler": "beam_gemma.inference.handlers",
+    "GemmaEmbedModelHandler": "beam_gemma.inference.handlers",
+    "GemmaGenerateModelHandler": "beam_gemma.inference.handlers",
+    "GemmaTextEmbeddings": "beam_gemma.inference.ml_transform",
+    "Classify": "beam_gemma.inference.transforms",
+    "Embed": "beam_gemma.inference.transforms",
+    "Generate": "beam_gemma.inference.transforms",
+    "Limits": "beam_gemma.runtime.limits",
+    "StructuredOutput": "beam_gemma.structured.output",
+    "GenerateSettings": "beam_gemma.tasks.generate",
+    "ModerateSettings": "beam_gemma.tasks.moderate",
+    "Policy": "beam_gemma.tasks.moderate",
+    "ClassifySettings": "beam_gemma.tasks.questions",
+    "Shot": "beam_gemma.tasks.questions",
+    "EmbedSettings": "beam_gemma.tasks.text_encoder",
+}
+"""The module that defines each public name."""
+
+moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name."""
+    if name in PUBLIC:
+        return getattr(importlib.import_module(PUBLIC[name]), name)
+    if name == "GemmaModelHandler":
+        return importlib.import_module("beam_gemma.inference.handlers").GemmaModelHandler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])

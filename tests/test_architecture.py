@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CODE = ("beam_gemma", "export", "pipelines", "templates")
 PACKAGES = (*CODE, "examples", "benchmarks")
 # A wing of beam_gemma may import the ground and the wings named with it, nothing else of ours.
-GROUND = ("errors", "batches", "versions", "storage")
+GROUND = ("errors", "moved", "batches", "versions", "storage")
 WINGS = {
     "monitoring": "",
     "model": "",

@@ -1,1 +1,10 @@
 """Constrained completions: schemas, regular expressions and choices as regular languages."""
+
+from typing import Any
+
+from beam_gemma import moved
+
+
+def __getattr__(name: str) -> Any:
+    """Find a class that version 0.7 kept in a module of this name."""
+    return moved.attribute(__name__, name)
