@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     from beam_gemma.inference.transforms import Classify as Classify
     from beam_gemma.inference.transforms import Embed as Embed
     from beam_gemma.inference.transforms import Generate as Generate
+    from beam_gemma.jobs.infer_table import InferTable as InferTable
+    from beam_gemma.jobs.write_table import WriteTable as WriteTable
     from beam_gemma.runtime.limits import Limits as Limits
     from beam_gemma.structured.output import StructuredOutput as StructuredOutput
+    from beam_gemma.tables.open_table import ReadTable as ReadTable
     from beam_gemma.tasks.generate import GenerateSettings as GenerateSettings
     from beam_gemma.tasks.moderate import ModerateSettings as ModerateSettings
     from beam_gemma.tasks.moderate import Policy as Policy
@@ -68,8 +71,11 @@ PUBLIC = {
     "Classify": "beam_gemma.inference.transforms",
     "Embed": "beam_gemma.inference.transforms",
     "Generate": "beam_gemma.inference.transforms",
+    "InferTable": "beam_gemma.jobs.infer_table",
     "Limits": "beam_gemma.runtime.limits",
+    "ReadTable": "beam_gemma.tables.open_table",
     "StructuredOutput": "beam_gemma.structured.output",
+    "WriteTable": "beam_gemma.jobs.write_table",
     "GenerateSettings": "beam_gemma.tasks.generate",
     "ModerateSettings": "beam_gemma.tasks.moderate",
     "Policy": "beam_gemma.tasks.moderate",
@@ -86,8 +92,6 @@ def __getattr__(name: str) -> Any:
     """Load a public name."""
     if name in PUBLIC:
         return getattr(importlib.import_module(PUBLIC[name]), name)
-    if name == "GemmaModelHandler":
-        return importlib.import_module("beam_gemma.inference.handlers").GemmaModelHandler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,8 +1,8 @@
 """Import paths of version 0.7, which work for one version more with a DeprecationWarning.
 
 Until 0.7 `beam_gemma` was one flat folder. The modules that pipelines imported public classes from
-are found under their old names by an importer; a wing that has the name of an old module looks the
-class up where it is now.
+are found under their old names by an importer. A wing that has the name of an old module, and a
+module that has renamed a class, look the class up here.
 
 >>> import warnings
 >>> with warnings.catch_warnings(record=True) as caught:
@@ -34,10 +34,12 @@ MODULES = {
 }
 """Modules of 0.7 that held public classes, and where each is now."""
 CLASSES = {
-    ("beam_gemma.structured", "StructuredOutput"): "beam_gemma.structured.output",
-    ("beam_gemma.tables", "ReadTable"): "beam_gemma.tables.open_table",
+    ("beam_gemma.inference.handlers", "GemmaModelHandler"): "GemmaGenerateModelHandler",
+    ("beam_gemma.structured", "StructuredOutput"): "StructuredOutput",
+    ("beam_gemma.tables", "ReadTable"): "ReadTable",
 }
-"""Public classes of modules whose name a wing has taken, and where each is now."""
+"""Public classes that have another name now, or whose module's name a wing has taken, and the name
+of each in `beam_gemma`."""
 
 
 class _OldPaths(MetaPathFinder, Loader):
@@ -63,22 +65,21 @@ def install() -> None:
         sys.meta_path.append(_OldPaths())
 
 
-def attribute(wing: str, name: str) -> Any:
-    """Return a class that 0.7 kept in a module whose name a wing has taken.
+def attribute(module: str, name: str) -> Any:
+    """Return a class under the name that it had in a module of 0.7.
 
     Raises:
         AttributeError: the module held no public class of this name.
     """
-    if (new := CLASSES.get((wing, name))) is None:
-        raise AttributeError(f"module {wing!r} has no attribute {name!r}")
-    _warn(wing, new, stacklevel=4)
-    return getattr(importlib.import_module(new), name)
+    if (new := CLASSES.get((module, name))) is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", f"beam_gemma.{new}", stacklevel=4)
+    return getattr(importlib.import_module("beam_gemma"), new)
 
 
 def _warn(old: str, new: str, *, stacklevel: int) -> None:
     warnings.warn(
-        f"{old}: expected an import from beam_gemma, or from {new}, got the module's name of 0.7; "
-        "it goes with the next version",
+        f"{old}: expected {new}, got the name of version 0.7, which goes with the next version",
         DeprecationWarning,
         stacklevel=stacklevel,
     )

@@ -178,7 +178,7 @@ def _handler(artifact: Artifact, head: Head, device: Device) -> "TaskHandler":
     from beam_gemma.inference.handlers import (
         GemmaClassifyModelHandler,
         GemmaEmbedModelHandler,
-        GemmaModelHandler,
+        GemmaGenerateModelHandler,
     )
     from beam_gemma.tasks.generate import GenerateSettings
     from beam_gemma.tasks.questions import ClassifySettings
@@ -192,7 +192,9 @@ def _handler(artifact: Artifact, head: Head, device: Device) -> "TaskHandler":
     if head == "embed":
         return GemmaEmbedModelHandler(path, EmbedSettings(text_column="text"), **own)
     sampling = SamplingParams(max_tokens=NEW_TOKENS)
-    return GemmaModelHandler(path, GenerateSettings(prompt="{text}", sampling=sampling), **own)
+    return GemmaGenerateModelHandler(
+        path, GenerateSettings(prompt="{text}", sampling=sampling), **own
+    )
 
 
 def _amount(name: str, free: int, total: int, more: str = "") -> Fact:

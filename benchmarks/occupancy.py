@@ -35,7 +35,7 @@ from beam_gemma.options import NO_PRISM
 
 from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.inference.handlers import GemmaModelHandler, Model
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler, Model
 from beam_gemma.inference.rows import Example
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.inference.transforms import Generate
@@ -70,7 +70,7 @@ SETTINGS = GenerateSettings(
 CLOCK = Metrics.distribution("occupancy", "clock_ms")
 
 
-class BundledHandler(GemmaModelHandler):
+class BundledHandler(GemmaGenerateModelHandler):
     """A handler whose Beam batches are as small as a bundle, and whose calls are timed."""
 
     def __init__(self, model: str, batch_rows: int, *, large_model: bool) -> None:

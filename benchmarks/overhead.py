@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from beam_gemma.cli import run as cli
 from beam_gemma.cli.generate_flags import generate_parser, generate_settings
 from beam_gemma.cli.plan import plan
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inputs.row import Row
 from beam_gemma.monitoring.timeline import Pulse
 from beam_gemma.tasks.interface import in_order
@@ -82,7 +82,7 @@ class Echo:
         return self._pulse.take()
 
 
-class EchoHandler(GemmaModelHandler):
+class EchoHandler(GemmaGenerateModelHandler):
     """Answers with the last words of each row."""
 
     def _start(self) -> Echo:
@@ -109,8 +109,8 @@ def run(model: str, folder: Path) -> None:
     job = plan(flags, generate_parser(), generate_settings, EchoHandler)
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
-    answers = rows | "Generate" >> job.ask()
-    _ = (rows, *answers) | "Write" >> job.write()
+    answers = rows | "Generate" >> job.infer()
+    _ = (rows, (answers,)) | "Write" >> job.write()
     if cli.run(pipeline, job) != cli.SUCCESS:
         sys.exit(cli.FAILURE)
     secs = time.monotonic() - started

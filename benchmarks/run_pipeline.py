@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.monitoring.progress import METER, Count
 from beam_gemma.tasks.generate import Generator
 from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
@@ -68,9 +68,9 @@ def run(job: Job) -> Run:
 def _watched() -> Iterator[Timeline]:
     """Record the steps of the engine that a job of this process loads."""
     timeline = Timeline()
-    load_model, add = GemmaModelHandler.load_model, METER.add
+    load_model, add = GemmaGenerateModelHandler.load_model, METER.add
 
-    def load_and_start(self: GemmaModelHandler) -> Generator:
+    def load_and_start(self: GemmaGenerateModelHandler) -> Generator:
         generator = load_model(self)
         timeline.restart()
         return generator
@@ -80,11 +80,11 @@ def _watched() -> Iterator[Timeline]:
         add(count)
 
     METER.add = add_and_record  # type: ignore[method-assign]
-    GemmaModelHandler.load_model = load_and_start  # type: ignore[method-assign]
+    GemmaGenerateModelHandler.load_model = load_and_start  # type: ignore[method-assign]
     try:
         yield timeline
     finally:
-        GemmaModelHandler.load_model = load_model  # type: ignore[method-assign]
+        GemmaGenerateModelHandler.load_model = load_model  # type: ignore[method-assign]
         METER.add = add  # type: ignore[method-assign]
 
 

@@ -1,8 +1,8 @@
-"""Runs jobs of each kind from nothing: real weights, exported, over sample tables.
+"""Demo that exports real weights and runs a job of each kind over sample tables.
 
     make demo
 
-Every step is a command that anyone can run alone; what exists already is used again.
+Every step is a command that can also be run alone; existing weights and exports are reused.
 """
 
 import shlex
@@ -72,7 +72,7 @@ def generate() -> pa.Table:
 
 
 def extract() -> pa.Table:
-    """Read the sale out of each note."""
+    """Extract the sale from each note."""
     template = (ROOT / "examples/sales.txt").read_text().rstrip()
     run(
         "pipelines.generate", "--model", MODEL,
@@ -85,7 +85,7 @@ def extract() -> pa.Table:
 
 
 def classify() -> pa.Table:
-    """Label each review, after eight that a person has labelled."""
+    """Label each review, with eight labeled reviews as examples in the prompt."""
     run(
         "pipelines.classify", "--model", MODEL,
         "--input", "examples/reviews.jsonl",
@@ -108,7 +108,7 @@ def embed() -> pa.Table:
 
 
 def is_exported() -> bool:
-    """Return whether an undamaged model folder for all tasks is there."""
+    """Return whether an undamaged model folder for all tasks exists."""
     try:
         artifact = Artifact.open(ROOT / MODEL)
         artifact.verify()
@@ -118,7 +118,7 @@ def is_exported() -> bool:
 
 
 def run(module: str, *arguments: object) -> None:
-    """Show a command and run it."""
+    """Print a command and run it; exit if it fails."""
     words = ["-m", module, *map(str, arguments)]
     say("\n$ " + " ".join(["python", *map(_quoted, words)]))
     code = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
@@ -127,7 +127,7 @@ def run(module: str, *arguments: object) -> None:
 
 
 def _quoted(word: str) -> str:
-    """Return a word as a shell takes it; a long template stands in its file."""
+    """Return a word quoted for a shell; prompt templates are read from their files."""
     for name in ("keywords", "sales"):
         if word == (ROOT / f"examples/{name}.txt").read_text().rstrip():
             return f'"$(cat examples/{name}.txt)"'
@@ -135,13 +135,13 @@ def _quoted(word: str) -> str:
 
 
 def read_output(name: str) -> pa.Table:
-    """Return all shards of a job in the order of the ids."""
+    """Return the rows of all shards of a job, sorted by id."""
     shards = sorted((ROOT / OUT).glob(f"{name}-*-of-*.parquet"))
     return pa.concat_tables(map(pq.read_table, shards)).sort_by("id")
 
 
 def say(text: str) -> None:
-    """Print one line, before what the next command prints."""
+    """Print one line and flush it, so that it precedes the next command's output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -1,7 +1,7 @@
 """Write `articles.parquet` from `articles.toml`: `python examples/make_articles.py`.
 
-The texts are in the TOML file. Ratings, times and figures are invented here, from a fixed seed, so
-that the table has one column of each kind that a job has to carry through.
+The texts are in the TOML file. Ratings, times and figures are invented here from a fixed seed, so
+that the table has one column of each type that a job must pass through.
 """
 
 import random
@@ -47,7 +47,7 @@ def rows(articles: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Write the table beside this file."""
+    """Write the table to the folder of this file."""
     articles = tomllib.loads((FOLDER / "articles.toml").read_text(encoding="utf-8"))["article"]
     table = pa.Table.from_pylist(rows(articles), schema=SCHEMA)
     pq.write_table(table, FOLDER / "articles.parquet", compression="zstd")

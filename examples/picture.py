@@ -1,4 +1,4 @@
-"""Draws what jobs did, each as one HTML page without scripts."""
+"""Functions that draw the results of a job as one HTML page without scripts."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -34,13 +34,13 @@ ROW = (
     '<td class="{kind}">{result}</td></tr>'
 )
 BAR_EMS = 14.0
-"""Width of the longest bar."""
+"""Width of the longest bar, in em."""
 MAP_SIZE = (920, 620)
 MARGIN = 60
 
 
 def draw_completions(table: pa.Table, path: Path) -> None:
-    """Write a page about the output of `pipelines.generate`: the tokens and text of each row."""
+    """Write a page with the tokens and text of each row in the output of `pipelines.generate`."""
     rows = table.to_pylist()
     counts = [(row["num_prompt_tokens"] or 0, row["num_completion_tokens"] or 0) for row in rows]
     scale = BAR_EMS / max(1, *map(sum, counts))
@@ -59,7 +59,7 @@ def draw_completions(table: pa.Table, path: Path) -> None:
 
 
 def draw_scores(table: pa.Table, truth: str, path: Path) -> None:
-    """Write a page about the output of `pipelines.classify` with two labels: scores of each row."""
+    """Write a page with each row's scores in the two-label output of `pipelines.classify`."""
     rows = table.to_pylist()
     right = sum(row["label"] == row[truth] for row in rows)
     lines = (
@@ -81,12 +81,12 @@ def draw_scores(table: pa.Table, truth: str, path: Path) -> None:
 
 
 def draw_values(table: pa.Table, truth: str, path: Path) -> None:
-    """Write a page about values that `pipelines.generate` has extracted: those of each row.
+    """Write a page with the values that `pipelines.generate` extracted from each row.
 
     Args:
-        table: Output with a column for each field of `truth`.
-        truth: Column of the values that a person finds in the text.
-        path: Of the page.
+        table: The job's output, with a column for each field of `truth`.
+        truth: Name of the column with the values that a person found in the text.
+        path: Path of the page to write.
     """
     rows = table.to_pylist()
     names = [field.name for field in table.schema.field(truth).type]
@@ -118,12 +118,12 @@ def _values(row: dict[str, Any], truth: str) -> str:
 
 
 def _is_right(row: dict[str, Any], truth: str, name: str) -> bool:
-    """Return whether a value is that of the truth, which is from JSON and has its dates as text."""
+    """Return whether a value equals the true one, as text, since dates in JSON are text."""
     return f"{row[name]}" == f"{row[truth][name]}"
 
 
 def draw_map(table: pa.Table, path: Path) -> None:
-    """Write a page about the output of `pipelines.embed`: rows by their two main directions."""
+    """Write a page that maps the output of `pipelines.embed` on its two principal directions."""
     rows = [row for row in table.to_pylist() if row["error"] is None]
     vectors = np.array([row["embedding"] for row in rows])
     vectors -= vectors.mean(axis=0)

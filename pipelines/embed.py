@@ -21,8 +21,8 @@ def main() -> int:
         return SUCCESS
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
-    answers = rows | "Embed" >> job.ask()
-    _ = (rows, *answers) | "Write" >> job.write()
+    answers = rows | "Embed" >> job.infer()
+    _ = (rows, (answers,)) | "Write" >> job.write()
     return run(pipeline, job)
 
 

@@ -96,11 +96,11 @@ class Totals:
         slower = max(1.0, self._yardstick / recorded["yardstick_secs"])
         budgets = {file: slower * secs for file, secs in recorded["cpu_secs"].items()}
         return [
-            f"{file}: expected at most {TOLERANCE} times its {budgets.get(file, 0.0):.0f} CPU "
-            f"seconds and {SLACK_SECS:.0f} more, got {secs:.0f}; make it faster, or record with "
-            "--record-budgets why not"
+            f"{file}: expected at most {TOLERANCE} times its {budgets[file]:.0f} CPU seconds and "
+            f"{SLACK_SECS:.0f} more, got {secs:.0f}; make it faster, or say why not with "
+            "--record-budgets"
             for file, secs in self._cpu.items()
-            if secs > TOLERANCE * budgets.get(file, 0.0) + SLACK_SECS
+            if file in budgets and secs > TOLERANCE * budgets[file] + SLACK_SECS
         ]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

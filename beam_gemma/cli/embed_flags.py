@@ -1,7 +1,6 @@
 """Flags of `python -m pipelines.embed`."""
 
 import argparse
-import dataclasses
 
 from beam_gemma.cli.estimate_flags import add_estimate
 from beam_gemma.cli.flag_groups import add_dataflow, add_files, add_job, add_steps
@@ -43,8 +42,15 @@ def embed_settings(flags: argparse.Namespace) -> EmbedSettings:
     Raises:
         OptionsError: the flags contradict each other.
     """
-    names = {field.name for field in dataclasses.fields(EmbedSettings)}
-    settings = EmbedSettings(**{k: v for k, v in vars(flags).items() if k in names})
+    settings = EmbedSettings(
+        text_column=flags.text_column,
+        title_column=flags.title_column,
+        prompt_name=flags.prompt_name,
+        prompt=flags.prompt,
+        truncate=flags.truncate,
+        truncate_dim=flags.truncate_dim,
+        embedding_dtype=flags.embedding_dtype,
+    )
     if not settings.has_source:
         raise OptionsError("text: expected --text_column, got none")
     return settings

@@ -9,7 +9,6 @@ from beam_gemma.cli.flag_types import SWITCH, column_names, count, fraction, pos
 from beam_gemma.cli.flags import text_of
 from beam_gemma.dataflow.gpus import GPUS
 from beam_gemma.dataflow.options import DRIVER
-from beam_gemma.inputs.prompt_encoder import PromptSettings
 from beam_gemma.runtime.limits import (
     GPU_MEMORY_UTILIZATION,
     MAX_NUM_BATCHED_TOKENS,
@@ -30,9 +29,17 @@ def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
         OptionsError: the chat template cannot be read.
     """
-    names = {field.name for field in dataclasses.fields(PromptSettings)}
-    given = {name: value for name, value in vars(flags).items() if name in names}
-    return given | {"chat_template": _chat_template(flags.chat_template)}
+    return {
+        "prompt": flags.prompt,
+        "prompt_column": flags.prompt_column,
+        "messages_column": flags.messages_column,
+        "system": flags.system,
+        "prompt_format": flags.prompt_format,
+        "chat_template": _chat_template(flags.chat_template),
+        "allow_special_tokens": flags.allow_special_tokens,
+        "max_prompt_tokens": flags.max_prompt_tokens,
+        "truncate": flags.truncate,
+    }
 
 
 def _chat_template(name_or_file: str | None) -> str | None:

@@ -1,7 +1,6 @@
 """Flags of `python -m pipelines.generate`."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -61,10 +60,18 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
     Raises:
         OptionsError: the flags contradict each other or are out of range.
     """
-    params = {field.name for field in dataclasses.fields(SamplingParams)}
     settings = GenerateSettings(
         **prompt_settings(flags),
-        sampling=SamplingParams(**{k: v for k, v in vars(flags).items() if k in params}),
+        prefix_column=flags.prefix_column,
+        suffix_column=flags.suffix_column,
+        sampling=SamplingParams(
+            max_tokens=flags.max_tokens,
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            seed=flags.seed,
+            ignore_eos=flags.ignore_eos,
+        ),
         stop=tuple(flags.stop),
         structured=structured_output(flags),
         key_column=flags.key_column,
@@ -93,7 +100,7 @@ def structured_output(flags: argparse.Namespace) -> StructuredOutput | None:
             f"structured output: expected one of --json_schema, --choices, --choices_file and "
             f"--regex, got {' and '.join(given)}"
         )
-    columns = {name: getattr(flags, name) for name in ("flatten", "completion")}
+    columns = {"flatten": flags.flatten, "completion": flags.completion}
     if not given:
         if idle := [name for name, is_asked in columns.items() if is_asked]:
             raise OptionsError(f"--{idle[0]}: expected --json_schema beside it, got none")

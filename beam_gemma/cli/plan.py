@@ -21,10 +21,10 @@ from beam_gemma.inference.saved_results import run_digest
 from beam_gemma.inference.supervised_model import Supervision
 from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.jobs.dry_run import preview
-from beam_gemma.jobs.infer_table import Ask
+from beam_gemma.jobs.infer_table import InferTable
 from beam_gemma.jobs.run_record import facts_of, marks_of
 from beam_gemma.jobs.shards import Layout
-from beam_gemma.jobs.write_table import Columns, Output, Page, WriteTable
+from beam_gemma.jobs.write_table import Columns, Output, Page, WriteOutput
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.runtime.devices import choose_device
 from beam_gemma.tables.file_sink import check_writable
@@ -55,14 +55,13 @@ class Job(Generic[HandlerT]):
         """Return the transform that reads the table."""
         return ReadTable(self.source)
 
-    def ask(self) -> Ask:
+    def infer(self) -> InferTable:
         """Return the transform that runs the task."""
-        layout, num_rows = self.output.layout, self.source.num_rows
-        return Ask(self.handler, layout, num_rows=num_rows, durable=self.durable)
+        return InferTable(self.handler, num_rows=self.source.num_rows, durable=self.durable)
 
-    def write(self) -> WriteTable:
-        """Return the transform that writes rows with their results."""
-        return WriteTable(self.output)
+    def write(self) -> WriteOutput:
+        """Return the transform that writes the rows with their results."""
+        return WriteOutput(self.output)
 
 
 def plan(

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from beam_gemma import moved
 from beam_gemma.engine.embedding_engine import EmbeddingSteps, check_sight
 from beam_gemma.engine.engine import Engine
 from beam_gemma.errors import ArtifactError, OptionsError
@@ -71,7 +72,7 @@ class EngineHandler(TaskHandler):
         )
 
 
-class GemmaModelHandler(EngineHandler):
+class GemmaGenerateModelHandler(EngineHandler):
     """Completes examples with a Gemma model."""
 
     token_counters: ClassVar[Mapping[str, str]] = {
@@ -104,7 +105,7 @@ class GemmaModelHandler(EngineHandler):
         """Compare the settings with the model; no weights are loaded."""
         self._constraint(artifact, self.encoder(artifact))
 
-    def with_schema(self, schema: Mapping[str, Any] | type) -> "GemmaModelHandler":
+    def with_schema(self, schema: Mapping[str, Any] | type) -> "GemmaGenerateModelHandler":
         """Return a handler alike, whose completions are JSON of a schema.
 
         Args:
@@ -292,3 +293,8 @@ def _limits_of(device: DeviceChoice, given: Mapping[str, Any]) -> Limits:
     elif all(getattr(limits, name) is None for name in FOR_CUDA):
         limits.check("cpu")
     return limits
+
+
+def __getattr__(name: str) -> Any:
+    """Find the handler under its name of version 0.7."""
+    return moved.attribute(__name__, name)

@@ -16,7 +16,7 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import (
     GemmaClassifyModelHandler,
     GemmaEmbedModelHandler,
-    GemmaModelHandler,
+    GemmaGenerateModelHandler,
 )
 from beam_gemma.inference.rows import as_mapping
 from beam_gemma.inference.task_handler import TaskHandler, check_bounded
@@ -80,7 +80,7 @@ class Generate(_Task):
     """
 
     def __init__(
-        self, handler: GemmaModelHandler, *, schema: Mapping[str, Any] | type | None = None
+        self, handler: GemmaGenerateModelHandler, *, schema: Mapping[str, Any] | type | None = None
     ) -> None:
         super().__init__(handler if schema is None else handler.with_schema(schema))
 
@@ -158,7 +158,8 @@ def _check(element: Any, result_names: frozenset[str]) -> Any:
     if isinstance(columns, str) or not hasattr(columns, "__iter__"):
         raise OptionsError(
             f"row: expected a dict, a Beam Row or an Arrow record batch, got "
-            f"{type(element).__name__}; use RunInference with a GemmaModelHandler for others"
+            f"{type(element).__name__}; use RunInference with a GemmaGenerateModelHandler for "
+            "others"
         )
     for name in columns:
         _refuse_clash(name, result_names)

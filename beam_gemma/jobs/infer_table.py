@@ -4,9 +4,8 @@ Only the columns that a task uses are sent. Rows are grouped by ranges of their 
 that equal requests meet on one worker wherever their rows are in the table.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -14,23 +13,19 @@ import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import PredictionResult, RunInference
 from apache_beam.pvalue import PBegin, PCollection, TaggedOutput
-from apache_beam.transforms.window import GlobalWindows
 from apache_beam.typehints.decorators import no_annotations
 
-from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
+from beam_gemma.batches import Grouped, Located, Tagged, by_group
 from beam_gemma.inference import saved_results
 from beam_gemma.inference.task_handler import TaskHandler, check_bounded
 from beam_gemma.jobs.deduplicate import distinct, key_ranges, keyed, split_durable, spread
-from beam_gemma.jobs.shards import Layout
 from beam_gemma.monitoring.progress import METER, METRICS_NAMESPACE, Count
 from beam_gemma.monitoring.timeline import pulse_of
-from beam_gemma.tasks.row_keys import POSITION, POSITIONS, REQUEST_KEY
+from beam_gemma.tasks.row_keys import POSITIONS, REQUEST_KEY
 
 ROWS, PIECES = 0, 1
 """Tags of the batches of a key range: rows of the table, and pieces of durable results."""
 REQUESTS_PER_BATCH = 64
-HELD_RESULTS = 8192
-"""Number of results to collect before sorting them by shard, so that batches are not tiny."""
 LEDGER, DURABLE = "ledger", "durable"
 MAX_RANGES = 1024
 
@@ -48,46 +43,31 @@ def num_ranges(num_rows: int | None) -> int:
 class Answers(NamedTuple):
     """The results of a task."""
 
-    results: PCollection[Grouped]
-    """Positions and result columns, keyed by shard."""
-    ledger: PCollection[str]
-    """Events as JSON: request counts and samples of the engine, each with the tag of its task."""
+    results: tuple[PCollection[pa.RecordBatch], ...]
+    """Positions and result columns: results of an earlier run, and new ones."""
+    ledger: PCollection[dict[str, Any]]
+    """Counts of requests and samples of the engine."""
 
 
-def together(answers: Sequence[Answers]) -> Answers:
-    """Merge the results and ledgers of several tasks."""
-    return Answers(
-        [task.results for task in answers] | "Results" >> beam.Flatten(),
-        [task.ledger for task in answers] | "Ledgers" >> beam.Flatten(),
-    )
-
-
-class Ask(beam.PTransform[PCollection[Located], Answers]):
+class InferTable(beam.PTransform[PCollection[Located], Answers]):
     """Runs a task on every row of a table.
+
+    Takes the rows of a `ReadTable` and returns what `WriteTable` joins with them again. Rows that
+    make equal requests are computed once.
 
     Args:
         handler: The handler of the task, with its model.
-        layout: The shard layout of the output.
         num_rows: The number of rows in the table; None if unknown.
         durable: Folder with results of an interrupted run; None to start from scratch.
-        tag: Number that identifies the results of this task among several.
     """
 
     def __init__(
-        self,
-        handler: TaskHandler,
-        layout: Layout,
-        *,
-        num_rows: int | None,
-        durable: str | None = None,
-        tag: int = 0,
+        self, handler: TaskHandler, *, num_rows: int | None = None, durable: str | None = None
     ) -> None:
         super().__init__()
         self._handler = handler
-        self._layout = layout
         self._num_ranges = num_ranges(num_rows)
         self._durable = durable
-        self._tag = tag
 
     @no_annotations  # type: ignore[untyped-decorator]
     def expand(self, rows: PCollection[Located]) -> Answers:
@@ -113,15 +93,8 @@ class Ask(beam.PTransform[PCollection[Located], Answers]):
             | "Infer" >> RunInference(self._handler)
             | "Results" >> beam.ParDo(_answer).with_outputs(LEDGER, main="results")
         )
-        # Sort each by itself: if two steps fed one sort, their outputs would be buffered for it.
-        results = [
-            found
-            | f"Shards{tag}"
-            >> beam.ParDo(_ByShard(self._layout, self._tag)).with_output_types(Grouped)
-            for tag, found in ((DURABLE, unique[DURABLE]), ("", asked["results"]))
-        ] | "All" >> beam.Flatten()
         ledger = (unique[LEDGER], asked[LEDGER]) | "Ledger" >> beam.Flatten()
-        return Answers(results, ledger | beam.Map(_entry, self._tag).with_output_types(str))
+        return Answers((unique[DURABLE], asked["results"]), ledger)
 
 
 class _Key(beam.DoFn):
@@ -199,10 +172,6 @@ def _counted(known: pa.RecordBatch, left: pa.RecordBatch) -> dict[str, int]:
     return counts
 
 
-def _entry(told: dict[str, Any], tag: int) -> str:
-    return json.dumps({"tag": tag, **told})
-
-
 def _answer(prediction: PredictionResult) -> Iterator[Any]:
     """Return the results of requests at the positions of their rows."""
     requests: Any = prediction.example
@@ -210,33 +179,6 @@ def _answer(prediction: PredictionResult) -> Iterator[Any]:
     if (pulse := pulse_of(results)) is not None:
         yield TaggedOutput(LEDGER, {"pulse": pulse})
     yield spread(requests, results)
-
-
-class _ByShard(beam.DoFn):
-    """Groups results by their output shard."""
-
-    def __init__(self, layout: Layout, tag: int) -> None:
-        self._layout = layout
-        self._tag = tag
-
-    def start_bundle(self) -> None:
-        self._held: list[pa.RecordBatch] = []
-
-    def process(self, results: pa.RecordBatch) -> Iterator[Grouped]:
-        self._held.append(results)
-        if sum(batch.num_rows for batch in self._held) >= HELD_RESULTS:
-            yield from self._sorted()
-
-    def finish_bundle(self) -> Iterator[Any]:
-        if self._held:
-            yield from map(GlobalWindows.windowed_value_at_end_of_window, self._sorted())
-
-    def _sorted(self) -> Iterator[Grouped]:
-        results = joined(self._held)
-        self._held = []
-        shards = self._layout.shards_of(results.column(POSITION).to_numpy())
-        for shard, some in by_group(shards, results):
-            yield shard, (self._tag, 0, some)
 
 
 def _piece(path: str, num_ranges: int) -> Iterator[Grouped]:

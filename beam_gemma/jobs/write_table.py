@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,20 +12,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import AsIter, AsSingleton, PCollection
+from apache_beam.transforms.window import GlobalWindows
 from apache_beam.typehints.decorators import no_annotations
 
-from beam_gemma.batches import Grouped, Located, Tagged
-from beam_gemma.errors import BalanceError, FailuresError
-from beam_gemma.jobs.run_record import record_of
+from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
+from beam_gemma.errors import BalanceError, FailuresError, OptionsError
+from beam_gemma.inference.task_handler import TaskHandler
+from beam_gemma.jobs.infer_table import Answers
+from beam_gemma.jobs.run_record import facts_of, record_of
 from beam_gemma.jobs.shards import Layout, assembled
 from beam_gemma.monitoring.html_report import render
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
 from beam_gemma.monitoring.result_summary import Summary
 from beam_gemma.storage import create, delete_folder
 from beam_gemma.tables import json_lines
-from beam_gemma.tables.file_sink import ShardFile, stage
+from beam_gemma.tables.file_sink import ShardFile, open_sink, stage
+from beam_gemma.tables.open_table import ReadTable
 from beam_gemma.tables.sink import Sink
+from beam_gemma.tasks.columns import check_columns
+from beam_gemma.tasks.row_keys import POSITION
 
+HELD_RESULTS = 8192
+"""Number of results to collect before sorting them by shard, so that batches are not tiny."""
 TABLE, NOTHING = -1, -2
 """Tags of non-result batches: rows of the table, and an empty one so that each shard exists."""
 
@@ -87,10 +96,11 @@ class Staged(NamedTuple):
     """Rows for the report, as JSON lines."""
 
 
-class WriteTable(beam.PTransform[Any, PCollection[str]]):
-    """Writes rows with their results; takes rows, results and the ledger, and returns the record.
+class WriteOutput(beam.PTransform[Any, PCollection[str]]):
+    """Joins rows with their results, writes them, and returns the record of the run.
 
-    Nothing is published unless every row that was read is there, with one result of each task.
+    Takes the rows and the `Answers` of each task, in the order of the output's tasks. Nothing is
+    published unless every row that was read is there, with one result of each task.
     """
 
     def __init__(self, output: Output) -> None:
@@ -98,32 +108,114 @@ class WriteTable(beam.PTransform[Any, PCollection[str]]):
         self._output = output
 
     @no_annotations  # type: ignore[untyped-decorator]
-    def expand(
-        self, inputs: tuple[PCollection[Located], PCollection[Grouped], PCollection[str]]
-    ) -> PCollection[str]:
+    def expand(self, inputs: tuple[PCollection[Located], Sequence[Answers]]) -> PCollection[str]:
         """Apply the transform."""
-        rows, results, ledger = inputs
+        rows, answers = inputs
         output = self._output
         table = rows | "ByShard" >> beam.FlatMap(_by_shard, output.layout).with_output_types(
             Grouped
         )
+        # Each collection is sorted by a step of its own: one step that reads several would have
+        # them buffered first.
+        results = [
+            found | f"Results{tag}.{part}" >> beam.ParDo(by_shard).with_output_types(Grouped)
+            for tag, answer in enumerate(answers)
+            for by_shard in [_ResultsByShard(output.layout, tag)]
+            for part, found in enumerate(answer.results)
+        ]
         shards = rows.pipeline | "Shards" >> beam.Create(
             range(output.layout.num_shards), reshuffle=False
         )
         empty = shards | "Empty" >> beam.Map(_empty).with_output_types(Grouped)
         staged = (
-            (table, results, empty)
+            (table, *results, empty)
             | "Join" >> beam.Flatten()
             | "Group" >> beam.GroupByKey()
             | "Stage" >> beam.ParDo(_Stage(output))
         )
         num_read = rows | "Sizes" >> beam.Map(_num_rows) | "Sum" >> beam.CombineGlobally(sum)
+        ledger = [
+            answer.ledger | f"Ledger{tag}" >> beam.Map(_entry, tag).with_output_types(str)
+            for tag, answer in enumerate(answers)
+        ] | "Ledger" >> beam.Flatten()
         return (
             staged
             | "One" >> beam.Map(lambda shard: (None, shard))
             | "Gather" >> beam.GroupByKey()
             | "Publish" >> beam.ParDo(_Publish(output), AsSingleton(num_read), AsIter(ledger))
         )
+
+
+class WriteTable(beam.PTransform[Any, PCollection[str]]):
+    """Writes a table with the results of one task or of several.
+
+    Takes the rows of a `ReadTable` and the results of each task as `InferTable` returns them, under
+    the names of the tasks. Result columns of a task are named `{task}_{column}`. The output appears
+    when it is complete: every row that was read, in its order, with one result of each task, and a
+    record of the run beside it.
+
+    Args:
+        uri: Table to write, such as `out/articles.parquet`.
+        table: The table that is read.
+        handlers: The handler of each task, by the task's name.
+        num_shards: The number of files; 0 for as many as make none too large.
+
+    Raises:
+        OptionsError: the table lacks a column that a task uses, or the output is there already or
+            cannot be written.
+
+    Example:
+        >>> articles = ReadTable("examples/articles.parquet")
+        >>> gist = GemmaGenerateModelHandler(MODEL, GenerateSettings(prompt="{title} is about"))
+        >>> with beam.Pipeline() as pipeline:
+        ...     rows = pipeline | "Read" >> articles
+        ...     answers = {"gist": rows | "Gist" >> InferTable(gist)}
+        ...     _ = (rows, answers) | "Write" >> WriteTable(OUT, articles, {"gist": gist})
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        table: ReadTable,
+        handlers: Mapping[str, TaskHandler],
+        *,
+        num_shards: int = 0,
+    ) -> None:
+        super().__init__()
+        source = table.source
+        for handler in handlers.values():
+            check_columns(handler.settings, source.schema)
+        tasks = {n: Columns(f"{n}_", h.settings.result_schema) for n, h in handlers.items()}
+        results = pa.schema([field for task in tasks.values() for field in task.in_files])
+        sink = open_sink(uri)
+        if earlier := sink.earlier():
+            raise OptionsError(f"{uri}: expected no earlier output, got {earlier[0]}; remove it")
+        self._names = tuple(handlers)
+        self._output = Output(
+            sink=sink,
+            layout=Layout.of(source, results, num_shards=num_shards),
+            schema=pa.schema([*source.schema, *results], source.schema.metadata),
+            tasks=tuple(tasks.values()),
+            facts=facts_of(
+                ["python", *sys.orig_argv[1:]],
+                source=source.uri,
+                sink=uri,
+                tasks=[(h.facts()["model"], h.artifact(), h.settings) for h in handlers.values()],
+            ),
+        )
+
+    @no_annotations  # type: ignore[untyped-decorator]
+    def expand(
+        self, inputs: tuple[PCollection[Located], Mapping[str, Answers]]
+    ) -> PCollection[str]:
+        """Apply the transform."""
+        rows, answers = inputs
+        if set(answers) != set(self._names):
+            raise OptionsError(
+                f"answers: expected those of {', '.join(self._names)}, got {', '.join(answers)}"
+            )
+        ordered = tuple(answers[name] for name in self._names)
+        return (rows, ordered) | "Output" >> WriteOutput(self._output)
 
 
 class _Stage(beam.DoFn):
@@ -157,6 +249,33 @@ class _Stage(beam.DoFn):
             summaries = [total + Summary.of(a) for total, a in zip(summaries, answers, strict=True)]
         file.close()
         yield Staged(shard, path, failures.close(), summaries, shown)
+
+
+class _ResultsByShard(beam.DoFn):
+    """Groups results by their output shard."""
+
+    def __init__(self, layout: Layout, tag: int) -> None:
+        self._layout = layout
+        self._tag = tag
+
+    def start_bundle(self) -> None:
+        self._held: list[pa.RecordBatch] = []
+
+    def process(self, results: pa.RecordBatch) -> Iterator[Grouped]:
+        self._held.append(results)
+        if sum(batch.num_rows for batch in self._held) >= HELD_RESULTS:
+            yield from self._sorted()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if self._held:
+            yield from map(GlobalWindows.windowed_value_at_end_of_window, self._sorted())
+
+    def _sorted(self) -> Iterator[Grouped]:
+        results = joined(self._held)
+        self._held = []
+        shards = self._layout.shards_of(results.column(POSITION).to_numpy())
+        for shard, some in by_group(shards, results):
+            yield shard, (self._tag, 0, some)
 
 
 class _Failures:
@@ -222,6 +341,10 @@ class _Publish(beam.DoFn):
                 rows = [json.loads(row) for row in shards[0].shown.splitlines()]
                 stream.write(render(record, rows).encode())
         yield json.dumps(record)
+
+
+def _entry(told: dict[str, Any], tag: int) -> str:
+    return json.dumps({"tag": tag, **told})
 
 
 def _by_shard(located: Located, layout: Layout) -> Iterator[Grouped]:

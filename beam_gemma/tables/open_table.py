@@ -49,22 +49,35 @@ def open_source(
 
 
 class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
-    """Reads a table as record batches, each with the position of its first row."""
+    """Reads a table as Arrow record batches, each with the position of its first row.
 
-    def __init__(self, source: Source) -> None:
+    The table's schema is read when the transform is made.
+
+    Args:
+        table: What `open_source` takes, such as `articles.parquet`, or an open source.
+
+    Raises:
+        OptionsError: there is no such table, or its files do not make one table.
+
+    Example:
+        >>> articles = ReadTable("examples/articles.parquet")
+        >>> articles.source.schema.names[:2]
+        ['title', 'body']
+    """
+
+    def __init__(self, table: str | Source) -> None:
         super().__init__()
-        self._source = source
+        self.source = open_source(table) if isinstance(table, str) else table
 
     def expand(self, pbegin: PBegin) -> PCollection[Located]:
         """Apply the transform."""
         send_whole()
         return (
             pbegin
-            | "Parts" >> beam.Create(self._source.parts(), reshuffle=False)
-            | "Split" >> beam.FlatMap(self._source.split)
+            | "Parts" >> beam.Create(self.source.parts(), reshuffle=False)
+            | "Split" >> beam.FlatMap(self.source.split)
             | "Spread" >> beam.Reshuffle()
-            | "Rows"
-            >> beam.ParDo(_Read(self._source)).with_output_types(tuple[int, pa.RecordBatch])
+            | "Rows" >> beam.ParDo(_Read(self.source)).with_output_types(tuple[int, pa.RecordBatch])
         )
 
 

@@ -10,7 +10,7 @@ from beam_gemma.cli.estimate_flags import check_estimate, means_of
 from beam_gemma.cli.flags import parse
 from beam_gemma.cli.generate_flags import generate_parser, generate_settings
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.handlers import GemmaClassifyModelHandler, GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaClassifyModelHandler, GemmaGenerateModelHandler
 from beam_gemma.jobs.profiles import profiles
 from export.checkpoints.released_sizes import SIZES
 from tests.doubles.fakes import fake_signature
@@ -32,7 +32,7 @@ def means_for(monkeypatch):
         monkeypatch.setattr(estimate_flags, "this_machine", lambda: machine)
         if head == "generate":
             parser, asked, settings_of = generate_parser(), [], generate_settings
-            handler_of = GemmaModelHandler
+            handler_of = GemmaGenerateModelHandler
         else:
             parser, asked, settings_of = classify_parser(), ["--labels=a,b"], classify_settings
             handler_of = GemmaClassifyModelHandler

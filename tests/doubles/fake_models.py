@@ -8,7 +8,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.engine.engine import Engine
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.model.artifact import Artifact
@@ -72,7 +72,7 @@ def fake_generator(
     return Generator(engine, encoder, settings, constraint=constraint, on_result=on_result)
 
 
-class FakeHandler(GemmaModelHandler):
+class FakeHandler(GemmaGenerateModelHandler):
     """Starts an engine over the fake model."""
 
     def __init__(self, settings, **options) -> None:

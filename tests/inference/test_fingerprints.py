@@ -9,7 +9,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.inference.handlers import (
     GemmaClassifyModelHandler,
     GemmaEmbedModelHandler,
-    GemmaModelHandler,
+    GemmaGenerateModelHandler,
 )
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.model.artifact import Artifact
@@ -34,7 +34,7 @@ def keys(handler, artifact, *rows):
 
 def test_a_prompt_is_what_names_its_row(tiny_gemma3: TinyModel) -> None:
     artifact = tiny_gemma3.artifact
-    handler = GemmaModelHandler(str(artifact.path), GENERATE)
+    handler = GemmaGenerateModelHandler(str(artifact.path), GENERATE)
     a, same, other, null, null_again = keys(
         handler,
         artifact,
@@ -48,13 +48,13 @@ def test_a_prompt_is_what_names_its_row(tiny_gemma3: TinyModel) -> None:
     assert null == null_again
     assert len({a, other, null}) == 3
     # The template is known by what it renders.
-    written = GemmaModelHandler(str(artifact.path), replace(GENERATE, prompt="Say a"))
+    written = GemmaGenerateModelHandler(str(artifact.path), replace(GENERATE, prompt="Say a"))
     assert keys(written, artifact, {}) == [a]
 
 
 def test_a_cut_prompt_is_not_the_short_one(tiny_gemma3: TinyModel) -> None:
     artifact = tiny_gemma3.artifact
-    handler = GemmaModelHandler(str(artifact.path), GENERATE)
+    handler = GemmaGenerateModelHandler(str(artifact.path), GENERATE)
     encode = handler.encoder(artifact)
     cut = encode({"text": "a" * 100})
     kept = "a" * next(n for n in range(100) if encode({"text": "a" * n}).token_ids == cut.token_ids)

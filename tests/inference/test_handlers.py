@@ -13,7 +13,7 @@ from apache_beam.testing.util import assert_that
 
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.rows import num_rows, rows_of
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.monitoring.timeline import pulse_of
@@ -99,7 +99,7 @@ def same(wanted):
 
 
 def test_beam_batches_are_weighed_in_rows():
-    batching = GemmaModelHandler("model").batch_elements_kwargs()
+    batching = GemmaGenerateModelHandler("model").batch_elements_kwargs()
     assert batching["min_batch_size"] == batching["max_batch_size"] == BATCH_ROWS
     beam.BatchElements(**batching)
     weigh = batching["element_size_fn"]
@@ -109,7 +109,7 @@ def test_beam_batches_are_weighed_in_rows():
 
 
 def test_bytes_are_those_of_the_examples():
-    handler = GemmaModelHandler("model")
+    handler = GemmaGenerateModelHandler("model")
     assert handler.get_num_bytes(["abc", "ü"]) == 5
     assert handler.get_num_bytes([{"a": "x" * 256, "b": [1, 2.0], "c": None}]) == 256 + 16
     batch = batch_of("x" * 100)
@@ -117,7 +117,7 @@ def test_bytes_are_those_of_the_examples():
 
 
 def test_handler_is_picklable_and_small():
-    handler = GemmaModelHandler("model", SETTINGS, device="cpu", max_num_seqs=7)
+    handler = GemmaGenerateModelHandler("model", SETTINGS, device="cpu", max_num_seqs=7)
     for pickler in (pickle, beam_pickler):
         copy = pickler.loads(pickler.dumps(handler))
         assert repr(copy) == repr(handler)
@@ -127,7 +127,10 @@ def test_handler_is_picklable_and_small():
 
 def test_text_form_is_stable_and_tells_no_prompt():
     settings = GenerateSettings(prompt="the password is 1234 {text}", system="secret")
-    one, two = GemmaModelHandler("model", settings), GemmaModelHandler("model", settings)
+    one, two = (
+        GemmaGenerateModelHandler("model", settings),
+        GemmaGenerateModelHandler("model", settings),
+    )
     assert str(one) == str(two) == repr(one)
     assert "model='model'" in repr(one)
     assert not re.search(r"0x[0-9a-f]+|1234|secret", repr(one))
@@ -135,7 +138,7 @@ def test_text_form_is_stable_and_tells_no_prompt():
 
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="inference_batch_size"):
-        GemmaModelHandler("model", inference_batch_size=32)
+        GemmaGenerateModelHandler("model", inference_batch_size=32)
     with pytest.raises(OptionsError, match="max_tokens"), local_pipeline() as pipeline:
         _ = (
             pipeline

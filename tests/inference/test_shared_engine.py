@@ -19,7 +19,7 @@ from beam_gemma.cli.plan import Job
 from beam_gemma.cli.run import FAILURE, counters, run
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import ArtifactError, EngineError
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.transforms import Generate
 from beam_gemma.jobs.write_table import Output
 from beam_gemma.tables.open_table import open_source
@@ -137,7 +137,7 @@ def test_death_of_the_owner_is_heard_at_once_and_the_next_engine_is_announced(ow
 
 
 def test_error_of_loading_is_the_callers_own_and_no_server_is_left(tmp_path):
-    handler, tag = GemmaModelHandler(f"{tmp_path}/missing"), uuid.uuid4().hex
+    handler, tag = GemmaGenerateModelHandler(f"{tmp_path}/missing"), uuid.uuid4().hex
     for _ in range(2):
         with pytest.raises(ArtifactError, match="missing"):
             acquire(handler, tag)
@@ -147,7 +147,7 @@ def test_error_of_loading_in_worker_processes_is_one_sentence(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     flags = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     pipeline = local_pipeline(*flags)
-    handler = GemmaModelHandler(f"{tmp_path}/missing", SETTINGS)
+    handler = GemmaGenerateModelHandler(f"{tmp_path}/missing", SETTINGS)
     _ = pipeline | beam.Create([{"text": "a"}, {"text": "b"}]) | Generate(handler)
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "in.parquet")
     source = open_source(f"{tmp_path}/in.parquet")

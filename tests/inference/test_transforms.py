@@ -13,10 +13,9 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.transforms import Generate
-from beam_gemma.jobs.infer_table import Ask
-from beam_gemma.jobs.shards import Layout
+from beam_gemma.jobs.infer_table import InferTable
 from beam_gemma.tasks.generate import GenerateSettings
 from beam_gemma.versions import versions
 from tests.doubles.dataflow_service import display_of
@@ -185,7 +184,7 @@ class NeverRuns(FakeHandler):
 
 def test_settings_without_a_source_are_refused():
     with pytest.raises(OptionsError, match="prompt_column"):
-        Generate(GemmaModelHandler("model"))
+        Generate(GemmaGenerateModelHandler("model"))
 
 
 def test_what_is_generated_is_kept_before_it_goes_on():
@@ -208,7 +207,7 @@ def test_streams_are_refused():
     )
     for transform in (
         Generate(FakeHandler(SETTINGS)),
-        Ask(FakeHandler(SETTINGS), Layout(num_shards=1, num_rows=1), num_rows=None),
+        InferTable(FakeHandler(SETTINGS)),
     ):
         with pytest.raises(OptionsError) as caught:
             rows | type(transform).__name__ >> transform

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.jobs import dry_run as preview_module
 from beam_gemma.jobs.dry_run import preview
@@ -45,7 +45,7 @@ UNKNOWN = Means(
 )
 
 
-class Handler(GemmaModelHandler):
+class Handler(GemmaGenerateModelHandler):
     """Needs no model folder."""
 
     def __init__(self, settings, max_tokens):

@@ -10,7 +10,7 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import (
     GemmaClassifyModelHandler,
     GemmaEmbedModelHandler,
-    GemmaModelHandler,
+    GemmaGenerateModelHandler,
 )
 from beam_gemma.tables.open_table import ReadTable
 from examples.one_pass import BODY, GIST, SUBJECT, main
@@ -49,7 +49,7 @@ def test_three_jobs_in_one_pass(model, tmp_path, monkeypatch):
     table = pq.read_table(file)
     assert table.select(["id", "title", "body"]).to_pylist() == ROWS
     for name, handler in {
-        "gist": GemmaModelHandler(model, GIST, large_model=False),
+        "gist": GemmaGenerateModelHandler(model, GIST, large_model=False),
         "subject": GemmaClassifyModelHandler(model, SUBJECT, large_model=False),
         "embedding": GemmaEmbedModelHandler(model, BODY, large_model=False),
     }.items():

@@ -11,9 +11,9 @@ from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import BalanceError, FailuresError
 from beam_gemma.jobs import infer_table
-from beam_gemma.jobs.infer_table import Ask, num_ranges, together
+from beam_gemma.jobs.infer_table import InferTable, num_ranges
 from beam_gemma.jobs.shards import Layout
-from beam_gemma.jobs.write_table import Columns, Output, WriteTable
+from beam_gemma.jobs.write_table import Columns, Output, WriteOutput
 from beam_gemma.tables.file_sink import open_sink
 from beam_gemma.tables.open_table import ReadTable, open_source
 from beam_gemma.tasks.generate import GenerateSettings
@@ -62,8 +62,8 @@ def run(source, output, handler, *flags):
     """Run a job; return its counters and the table that it has written, in the order of files."""
     pipeline = local_pipeline(*flags)
     rows = pipeline | ReadTable(source)
-    answers = rows | Ask(handler, output.layout, num_rows=source.num_rows)
-    _ = (rows, *answers) | WriteTable(output)
+    answers = rows | InferTable(handler, num_rows=source.num_rows)
+    _ = (rows, (answers,)) | WriteOutput(output)
     counts = counters(pipeline.run())
     return counts, pa.concat_tables(map(pq.read_table, output.sink.earlier()))
 
@@ -164,11 +164,11 @@ def test_several_tasks_over_one_read(tmp_path):
         token_ids=True,
         truncate="left",
     )
-    answers = [
-        rows | f"Ask{tag}" >> Ask(FakeHandler(s), output.layout, num_rows=100, tag=tag)
+    answers = tuple(
+        rows | f"Infer{tag}" >> InferTable(FakeHandler(s), num_rows=100)
         for tag, s in enumerate((SETTINGS, longer))
-    ]
-    _ = (rows, *together(answers)) | WriteTable(output)
+    )
+    _ = (rows, answers) | WriteOutput(output)
     pipeline.run()
     back = pa.concat_tables(map(pq.read_table, output.sink.earlier()))
     assert back["key"].to_pylist() == list(range(100))
@@ -237,9 +237,9 @@ def test_no_step_before_the_sink_sees_rows_and_results_together(tmp_path):
     source, output = job(tmp_path)
     pipeline = local_pipeline()
     rows = pipeline | ReadTable(source)
-    answers = rows | "Ask" >> Ask(FakeHandler(SETTINGS), output.layout, num_rows=5)
-    _ = (rows, *answers) | "Write" >> WriteTable(output)
+    answers = rows | "Infer" >> InferTable(FakeHandler(SETTINGS), num_rows=5)
+    _ = (rows, (answers,)) | "Write" >> WriteOutput(output)
     labels = [part.full_label for part in pipeline.transforms_stack[0].parts[-1].parts]
     after = labels[labels.index("Write/Group") :]
     assert [label.rpartition("/")[2] for label in after][:2] == ["Group", "Stage"]
-    assert isinstance(answers.results, beam.PCollection)
+    assert all(isinstance(part, beam.PCollection) for part in answers.results)

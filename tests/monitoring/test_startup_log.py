@@ -7,7 +7,7 @@ import pytest
 
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.tasks.generate import GenerateSettings
@@ -19,7 +19,7 @@ NUMBER = r"\d+\.\d"
 @pytest.fixture
 def handler(tiny_gemma3):
     settings = GenerateSettings(sampling=SamplingParams(max_tokens=2))
-    return GemmaModelHandler(str(tiny_gemma3.artifact.path), settings)
+    return GemmaGenerateModelHandler(str(tiny_gemma3.artifact.path), settings)
 
 
 def test_each_part_of_a_start_is_a_line_once(handler, tiny_gemma3, caplog):

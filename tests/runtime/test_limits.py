@@ -3,7 +3,7 @@
 import pytest
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.handlers import GemmaModelHandler
+from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.runtime.limits import Limits
 
 
@@ -40,9 +40,9 @@ def test_what_cannot_be_is_refused(device, said, words):
     with pytest.raises(OptionsError, match=words):
         Limits(**said).check(device)
     with pytest.raises(OptionsError, match=words):
-        GemmaModelHandler("model", device=device, **said)
+        GemmaGenerateModelHandler("model", device=device, **said)
 
 
 def test_what_is_for_gpus_waits_for_the_machine_where_the_device_does():
-    handler = GemmaModelHandler("model", gpu_memory_utilization=0.5)
+    handler = GemmaGenerateModelHandler("model", gpu_memory_utilization=0.5)
     assert "gpu_memory_utilization=0.5" in repr(handler)

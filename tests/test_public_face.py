@@ -1,0 +1,94 @@
+"""The public face: what `beam_gemma` exports, its documentation, and its names of version 0.7."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import beam_gemma
+from beam_gemma import moved
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "ArtifactError", "BalanceError", "BeamGemmaError", "BudgetError", "CheckpointError",
+    "Classify", "ClassifySettings", "ConfigError", "DeviceError", "Embed", "EmbedSettings",
+    "EngineError", "FailuresError", "GemmaClassifyModelHandler", "GemmaEmbedModelHandler",
+    "GemmaGenerateModelHandler", "GemmaTextEmbeddings", "Generate", "GenerateSettings",
+    "InferTable", "Limits", "ModerateSettings", "OptionsError", "Policy", "PromptTooLongError",
+    "ReadTable", "RecordError", "SamplingParams", "Shot", "StorageError", "StructuredOutput",
+    "WriteTable",
+}  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(beam_gemma.PUBLIC) == NAMES
+    assert set(dir(beam_gemma)) >= NAMES | {"__version__"}
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(beam_gemma.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == beam_gemma.PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_public_name_is_the_class_of_its_module(name: str) -> None:
+    value = getattr(beam_gemma, name)
+    assert (value.__module__, value.__name__) == (beam_gemma.PUBLIC[name], name)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Generates'"):
+        _ = beam_gemma.Generates
+
+
+def test_the_package_loads_neither_beam_nor_onnxruntime() -> None:
+    code = "import sys, beam_gemma; print({'apache_beam', 'onnxruntime'} & set(sys.modules))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "set()\n"
+
+
+def test_examples_and_readme_use_the_public_face_alone() -> None:
+    readme = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    for source in (readme, (ROOT / "examples/one_pass.py").read_text()):
+        nodes = ast.walk(ast.parse(source))
+        used = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        assert {module for module in used if module.startswith("beam_gemma")} == {"beam_gemma"}
+
+
+@pytest.mark.parametrize("old", sorted(moved.MODULES))
+def test_a_module_of_0_7_is_found_with_a_warning(old: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=rf"{old}: expected {moved.MODULES[old]}, got"):
+        module = importlib.import_module(old)
+    new = importlib.import_module(moved.MODULES[old])
+    classes = [name for name, value in vars(new).items() if isinstance(value, type)]
+    assert classes
+    assert all(getattr(module, name) is getattr(new, name) for name in classes)
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(moved.CLASSES))
+def test_a_class_of_0_7_is_found_with_a_warning(module: str, name: str) -> None:
+    new = moved.CLASSES[module, name]
+    with pytest.warns(DeprecationWarning, match=rf"{module}.{name}: expected beam_gemma.{new}"):
+        value = getattr(importlib.import_module(module), name)
+    assert value is getattr(beam_gemma, new)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = importlib.import_module(module).nothing
+
+
+def test_the_example_of_moved_names_runs() -> None:
+    sys.modules.pop("beam_gemma.sampling", None)
+    assert doctest.testmod(moved).failed == 0
