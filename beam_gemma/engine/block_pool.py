@@ -1,24 +1,24 @@
-"""The cache blocks of one group of layers: who holds them, what is in them, which come next.
+"""Cache blocks of one group of layers: their holders, their digests and the order of reuse.
 
-A full block has a digest, which names its tokens and all tokens before them (prefix.py). A block
-that nobody holds keeps digest and contents until it is allocated again, so that a later sequence
-with the same prefix can take it up where it lies. Always:
+A full block has a digest, which identifies its tokens and all tokens before them (prefix.py). A
+free block keeps its digest and contents until it is allocated again, so that a later sequence with
+the same prefix can reuse it in place. Invariants:
 
     a block is free if and only if it has no holders; block 0 is in no pool
     a digest names one block, a block has at most one digest
-    what is allocated is finite: zeros, or values that some row has read and stayed finite
+    allocated blocks are finite: zeros, or values that some row has read and stayed finite
 
-For the last, a block is *unproven* from its allocation until a sequence lets go of it that has read
-it and chosen a token; an unproven block is zeroed before it is allocated again. Attention reads
-whole tables and multiplies what is out of reach by zero, and 0 * NaN is NaN: without this, what one
-row left behind could spoil another.
+To keep the last one, a block is *unproven* from its allocation until it is released by a sequence
+that has read it and then chosen a token; an unproven block is zeroed before it is allocated again.
+Attention reads whole tables and multiplies values out of reach by zero, and 0 * NaN is NaN: without
+zeroing, the leftovers of one row could spoil another.
 """
 
 from collections import OrderedDict
 
 
 class BlockPool:
-    """Blocks with counts of their holders. Integers only: the tensors are the session's."""
+    """Block numbers with counts of their holders; the tensors themselves belong to the session."""
 
     def __init__(self, num_blocks: int) -> None:
         """Start with blocks 1 to `num_blocks` - 1, all free and holding zeros."""
@@ -32,12 +32,12 @@ class BlockPool:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that sequences can hold."""
+        """Number of blocks that sequences can hold."""
         return len(self._num_holders) - 1
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of blocks that no sequence holds."""
         return len(self._empty) + len(self._cached)
 
     def num_holders(self, block: int) -> int:
@@ -45,11 +45,11 @@ class BlockPool:
         return self._num_holders[block]
 
     def find(self, digest: bytes) -> int | None:
-        """Return the block that a digest names, held or free."""
+        """Return the block with a digest, held or free; None if there is none."""
         return self._blocks.get(digest)
 
     def allocate(self) -> int:
-        """Hand out a free block; one with a digest only if there is no other, oldest first."""
+        """Allocate a free block; blocks with a digest come last, the oldest of them first."""
         if self._empty:
             block = self._empty.pop()
         else:
@@ -68,7 +68,7 @@ class BlockPool:
         self._num_holders[block] += 1
 
     def release(self, block: int, *, proven: bool) -> None:
-        """Take a holder from a block; `proven` if it read the block and chose a token."""
+        """Remove a holder of a block; `proven` if it has read the block and chosen a token."""
         if proven:
             self._unproven.discard(block)
         self._num_holders[block] -= 1
@@ -80,21 +80,21 @@ class BlockPool:
             self._empty.append(block)
 
     def register(self, block: int, digest: bytes) -> None:
-        """Name a held block, so that others find it; the first of equal blocks keeps the name."""
+        """Give a held block a digest to be found by; the first of equal blocks keeps it."""
         if self._blocks.setdefault(digest, block) == block:
             self._digests[block] = digest
 
     def forget(self, block: int) -> None:
-        """Take away the name of a held block, if it has one."""
+        """Remove the digest of a held block, if it has one."""
         digest = self._digests.pop(block, None)
         if digest is not None:
             del self._blocks[digest]
 
     def wipe(self, blocks: list[int]) -> None:
-        """Have held blocks zeroed, since something other than their tokens may be in them."""
+        """Mark held blocks for zeroing, since they may contain more than their tokens' values."""
         self._unclean += blocks
 
     def take_unclean(self) -> list[int]:
-        """Return the held blocks that must be zeroed before the next run, once."""
+        """Return the held blocks to zero before the next run, and clear that list."""
         unclean, self._unclean = self._unclean, []
         return unclean

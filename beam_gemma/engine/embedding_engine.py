@@ -1,8 +1,8 @@
-"""Many texts to one embedding each, in steps of about equal cost.
+"""Embedding of many texts, in steps of about equal cost.
 
-Texts are sorted by length and packed without padding, up to a number of tokens. A step that fails
-is tried again by halves, down to a text that fails alone, and again: then it is that text's error.
-Several of these with no success between them are the device's fault.
+Texts are sorted by length and packed without padding, up to a token budget. A step that fails is
+tried again by halves, down to single texts; a text that fails twice alone gets an error. Several
+such errors with no success between them mean that the device has failed.
 
 Dimensions: T tokens, B texts, W width of an embedding.
 """
@@ -18,25 +18,25 @@ from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.runtime.step_interface import EmbedOutput
 
 SPREAD = 2
-"""Most places that the texts of a step take side by side, as long as the longest, for each token of
-the budget: some kernels lay them so."""
+"""Maximum size of a step with every text padded to the longest, as a multiple of the token budget;
+some kernels use that layout."""
 MAX_FAILURES_IN_A_ROW = 3
-"""Texts that may fail one after another, with no step between them that succeeds."""
+"""Consecutive text failures, with no successful step between them, that stop the engine."""
 TokenIds: TypeAlias = Sequence[int]
 Result: TypeAlias = np.ndarray | str
-"""An embedding [W], or what went wrong."""
+"""An embedding [W], or an error message."""
 
 
 @runtime_checkable
 class Runner(Protocol):
-    """What the steps ask of a session."""
+    """Interface of the session that runs the steps."""
 
     def embed(self, feeds: Mapping[str, np.ndarray]) -> EmbedOutput:
-        """Run one step over whole texts."""
+        """Run one step on whole texts."""
 
 
 class EmbeddingSteps:
-    """Runs steps on a session that many threads share."""
+    """Runs embedding steps on a session that many threads share."""
 
     def __init__(
         self,
@@ -46,30 +46,30 @@ class EmbeddingSteps:
         max_num_seqs: int | None = None,
         on_step: Callable[[int], None],
     ) -> None:
-        """Join a session.
+        """Wrap a session.
 
         Args:
-            session: Runs the graph.
-            max_num_batched_tokens: Tokens of one step, unless one text has more.
-            max_num_seqs: Texts of one step; None for no limit.
-            on_step: Called with the tokens of each step that succeeded.
+            session: The session that runs the graph.
+            max_num_batched_tokens: Maximum tokens per step, unless a single text has more.
+            max_num_seqs: Maximum texts per step; None for no limit.
+            on_step: Called with the number of tokens of each step that succeeds.
         """
         self._session = session
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._on_step = on_step
         self._lock = threading.Lock()
-        self._num_failures = 0  # in a row; guarded by the lock
-        self.num_tokens = 0  # of steps that succeeded; guarded by the lock
+        self._num_failures = 0  # consecutive failures; guarded by the lock
+        self.num_tokens = 0  # tokens of steps that succeeded; guarded by the lock
         self._is_drained = False
 
     def __call__(self, texts: Sequence[TokenIds]) -> Iterator[tuple[int, Result]]:
-        """Yield the index and the result of each text, step by step; none is empty.
+        """Yield the index and the result of each text, step by step; texts must not be empty.
 
         Raises:
             EngineError: the device failed.
         """
-        # The longest first, so that what needs too much memory fails before anything is done.
+        # Longest first, so that running out of memory shows before any work is done.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         for step in self._steps(texts, order):
             if self._is_drained:
@@ -77,7 +77,7 @@ class EmbeddingSteps:
             yield from self._run(texts, step)
 
     def drain(self) -> None:
-        """Run no other step: calls end with the one that runs."""
+        """Start no further step: calls end after their current one."""
         self._is_drained = True
 
     def _steps(self, texts: Sequence[TokenIds], order: Sequence[int]) -> Iterator[list[int]]:
@@ -94,7 +94,7 @@ class EmbeddingSteps:
             yield step
 
     def _run(self, texts: Sequence[TokenIds], step: list[int]) -> Iterator[tuple[int, Result]]:
-        """Yield the results of a step."""
+        """Yield the index and the result of each text of a step."""
         num_tokens = sum(len(texts[i]) for i in step)
         for _ in range(2 if len(step) == 1 else 1):
             try:
@@ -102,7 +102,9 @@ class EmbeddingSteps:
                     output = self._session.embed(feeds([texts[i] for i in step]))
                     self._num_failures = 0
                     self.num_tokens += num_tokens
-            except Exception as error:  # a graph fails in any way; the text at fault is sought
+            except (
+                Exception
+            ) as error:  # a graph may raise anything; halving finds the text at fault
                 failure = f"{type(error).__name__}: {error}"
             else:
                 self._on_step(num_tokens)
@@ -127,15 +129,15 @@ class EmbeddingSteps:
 
 
 def check_sight(session: Runner, token_ids: TokenIds, *, is_two_sided: bool) -> None:
-    """Refuse a graph that sees what its model does not see, or does not see what its model sees.
+    """Check that the graph's attention direction is that of its model.
 
     Args:
-        session: Runs the graph.
-        token_ids: Three that differ.
-        is_two_sided: Whether a token of the model sees what comes after it.
+        session: The session that runs the graph.
+        token_ids: Three different token ids.
+        is_two_sided: Whether the model's tokens also attend to later tokens.
 
     Raises:
-        ArtifactError: the graph is not that of its model.
+        ArtifactError: the graph's attention direction differs from its model's.
     """
     first, *others = token_ids
     states = session.embed(feeds([[first, other] for other in others])).first_state
@@ -148,7 +150,7 @@ def check_sight(session: Runner, token_ids: TokenIds, *, is_two_sided: bool) -> 
 
 
 def feeds(texts: Sequence[TokenIds]) -> dict[str, np.ndarray]:
-    """Return the inputs of a step."""
+    """Return the graph inputs of a step over these texts."""
     return {
         "input_ids": np.array(list(chain.from_iterable(texts)), np.int64),
         "cu_seqlens": np.array([0, *accumulate(map(len, texts))], np.int32),

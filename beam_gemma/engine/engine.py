@@ -1,10 +1,9 @@
 """The step loop: token ids in, token ids out.
 
 One engine runs one session. Any number of threads submit requests and wait; one daemon thread
-schedules and executes steps, so requests of all callers share them. A submission is seen whole or
-not at all, so the first step of a batch is as full as any. What is wrong with a request ends that
-request alone; what is wrong with the device, or with this code, ends the engine and everything it
-holds.
+schedules and executes steps, so requests of all callers share steps. A submission is queued as a
+whole, so the first step of a batch is as full as any other. An error in a request ends that request
+alone; a failure of the device, or of this code, ends the engine and all requests that it holds.
 """
 
 import atexit
@@ -27,7 +26,7 @@ from beam_gemma.runtime.step_interface import Runner
 
 
 class Engine:
-    """Completes requests of many threads in shared steps."""
+    """Completes the requests of many threads in shared steps."""
 
     def __init__(
         self,
@@ -37,16 +36,16 @@ class Engine:
         on_step: Callable[[Count], None] = lambda _: None,
         device_stats: Callable[[], DeviceStats] = DeviceStats,
     ) -> None:
-        """Start the thread.
+        """Start the engine and its thread.
 
         Args:
-            session: Runs the steps.
-            config: How large they may be.
-            on_step: Called after each step with the tokens that it computed.
-            device_stats: What the device says after each step; a CPU says nothing.
+            session: The session that runs the steps.
+            config: The size limits of steps.
+            on_step: Called after each step with the number of tokens that it computed.
+            device_stats: Called after each step to read GPU statistics; all zero by default.
 
         Raises:
-            OptionsError: the session keeps less recurrent state than the config needs.
+            OptionsError: the session has fewer recurrent state slots than the config needs.
         """
         self.signature = session.signature
         self.pulse = Pulse(self.signature.device, stats=device_stats)
@@ -76,25 +75,25 @@ class Engine:
         self._inbox: list[list[Sequence]] = []
         self._stopped: EngineError | None = None
         self._gives_up = False
-        """Whether what waits is to be given up."""
+        """True if waiting requests are to be given up."""
         self._is_leaving = False
-        """Whether the process ends, with whatever is left."""
+        """True if the process is exiting, even with work left."""
         self._condition = threading.Condition()  # guards the six above
         self._thread = threading.Thread(target=self._loop, name="beam-gemma-engine", daemon=True)
         self._thread.start()
-        # ONNX Runtime aborts a process that ends amid a step.
+        # ONNX Runtime aborts a process that exits during a step.
         atexit.register(self._leave)
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot of the counts."""
+        """Snapshot of the engine's counts."""
         with self._condition:
             return dataclasses.replace(self._stats)
 
     def submit(self, requests: Iterable[Request]) -> list[Future[Completion]]:
-        """Queue requests as one batch; return their completions to come, in the same order.
+        """Queue requests as one batch; return futures of their completions, in the same order.
 
-        A request that can never run has its error at once. Single futures cannot be cancelled.
+        A request that can never run gets its error at once. Single futures cannot be canceled.
 
         Raises:
             EngineError: the engine was closed, or stopped by an error.
@@ -137,9 +136,9 @@ class Engine:
         atexit.unregister(self._leave)
 
     def drain(self) -> None:
-        """Refuse further work, and give up what waits: its completions raise `CancelledError`.
+        """Refuse further work and give up waiting requests: their futures raise `CancelledError`.
 
-        What runs goes on to its end.
+        Requests that run are completed.
         """
         self._refuse(gives_up=True)
 
@@ -162,13 +161,13 @@ class Engine:
                 self._step()
             while self._executor.is_busy:
                 self._executor.collect()
-        except Exception as error:  # whatever it is, callers that wait must hear of it
+        except Exception as error:  # waiting callers must learn of any error
             self._fail(error)
         finally:
-            del self._executor  # and the session with it, whose memory is for the next one
+            del self._executor  # frees the session's memory for the next session
 
     def _receive(self) -> bool:
-        """Queue what was submitted, waiting for it if idle; return False when all is done."""
+        """Queue submitted requests, waiting for some if idle; return False when all is done."""
         with self._condition:
             while not (
                 self._inbox or self._scheduler.has_unfinished or self._stopped or self._is_leaving
@@ -189,7 +188,7 @@ class Engine:
             future.set_exception(CancelledError())
 
     def _step(self) -> None:
-        """Launch a step, collect one once the device has enough to do, and deliver what ended."""
+        """Launch a step, collect one if no more can be launched, and deliver ended completions."""
         executor = self._executor
         step = () if executor.is_full else self._scheduler.schedule(ahead=executor.is_busy)
         if step:
@@ -204,7 +203,7 @@ class Engine:
             future.set_result(completion)
 
     def _fail(self, error: Exception) -> None:
-        """Stop for good: everything held fails with the error, and submissions are refused."""
+        """Stop for good: fail all held requests with the error and refuse submissions."""
         message = f"engine: stopped by {type(error).__name__}: {error}"
         with self._condition:
             self._stopped = EngineError(message)

@@ -1,30 +1,29 @@
-"""Runs steps and gives each sequence its next token; what goes wrong ends only the rows at fault.
+"""Execution of steps: each sequence gets its next token, and a failure ends only the rows at fault.
 
-Steps in flight. `launch` starts a step; `collect` waits for the oldest one and gives each of its
-sequences what it computed. Where the graph itself chooses tokens, a device may have two steps: the
-second is launched before the host knows what the first chooses, so the device never waits for the
-host to look at it. A sequence that ends by what it chose may be in the second step as well. What
-that computes of it is surplus: nobody counts it, and slot and blocks are kept until it is over.
-Where the host has to choose for a row, nothing is launched before it has.
+Steps in flight. `launch` starts a step; `collect` waits for the oldest one and hands its results to
+its sequences. Where the graph itself chooses tokens, two steps may be in flight: the second is
+launched before the host knows the tokens that the first chooses, so the device never waits for the
+host. A sequence that ends with the first step may be in the second one as well. Its results there
+are surplus: they are not counted, and its slot and blocks are kept until that step is over. Where
+the host has to choose a token, no further step is launched before it has.
 
-Anything that goes wrong is dealt with as if there was one step at a time: all steps in flight are
-waited for first. What was started after a step that failed counts for nothing, and runs again after
-it.
+Failures are handled as if there were one step at a time: all steps in flight are waited for first.
+Steps started after a failed step are discarded and run again after it.
 
-An exception of the session. Nothing of the step counts as computed. The step is cut in two parts,
-which are tried in order, so that whoever computes a shared block still comes before those that read
-it; and so on, down to a block of a prompt, since half a chunk needs half the memory. What can be
-cut no smaller and fails twice ends its row. Recurrent state is not what it was before the step, so
-there all sequences of the step are preempted, and computed anew one at a time: what fails alone is
-at fault.
+Exceptions of the session. Nothing of the step counts as computed. The step is halved, and the
+halves are tried in order, so that a sequence that computes a shared block still comes before those
+that read it. Halving goes on down to one block of a prompt, since half a chunk needs half the
+memory. A row that cannot be cut further and fails twice ends with an error. Recurrent state cannot
+be restored to before the step, so for such models all sequences of the step are preempted and
+computed anew one at a time: a row that fails alone is at fault.
 
-A row that is not finite. Its values follow from its own tokens, unless it has read blocks of other
-sequences, which a NaN may have reached from what came later there. So a row with such blocks is
-computed once more, alone and on blocks of its own; without them, it ends.
+Rows that are not finite. A row's values follow from its own tokens, unless it has read blocks of
+other sequences, where later tokens may have left a NaN. So a row with such blocks is computed once
+more, alone and on blocks of its own; a row without them ends with an error.
 
-A failed row is an error only once a later step has proven that the device is alive; where no work
-is left, a step of one token for nobody. Where several rows fail with no success between them, it is
-the device that failed, and the engine must stop.
+A failed row is reported only once a later step has proven that the device is alive; if no work is
+left, a probe step of one token does. If several rows fail with no success between them, the device
+has failed, and the engine must stop.
 """
 
 import itertools
@@ -47,13 +46,13 @@ from beam_gemma.runtime.step_interface import Feeds, Runner, ScoreOutput, StepOu
 from beam_gemma.structured.constraint import MaskMaker, MaskOf
 
 MAX_FAILURES_IN_A_ROW = 3
-"""Rows that may fail one after another, with no step between them that succeeds."""
+"""Consecutive row failures, with no successful step between them, that stop the engine."""
 PROBE = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1))
 Ended = tuple[Sequence, Completion]
 
 
 class Executor:
-    """Takes scheduled steps through the session."""
+    """Runs scheduled steps on the session."""
 
     def __init__(
         self,
@@ -63,20 +62,20 @@ class Executor:
         *,
         on_run: Callable[[StepCount], None],
     ) -> None:
-        """Join what a step needs.
+        """Create an executor with no steps in flight.
 
         Args:
-            session: Runs the steps.
-            cache: Has the blocks of each step in place.
-            scheduler: Made the steps; hears which sequences end or must start anew.
-            on_run: Called after each run with what it computed.
+            session: The session that runs the steps.
+            cache: The cache that holds the blocks of each step.
+            scheduler: The scheduler of the steps; told which sequences end or start anew.
+            on_run: Called after each run with its counts.
         """
         self._session = session
         self._signature = session.signature
         self._cache = cache
         self._scheduler = scheduler
         self._on_run = on_run
-        # Recurrent state cannot go back to before a step that failed.
+        # Recurrent state cannot be restored to before a failed step.
         self._most = 1 if self._signature.has_recurrent_state else session.max_steps_in_flight
         self._flights: deque[Flight] = deque()
         self._mask_maker = MaskMaker()
@@ -85,24 +84,24 @@ class Executor:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a step is in flight."""
+        """True if a step is in flight."""
         return bool(self._flights)
 
     @property
     def is_full(self) -> bool:
-        """Whether a step must be collected before another is launched."""
+        """True if a step must be collected before another is launched."""
         flights = self._flights
         return bool(flights) and (len(flights) >= self._most or flights[-1].is_last)
 
     def launch(self, step: Step) -> None:
-        """Start a step that was scheduled with those in flight in mind."""
+        """Start a step that was scheduled to follow the steps in flight."""
         self._flights.append(self._start(step))
 
     def collect(self) -> None:
-        """Wait for the oldest step in flight, and for the others if anything is wrong with it.
+        """Wait for the oldest step in flight, and for the others too if anything is wrong with it.
 
         Raises:
-            Exception: the session's own, once it fails whatever it is given.
+            Exception: the session's own, once the session fails for any input.
         """
         self._land(self._flights.popleft())
         while self._flights and self._flights[0].is_over:
@@ -111,12 +110,12 @@ class Executor:
             self._prove_alive()
 
     def take_ended(self) -> list[Ended]:
-        """Return the sequences that ended since this was last called."""
+        """Return the sequences that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
     def _prove_alive(self) -> None:
-        """Compute one token for nobody; the session's exception if it cannot even do that."""
+        """Compute one token of a probe; raise the session's exception if even that fails."""
         probe = Sequence(PROBE, frozenset())
         self._scheduler.add([probe])
         self._session.start(self._feeds(self._scheduler.schedule())).result()
@@ -124,7 +123,7 @@ class Executor:
         self._settle()
 
     def _start(self, step: Step) -> Flight:
-        """Start a step; where that fails, its result is the failure."""
+        """Start a step; if that fails, the flight's result is the failure."""
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
         with_logits = any(row.wants_logits for row in rows)
         host_chooses = with_logits or not self._signature.chooses
@@ -141,34 +140,34 @@ class Executor:
             flight.pending = self._session.start(
                 feeds, with_logits=with_logits, with_candidates=host_chooses
             )
-        except Exception as error:  # a device may raise anything; only the rows at fault may end
+        except Exception as error:  # a device may raise anything; only the rows at fault end
             flight.fail(error)
         for sequence, num_new_tokens in step:
             sequence.launch(num_new_tokens)
         return flight
 
     def _feeds(self, step: Step) -> dict[str, np.ndarray]:
-        """Return the inputs of a step, all blocks of which are finite from here on."""
+        """Zero the step's unclean blocks, so that all are finite, and return its inputs."""
         for group, blocks in self._cache.take_unclean().items():
             self._session.zero_blocks(group, blocks)
         return pack(step, self._signature, self._cache)
 
     def _begin_masks(self, rows: list[Sequence]) -> MaskOf:
-        """Have masks that are sure to be needed made while the model runs."""
+        """Start computing the masks that are certain to be needed while the model runs."""
         candidates = self._signature.candidates
         guides = [row.guide for row in rows if row.guide and wants_mask(row, candidates)]
         return self._mask_maker.begin(guides)
 
     def _land(self, flight: Flight, *, is_retry: bool = False) -> None:
-        """Give the sequences of a step what it computed."""
+        """Hand the results of a step to its sequences."""
         try:
             output = flight.pending.result()
-        except Exception as error:  # as above
+        except Exception as error:  # as in _start
             self._go_back(flight, error, is_retry=is_retry)
             return
         self._settle()
         if not is_finite(output):
-            self._wait()  # since blocks may change hands
+            self._wait()  # blocks may change hands below
         num_sequences = flight.settle()
         if isinstance(output, ScoreOutput):
             self._score(flight, output)
@@ -181,26 +180,26 @@ class Executor:
         self._on_run(StepCount(num_sequences, flight.num_prompt_tokens, num_chosen))
 
     def _wait(self) -> None:
-        """Wait for all steps in flight, so that no one reads or writes a block any more."""
+        """Wait for all steps in flight, so that no step reads or writes a block any more."""
         for flight in self._flights:
             flight.wait()
 
     def _run(self, step: Step, *, is_retry: bool = False) -> None:
-        """Run a part of a step that failed, or a step after one, with nothing else in flight."""
-        # What ran before it may have ended sequences of it, or made them start anew.
+        """Run part of a failed step, or a step that followed one, with nothing else in flight."""
+        # Earlier runs may have ended or restarted some of its sequences.
         step = tuple(item for item in step if item[0].status is Status.RUNNING)
         if step:
             self._land(self._start(step), is_retry=is_retry)
 
     def _settle(self) -> None:
-        """Let go of failed rows: they were at fault, not the device."""
+        """Report the failed rows as ended: they were at fault, not the device."""
         self._ended += self._failed
         self._failed = []
 
     def _go_back(self, flight: Flight, error: Exception, *, is_retry: bool) -> None:
-        """Stand where the sequences were before a step that failed, and run all again from there.
+        """Reset the sequences to before a failed step, and run it and all later steps again.
 
-        What was started after it has read what it left behind, or nothing at all.
+        Later steps may have read incomplete blocks of the failed one, so their results are dropped.
         """
         self._wait()
         later = list(self._flights)
@@ -220,7 +219,7 @@ class Executor:
             self._run(after.step)
 
     def _recover(self, step: Step, error: Exception, *, is_retry: bool) -> None:
-        """Try again what failed, in parts; end a row that can fail no smaller."""
+        """Retry a failed step in parts; end a row that cannot be cut further."""
         if self._signature.has_recurrent_state:
             if not step[0][0].isolated:
                 for sequence, _ in reversed(step):
@@ -238,19 +237,19 @@ class Executor:
             raise error
 
     def _halves(self, step: Step) -> list[Step]:
-        """Return a step in two parts, or nothing if it cannot be cut."""
+        """Return the two halves of a step, or an empty list if it cannot be cut."""
         if len(step) > 1:
             return [step[: len(step) // 2], step[len(step) // 2 :]]
         sequence, num_new_tokens = step[0]
         middle = sequence.middle(num_new_tokens, self._session.signature.block_size)
         if not middle:
             return []
-        # The first part's tables name the blocks of the second, where the failed run may have been.
+        # The first part's tables name the second's blocks, which the failed run may have written.
         self._cache.wipe(sequence.slot, sequence.num_computed_tokens + middle)
         return [((sequence, middle),), ((sequence, num_new_tokens - middle),)]
 
     def _choose(self, flight: Flight, output: StepOutput) -> int:
-        """Give each row its next token; return how many tokens completions gain."""
+        """Give each row its next token; return the number of tokens that completions gain."""
         num_chosen = 0
         probabilities = iter(output.top_probability.tolist())
         for row, (sequence, best) in enumerate(zip(flight.rows, _best(output), strict=True)):
@@ -260,7 +259,7 @@ class Executor:
                 self._refuse(sequence)
                 continue
             if sequence.status is not Status.RUNNING:
-                continue  # it ended, or began anew, while the step was in flight
+                continue  # the sequence ended or restarted while the step was in flight
             sequence.isolated = False
             if self._host_chooses(sequence):
                 candidates = candidates_of(output, row, flight.full_row(row))
@@ -271,13 +270,13 @@ class Executor:
         return num_chosen
 
     def _host_chooses(self, sequence: Sequence) -> bool:
-        """Return whether a row's token is not simply the one that came first."""
+        """Return whether the host must choose the row's token; else the device's token is used."""
         if self._signature.chooses:
             return sequence.wants_logits
         return sequence.guide is not None or sequence.request.params.temperature > 0
 
     def _score(self, flight: Flight, output: ScoreOutput) -> None:
-        """Hand each sequence the scores of its targets, and finish what has all of them."""
+        """Give each sequence the scores of its targets; finish the sequences that have all."""
         rest = iter(_scores(flight.feeds, output))
         starts = flight.feeds["past_seqlens"].tolist()
         finite = {}
@@ -293,7 +292,7 @@ class Executor:
                 self._finish(sequence, sequence.completion("stop"))
 
     def _refuse(self, sequence: Sequence) -> None:
-        """End a row that is not finite, or find out whether it is by itself."""
+        """End a row that is not finite, or recompute it alone if it has read shared blocks."""
         if sequence.status is not Status.RUNNING:
             if sequence.status is Status.FINISHED:
                 self._scheduler.finish(sequence, clean=False)
@@ -312,7 +311,7 @@ class Executor:
         )
 
     def _accept(self, sequence: Sequence, token_id: int, logprob: float) -> None:
-        """Append a token, and finish the sequence if it ends with it."""
+        """Pass a token to its sequence, and finish the sequence if it ends there."""
         try:
             finish_reason: FinishReason | None = sequence.accept(token_id, logprob)
         except RecordError as error:
@@ -330,15 +329,15 @@ class Executor:
 
 
 def failure(message: str) -> Completion:
-    """Return the completion of a row that ends with an error."""
+    """Return the completion of a row that ended with an error."""
     return Completion(token_ids=(), finish_reason="error", logprob=None, error=message)
 
 
 def _scores(feeds: Feeds, output: ScoreOutput) -> list[float]:
-    """Return the score of each target of a step; NaN where the model gave no finite one."""
+    """Return the score of each target of a step; NaN where the model gave no finite score."""
     normalizers = np.zeros(len(feeds["logit_rows"]))
     tops = zip(output.top_logits.tolist(), output.top_probability.tolist(), strict=True)
-    # One by one: a vectorized logarithm may differ in a bit with the place in its array.
+    # Scalar logarithms: a vectorized one may differ in a bit depending on the place in its array.
     normalizers[feeds["probability_rows"]] = [
         logit - math.log(probability) if probability > 0 else math.nan
         for logit, probability in tops
@@ -347,7 +346,7 @@ def _scores(feeds: Feeds, output: ScoreOutput) -> list[float]:
 
 
 def _best(output: StepOutput) -> Iterator[tuple[int, float, float]]:
-    """Yield for each row a token, its logit and that of the likeliest: what the device chose."""
+    """Return per row the device's token, its logit and the likeliest token's logit."""
     tops = top_logits(output).tolist()
     if output.chosen_ids is not None and output.chosen_logits is not None:
         return zip(output.chosen_ids.tolist(), output.chosen_logits.tolist(), tops, strict=True)

@@ -1,19 +1,19 @@
-"""Which sequence holds which cache blocks. Integers only: the tensors are the session's.
+"""Assignment of cache blocks to sequences, as integers; the tensors belong to the session.
 
-Each group of layers has a pool of blocks (block_pool.py) and a table: a row for each running
-sequence, which names the blocks of its tokens in order. A sequence takes blocks step by step and
-gives back those that a window has left behind. Sequences whose first tokens are equal hold the same
-blocks for them. For each group, always:
+Each group of layers has a pool of blocks (block_pool.py) and a table with a row for each running
+sequence, which lists the blocks of its tokens in order. A sequence takes blocks step by step and
+gives back those that its attention window has left behind. Sequences whose first tokens are equal
+share the blocks of these tokens. Invariants of each group:
 
     holders of a block = rows of the table that name it
     a block has two holders only if their tokens are equal up to its end
     a sequence writes only to blocks that it allocated itself
 
-Each layer of a graph writes the new tokens of a step before any sequence reads, so a block may be
-shared from the step that computes it on: its digest is registered when that step is scheduled. In
-the step, the sequence that computes a block stands before those that share it.
+Each layer of a graph writes the new tokens of a step before any sequence reads them, so a block may
+be shared from the step that computes it on: its digest is registered when that step is scheduled.
+Within the step, the sequence that computes a block comes before those that share it.
 
-Unused entries of a table point at block 0, which stays zero.
+Unused entries of a table point to block 0, which stays zero.
 
 Dimensions: S slots, M blocks in a table row.
 """
@@ -32,19 +32,19 @@ from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefix:
-    """The leading tokens of a sequence that caches hold already, perhaps none."""
+    """The leading tokens of a sequence that the cache already holds, possibly none."""
 
     chain: PrefixChain | None
-    """Of the sequence; None if it shares no blocks."""
+    """Digests of the sequence's blocks; None if it shares no blocks."""
     num_known_tokens: int
-    """All tokens of the sequence; the step that computes the last one gives the next."""
+    """Number of all tokens of the sequence; computing the last one gives the next token."""
     num_tokens: int
     blocks: Mapping[str, list[int]]
-    """For each group, those that the next token or a later one reads."""
+    """Blocks of each group that the next token or a later one reads."""
 
 
 class KVCache:
-    """Slots for running sequences, and for each slot a table of blocks in every group."""
+    """Slots for running sequences, and each slot's row of blocks in every group's table."""
 
     def __init__(
         self,
@@ -57,10 +57,10 @@ class KVCache:
         """Start with all slots and blocks free.
 
         Args:
-            signature: Names the groups, their windows and the block size.
-            num_blocks: Size of each group's pool, block 0 included.
+            signature: Signature that defines the groups, their windows and the block size.
+            num_blocks: Number of blocks in each group's pool, block 0 included.
             max_num_seqs: Number of slots.
-            max_num_batched_tokens: Most new tokens that a step may bring to one sequence.
+            max_num_batched_tokens: Maximum number of new tokens of one sequence in a step.
         """
         self._groups = {
             state.group: _Group(
@@ -72,32 +72,32 @@ class KVCache:
         self._block_size = signature.block_size
         self._prefixes: dict[int, Prefix] = {}
         self._quiet_until = [0] * max_num_seqs
-        """Tokens of each slot up to which a single one more changes nothing here."""
+        """Token count of each slot up to which one more token needs no change of the tables."""
         self._free_slots = list(range(max_num_seqs))[::-1]
 
     @property
     def num_slots(self) -> int:
-        """Sequences that may run at once."""
+        """Maximum number of sequences that run at once."""
         return len(self._free_slots) + len(self._prefixes)
 
     @property
     def num_free_slots(self) -> int:
-        """Sequences that could still be admitted if blocks suffice."""
+        """Number of further sequences that can be admitted if blocks suffice."""
         return len(self._free_slots)
 
     @property
     def use(self) -> tuple[int, int]:
-        """How much of the cache sequences hold, and how much there is, in blocks of one layer."""
+        """Held part and total size of the cache, in blocks of one layer."""
         pools = [(len(self._layers[name]), g.pool) for name, g in self._groups.items()]
         held = sum(n * (pool.num_blocks - pool.num_free) for n, pool in pools)
         return held, sum(n * pool.num_blocks for n, pool in pools)
 
     def num_free_blocks(self, group: str) -> int:
-        """Return how many blocks of a group no sequence holds."""
+        """Return the number of blocks of a group that no sequence holds."""
         return self._groups[group].pool.num_free
 
     def shortage(self, num_prompt_tokens: int, max_tokens: int) -> str | None:
-        """Return which group can never hold such a sequence and why, or None."""
+        """Return a message naming a group that can never hold such a sequence, or None."""
         num_tokens = num_prompt_tokens + max_tokens - 1  # the last token is never an input
         for name, group in self._groups.items():
             peak = group.peak_blocks(num_tokens)
@@ -108,10 +108,10 @@ class KVCache:
     def find_prefix(
         self, chain: PrefixChain | None, num_known_tokens: int, *, num_reusable_tokens: int
     ) -> Prefix:
-        """Return the longest prefix in full blocks, of the tokens that may be reused."""
+        """Return the longest cached prefix in full blocks, within the reusable tokens."""
         num_blocks = num_reusable_tokens // self._block_size
         digests = [] if chain is None else chain.digests(0, num_blocks)
-        # Where a prefix lacks a block, all shorter ones that go past the gap lack it too.
+        # If a prefix lacks a block, all shorter ones that extend past the gap lack it too.
         while gaps := [g for group in self._groups.values() if (g := group.gap(digests)) >= 0]:
             digests = digests[: min(gaps)]
         return Prefix(
@@ -122,15 +122,15 @@ class KVCache:
         )
 
     def admit(self, prefix: Prefix, num_new_tokens: int, *, num_spare_blocks: int) -> int | None:
-        """Give a sequence a slot and the blocks of its first step; None if it must wait.
+        """Return a slot for a sequence, with the blocks of its first step; None if it must wait.
 
-        Blocks must be free for all of its known tokens, or a long prompt could be cut off and begun
-        again for ever.
+        Blocks must be free for all of its known tokens; otherwise a long prompt could be preempted
+        and restarted forever.
 
         Args:
-            prefix: What `find_prefix` found for it.
-            num_new_tokens: Tokens after the prefix that the step computes.
-            num_spare_blocks: Further blocks of each group that must be free.
+            prefix: Prefix of the sequence, from `find_prefix`.
+            num_new_tokens: Number of tokens after the prefix that the step computes.
+            num_spare_blocks: Number of further blocks that must be free in each group.
         """
         if not self._free_slots or any(
             group.num_needed(prefix) + num_spare_blocks > group.pool.num_free
@@ -153,15 +153,15 @@ class KVCache:
         *,
         num_in_flight: int = 0,
     ) -> bool:
-        """Fit a slot's tables to its next step; return False if blocks are short.
+        """Extend a slot's table rows for its next step; return False if blocks are short.
 
-        What a window has left behind is given back in any case.
+        Blocks that the window has left behind are given back in either case.
 
         Args:
-            slot: Of a running sequence.
-            num_computed_tokens: How far it has come.
-            num_new_tokens: How far it goes.
-            num_in_flight: Of the computed ones, those that may have to be computed again.
+            slot: Slot of a running sequence.
+            num_computed_tokens: Number of tokens computed before the step.
+            num_new_tokens: Number of tokens that the step computes.
+            num_in_flight: Number of computed tokens that may have to be computed again.
         """
         num_tokens = num_computed_tokens + num_new_tokens
         if num_new_tokens == 1 and num_tokens <= self._quiet_until[slot]:
@@ -184,12 +184,12 @@ class KVCache:
         return True
 
     def release(self, slot: int, *, num_computed_tokens: int, clean: bool = True) -> None:
-        """Return a slot and all of its blocks.
+        """Free a slot and release all of its blocks.
 
         Args:
-            slot: Of the sequence that leaves.
-            num_computed_tokens: How far it has come.
-            clean: False if blocks may hold a NaN or were not computed: no one finds them again.
+            slot: Slot of the sequence that leaves.
+            num_computed_tokens: Number of tokens that it has computed.
+            clean: False if blocks may hold a NaN or were not computed; their digests are removed.
         """
         prefix = self._prefixes.pop(slot)
         self._quiet_until[slot] = 0
@@ -199,12 +199,12 @@ class KVCache:
         self._free_slots.append(slot)
 
     def wipe(self, slot: int, num_tokens: int) -> None:
-        """Have a slot's blocks after so many tokens, a whole number of blocks, zeroed."""
+        """Mark a slot's blocks after `num_tokens`, a multiple of the block size, for zeroing."""
         for group in self._groups.values():
             group.pool.wipe(group.blocks(slot, num_tokens // self._block_size))
 
     def sharers(self, slot: int, num_computed_tokens: int) -> list[int]:
-        """Return the other slots that count on blocks which this one has not computed yet."""
+        """Return the other slots that share blocks which this one has not computed yet."""
         first = num_computed_tokens // self._block_size
         slots: set[int] = set()
         for group in self._groups.values():
@@ -212,12 +212,12 @@ class KVCache:
         return sorted(slots - {slot})
 
     def take_unclean(self) -> dict[str, list[int]]:
-        """Return the blocks of each group that must be zeroed before the next run, once."""
+        """Return each group's blocks to zero before the next run, and clear these lists."""
         unclean = {name: group.pool.take_unclean() for name, group in self._groups.items()}
         return {name: blocks for name, blocks in unclean.items() if blocks}
 
     def block_table(self, group: str) -> Int32[np.ndarray, "S M"]:
-        """Return the live table of a group; a slot's row ends in zeros."""
+        """Return the live table of a group; unused entries of a row are 0."""
         return self._groups[group].table
 
     def context_starts(self, group: str) -> Int32[np.ndarray, " S"]:
@@ -227,20 +227,20 @@ class KVCache:
 
 @dataclass(slots=True)
 class _Held:
-    """The blocks of one sequence in one group, by their place in the sequence."""
+    """The range of blocks that one sequence holds in one group, as indices in the sequence."""
 
     begin: int
     end: int
     first_proven: int
-    """Blocks before this one may be out of reach of the first token that the model gives."""
+    """First block entirely within reach of the first token that the model chooses."""
 
 
 class _Group:
     """The pool and the table of one group of layers.
 
     On the CPU a row of the table starts at the first block in reach, at a multiple of
-    CONTEXT_ALIGNMENT tokens. On CUDA it starts at the start of the sequence, and entries that are
-    out of reach are 0.
+    CONTEXT_ALIGNMENT tokens. On CUDA it starts at the start of the sequence, and entries out of
+    reach are 0.
     """
 
     def __init__(
@@ -267,23 +267,23 @@ class _Group:
         self.starts = np.zeros(max_num_seqs, np.int32)
 
     def peak_blocks(self, num_tokens: int) -> int:
-        """Return the most blocks that a sequence of so many tokens holds at once."""
+        """Return the maximum number of blocks that a sequence of `num_tokens` holds at once."""
         return blocks_for(self._peak_tokens(num_tokens), self._block_size)
 
     def gap(self, digests: list[bytes]) -> int:
-        """Return the first block that a sequence after this prefix needs and is not here, or -1."""
+        """Return the first missing block that a sequence after this prefix needs, or -1."""
         first = self._first_in_reach(len(digests) * self._block_size)
         missing = (i for i in range(first, len(digests)) if self.pool.find(digests[i]) is None)
         return next(missing, -1)
 
     def find(self, digests: list[bytes]) -> list[int]:
-        """Return the blocks that a sequence after this prefix needs, which are all here."""
+        """Return the blocks that a sequence after this prefix needs; all must be in the pool."""
         first = self._first_in_reach(len(digests) * self._block_size)
         found = (self.pool.find(digest) for digest in digests[first:])
         return [block for block in found if block is not None]
 
     def num_needed(self, prefix: Prefix) -> int:
-        """Return how many free blocks a new sequence takes until all it knows is computed."""
+        """Return how many free blocks a new sequence takes until its known tokens are computed."""
         num_blocks = blocks_for(prefix.num_known_tokens, self._block_size)
         num_own = num_blocks - prefix.num_tokens // self._block_size
         num_idle = sum(not self.pool.num_holders(b) for b in prefix.blocks[self._name])
@@ -304,7 +304,7 @@ class _Group:
         self.table[slot, self._columns(begin, end, slot)] = blocks
 
     def give_back(self, slot: int, num_computed_tokens: int) -> None:
-        """Let go of the blocks that the window has left behind."""
+        """Release the blocks that the window has left behind."""
         held = self._held[slot]
         first = self._first_in_reach(num_computed_tokens)
         if first == held.begin:
@@ -321,11 +321,11 @@ class _Group:
         held.begin = first
 
     def num_missing(self, slot: int, num_tokens: int) -> int:
-        """Return how many blocks a slot lacks for so many tokens of its sequence."""
+        """Return how many blocks a slot lacks for the first `num_tokens` of its sequence."""
         return blocks_for(num_tokens, self._block_size) - self._held[slot].end
 
     def take(self, slot: int, num_tokens: int) -> None:
-        """Take free blocks until the slot's row holds so many tokens of the sequence."""
+        """Allocate blocks until the slot's row covers the first `num_tokens` of its sequence."""
         held = self._held[slot]
         end = blocks_for(num_tokens, self._block_size)
         if end > held.end:
@@ -334,7 +334,7 @@ class _Group:
             held.end = end
 
     def quiet_until(self, slot: int) -> int:
-        """Return the tokens up to which a slot fills no block and leaves none behind."""
+        """Return the token count up to which a slot fills no block and leaves none behind."""
         held = self._held[slot]
         last = held.end * self._block_size - 1
         if self._window is None:
@@ -342,13 +342,13 @@ class _Group:
         return min(last, held.begin * self._block_size + self._alignment + self._window - 1)
 
     def register(self, slot: int, begin: int, digests: list[bytes]) -> None:
-        """Name a slot's blocks from `begin` on."""
+        """Register the digests of a slot's blocks from `begin` on."""
         blocks = self.table[slot, self._columns(begin, begin + len(digests), slot)].tolist()
         for block, digest in zip(blocks, digests, strict=True):
             self.pool.register(block, digest)
 
     def blocks(self, slot: int, first: int = 0) -> list[int]:
-        """Return the blocks that a slot holds, from the `first` of its sequence on."""
+        """Return the blocks that a slot holds, from index `first` of its sequence on."""
         held = self._held[slot]
         return self.table[slot, self._columns(max(first, held.begin), held.end, slot)].tolist()
 
@@ -357,7 +357,7 @@ class _Group:
         return set(np.flatnonzero(np.isin(self.table, blocks).any(axis=1)).tolist())
 
     def close(self, slot: int, *, keep_digests: bool, proven: bool) -> None:
-        """Let go of all of a slot's blocks."""
+        """Release all of a slot's blocks and clear its row."""
         blocks = self.blocks(slot)
         if not keep_digests:
             for block in blocks:
@@ -367,31 +367,31 @@ class _Group:
         self.starts[slot] = 0
 
     def _release(self, blocks: list[int], held: _Held, *, proven: bool) -> None:
-        """Release blocks that start a slot's row, the last one first: heads are worth more.
+        """Release the first blocks of a slot's row, last one first, so that heads are reused last.
 
-        A token that is finite proves that what it reads is. So the first token that the model gives
-        vouches for the blocks in its reach, and each later one for what was added since.
+        A finite token proves that the blocks it reads are finite. So the first token that the model
+        chooses proves the blocks in its reach, and each later one the blocks added since.
         """
         for place in reversed(range(len(blocks))):
             is_proven = proven and held.begin + place >= held.first_proven
             self.pool.release(blocks[place], proven=is_proven)
 
     def _columns(self, begin: int, end: int, slot: int) -> slice:
-        """Return where blocks of a sequence stand in the slot's row."""
+        """Return the columns of a sequence's blocks in the slot's row."""
         origin = int(self.starts[slot]) // self._block_size
         return slice(begin - origin, end - origin)
 
     def _first_in_reach(self, num_computed_tokens: int) -> int:
-        """Return the first block that the next token, or any later one, reads."""
+        """Return the index of the first block that the next token or any later one reads."""
         if self._window is None:
             return 0
         reach = max(0, num_computed_tokens - self._window + 1)
         return reach // self._alignment * self._alignment // self._block_size
 
     def _peak_tokens(self, num_tokens: int) -> int:
-        """Return the most tokens in one row: a step's new ones and the aligned window before.
+        """Return the maximum tokens in one row: a step's new ones and the aligned window before.
 
-        A step may bring a full chunk late in a sequence: one that was preempted is recomputed so.
+        A full chunk may come late in a sequence, when it is recomputed after a preemption.
         """
         if self._window is None:
             return num_tokens

@@ -1,4 +1,4 @@
-"""A step between its start and its collection, and what it turns out to have computed."""
+"""A step between its start and its collection, and the counts of what it computed."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,59 +18,59 @@ from beam_gemma.structured.constraint import MaskOf
 
 
 class StepCount(NamedTuple):
-    """What a step has computed, without what nobody wanted by then."""
+    """Counts of a step, without its surplus work."""
 
     num_sequences: int
-    """Those that had ended since it was started are left out."""
+    """Sequences of the step, without those that ended while it was in flight."""
     num_prompt_tokens: int
-    """Computed by prefill."""
+    """Tokens computed by prefill."""
     num_completion_tokens: int
-    """By which completions grew: those chosen, end tokens included, and those forced after them."""
+    """Tokens that completions gained: chosen ones, end tokens included, and forced ones."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Flight:
-    """A step that was started, and what it takes to understand its outputs."""
+    """A step that was started, with the context needed to read its outputs."""
 
     step: Step
     feeds: Feeds
     rows: list[Sequence]
-    """Those that get their next token, in the order of the outputs."""
+    """Sequences that get their next token, in the order of the outputs."""
     mask_of: MaskOf
     num_prompt_tokens: int
     is_last: bool
-    """Whether nothing may be started before it is over."""
+    """True if no other step may be started before this one is over."""
     pending: Pending = field(init=False)
     is_over: bool = False
 
     def fail(self, error: Exception) -> None:
-        """Note that the step failed."""
+        """Record that the step failed."""
         self.pending = Failed(error)
         self.is_last = True
 
     def wait(self) -> None:
-        """Wait for the step; what comes of it is kept until it is asked for."""
+        """Wait for the step, and keep its result or error for later."""
         try:
             self.pending = Finished(self.pending.result())
-        except Exception as error:  # a device may raise anything, and it is raised again
+        except Exception as error:  # a device may raise anything; raised again by result()
             self.fail(error)
         self.is_over = True
 
     def settle(self) -> int:
-        """Have the sequences follow, all but those put back; return how many have not ended."""
+        """Settle the step's sequences, except those put back; return how many still run."""
         going = [item for item in self.step if item[0].is_in_flight]
         for sequence, num_new_tokens in going:
             sequence.settle(num_new_tokens)
         return sum(sequence.status is Status.RUNNING for sequence, _ in going)
 
     def full_row(self, row: int) -> int:
-        """Return where the outputs have the whole distribution of a row."""
+        """Return the index of a row in the outputs' full logits."""
         full_rows = self.feeds.get("full_rows")
         return row if full_rows is None else int(np.searchsorted(full_rows, row))
 
 
 def is_finite(output: StepOutput | ScoreOutput) -> bool:
-    """Return whether every row of a step is."""
+    """Return whether every row of a step's outputs is finite."""
     logits = output.target_logits if isinstance(output, ScoreOutput) else top_logits(output)
     return bool(np.isfinite(logits).all() and (output.top_probability > 0).all())
 

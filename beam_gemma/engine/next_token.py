@@ -1,12 +1,12 @@
-"""The next token of a row of a step: drawn, or the likeliest, and within its constraint.
+"""Choice of a row's next token: drawn or likeliest, and allowed by the row's constraint.
 
-The candidates of a step suffice for most rows: the likeliest token that a constraint allows is
-among them unless the model is far from the language, and the automaton is asked about few to find
-it. Masks over the vocabulary are for the rest, and for draws from all tokens.
+The candidates of a step suffice for most rows: they include the likeliest token that a constraint
+allows, unless the model is far from the language, and the automaton checks only a few to find it.
+Masks over the vocabulary serve the other rows, and draws from all tokens.
 
-A token is allowed if the text can still be whole within the tokens that are left after it. Where a
-draw from a mask is not, a candidate that is takes its place, or else the shortest way does. All of
-it depends on the row alone.
+A token fits if the text can still be completed within the tokens left after it. If a token drawn
+from a mask does not fit, it is replaced by a candidate that does, or else by the next token of the
+shortest completion. The choice depends on the row alone.
 
 Dimensions: C candidates, V vocabulary.
 """
@@ -22,26 +22,26 @@ from beam_gemma.runtime.step_interface import StepOutput
 from beam_gemma.structured.constraint import Guide, MaskOf, allowed_ids
 
 Chosen = tuple[int, float]
-"""A token, and its logit."""
+"""A token id and its logit."""
 
 
 class Candidates(NamedTuple):
-    """What a step says of a row."""
+    """Outputs of a step for one row."""
 
     logits: Float32[np.ndarray, " C"]
-    """The highest ones first."""
+    """Logits of the likeliest tokens, highest first."""
     ids: Int64[np.ndarray, " C"]
     every: Float32[np.ndarray, " V"] | None
-    """The logits of all tokens, where the candidates may be too few."""
+    """Logits of all tokens, for rows whose candidates may be too few."""
 
 
 def candidates_of(output: StepOutput, row: int, full_row: int) -> Candidates:
-    """Return what a step says of a row.
+    """Return the outputs of a step for one row.
 
     Args:
-        output: Of the step.
-        row: Which row.
-        full_row: Which row of the whole distributions, if there are any.
+        output: The outputs of the step.
+        row: Index of the row.
+        full_row: Index of the row in `output.logits`, if the step has those.
     """
     assert output.topk_logits is not None
     assert output.topk_ids is not None
@@ -50,17 +50,17 @@ def candidates_of(output: StepOutput, row: int, full_row: int) -> Candidates:
 
 
 def wants_mask(sequence: Sequence, candidates: int) -> bool:
-    """Return whether a row needs the mask of its constraint, whatever the candidates are."""
+    """Return whether a row needs its constraint's mask regardless of the candidates."""
     return sequence.guide is not None and needs_logits(sequence.request.params, candidates)
 
 
 def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> Chosen:
-    """Return the next token of a row.
+    """Return the next token of a row and its logit.
 
     Args:
-        sequence: The row's.
-        candidates: What the step says of it.
-        mask_of: Returns the mask of its guide.
+        sequence: The sequence of the row.
+        candidates: The step's outputs for the row.
+        mask_of: Function that returns the mask of a guide.
     """
     if sequence.guide is not None:
         return _draw_within(sequence, sequence.guide, candidates, mask_of)
@@ -75,7 +75,7 @@ def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> C
 def _draw_within(
     sequence: Sequence, guide: Guide, candidates: Candidates, mask_of: MaskOf
 ) -> Chosen:
-    """Return the next token that a row's constraint allows and that leaves a way to end."""
+    """Return a next token that the constraint allows and that leaves enough tokens to end."""
     num_left = sequence.num_tokens_left - 1
     logits = _all_logits(candidates)
     is_drawn = sequence.request.params.temperature > 0
@@ -97,11 +97,11 @@ def _draw_within(
 def _fitting(
     guide: Guide, num_left: int, candidates: Candidates, *, is_drawn: bool
 ) -> Int64[np.ndarray, " C"]:
-    """Return the candidates that are allowed; without a draw, the likeliest of them alone."""
+    """Return the candidates that fit; without a draw, only the likeliest of them."""
     fitting: list[int] = []
     least = -np.inf
     for token_id, logit in zip(candidates.ids.tolist(), candidates.logits.tolist(), strict=True):
-        # Candidates come in order; those as likely as the first one that fits compete with it.
+        # Candidates are sorted; only those equal to the first one that fits still compete with it.
         if logit < least:
             break
         if guide.fits(token_id, num_left):

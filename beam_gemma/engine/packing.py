@@ -1,8 +1,8 @@
-"""One step's arrays, under the names that the graph's signature gives them.
+"""The input arrays of one step, under the names of the graph's signature.
 
-Where the graph chooses next tokens, one that it chooses in a step still in flight is unknown here,
-and the step is told where the device keeps it. A row whose token the host chooses all the same is
-greedy on the device, and nobody reads it there.
+Where the graph chooses next tokens, a token that a step in flight chooses is not known here yet;
+the input then names the slot where the device keeps it. For a row whose token the host chooses, the
+device still makes a greedy choice, which is never read.
 
 Dimensions: B sequences, T new tokens, R rows that need a next token.
 """
@@ -20,7 +20,7 @@ BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
 def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarray]:
-    """Return what `signature.step_inputs` names for a step whose cache blocks are in place."""
+    """Return the arrays of `signature.step_inputs` for a step whose cache blocks are in place."""
     layout = _Layout(step)
     feeds: dict[str, np.ndarray] = {
         "input_ids": layout.input_ids,
@@ -36,7 +36,7 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
     if signature.has_recurrent_state:
         feeds["state_slots"] = layout.slots
     if "inputs_embeds" in signature.optional_inputs:
-        # numpy has no bfloat16: such values travel as their bits.
+        # numpy has no bfloat16, so such values are passed as their bits.
         dtype = "uint16" if signature.dtype == "bfloat16" else signature.dtype
         feeds["inputs_embeds"] = np.zeros((0, signature.hidden_size), dtype)
         feeds["embeds_rows"] = np.zeros(0, np.int64)
@@ -51,16 +51,16 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
 
 
 class _Layout:
-    """Where each new token of a step lies: its sequence and its position there."""
+    """The sequence and position of each new token of a step."""
 
     input_ids: Int64[np.ndarray, " T"]
-    """0 where the device has chosen the token, and the host does not know it yet."""
+    """Token ids; 0 for a token that the device chooses and the host does not know yet."""
     token_slots: Int32[np.ndarray, " T"]
-    """Where the device keeps such a token; -1 elsewhere."""
+    """Slot where the device keeps such a token; -1 for all others."""
     rows: Int64[np.ndarray, " T"]
-    """Which of the step's sequences each token belongs to."""
+    """Index of each token's sequence in the step."""
     positions: Int32[np.ndarray, " T"]
-    """Of each token in its sequence."""
+    """Position of each token in its sequence."""
     num_new_tokens: Int32[np.ndarray, " B"]
     past_seqlens: Int32[np.ndarray, " B"]
     slots: Int32[np.ndarray, " B"]
@@ -85,12 +85,12 @@ class _Layout:
 
     @property
     def seqlens(self) -> Int32[np.ndarray, " B"]:
-        """Tokens of each sequence after the step."""
+        """Number of computed tokens of each sequence after the step."""
         return self.past_seqlens + self.num_new_tokens
 
 
 def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
-    """Return the rows of sequences that get a next token."""
+    """Return the last rows of sequences that get a next token, and which need a probability."""
     done = np.array([s.num_pending_tokens == n for s, n in step], bool)
     wanted = np.array([s.request.logprob for s, _ in step], bool)
     return {
@@ -100,7 +100,7 @@ def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
 
 
 def _choices(rows: list[Sequence]) -> dict[str, np.ndarray]:
-    """Return how the graph chooses the next token of each row, and where it keeps it."""
+    """Return the inputs by which the graph chooses each row's next token, and its slot."""
     is_hosts = [row.wants_logits for row in rows]
     params = [row.request.params for row in rows]
     is_drawn = [p.temperature > 0 and not host for p, host in zip(params, is_hosts, strict=True)]
@@ -113,7 +113,7 @@ def _choices(rows: list[Sequence]) -> dict[str, np.ndarray]:
     return {
         "logit_slots": np.array([row.slot for row in rows], np.int32),
         "temperatures": np.where(is_drawn, [p.temperature for p in params], 0).astype(np.float32),
-        # Rounding must not lift a number to 1.
+        # Rounding to float32 must not lift a number to 1.
         "uniforms": np.minimum(np.array(uniforms, np.float32), BELOW_ONE),
         "top_ks": np.where(is_drawn, [p.top_k for p in params], 1).astype(np.int32),
         "top_ps": np.array([p.top_p for p in params], np.float32),
@@ -122,7 +122,7 @@ def _choices(rows: list[Sequence]) -> dict[str, np.ndarray]:
 
 
 def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
-    """Return the targets of the step, and the rows before them, each once."""
+    """Return the step's targets, and the distinct rows whose logits score them."""
     rows, ids, wanted = [], [], []
     for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
         for i in sequence.targets_within(sequence.num_computed_tokens, num_new_tokens):
@@ -142,10 +142,10 @@ def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
 def _tables(
     layout: _Layout, signature: Signature, cache: KVCache, state: PagedState
 ) -> dict[str, np.ndarray]:
-    """Return the inputs of one group of layers."""
+    """Return the cache inputs of one group of layers."""
     size = signature.block_size
     starts = cache.context_starts(state.group)[layout.slots]
-    # On the CPU attention adds up fixed chunks of the context, so tables hold whole chunks.
+    # CPU attention sums over fixed chunks of the context, so tables hold whole chunks.
     unit = CONTEXT_ALIGNMENT if signature.device == "cpu" else size
     longest = int((layout.seqlens - starts).max())
     width = blocks_for(longest, unit) * unit // size
@@ -162,7 +162,7 @@ def _tables(
 
 
 def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
-    """Return the last position that each token attends to: its own, or the last of its span."""
+    """Return the last position each token attends to: its own, or the end of its span."""
     ends = layout.positions.copy()
     for row, (sequence, num_new_tokens) in enumerate(step):
         past = sequence.num_computed_tokens
@@ -174,10 +174,10 @@ def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
 
 
 def _attention_metadata(layout: _Layout, *, is_decode: bool) -> Int32[np.ndarray, " 3"]:
-    """Return bounds of new tokens and of context in one sequence; 0 is an unknown lower bound.
+    """Return upper bounds of new tokens and context per sequence, and 0, an unknown lower bound.
 
-    Bounds only choose kernels and size their workspaces. Powers of two keep the choices few. One
-    new token means decode, so a step of prompts says two even where each has one token left.
+    Bounds only choose kernels and size their workspaces; powers of two keep the choices few. One
+    new token means decode, so a step of prompts says two even if each has one token left.
     """
     longest = 1 if is_decode else max(2, int(layout.num_new_tokens.max()))
     bounds = (longest, int(layout.seqlens.max()))

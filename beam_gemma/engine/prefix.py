@@ -1,8 +1,8 @@
-"""Names of prefixes: which tokens a cache block stands for, in 32 bytes.
+"""Digests of prefixes: 32 bytes that identify the tokens a cache block depends on.
 
 The keys and values of a block follow from its own tokens and all tokens before them. So the digest
-of a block is taken over the digest of the block before and its own token ids: equal digests mean
-equal tokens from the start of the sequence to the block's end, and nothing else can share a block.
+of a block is taken over the previous block's digest and its own token ids: equal digests mean equal
+tokens from the start of the sequence to the block's end, and only such blocks are shared.
 """
 
 import hashlib
@@ -10,25 +10,25 @@ from array import array
 from collections.abc import Sequence
 
 DIGEST_SIZE = 32
-"""Bytes of a digest; no one finds two prefixes with the same."""
+"""Size of a digest in bytes, large enough that collisions cannot be found."""
 
 
 class PrefixChain:
-    """The digests of a sequence's full blocks, in order; made when they are first asked for."""
+    """The digests of a sequence's full blocks, in order, computed on first use."""
 
     def __init__(self, token_ids: Sequence[int], block_size: int) -> None:
-        """Follow token ids, of which there may be more later."""
+        """Create the chain of a list of token ids, which may grow later."""
         self.block_size = block_size
         self._token_ids = token_ids
         self._digests: list[bytes] = []
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that have a name."""
+        """Number of full blocks, which have a digest."""
         return len(self._token_ids) // self.block_size
 
     def digests(self, begin: int, end: int) -> list[bytes]:
-        """Return the digests of blocks `begin` to `end`; their tokens must be known."""
+        """Return the digests of blocks `begin` up to `end`; their tokens must be known."""
         while len(self._digests) < end:
             self._digests.append(self._next())
         return self._digests[begin:end]

@@ -1,11 +1,11 @@
-"""Choosing the next token of one row from its logits.
+"""Choice of the next token of one row from its logits.
 
-A draw depends on the row alone: its one uniform number comes from a counter-based generator, keyed
-by (seed, row key), whose counter is the position. So neither the other rows of a batch, nor their
-order, nor a retry can change it.
+A draw depends on its own row alone: its uniform number comes from a counter-based generator that is
+keyed by (seed, row key) and whose counter is the position. Neither the other rows of a batch, nor
+their order, nor a retry can change the draw.
 
-Probabilities are summed in float64. Of a whole vocabulary they are computed in float32, four times
-faster and wrong by less than one part in a million; of a few candidates in float64.
+Probabilities are summed in float64. Over a whole vocabulary they are computed in float32, which is
+four times faster and off by less than one part in a million; over a few candidates, in float64.
 
 Dimensions: C candidates, K most likely ones among them.
 """
@@ -22,27 +22,27 @@ from beam_gemma.errors import OptionsError
 FIRST_NUCLEUS = 1024
 """Candidates sorted at first when `top_p` alone cuts the distribution; most nuclei are smaller."""
 RUN = 512
-"""Candidates of a whole vocabulary that are summed at once, before one sum is looked into."""
+"""Candidates per partial sum in a draw from a whole vocabulary; only one run is searched."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to choose each next token, and when to stop."""
+    """Options for choosing each next token and for ending a completion."""
 
     max_tokens: int = 256
-    """Longest completion, in tokens."""
+    """Maximum length of the completion, in tokens."""
     temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divisor of the logits; 0 takes the most likely token."""
     top_k: int = 0
-    """Draw among this many of the most likely tokens; 0 for all."""
+    """Number of most likely tokens to draw from; 0 for all."""
     top_p: float = 1.0
-    """Draw among the fewest most likely tokens that have this much probability together."""
+    """Total probability of the tokens to draw from: the fewest most likely ones that reach it."""
     seed: int = 0
-    """Of every draw, together with the row's key and the position."""
+    """Seed of every draw, combined with the row's key and the position."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the completion, besides the model's own."""
     ignore_eos: bool = False
-    """Go on to `max_tokens` where the model would end."""
+    """True to ignore the model's own end tokens and continue up to `max_tokens`."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -70,14 +70,14 @@ def sample(
     key: str,
     position: int,
 ) -> int:
-    """Return the id of one row's next token; equal logits go by the lowest id.
+    """Return the id of one row's next token; among equal logits the lowest id wins.
 
     Args:
-        params: How to choose.
-        logits: Of the candidates: the highest ones of the row, or all of them.
-        ids: Of the candidates, in the same order.
-        key: Names the row among all rows of a job.
-        position: Of the token that is chosen, counted from the start of the prompt.
+        params: The sampling options.
+        logits: Logits of the candidates: the highest ones of the row, or all of them.
+        ids: Token ids of the candidates, in the same order.
+        key: Key that identifies the row among all rows of a job.
+        position: Position of the chosen token, counted from the start of the prompt.
     """
     if params.temperature == 0:
         return int(ids[logits == logits.max()].min())
@@ -96,14 +96,14 @@ def sample(
 
 
 def uniform_at(seed: int, key: str, position: int) -> float:
-    """Return a row's number in [0, 1) at a position: a hash serves as counter-based generator."""
+    """Return a row's uniform number in [0, 1) at a position; a hash is the counter-based RNG."""
     counter = f"{seed}\0{position}\0{key}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(counter, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def _unnormalized(logits: Float[np.ndarray, " C"], temperature: float) -> Float[np.ndarray, " C"]:
-    """Return exp(logit / temperature) up to a factor that makes the highest 1."""
+    """Return exp(logit / temperature), scaled so that the highest value is 1."""
     mass = logits - logits.max()
     mass /= temperature
     return np.exp(mass, out=mass)
@@ -112,7 +112,7 @@ def _unnormalized(logits: Float[np.ndarray, " C"], temperature: float) -> Float[
 def _most_likely(
     logits: Float32[np.ndarray, " C"], ids: Int64[np.ndarray, " C"], count: int
 ) -> Int64[np.ndarray, " K"]:
-    """Return where the `count` most likely candidates are, in order, without sorting the rest."""
+    """Return the indices of the `count` most likely candidates, in order; do not sort the rest."""
     count = min(count, len(logits))
     lowest = np.partition(logits, len(logits) - count)[len(logits) - count]
     kept = np.flatnonzero(logits >= lowest)  # more than `count` where logits are equal
@@ -122,7 +122,7 @@ def _most_likely(
 def _sort_until_nucleus(
     params: SamplingParams, logits: Float32[np.ndarray, " C"], ids: Int64[np.ndarray, " C"]
 ) -> tuple[Int64[np.ndarray, " K"], Float32[np.ndarray, " K"], np.float64]:
-    """Return order and mass of enough of the most likely candidates, and the mass of all."""
+    """Return indices and mass of enough top candidates to cover `top_p`, and the total mass."""
     every = _unnormalized(logits, params.temperature)
     total = every.sum(dtype=np.float64)
     count = FIRST_NUCLEUS
@@ -135,7 +135,7 @@ def _sort_until_nucleus(
 
 
 def _draw_from_all(mass: Float32[np.ndarray, " C"], uniform: float) -> int:
-    """Return the index where the running sum of mass passes a share `uniform` of the whole."""
+    """Return the index where the running sum of mass passes the share `uniform` of the total."""
     sums = np.add.reduceat(mass, np.arange(0, len(mass), RUN), dtype=np.float64).cumsum()
     target = uniform * sums[-1]
     run = _place(sums, target)
@@ -146,7 +146,7 @@ def _draw_from_all(mass: Float32[np.ndarray, " C"], uniform: float) -> int:
 
 
 def _place(cumulative: Float64[np.ndarray, " C"], target: float) -> int:
-    """Return the first index whose sum is above the target."""
-    # Rounding may lift the target to the whole sum: the last index that has mass then.
+    """Return the first index whose cumulative sum is above the target."""
+    # Rounding may lift the target to the total; then the last index with mass is returned.
     last = cumulative.searchsorted(cumulative[-1])
     return int(min(cumulative.searchsorted(target, side="right"), last))

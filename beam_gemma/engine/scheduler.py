@@ -1,35 +1,35 @@
-"""Which sequences run in the next step, and how many tokens of each.
+"""Choice of the sequences that run in the next step, and of how many tokens each computes.
 
-Order. What arrives while others wait makes up the next generation, which is put in order as a whole
+Order. Sequences that arrive while others wait form the next generation. It is sorted as a whole
 once the present one has been admitted: rows with a common prefix together, then longest first, so
-that what starts last has the least left to do and the end of a job keeps its slots full.
+that the last ones to start have the least left to do and slots stay full until the end of a job.
 
 Steps on the CPU. Prefill (parts of prompts) comes first while a slot is free, which keeps decode
-(one token of every running sequence, and those that its constraint forces to follow) full.
+full (one token of every running sequence, and the tokens that its constraint forces after it).
 Attention pads each sequence to whole tiles, so prompts join a step only while most of its area is
-real. Decode rows seldom meet that beside a prompt; where they do, they run with it.
+real tokens. Decode rows seldom meet that limit beside a prompt; if they do, they share the step.
 
-Steps on CUDA. A token must be computed by the same kernels whatever runs beside it, so prefill and
-decode never share a step, and which of the two computes a token is certain from the start: prefill
-what a request begins with, decode all that comes of it, one token at a time, forced ones too, and
-again after a preemption. Steps are padded to one size, so a prefill step costs the same with few
-tokens, while decode waits: it runs only when it can be filled, when many slots are free, or when
-nothing decodes. A prompt may be cut anywhere to fill it.
+Steps on CUDA. A token must be computed by the same kernels whatever runs beside it. So prefill and
+decode never share a step, and it is fixed from the start which of the two computes a token: prefill
+the tokens that a request begins with; decode all later ones, one at a time, forced ones included,
+and so again after a preemption. Steps are padded to one size, so a prefill step costs the same with
+few tokens, while decode waits. Prefill therefore runs only when its step can be filled, when many
+slots are free, or when nothing decodes. A prompt may be cut anywhere to fill a step.
 
-Ahead. A step may be scheduled while another is in flight, as if that had gone well and no row had
-ended by what it chooses. Nobody makes room then, since all blocks may be in use; where blocks are
-short nothing is scheduled until what is in flight is over.
+Ahead. A step may be scheduled while another is in flight, assuming that the latter succeeds and
+that no row ends with the token it chooses. No sequence is preempted then, since all blocks may be
+in use; if blocks are short, nothing is scheduled until the steps in flight are over.
 
 Memory. A sequence is admitted when blocks are free for all tokens that it has, and one more for
-each running sequence. Where a running sequence finds none for its next token, the newest one is
-preempted: it lets go of its blocks, waits in front of all others, and is computed again.
+each running sequence. If no block is free for the next token of a running sequence, the newest one
+is preempted: it releases its blocks, waits in front of all others, and is computed again.
 
-Why every request ends. What the empty cache cannot hold is refused, so a sequence that runs alone
-never lacks a block; and as the newest is preempted first, the oldest is only when it is alone, that
-is, never. Blocks run short only where decode took some, and prefill steps with no decode between
-them are finite: each admits to a free slot or shortens a prompt. So the oldest goes on to its last
-token. The queue is served in order, its head is admitted at the latest when nothing runs, and
-generations are finite. What failures add is finite too (executor.py).
+Why every request ends. Requests that the empty cache cannot hold are refused, so a sequence that
+runs alone never lacks a block. The newest is preempted first, so the oldest would be only when it
+is alone, that is, never. Blocks run short only after decode took some, and prefill steps with no
+decode between them are finite: each fills a free slot or shortens a prompt. So the oldest goes on
+to its last token. The queue is served in order, its head is admitted at the latest when nothing
+runs, and generations are finite. Failures add a finite number of steps (executor.py).
 """
 
 from collections import deque
@@ -43,13 +43,13 @@ from beam_gemma.errors import PromptTooLongError, RecordError
 from beam_gemma.model.signature import PREFILL_ROWS, QUERY_TILE, Signature, blocks_for
 
 MAX_PADDED_SHARE = 1.5
-"""Limit of a step's padded area, relative to its real tokens."""
+"""Maximum padded area of a step, relative to its real tokens."""
 MAX_CHUNK_AREA = 1 << 23
-"""Limit of a chunk's new tokens times its context on the CPU, which holds the scores of all of them
-at once: 3 GB of memory with 8 heads of 256 (`benchmarks/long_prompts.py`)."""
+"""Maximum of a chunk's new tokens times its context on the CPU, which holds all their attention
+scores at once: 3 GB of memory with 8 heads of 256 (`benchmarks/long_prompts.py`)."""
 
 MIN_FREE_SHARE = 1 / 16
-"""Share of the slots without a completion from which a prefill step on CUDA need not be full."""
+"""Minimum share of slots without a completion at which CUDA prefill steps need not be full."""
 
 
 class Scheduler:
@@ -64,7 +64,7 @@ class Scheduler:
         enable_prefix_caching: bool,
     ) -> None:
         self.num_cached_tokens = 0
-        """Tokens that admitted sequences found in the cache."""
+        """Number of tokens that admitted sequences found in the cache."""
         self.num_preemptions = 0
         self._cache = cache
         self._signature = signature
@@ -72,26 +72,26 @@ class Scheduler:
         all_paged = 0 < len(signature.paged_states) == len(signature.states)
         self._reuses_blocks = enable_prefix_caching and all_paged
         self._is_apart = signature.device == "cuda"
-        """Whether prefill and decode are steps of their own."""
+        """True if prefill and decode run in separate steps."""
         self._waiting: deque[Sequence] = deque()
         self._arrived: list[Sequence] = []
         self._running: list[Sequence] = []
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that do not run yet, or not at present."""
+        """Number of sequences that wait to run, preempted ones included."""
         return len(self._waiting) + len(self._arrived)
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any sequence waits or runs."""
+        """True if any sequence waits or runs."""
         return bool(self._waiting or self._arrived or self._running)
 
     def check(self, request: Request) -> None:
-        """Refuse what could never run, or would bring others down.
+        """Check that a request can run and cannot harm others.
 
         Raises:
-            RecordError: the prompt is not one for this model, or too long for a limit.
+            RecordError: the request does not suit this model, or exceeds a limit.
         """
         self._check_prompt(request)
         num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
@@ -110,16 +110,16 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences for the next generation."""
         for sequence in sequences:
-            # Here rather than where requests come from, since a constraint serves one thread.
+            # Called on the engine's thread, since a constraint may serve only one thread.
             sequence.begin(self._signature.candidates)
             if self._reuses_blocks and not sequence.request.spans:
-                # What decode computes has other bits on CUDA: only prefilled blocks are named.
+                # CUDA decode results differ in bits from prefill: only prefilled blocks are shared.
                 token_ids = tuple(sequence.token_ids) if self._is_apart else sequence.token_ids
                 sequence.chain = PrefixChain(token_ids, self._signature.block_size)
             self._arrived.append(sequence)
 
     def drop_waiting(self) -> list[Sequence]:
-        """Forget all sequences that do not run at present, and return them."""
+        """Remove all waiting sequences from the queue and return them."""
         dropped = [*self._waiting, *self._arrived]
         self._waiting.clear()
         self._arrived = []
@@ -129,7 +129,7 @@ class Scheduler:
         """Return the next step, with cache blocks in place; empty if there is nothing to run.
 
         Args:
-            ahead: Whether a step is in flight: nobody is preempted then.
+            ahead: Whether a step is in flight; no sequence is preempted then.
         """
         step: list[tuple[Sequence, int]] = []
         going = [s for s in self._running if s.goes_on]
@@ -146,21 +146,21 @@ class Scheduler:
         return tuple(step)
 
     def finish(self, sequence: Sequence, *, clean: bool = True) -> None:
-        """End a running sequence; `clean=False` if its blocks may not be what they should be.
+        """End a sequence; `clean=False` if its blocks may hold wrong values.
 
-        While a step in flight names it, it keeps slot and blocks: call this again then.
+        While a step in flight includes it, it keeps its slot and blocks; call this again after it.
         """
         sequence.status = Status.FINISHED
         if sequence.slot >= 0 and not sequence.is_in_flight:
             self._release(sequence, clean=clean)
 
     def preempt(self, sequence: Sequence, *, clean: bool = True, isolated: bool = False) -> None:
-        """Put a running sequence before all that wait, to be computed again from its tokens.
+        """Move a running sequence to the head of the queue, to be computed again from its tokens.
 
         Args:
-            sequence: What to put back.
-            clean: False if its blocks may not be what they should be.
-            isolated: Whether to compute it alone then, on blocks of its own.
+            sequence: The sequence to put back.
+            clean: False if its blocks may hold wrong values.
+            isolated: Whether to compute it alone, on blocks of its own.
         """
         self._release(sequence, clean=clean)
         sequence.status = Status.WAITING
@@ -201,7 +201,7 @@ class Scheduler:
             )
 
     def _has_prompts_for_a_step(self, started: list[Sequence], num_completing: int) -> bool:
-        """Return whether a step of prompts alone is worth that completions wait for it."""
+        """Return whether a step of prompts alone is worth making completions wait."""
         num_slots = len(started) + self._cache.num_free_slots
         if not num_completing or num_slots >= MIN_FREE_SHARE * self._cache.num_slots:
             return True
@@ -217,7 +217,7 @@ class Scheduler:
     def _go_on_with_prompts(
         self, started: list[Sequence], *, ahead: bool
     ) -> list[tuple[Sequence, int]]:
-        """Start a step with the next chunk of a running prompt; at most one is unfinished."""
+        """Start a step with the next chunk of the running prompt; at most one is unfinished."""
         step: list[tuple[Sequence, int]] = []
         for sequence in started:
             if chunk := self._chunk_beside(step, sequence, sequence.num_computed_tokens):
@@ -225,8 +225,8 @@ class Scheduler:
         return step
 
     def _next_of_completions(self, completing: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Return what each completion has to compute: one token, and those forced after it."""
-        decoding = [s for s in completing if s.status is Status.RUNNING]  # others made room
+        """Return each completion's number of new tokens: one, and those forced after it."""
+        decoding = [s for s in completing if s.status is Status.RUNNING]  # others were preempted
         if self._is_apart:
             alone = [s for s in decoding if s.isolated]
             return [(s, 1) for s in alone[:1] or decoding]
@@ -254,7 +254,7 @@ class Scheduler:
             step.append((sequence, chunk))
 
     def _prefix_of(self, sequence: Sequence) -> Prefix:
-        """Return what the cache has of a waiting sequence."""
+        """Return the prefix of a waiting sequence that the cache holds."""
         return self._cache.find_prefix(
             None if sequence.isolated else sequence.chain,
             len(sequence.token_ids),
@@ -264,7 +264,7 @@ class Scheduler:
     def _chunk_beside(
         self, step: list[tuple[Sequence, int]], sequence: Sequence, start: int
     ) -> int:
-        """Return how much of a prompt from `start` on joins a step; 0 if it must wait."""
+        """Return how many prompt tokens from `start` on join a step; 0 if they must wait."""
         if self._is_apart:
             return self._filling_chunk(step, sequence, start)
         if not step:
@@ -275,7 +275,7 @@ class Scheduler:
     def _filling_chunk(
         self, step: list[tuple[Sequence, int]], sequence: Sequence, start: int
     ) -> int:
-        """Return how much of a prompt fills a step on CUDA, by its tokens and its rows."""
+        """Return how many prompt tokens from `start` on fill a CUDA step's tokens or rows."""
         room = self._max_num_batched_tokens - sum(n for _, n in step)
         num_rows = sum(len(s.rows_within(s.num_computed_tokens, n)) for s, n in step)
         if room <= 0 or max(num_rows, len(step)) >= PREFILL_ROWS:
@@ -284,9 +284,9 @@ class Scheduler:
         return sequence.chunk(start, rows[0] - start if rows else room, evenly=False)
 
     def _chunk(self, sequence: Sequence, start: int) -> int:
-        """Return how much of a prompt to compute next: less, in whole tiles, the further it is."""
+        """Return how many prompt tokens to compute next: fewer whole tiles as `start` grows."""
         limit = self._max_num_batched_tokens
-        # A span is never split, whatever it takes.
+        # A span is never split, even above MAX_CHUNK_AREA.
         if not sequence.request.spans:
             tiles = MAX_CHUNK_AREA // (start + limit) // QUERY_TILE
             limit = min(limit, max(tiles, 1) * QUERY_TILE)
@@ -302,14 +302,14 @@ class Scheduler:
         self.num_cached_tokens += num_cached_tokens
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the head of the queue; when a generation is through, the next one takes over."""
+        """Return the head of the queue; once a generation is used up, the next one follows."""
         if not self._waiting:
             self._waiting.extend(_in_order(self._arrived))
             self._arrived = []
         return self._waiting[0] if self._waiting else None
 
     def _may_decode_beside(self, step: list[tuple[Sequence, int]], decoding: list[int]) -> bool:
-        """Return whether decode rows of these lengths fit beside prompts, and none makes room."""
+        """Return whether decode rows of these lengths fit beside prompts without preemption."""
         if self._is_apart:
             return False
         size = self._signature.block_size
@@ -322,9 +322,9 @@ class Scheduler:
         return have_blocks and self._fits(lengths) and not step[0][0].isolated
 
     def _fits(self, lengths: list[int]) -> bool:
-        """Return whether chunks of these lengths make a step: few enough, and not mostly padding.
+        """Return whether chunks of these lengths fit a step's token limit and padding limit.
 
-        A sequence alone always does, if few enough.
+        A single chunk within the token limit always fits.
         """
         longest, num_tokens = max(lengths), sum(lengths)
         tile = -(-longest // -(-longest // QUERY_TILE))
@@ -336,12 +336,12 @@ class Scheduler:
     def _with_blocks(
         self, wanted: list[tuple[Sequence, int]], *, ahead: bool
     ) -> list[tuple[Sequence, int]]:
-        """Return those that get their blocks, at the cost of newer ones; ahead, all or none."""
+        """Return the sequences that get blocks, preempting newer ones; if `ahead`, all or none."""
         got = [(s, n) for s, n in wanted if self._extend(s, n, may_preempt=not ahead)]
         return got if len(got) == len(wanted) or not ahead else []
 
     def _extend(self, sequence: Sequence, num_new_tokens: int, *, may_preempt: bool) -> bool:
-        """Get a sequence its blocks; False if there are none, or it was preempted for an older."""
+        """Get a sequence its blocks; return False if none are free or it was itself preempted."""
         while sequence.status is Status.RUNNING:
             num_computed = sequence.num_computed_tokens
             if self._cache.extend(
@@ -357,7 +357,7 @@ class Scheduler:
         return False
 
     def _release(self, sequence: Sequence, *, clean: bool) -> None:
-        """Take a sequence's slot; whoever counts on blocks that it will not compute starts anew."""
+        """Free a sequence's slot; preempt sequences that rely on blocks it will not compute."""
         self._running.remove(sequence)
         slot, sequence.slot = sequence.slot, -1
         num_computed_tokens = sequence.num_computed_tokens
@@ -369,8 +369,8 @@ class Scheduler:
 
 
 def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
-    """Return sequences with the most steps first, then those that share their first block."""
-    # Requests that score several continuations of one prompt stay neighbours.
+    """Return sequences with the most steps first, grouped by their first block."""
+    # Requests that score several continuations of one prompt stay adjacent.
     by_length = sorted(
         sequences, key=lambda s: (-s.request.params.max_tokens, -s.num_reusable_tokens)
     )
@@ -381,7 +381,7 @@ def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
 
 
 def _first_block(sequence: Sequence) -> bytes | Sequence:
-    """Return what the first block of a sequence holds, or the sequence if it shares none."""
+    """Return the digest of a sequence's first block, or the sequence if it shares no block."""
     if sequence.chain is None or sequence.chain.block_size > sequence.num_prompt_tokens:
         return sequence
     return sequence.chain.digests(0, 1)[0]

@@ -1,13 +1,13 @@
-"""A request, the state of its sequence while it runs, and the completion that comes of it.
+"""Requests, the state of their sequences while they run, and the completions they result in.
 
-All three are about token ids; text stays above the engine.
+All three hold token ids only; text is handled above the engine.
 
-While steps are in flight a sequence is ahead of what the host has seen of it:
+While steps are in flight, a sequence is ahead of what the host has seen of it:
 
     num_settled_tokens <= num_computed_tokens <= len(token_ids) + num_unknown_tokens
 
-Steps that are over have computed the first, steps in flight will have computed the second, and what
-they choose is counted in the third; the device knows it, the host does not yet.
+The first counts tokens computed by steps that are over. The second includes those of steps in
+flight. The third includes tokens that those steps choose, which the host does not know yet.
 """
 
 import bisect
@@ -23,11 +23,11 @@ from beam_gemma.structured.constraint import Constraint, Guide
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_FORCED_TOKENS = 15
-"""Tokens that may follow a chosen one without being chosen, in one step; with it, a block."""
+"""Maximum number of forced tokens after a chosen one in one step; with it, they fill a block."""
 
 
 class Status(enum.Enum):
-    """Where a sequence is on its way through the engine."""
+    """Stage of a sequence in the engine."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -39,24 +39,24 @@ class Request:
     """One prompt to complete, or to score."""
 
     request_id: str
-    """Named in errors; need not be unique."""
+    """Identifier shown in errors; need not be unique."""
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     sampling_key: str = ""
-    """Names the row in draws: the same key, seed and prompt give the same completion."""
+    """Key of the row's draws: the same key, seed and prompt give the same completion."""
     should_stop: Callable[[int], bool] | None = None
-    """Called with each new token id in order; True ends the sequence, which keeps that token."""
+    """Callback for each new token id, in order; True ends the sequence, which keeps that token."""
     constraint: Constraint | None = None
-    """The language that the completion must be of; it ends with it."""
+    """Language that the completion must belong to; it decides where the completion ends."""
     logprob: bool = False
-    """Whether to sum up the completion's log-probabilities."""
+    """True to sum the log-probabilities of the completion's tokens."""
     spans: tuple[tuple[int, int], ...] = ()
-    """Half-open ranges of the prompt, in order, that are attended both ways."""
+    """Half-open ranges of the prompt, in order, with attention in both directions."""
     targets: tuple[tuple[int, int], ...] = ()
-    """To score in place of completing: a position of the prompt, and a token that may come next;
-    in the order of positions, up to the last one."""
+    """Pairs to score instead of completing: a prompt position and a possible next token, in order
+    of positions; the last pair is at the prompt's last position."""
     normalized: bool = True
-    """Whether scores are log-probabilities; else they are logits, which take less work."""
+    """True for log-probabilities as scores; False for raw logits, which take less work."""
 
     def __post_init__(self) -> None:
         if self.constraint is not None and (self.should_stop or self.params.ignore_eos):
@@ -85,54 +85,54 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What a request gave."""
+    """The result of a request."""
 
     token_ids: tuple[int, ...]
-    """Without the end token; empty after an error."""
+    """Tokens of the completion, without the end token; empty after an error."""
     finish_reason: FinishReason
     logprob: float | None
     """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included; None
-    unless the request asked for it. The model alone counts, without a constraint; tokens that a
-    constraint forced were not chosen."""
+    unless the request asks for it. Probabilities are the model's own, without the constraint;
+    tokens that a constraint forces are not counted."""
     error: str | None = None
     scores: tuple[float, ...] = ()
-    """Log-probability of each target, or its logit where the request asked for no more."""
+    """Log-probability of each target, or its logit if the request is not `normalized`."""
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request while the engine holds it."""
+    """The state of a request in the engine."""
 
     request: Request
     end_token_ids: frozenset[int]
-    """Tokens that end the completion and stay out of it."""
+    """Tokens that end the completion and are left out of it."""
     token_ids: list[int] = field(init=False)
     """The prompt, then the completion so far."""
     chain: PrefixChain | None = None
-    """Names the blocks that it shares with other sequences; None if it shares none."""
+    """Digests of the blocks to share with other sequences; None if it shares none."""
     num_cached_tokens: int = 0
-    """Leading tokens that other sequences have computed, or will in the same step."""
+    """Leading tokens that other sequences have computed, or will compute in the same step."""
     num_computed_tokens: int = 0
-    """Leading tokens that the caches hold, those included, once the steps in flight are over."""
+    """Leading tokens in the caches once the steps in flight are over, cached ones included."""
     num_settled_tokens: int = 0
-    """Leading tokens that they hold already."""
+    """Leading tokens already in the caches."""
     num_unknown_tokens: int = 0
     """Tokens after `token_ids` that steps in flight choose."""
     prefill_end: int = 0
-    """Leading tokens that are computed in chunks; those that follow are computed by decode."""
+    """Leading tokens that are computed in chunks; later ones are computed by decode."""
     isolated: bool = False
-    """Whether it runs in steps of its own, on blocks of its own, until it has its next token."""
+    """True if the sequence runs alone and on blocks of its own until it has its next token."""
     guide: Guide | None = None
-    """Where in the language of its constraint the completion is."""
+    """State of the completion in the language of its constraint."""
     wants_logits: bool = False
-    """Whether the candidates of a step may be too few to choose its next token from."""
+    """True if the candidates of a step may be too few to choose its next token from."""
     max_length: int = field(init=False)
-    """Most tokens of prompt and completion."""
+    """Maximum number of tokens of prompt and completion together."""
     logprob: float = 0.0
     scores: list[float] = field(default_factory=list)
-    """Of the targets so far; those of a preempted sequence are written again."""
+    """Scores of the targets so far; written again after a preemption."""
     slot: int = -1
-    """Row of the block tables and of recurrent state, while the sequence runs."""
+    """Row in the block tables and the recurrent state while the sequence runs; otherwise -1."""
     status: Status = Status.WAITING
 
     def __post_init__(self) -> None:
@@ -140,10 +140,10 @@ class Sequence:
         self.max_length = self.num_prompt_tokens + self.request.params.max_tokens
 
     def begin(self, candidates: int) -> None:
-        """Take the first tokens of the completion where they are certain; come before any step.
+        """Append the first tokens that the constraint forces; call this before any step.
 
         Args:
-            candidates: That each step returns.
+            candidates: Number of candidates that each step returns.
         """
         if self.request.constraint is not None:
             self.guide = self.request.constraint.start()
@@ -153,38 +153,38 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return len(self.request.prompt_token_ids)
 
     @property
     def num_tokens_left(self) -> int:
-        """Tokens by which the completion may still grow."""
+        """Number of tokens by which the completion may still grow."""
         return self.max_length - len(self.token_ids)
 
     @property
     def num_reusable_tokens(self) -> int:
-        """Leading tokens whose outputs nobody needs, so that others may have computed them."""
+        """Number of leading tokens whose outputs are not needed, so cached blocks can stand in."""
         targets = self.request.targets
         return targets[0][0] if targets else self.prefill_end - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, those that steps in flight choose included."""
+        """Number of tokens so far, including those that steps in flight choose."""
         return len(self.token_ids) + self.num_unknown_tokens
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that are not computed; the step that takes all gives the next token."""
+        """Number of tokens not yet computed; a step that takes all of them gives the next token."""
         return len(self.token_ids) + self.num_unknown_tokens - self.num_computed_tokens
 
     @property
     def is_in_flight(self) -> bool:
-        """Whether a step in flight reads or writes its blocks."""
+        """True if a step in flight reads or writes the sequence's blocks."""
         return self.num_settled_tokens < self.num_computed_tokens
 
     @property
     def goes_on(self) -> bool:
-        """Whether it has something to compute, for all that the host knows."""
+        """True if the sequence has tokens to compute, as far as the host knows."""
         num_known, num_unknown = len(self.token_ids), self.num_unknown_tokens
         is_pending = num_known + num_unknown > self.num_computed_tokens
         ends_by_length = num_unknown > 0 and num_known + num_unknown >= self.max_length
@@ -192,34 +192,33 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether a part is left that is computed in chunks."""
+        """True if tokens are left that are computed in chunks."""
         return self.num_computed_tokens < self.prefill_end
 
     def launch(self, num_new_tokens: int) -> None:
-        """Go ahead by a step that was started."""
+        """Advance the computed tokens by a step that was started."""
         if num_new_tokens == self.num_pending_tokens and not self.request.targets:
             self.num_unknown_tokens += 1
         self.num_computed_tokens += num_new_tokens
 
     def settle(self, num_new_tokens: int) -> None:
-        """Follow by a step that is over."""
+        """Advance the settled tokens by a step that is over."""
         self.num_settled_tokens += num_new_tokens
 
     def restart(self, num_tokens: int) -> None:
-        """Stand where the caches hold so many leading tokens, with nothing in flight."""
+        """Reset to `num_tokens` leading tokens in the caches, with nothing in flight."""
         self.num_computed_tokens = self.num_settled_tokens = num_tokens
         self.num_unknown_tokens = 0
 
     def chunk(self, start: int, limit: int, *, evenly: bool = True) -> int:
         """Return how many of the tokens from `start` on to compute in one step, at most `limit`.
 
-        Where the cut would fall into a span it moves to the span's end, or to its start if the step
-        cannot hold that.
+        A cut inside a span moves to the span's end, or to its start if the end is beyond `limit`.
 
         Args:
-            start: Tokens that come before.
-            limit: Most that the step takes.
-            evenly: Whether chunks are of one size, so that no step is left with a few.
+            start: Number of tokens before the chunk.
+            limit: Maximum number of tokens in the chunk.
+            evenly: Whether to make chunks about equal, so that no step is left with a few tokens.
         """
         num_tokens = self.prefill_end - start
         length = -(-num_tokens // -(-num_tokens // limit)) if evenly else min(num_tokens, limit)
@@ -228,16 +227,16 @@ class Sequence:
         return max((b if b - start <= limit else a) - start, 0)
 
     def rows_within(self, start: int, num_new_tokens: int) -> list[int]:
-        """Return which of so many tokens from `start` on may need the head."""
+        """Return the positions that may need the head among `num_new_tokens` from `start` on."""
         if not self.request.targets:
             return [start + num_new_tokens - 1]
         places = self.targets_within(start, num_new_tokens)
         return sorted({self.request.targets[i][0] for i in places})
 
     def middle(self, num_new_tokens: int, block_size: int) -> int:
-        """Return how many of the next tokens to compute first if all together are too many.
+        """Return how many of the next tokens to compute first if all at once are too many.
 
-        The cut is at the start of a block and outside of spans; 0 if there is no such place.
+        The cut is at the start of a block and outside of spans; 0 if there is no such position.
         """
         start = self.num_computed_tokens
         places = range(
@@ -248,7 +247,7 @@ class Sequence:
         return min(cuts, key=lambda place: abs(place - halfway), default=start) - start
 
     def targets_within(self, start: int, num_new_tokens: int) -> range:
-        """Return which targets so many tokens from `start` on give scores for."""
+        """Return the indices of the targets at the `num_new_tokens` positions from `start` on."""
         bounds = (
             bisect.bisect_left(self.request.targets, place, key=lambda target: target[0])
             for place in (start, start + num_new_tokens)
@@ -256,7 +255,7 @@ class Sequence:
         return range(*bounds)
 
     def accept(self, token_id: int, logprob: float) -> FinishReason | None:
-        """Take the next token; return why the sequence ends with it, or None to go on."""
+        """Take the next token; return the finish reason if it ends the sequence, else None."""
         self.num_unknown_tokens -= 1
         self.logprob += logprob
         if token_id in self.end_token_ids:
@@ -273,7 +272,7 @@ class Sequence:
         return "length" if len(self.token_ids) >= self.max_length else None
 
     def _span_around(self, position: int) -> tuple[int, int]:
-        """Return the span that a cut at a position would split, or the position twice."""
+        """Return the span that a cut at a position would split, else the position twice."""
         spans = self.request.spans
         return next((s for s in spans if s[0] < position < s[1]), (position, position))
 
@@ -288,4 +287,4 @@ class Sequence:
 
 
 Step = tuple[tuple[Sequence, int], ...]
-"""Sequences that run together, each with its number of new tokens."""
+"""Sequences that run together, each with its number of new tokens in the step."""

@@ -1,4 +1,4 @@
-"""Counts of an engine that many callers share: each is given once, to whoever asks first."""
+"""Counts of an engine that many callers share; each count is reported once, to the first caller."""
 
 import dataclasses
 import threading
@@ -14,49 +14,49 @@ class EngineStats:
 
     max_num_seqs: int
     num_requests: int = 0
-    """Submitted."""
+    """Requests submitted."""
     num_finished: int = 0
-    """Of these, failed ones included."""
+    """Requests finished, failed ones included."""
     num_failed: int = 0
     num_prefill_steps: int = 0
-    """With part of a prompt, whatever else runs beside it."""
+    """Steps that compute part of a prompt, whatever else runs beside it."""
     num_decode_steps: int = 0
-    """With one token of each sequence."""
+    """Steps without prompt tokens: they extend completions only."""
     num_prompt_tokens: int = 0
-    """Computed by prefill; again after a preemption."""
+    """Prompt tokens computed by prefill; counted again after a preemption."""
     num_cached_tokens: int = 0
-    """Of prompts, not computed because the cache had them; again after a preemption."""
+    """Prompt tokens found in the cache instead of computed; counted again after a preemption."""
     num_completion_tokens: int = 0
-    """Chosen, end tokens included."""
+    """Tokens that completions gained: chosen ones, end tokens included, and forced ones."""
     num_preemptions: int = 0
-    """Sequences put back to make room, or after a failure, and computed again."""
+    """Times a sequence was put back, to make room or after a failure, and computed again."""
     num_decode_rows: int = 0
-    """Sequences of all decode steps."""
+    """Sequences in decode steps, summed over the steps."""
     num_backlog_decode_steps: int = 0
-    """Decode steps while other requests waited."""
+    """Decode steps run while other requests waited."""
     num_backlog_decode_rows: int = 0
-    """Sequences of those steps."""
+    """Sequences in those steps, summed over the steps."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed, of prompts and of completions."""
+        """Number of computed tokens of prompts and completions."""
         return self.num_prompt_tokens + self.num_completion_tokens
 
     @property
     def occupancy(self) -> float:
-        """Mean share of the slots that a decode step used."""
+        """Mean share of the slots that a decode step uses."""
         return self.num_decode_rows / max(1, self.num_decode_steps * self.max_num_seqs)
 
     @property
     def backlog_occupancy(self) -> float:
-        """The same while other requests waited: what the end of the work has no part in."""
+        """Occupancy while other requests wait, so that the end of the work does not lower it."""
         num_slots = self.num_backlog_decode_steps * self.max_num_seqs
         return self.num_backlog_decode_rows / max(1, num_slots)
 
 
 @runtime_checkable
 class Counted(Protocol):
-    """An engine, as far as its counts go."""
+    """Interface of an engine to its counts."""
 
     pulse: Pulse
 
@@ -66,7 +66,7 @@ class Counted(Protocol):
 
 
 class Tally:
-    """What an engine has counted and nobody has been told yet."""
+    """Counts of an engine that no caller has taken yet."""
 
     def __init__(self, engine: Counted) -> None:
         self._engine = engine
@@ -74,7 +74,7 @@ class Tally:
         self._taken: Counter[str] = Counter()  # guarded by the lock
 
     def take(self) -> dict[str, int]:
-        """Return the counts since this was last called, without those that are zero."""
+        """Return the counts since the last call, without those that are zero."""
         with self._lock:
             totals = _counts(self._engine.stats) + self._engine.pulse.counts()
             new = totals - self._taken
