@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from beam_gemma.tasks.questions import Shot as Shot
     from beam_gemma.tasks.text_encoder import EmbedSettings as EmbedSettings
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 PUBLIC = {
     "SamplingParams": "beam_gemma.engine.sampling",
     "ArtifactError": "beam_gemma.errors",

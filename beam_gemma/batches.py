@@ -1,7 +1,7 @@
-"""Record batches between steps: a table is Arrow from end to end, so every column keeps its type.
+"""Arrow record batches passed between steps; every column keeps its type from end to end.
 
-Elements of a shuffle are `Grouped`: a group's number, a tag that says what the rows are, the
-position of the first of them, and the rows.
+Elements of a shuffle are `Grouped`: group number, tag for the kind of rows, position of the first
+row, and the rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,14 +13,14 @@ from apache_beam.coders.coders import Coder
 from apache_beam.coders.typecoders import registry
 
 Located: TypeAlias = tuple[int, pa.RecordBatch]
-"""Some rows of a table and the position of the first; the others follow it one by one."""
+"""Position of the first row, and consecutive rows of a table."""
 Tagged: TypeAlias = tuple[int, int, pa.RecordBatch]
 Grouped: TypeAlias = tuple[int, Tagged]
 _WIRE = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 class RecordBatchCoder(Coder):
-    """Record batches as Arrow streams; pickle would carry what a slice is cut of."""
+    """Coder of record batches as Arrow streams; pickle would include the buffers behind a slice."""
 
     def encode(self, value: pa.RecordBatch) -> bytes:
         """Return the batch and its schema as bytes."""
@@ -30,11 +30,11 @@ class RecordBatchCoder(Coder):
         return sink.getvalue().to_pybytes()
 
     def decode(self, encoded: bytes) -> pa.RecordBatch:
-        """Return the batch."""
+        """Return the batch that `encode` serialized."""
         return pa.ipc.open_stream(encoded).read_next_batch()
 
     def to_type_hint(self) -> type:
-        """Return what this encodes."""
+        """Return the type that this coder encodes."""
         return pa.RecordBatch
 
 
@@ -42,11 +42,11 @@ registry.register_coder(pa.RecordBatch, RecordBatchCoder)
 
 
 def send_whole() -> None:
-    """Have the workers of Beam's local runner send whole elements; for where a pipeline is made.
+    """Make workers of Beam's local runner send only whole elements; call when building a pipeline.
 
-    Every second they send what is in their buffers, even amid an element that another thread is
-    encoding (seen in Beam 2.77, with `--direct_running_mode=multi_threading`), and what is added as
-    they do is lost. Nothing that ends needs that: without it they send what is complete.
+    By default, they flush their buffers every second, even while another thread is encoding an
+    element (seen in Beam 2.77, with `--direct_running_mode=multi_threading`), and data added during
+    the flush is lost. Bounded jobs do not need timed flushes; other flushes send whole elements.
     """
     from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
@@ -54,13 +54,13 @@ def send_whole() -> None:
 
 
 def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Return a batch under a job's schema: files may differ in metadata, and lists in form."""
+    """Return a batch cast to a job's schema; files may differ in metadata and list types."""
     columns = [c.cast(f.type) for c, f in zip(batch.columns, schema, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def joined(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
-    """Return one batch of the rows of several, of which there is at least one."""
+    """Return one batch with the rows of one or more batches."""
     batches = list(batches)
     (batch,) = pa.Table.from_batches(batches).combine_chunks().to_batches() or [
         pa.RecordBatch.from_pylist([], schema=batches[0].schema)
@@ -69,11 +69,11 @@ def joined(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def by_group(groups: np.ndarray, batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Return the rows of each group, in their order.
+    """Yield each group with its rows, in their original order.
 
     Args:
-        groups: [rows] the group of each row.
-        batch: The rows.
+        groups: [rows] group number of each row.
+        batch: The rows to group.
     """
     if not len(groups):
         return

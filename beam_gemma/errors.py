@@ -1,20 +1,20 @@
-"""Every error that the project raises on purpose.
+"""Exceptions that the project raises on purpose.
 
     BeamGemmaError
     ├── ConfigError           a model architecture that is not supported or contradicts itself
     ├── OptionsError          a flag, argument or setting of a job
     ├── CheckpointError       a checkpoint that cannot be read in full
     ├── ArtifactError         a model folder that is damaged, missing or of another format
-    ├── StorageError          a file of a job that cannot be written, or is not what it was
-    ├── DeviceError           a device that has no room, or fails; the step may be at fault
-    ├── EngineError           the engine stopped; no row is at fault
-    ├── BalanceError          rows were lost or doubled on the way
-    ├── FailuresError         more rows failed than a job may have
-    ├── BudgetError           the tokens that a job may cost are spent; it can go on
-    └── RecordError           one row; the only error that ends as that row's `error`
+    ├── StorageError          a file of a job that cannot be written, or has changed
+    ├── DeviceError           a device that has no memory left, or fails; maybe due to the step
+    ├── EngineError           a stopped engine; no single row is at fault
+    ├── BalanceError          rows lost or duplicated between reading and writing
+    ├── FailuresError         more failed rows than allowed
+    ├── BudgetError           a spent token budget; the job can be resumed
+    └── RecordError           a row that fails; the only error stored as that row's `error`
         └── PromptTooLongError
 
-A message is one sentence: the thing at fault, what was expected, what was got, then the remedy.
+A message is one sentence: faulty item, expected value, actual value, then the remedy.
 """
 
 import difflib
@@ -42,11 +42,11 @@ class ArtifactError(BeamGemmaError):
 
 
 class StorageError(BeamGemmaError):
-    """A file of a job cannot be written, or is not what was written."""
+    """A file of a job cannot be written, or has changed since it was written."""
 
 
 class DeviceError(BeamGemmaError):
-    """A device has no room for a step, or failed; the step may be at fault."""
+    """A device has no memory for a step, or failed; the step may be the cause."""
 
 
 class EngineError(BeamGemmaError):
@@ -54,15 +54,15 @@ class EngineError(BeamGemmaError):
 
 
 class BudgetError(BeamGemmaError):
-    """The tokens that a job may cost are spent; what is done is kept, and the job can go on."""
+    """The token budget of a job is spent; finished rows are kept and the job can be resumed."""
 
 
 class BalanceError(BeamGemmaError):
-    """Rows were lost or doubled between reading and writing."""
+    """Rows were lost or duplicated between reading and writing."""
 
 
 class FailuresError(BeamGemmaError):
-    """More rows of a job failed than may."""
+    """More rows of a job failed than allowed."""
 
 
 class RecordError(BeamGemmaError):
@@ -70,7 +70,7 @@ class RecordError(BeamGemmaError):
 
 
 class PromptTooLongError(RecordError):
-    """The prompt of one row does not fit the model or the limit that was asked for."""
+    """The prompt of one row exceeds the model's or the requested limit."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
-"""What a worker has, and whether that will do: `python -m beam_gemma.preflight`.
+"""Checks of a worker's software and hardware: `python -m beam_gemma.preflight`.
 
-From the machine to one row of a model, in the order in which a job needs them; the first thing that
-is missing or too old ends it, with the reason and the remedy. It is run by hand, on a worker or in
-its image; jobs check the same for themselves, without a word where all is well.
+The checks go from the machine to one row of a model, in the order in which a job needs them, and
+end at the first missing or outdated item, with the reason and the remedy. Run them by hand, on a
+worker or in its image; jobs perform the same checks silently.
 """
 
 import argparse
@@ -47,29 +47,29 @@ ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """One thing that was found."""
+    """One finding of the checks."""
 
     name: str
     text: str
-    """For people."""
+    """Readable text."""
     values: dict[str, Any] = field(default_factory=dict)
-    """For programs."""
+    """Machine-readable values, for JSON."""
 
 
 def checks(model: str | None, device: "DeviceChoice") -> Iterator[Fact]:
-    """Yield what is found, until something will not do.
+    """Yield findings until a check fails.
 
     Args:
-        model: Folder of a model, here or on gs://; None for the machine alone.
+        model: Model folder, local or on gs://; None to check only the machine.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        BeamGemmaError: what is missing or too old, and the remedy.
-        ModuleNotFoundError: there is no ONNX Runtime.
+        BeamGemmaError: an item is missing or too old; the message names the remedy.
+        ModuleNotFoundError: ONNX Runtime is not installed.
     """
     yield from _packages()
     yield from _machine()
-    # Only here: without ONNX Runtime these cannot be imported, and that is a finding too.
+    # Imported only here: without ONNX Runtime this fails, after the first findings are reported.
     from beam_gemma.runtime.devices import choose_device, has_device, providers, require_device
 
     yield Fact(name="providers", text=", ".join(providers()), values={"names": providers()})
@@ -113,7 +113,7 @@ def _machine() -> Iterator[Fact]:
 
 
 def _gpu() -> Iterator[Fact]:
-    """Yield what the GPU is; it is fit for use."""
+    """Yield driver, name, memory and precisions of a usable GPU."""
     version = driver_version()
     yield Fact(name="driver", text=f"for {cuda_release(version)}", values={"cuda": version})
     capability = compute_capability()
@@ -140,7 +140,7 @@ def _described(artifact: Artifact) -> Fact:
 
 
 def _compared(artifact: Artifact, seconds: float) -> Fact:
-    """Return what is known of all files, which opening the model has compared."""
+    """Return the number and total size of files with verified checksums."""
     summed = [entry for entry in artifact.files.values() if entry.sha256 is not None]
     size = sum(entry.num_bytes for entry in summed) / 1e9
     left = len(artifact.files) - len(summed)
@@ -153,7 +153,7 @@ def _compared(artifact: Artifact, seconds: float) -> Fact:
 
 
 def _row(artifact: Artifact, head: Head, device: Device) -> Fact:
-    """Return what a model makes of one row, and how long that took."""
+    """Return a model's result for one row, with the times to load it and to compute the row."""
     start = time.monotonic()
     model = _handler(artifact, head, device).load_model()
     loaded = time.monotonic()
@@ -173,7 +173,7 @@ def _row(artifact: Artifact, head: Head, device: Device) -> Fact:
 
 
 def _handler(artifact: Artifact, head: Head, device: Device) -> "TaskHandler":
-    """Return the task of a head, with the least that can be asked of it."""
+    """Return the task handler of a head, with a minimal request."""
     from beam_gemma.engine.sampling import SamplingParams
     from beam_gemma.inference.handlers import (
         GemmaClassifyModelHandler,
@@ -206,7 +206,7 @@ def _amount(name: str, free: int, total: int, more: str = "") -> Fact:
 
 
 def preflight_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
+    """Return the parser for command-line flags."""
     parser = argparse.ArgumentParser(
         prog="python -m beam_gemma.preflight",
         description="What a worker has: software, machine, GPU, and one row of a model.",
@@ -223,7 +223,7 @@ def preflight_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks and write what is found; return 1 where something will not do."""
+    """Run the checks and write the findings; return 1 if a check fails, else 0."""
     args = preflight_parser().parse_args(argv)
     facts: list[Fact] = []
     problem = None
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except (BeamGemmaError, ModuleNotFoundError) as error:
         problem = str(error)
-    except Exception as error:  # a device may raise anything, and one sentence is wanted of it
+    except Exception as error:  # a device may raise anything; report it in one sentence
         problem = f"{type(error).__name__}: {error}"
     if args.json:
         found = {fact.name: fact.values | {"text": fact.text} for fact in facts}

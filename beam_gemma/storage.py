@@ -1,6 +1,6 @@
-"""Files that are there whole and for good, or not at all.
+"""File operations, including atomic and durable writes of files that never change.
 
-They are named by what they hold, so whoever finds one already there has nothing left to write.
+Files of results are named after their content, so existing ones need not be written again.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from beam_gemma.errors import OptionsError, StorageError
 
 
 def write_once(path: str, content: bytes) -> None:
-    """Write a file that nobody writes with another content.
+    """Write a file atomically; all writers of a path must write the same content.
 
     Raises:
-        StorageError: it cannot be written; nothing of it is there then.
+        StorageError: the file cannot be written; no part of it is left at `path`.
     """
     writers = {None: _write_local, "gs": _write_object}
     try:
         writers.get(FileSystems.get_scheme(path), _write_and_rename)(path, content)
-    except Exception as error:  # each storage has errors of its own
+    except Exception as error:  # each file system has its own exceptions
         raise StorageError(
             f"{path}: expected to write {len(content):,} bytes, got {type(error).__name__}: "
             f"{error}; once that is set right, go on with --resume"
@@ -45,7 +45,7 @@ def _write_local(path: str, content: bytes) -> None:
         temporary.rename(file)
     finally:
         temporary.unlink(missing_ok=True)
-    # The name is durable once its folder is.
+    # The name is durable only once the folder is synced.
     folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
@@ -58,7 +58,7 @@ def _write_object(path: str, content: bytes) -> None:
 
     bucket, _, name = path.removeprefix("gs://").partition("/")
     blob = storage_client().bucket(bucket).blob(name)
-    # That it was there already is what is asked for.
+    # A failed precondition means that the file already exists, which is fine.
     with contextlib.suppress(PreconditionFailed):
         blob.upload_from_string(content, if_generation_match=0)
 
@@ -74,7 +74,7 @@ def _write_and_rename(path: str, content: bytes) -> None:
 
 @functools.cache
 def storage_client() -> Any:
-    """Return a client of Cloud Storage, as Beam makes its own."""
+    """Return a Cloud Storage client, created the way Beam creates its own."""
     from apache_beam.io.gcp.gcsio import create_storage_client
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -82,10 +82,10 @@ def storage_client() -> Any:
 
 
 def match_files(pattern: str) -> list[str]:
-    """Return the files that a pattern matches, in order.
+    """Return the sorted paths of files that match a pattern.
 
     Raises:
-        OptionsError: the file system is not known or cannot be listed.
+        OptionsError: the file system is unknown or cannot be listed.
     """
     try:
         (result,) = FileSystems.match([pattern])
@@ -95,28 +95,28 @@ def match_files(pattern: str) -> list[str]:
 
 
 def delete_folder(folder: str) -> None:
-    """Delete a folder and all that is in it, if it is there."""
+    """Delete a folder and its contents, if it exists."""
     if _is_there(folder):
-        # Beam takes the name of a local folder as it is, and a prefix of objects with a slash.
+        # Beam needs a trailing slash for an object prefix, but none for a local folder.
         FileSystems.delete([f"{folder}/" if "://" in folder else folder])
 
 
 def _is_there(folder: str) -> bool:
-    # A folder of an object store is there only by what is in it.
+    # In an object store, a folder exists only if it contains objects.
     (files,) = FileSystems.match([f"{folder}/**"], limits=[1])
     return FileSystems.exists(folder) or bool(files.metadata_list)
 
 
 def create(path: str) -> BufferedIOBase:
-    """Return a new file to write, with its folder."""
+    """Create a file, and its folder if necessary, and return the open stream."""
     folder = path.rpartition("/")[0]
     if folder and not FileSystems.exists(folder):
         try:
             FileSystems.mkdirs(folder)
         except OSError:
-            # Another thread has made it, which is as good. Of Beam's file systems the local one
+            # Another thread may have created the folder, which is fine. Beam's local file system
             # raises a bare OSError, the others its subclass BeamIOError.
             if not FileSystems.exists(folder):
                 raise
-    stream: Any = FileSystems.create(path)  # which only Beam calls a BinaryIO
+    stream: Any = FileSystems.create(path)  # only Beam's annotation says BinaryIO
     return stream

@@ -1,4 +1,4 @@
-"""What has to be the same where a job is submitted and where it runs."""
+"""Software versions that must match between the submitting machine and the workers."""
 
 import sys
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from beam_gemma.errors import OptionsError
 
 
 def versions() -> dict[str, str]:
-    """Return the versions on this side, by name."""
+    """Return the versions on this machine, by name."""
     return {
         "beam-gemma": beam_gemma.__version__,
         "Beam": version("apache-beam"),
@@ -18,14 +18,14 @@ def versions() -> dict[str, str]:
 
 
 def check_versions(where: str, there: Mapping[str, str]) -> None:
-    """Compare another side with this one.
+    """Check that another machine has the same versions as this one.
 
     Args:
-        where: The other side.
-        there: Its versions.
+        where: Description of the other machine, for the error message.
+        there: Versions on the other machine, by name.
 
     Raises:
-        OptionsError: they differ.
+        OptionsError: the versions differ.
     """
     if (here := versions()) != there:
         raise OptionsError(

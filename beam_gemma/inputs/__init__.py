@@ -1,1 +1,1 @@
-"""From the columns of a row to the token ids that a model reads."""
+"""Conversion of rows to prompts and their token ids."""

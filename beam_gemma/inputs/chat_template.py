@@ -1,4 +1,4 @@
-"""Chat templates: a conversation becomes parts, with turns as the model was trained on them."""
+"""Chat templates, which render a conversation as parts in the model's trained format."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ GEMMA_CHAT_TEMPLATE = """\
     {{- "<start_of_turn>model\\n" }}
 {%- endif %}
 """
-"""Turns of the instruction-tuned Gemma 1, 2 and 3, for models that come without a template."""
+"""Turn format of instruction-tuned Gemma 1, 2 and 3, for models that lack a template."""
 
 
 ROLES = ("system", "user", "assistant")
@@ -32,21 +32,23 @@ ROLES = ("system", "user", "assistant")
 _PROBE = "probe"
 
 
-# What the expressions of a template can raise.
+# Exceptions that the expressions of a template can raise.
 _FAULTS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
 
 class ChatTemplate:
-    """A Jinja chat template under Hugging Face's conventions, run in a sandbox.
+    """Jinja chat template with Hugging Face's conventions, run in a sandbox.
 
     Args:
-        source: The template; it sees `messages`, `add_generation_prompt`, `bos_token`, `eos_token`
-            and `raise_exception`.
-        control_pieces: Those of the tokenizer; found in what the template writes itself.
-        allow_special_tokens: Find them in the contents of messages as well.
+        source: Text of the template; its variables are `messages`, `add_generation_prompt`,
+            `bos_token`, `eos_token` and `raise_exception`.
+        control_pieces: The tokenizer's control pieces, recognized in the template's own output.
+        bos_token: Value of the template's `bos_token`.
+        eos_token: Value of the template's `eos_token`.
+        allow_special_tokens: Whether to recognize control pieces in message contents as well.
 
     Raises:
-        OptionsError: the template is malformed or refuses a plain question.
+        OptionsError: the template is malformed or rejects a single user message.
     """
 
     def __init__(
@@ -73,17 +75,17 @@ class ChatTemplate:
         self._takes_system = self._shows_system(question)
 
     def render(self, messages: Any, system: str | None = None) -> tuple[Part, ...]:
-        """Return a conversation that ends where the model is to speak.
+        """Return the parts of a conversation, up to the start of the model's turn.
 
-        A template without a system role gets the system prompt at the head of the first user turn.
+        If the template has no system role, the system prompt is put before the first user message.
 
         Args:
-            messages: A list; each with a `role` of `ROLES` and a `content`: a string, which is
-                data, or a tuple of parts, whose control pieces are kept.
-            system: System prompt for a conversation that brings none of its own.
+            messages: List of messages, each with a `role` of `ROLES` and a `content`: a string,
+                treated as data, or a tuple of parts, whose control pieces are kept.
+            system: System prompt for a conversation without one of its own.
 
         Raises:
-            RecordError: the messages are malformed, or the template refuses them.
+            RecordError: the messages are malformed, or the template rejects them.
         """
         conversation = _checked(messages)
         if system is not None and conversation[0]["role"] != "system":
@@ -108,7 +110,7 @@ class ChatTemplate:
         )
 
     def _shows_system(self, question: Mapping[str, str]) -> bool:
-        """Return whether a system message reaches the prompt; Gemma 1 and 2 refuse it."""
+        """Return whether a system message appears in the prompt; Gemma 1 and 2 reject it."""
         try:
             return _PROBE in self._run([{"role": "system", "content": _PROBE}, question])
         except _FAULTS:
@@ -139,7 +141,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _checked(messages: Any) -> list[Mapping[str, Any]]:
-    """Return the messages of a row, which may hold anything."""
+    """Return a row's messages as a list, after validation."""
     if not isinstance(messages, list | tuple) or not messages:
         raise RecordError(f"messages: expected a list of messages, got {messages!r}")
     for message in messages:
@@ -163,7 +165,7 @@ def _texts(contents: Iterable[Sequence[Part]]) -> Iterator[Text]:
 
 
 def _unused_character(texts: Collection[str]) -> str:
-    """Return a character that occurs in no text: a noncharacter, unless a row uses them all."""
+    """Return a character absent from all texts: a noncharacter, unless a row uses them all."""
     candidates = (chr(code) for code in range(0xFDD0, 0x110000))
     return next(char for char in candidates if not any(char in text for text in texts))
 

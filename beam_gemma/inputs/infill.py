@@ -1,7 +1,7 @@
-"""Text with a gap, as CodeGemma was trained to fill it.
+"""Infill prompts in CodeGemma's format, for text with a gap.
 
-The text before the gap and the text after it come first, then the model writes what belongs
-between. Source: the prompt structure of CodeGemma at ai.google.dev/gemma/docs/codegemma.
+A prompt consists of the text before the gap and the text after it; the model then generates the
+text in between. Source: the prompt structure of CodeGemma at ai.google.dev/gemma/docs/codegemma.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from beam_gemma.model.markup import Control, ControlPieces, Part
 PREFIX, SUFFIX, MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 FILE_SEPARATOR = "<|file_separator|>"
 PIECES = (PREFIX, SUFFIX, MIDDLE, FILE_SEPARATOR)
-"""All end what the model writes, as its card says."""
+"""Control pieces of infilling; each ends the generated text, according to the model card."""
 
 
 class Infill:
-    """A prompt made of what stands before a gap and after it, either of which may be empty.
+    """Prompt made of the text before a gap and the text after it; either may be empty.
 
     Args:
-        prefix_column: Holds the text before the gap.
-        suffix_column: Holds the text after the gap.
-        control_pieces: Ids of the tokenizer's.
-        allow_special_tokens: Find them in the values of rows as well.
+        prefix_column: Column with the text before the gap.
+        suffix_column: Column with the text after the gap.
+        control_pieces: Token ids of the tokenizer's control pieces.
+        allow_special_tokens: Whether to recognize control pieces in the values of rows.
 
     Raises:
-        OptionsError: the tokenizer has no such pieces.
+        OptionsError: the tokenizer lacks one of `PIECES`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Infill:
                 )
         self.fields = (prefix_column, suffix_column)
         self.stop_token_ids = tuple(control_pieces[piece] for piece in PIECES)
-        """What ends a filling, beside the model's own end tokens."""
+        """Token ids that end generated text, in addition to the model's own end tokens."""
         self._markup = ControlPieces(control_pieces if allow_special_tokens else ())
 
     def render(self, row: Mapping[str, Any]) -> tuple[Part, ...]:

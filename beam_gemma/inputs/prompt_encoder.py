@@ -1,4 +1,4 @@
-"""Rows to token ids: which columns make a prompt, in which markup, and how long it may be.
+"""Conversion of rows to token ids: columns of a prompt, its markup, and its length limit.
 
 A row is a mapping of columns, or a string that is the prompt itself.
 """
@@ -16,16 +16,16 @@ from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 
 Turn = tuple[tuple[Part, ...], tuple[Part, ...]]
-"""What a shot asks and what it answers."""
+"""Question and answer of a shot."""
 PromptFormat = Literal["auto", "raw", "chat"]
 Side = Literal["left", "right"]
 MAX_CUTS = 4
-"""Attempts at cutting a prompt; each may leave a few tokens too many where pieces merge anew."""
+"""Most attempts to cut a prompt; retokenization may leave a few excess tokens each time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSettings:
-    """How a row becomes a prompt. At most one of its sources is given."""
+    """Settings to turn a row into a prompt; at most one of `SOURCES` may be set."""
 
     SOURCES: ClassVar[tuple[str, ...]] = (
         "prompt",
@@ -37,26 +37,26 @@ class PromptSettings:
     prompt: str | None = None
     """Template with column names in braces."""
     prompt_column: str | None = None
-    """Column that holds the prompt."""
+    """Column with the prompt."""
     messages_column: str | None = None
-    """Column that holds a conversation: a list of `role` and `content`."""
+    """Column with a conversation: a list of messages with `role` and `content`."""
     prefix_column: str | None = None
-    """Column that holds the text before a gap that the model is to fill; see `Infill`."""
+    """Column with the text before a gap that the model fills; see `Infill`."""
     suffix_column: str | None = None
-    """Column that holds the text after the gap."""
+    """Column with the text after the gap."""
     system: str | None = None
-    """System prompt of every row."""
+    """System prompt for all rows."""
     prompt_format: PromptFormat = "auto"
-    """`chat` makes the prompt a user's turn, `raw` takes it as it stands; `auto` is `chat` where
-    there is a chat template."""
+    """`chat` wraps the prompt in a user turn, `raw` uses it unchanged; `auto` is `chat` if there is
+    a chat template."""
     chat_template: str | None = None
-    """None for the model's own, `gemma` for the built-in one, or the text of a Jinja template."""
+    """Text of a Jinja template, `gemma` for the built-in one, or None for the model's own."""
     allow_special_tokens: bool = False
-    """Whether control pieces in the values of rows are control tokens."""
+    """True if control pieces in the values of rows become control tokens."""
     max_prompt_tokens: int | None = None
-    """Longest prompt; None for what the model takes beside its answer."""
+    """Most tokens of a prompt; None for the model's limit minus the tokens of the answer."""
     truncate: Side | None = None
-    """Side where the longest text of a row is cut if its prompt is too long; None is an error."""
+    """Side on which a row's longest text is cut if the prompt is too long; None raises an error."""
 
     def __post_init__(self) -> None:
         given = [name for name in self.SOURCES if getattr(self, name) is not None]
@@ -86,7 +86,7 @@ class PromptSettings:
 
     @property
     def prompt_columns(self) -> dict[str, ColumnUse]:
-        """Columns that a prompt is made of, and how."""
+        """Columns that a prompt is made of, with their use."""
         if self.prompt is not None:
             return dict.fromkeys(Template(self.prompt, ()).fields, "value")
         uses: dict[str | None, ColumnUse] = {
@@ -100,17 +100,17 @@ class PromptSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shots:
-    """Rows with their answers that come before every prompt, always in this order."""
+    """Example rows with answers that precede every prompt, always in this order."""
 
     examples: tuple[tuple[Row, tuple[Part, ...]], ...] = ()
     number: int | None = None
-    """Of these before each prompt, the first that are not its own row; None for all."""
+    """Number of shots per prompt: the first ones other than the prompt's row; None for all."""
     delimiter: str = ""
-    """Follows each answer, where the prompt is no chat."""
+    """Text after each answer, unless the prompt is a chat."""
 
 
 class PromptEncoder:
-    """Makes prompts of rows, as the settings say; needs a tokenizer but no weights."""
+    """Turns rows into prompts according to settings; needs a tokenizer but no weights."""
 
     def __init__(
         self,
@@ -124,14 +124,14 @@ class PromptEncoder:
         """Prepare the templates.
 
         Args:
-            tokenizer: The model's.
-            settings: What to ask.
-            chat_template: The model's own, where it has one.
-            max_tokens: Longest prompt that the model takes.
-            shots: What comes before every prompt.
+            tokenizer: Tokenizer of the model.
+            settings: Settings of the prompts.
+            chat_template: Chat template of the model; None if it has none.
+            max_tokens: Most tokens of a prompt that the model accepts.
+            shots: Examples that precede every prompt.
 
         Raises:
-            OptionsError: the model cannot be asked so, or a shot makes no prompt.
+            OptionsError: the model does not support the settings, or a shot yields no prompt.
         """
         self.tokenizer = tokenizer
         self.settings = settings
@@ -140,7 +140,7 @@ class PromptEncoder:
         self._chat = source and ChatTemplate(source, pieces, allow_special_tokens=allow)
         self._template: Template | Infill | None = None
         self.stop_token_ids: tuple[int, ...] = ()
-        """What ends an answer to such prompts, beside the model's own end tokens."""
+        """Token ids that end an answer, in addition to the model's own end tokens."""
         if settings.prompt is not None:
             self._template = Template(settings.prompt, pieces, allow_special_tokens=allow)
         elif settings.prefix_column is not None and settings.suffix_column is not None:
@@ -159,17 +159,17 @@ class PromptEncoder:
 
         Args:
             row: A mapping of columns, or the prompt itself.
-            num_answer_tokens: To leave free, of what the model takes.
+            num_answer_tokens: Number of the model's tokens to reserve for the answer.
 
         Raises:
-            RecordError: the row makes no prompt, or one that is too long.
+            RecordError: the row yields no prompt, or one that is too long.
         """
         limit = self._max_tokens - num_answer_tokens
         with rows_own_errors():
             return self._prompt(row, min(limit, self.settings.max_prompt_tokens or limit))
 
     def _prompt(self, row: Row, max_tokens: int) -> Prompt:
-        """Return the prompt of one row, cut where that is allowed."""
+        """Return the prompt of one row, cut if necessary and allowed."""
         turns = self._turns_before(row)
         prompt = self._encode(row, turns)
         for _ in range(MAX_CUTS if self.settings.truncate else 0):
@@ -186,7 +186,7 @@ class PromptEncoder:
         return prompt
 
     def _turns_before(self, row: Row) -> Sequence[Turn]:
-        """Return the shots of a row, which is never among them itself."""
+        """Return the shots for a row, without the row itself."""
         if not self._turns:
             return ()
         content = self._content(row)
@@ -214,7 +214,7 @@ class PromptEncoder:
         return self._chat.render([*messages, {"role": "user", "content": content}], system)
 
     def _content(self, row: Row) -> tuple[Part, ...]:
-        """Return the prompt before it becomes a turn of a chat."""
+        """Return a row's prompt before it is wrapped in a chat turn."""
         if self._template and not isinstance(row, str):
             return self._template.render(row)
         text = row if isinstance(row, str) else self._column_text(row)
@@ -232,7 +232,7 @@ class PromptEncoder:
         return format_value(column, row[column])
 
     def _cut(self, row: Row, num_tokens: int) -> Row:
-        """Return a row whose longest text is shorter by so many tokens; markup stays whole."""
+        """Return the row with its longest text cut by `num_tokens`; markup stays intact."""
         if isinstance(row, str):
             return self._cut_text(row, num_tokens)
         if self.settings.messages_column:
@@ -245,7 +245,7 @@ class PromptEncoder:
         if not texts:
             return row
         column = max(texts, key=lambda c: len(texts[c]))
-        # The text around a gap is cut at its far ends.
+        # The texts around a gap are cut at the ends away from it.
         far_ends: dict[str | None, Side] = {
             self.settings.prefix_column: "left",
             self.settings.suffix_column: "right",
@@ -255,14 +255,14 @@ class PromptEncoder:
     def _cut_text(self, text: str, num_tokens: int, side: Side | None = None) -> str:
         parts = self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
         ids = self.tokenizer.encode(parts, add_bos=False)
-        # A character of several byte tokens may be cut through; what is left of it goes too.
+        # If the cut splits a character of several byte tokens, the rest of it is removed too.
         if (side or self.settings.truncate) == "left":
             return self.tokenizer.decode(ids[num_tokens:]).lstrip("\ufffd")
         return self.tokenizer.decode(ids[:-num_tokens]).rstrip("\ufffd")
 
 
 def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:
-    """Return the chat template to use, or None for prompts that are no chat."""
+    """Return the chat template to use, or None for prompts without a chat."""
     if settings.prompt_format == "raw" or settings.prefix_column is not None:
         return None
     own = GEMMA_CHAT_TEMPLATE if settings.chat_template == "gemma" else settings.chat_template

@@ -1,4 +1,4 @@
-"""A row and what becomes of it: the columns that are read, the prompt that is made, its errors."""
+"""Rows and their prompts: types for both, uses of columns, and errors of rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ Row = Mapping[str, Any] | str
 
 
 ColumnUse = Literal["text", "messages", "value", "key"]
-"""What a task makes of a column: a text, a conversation, a value that is written into a template,
-or a name for its row."""
+"""Use of a column in a task: a text, a conversation, a value for a template, or a key that names
+its row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """What the model sees of one row."""
+    """Prompt of one row, as parts and as token ids."""
 
     parts: tuple[Part, ...]
     token_ids: tuple[int, ...]
@@ -26,32 +26,32 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The prompt as a person reads it."""
+        """Readable text of the prompt."""
         return as_text(self.parts)
 
     @property
     def identity(self) -> list[Any]:
-        """What tells it from other prompts, as JSON holds it."""
+        """JSON-serializable value that is equal only for equal prompts."""
         return [self.token_ids, self.truncated]
 
 
 def as_text(parts: Sequence[Part]) -> str:
-    """Return parts as a person reads them."""
+    """Return parts as readable text, including control pieces."""
     return "".join(part.piece if isinstance(part, Control) else part.text for part in parts)
 
 
 @contextmanager
 def rows_own_errors() -> Iterator[None]:
-    """Make what trips over a row an error of that row, which may hold anything.
+    """Context manager that turns unexpected exceptions into an error of the current row.
 
     Raises:
-        RecordError: something went wrong inside.
+        RecordError: the block raised an exception that is no `BeamGemmaError`.
     """
     try:
         yield
     except BeamGemmaError:
         raise
-    except Exception as error:  # whatever a row's values do when they are written as text
+    except Exception as error:  # converting a row's values to text may raise anything
         raise RecordError(
             f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
         ) from error

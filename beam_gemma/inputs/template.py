@@ -1,7 +1,7 @@
-"""Rows to prompts, as parts: text, which is data, and control pieces, which are markup.
+"""Prompt templates, which render rows as parts: text (data) and control pieces (markup).
 
-Only markup that a template's author wrote yields control pieces. A row that contains
-`<end_of_turn>` is text about a marker, and the tokenizer never makes a control token of text.
+By default, only the template's own markup yields control pieces. `<end_of_turn>` in a row is plain
+text, which the tokenizer never turns into a control token.
 """
 
 import json
@@ -14,15 +14,15 @@ from beam_gemma.model.markup import ControlPieces, Part, Text
 
 
 class Template:
-    """A prompt with columns in braces: `Title: {title}`; `{{` and `}}` stand for braces.
+    """Prompt template with columns in braces: `Title: {title}`; `{{` and `}}` are literal braces.
 
     Args:
         template: Markup with plain column names in braces.
-        control_pieces: Those of the tokenizer; found in the template's own text.
-        allow_special_tokens: Find them in the values of rows as well.
+        control_pieces: The tokenizer's control pieces, recognized in the template's own text.
+        allow_special_tokens: Whether to recognize control pieces in the values of rows as well.
 
     Raises:
-        OptionsError: the template is malformed, or asks for more than a column's value.
+        OptionsError: the template is malformed, or its braces contain more than a column name.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Template:
         self._allow_special_tokens = allow_special_tokens
         self._segments = _segments(template)
         self.fields = tuple(dict.fromkeys(field for _, field in self._segments if field))
-        """The columns that the template names, in order."""
+        """Columns that the template uses, in order."""
 
     def render(self, row: Mapping[str, Any]) -> tuple[Part, ...]:
         """Return the prompt of one row.
@@ -58,7 +58,7 @@ class Template:
 
 
 def format_value(column: str, value: Any) -> str:
-    """Return a column's value as it stands in a prompt.
+    """Return a value as text for a prompt; lists and mappings become JSON.
 
     Raises:
         RecordError: the value is null or bytes.
@@ -78,7 +78,7 @@ def format_value(column: str, value: Any) -> str:
 
 
 def column_text(row: Mapping[str, Any], column: str) -> str:
-    """Return a column's value of one row as it stands in a prompt.
+    """Return the value of a row's column as text for a prompt.
 
     Raises:
         RecordError: the column is missing, or its value is null or bytes.

@@ -1,1 +1,1 @@
-"""What an export says of a model: the seam between `export` and the rest of the package."""
+"""Description of an exported model: the interface between `export` and the other packages."""

@@ -1,12 +1,12 @@
 """The exported model: one folder, any device.
 
 manifest.json          format, architecture, signatures, checksums, where the model comes from
-generate.cpu.onnx      a graph for each head and device; no weights inside
-weights/               external data of all graphs: links to the checkpoint's files and what
-                       had to be written
+generate.cpu.onnx      one graph for each head and device, without weights
+weights/               external data of all graphs: links to the checkpoint's files, and newly
+                       written files
 tokenizer.model        SentencePiece
-chat_template.jinja    where the checkpoint has one
-legal/                 licence, terms and notices of the model
+chat_template.jinja    if the checkpoint has one
+legal/                 license, terms and notices of the model
 """
 
 import hashlib
@@ -24,24 +24,24 @@ from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.signature import HEADS, Signature
 
 FORMAT = 1
-"""Raised when a worker of an older version could not run what is written now."""
+"""Format number; increased when workers of older versions cannot run new exports."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 CHAT_TEMPLATE = "chat_template.jinja"
 LEGAL = "legal"
 DESCRIPTION = frozenset([TOKENIZER, CHAT_TEMPLATE])
-"""What says, with the manifest, how a model is asked."""
+"""Files that, with the manifest, suffice to build prompts for a model."""
 SMALL_FILE_BYTES = 16 << 20
 """Files up to this size are checked in full each time a folder is opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
-    """What the manifest says of one file."""
+    """Manifest entry of one file."""
 
     num_bytes: int
     sha256: str | None
-    """None where the exporter was asked to leave the checksum for later."""
+    """Checksum in hex; None if the exporter was told to skip it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,21 +54,21 @@ class Artifact:
     precision: str
     signatures: Mapping[tuple[Head, Device], Signature]
     eos_token_ids: tuple[int, ...]
-    """Ids that end a text."""
+    """Token ids that end a generated text."""
     source: Mapping[str, str]
-    """Checkpoint name, its format, exporter version."""
+    """Checkpoint name, its format and exporter version."""
     files: Mapping[str, FileEntry]
-    """By path relative to the folder."""
+    """Manifest entries by path relative to the folder."""
     embedding: EmbeddingConfig | None = None
-    """How embeddings are made, where the folder is for that."""
+    """Embedding configuration; None if the model makes no embeddings."""
 
     @classmethod
     def open(cls, path: str | Path, *, of_weights: bool = True) -> "Artifact":
-        """Open a folder; sizes of all files and checksums of small ones are verified.
+        """Open a folder and verify the sizes of all files and the checksums of small ones.
 
         Args:
-            path: Of the folder.
-            of_weights: Whether to expect graphs and weights too, beside the description.
+            path: Model folder.
+            of_weights: Whether to verify all files, not only those in `DESCRIPTION`.
 
         Raises:
             ArtifactError: there is no such folder, it is of another format, or a file is damaged.
@@ -81,10 +81,10 @@ class Artifact:
 
     @classmethod
     def read(cls, folder: Path) -> "Artifact":
-        """Read a folder's manifest, and nothing else.
+        """Read a folder's manifest without verifying its files.
 
         Raises:
-            ArtifactError: there is none, or it is of another format.
+            ArtifactError: there is no manifest, or it is of another format.
         """
         manifest = _read_manifest(folder)
         try:
@@ -108,40 +108,40 @@ class Artifact:
             ) from error
 
     def verify(self) -> None:
-        """Check every checksum, of weights too.
+        """Verify all checksums, including those of weights.
 
         Raises:
-            ArtifactError: a file is not what was exported.
+            ArtifactError: a file differs from the exported one.
         """
         self._check_sums(self.files)
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """Devices that some graph of the folder runs on."""
+        """Devices that the folder has graphs for."""
         return tuple(dict.fromkeys(device for _, device in self.signatures))
 
     @property
     def tokenizer_path(self) -> Path:
-        """The SentencePiece model."""
+        """Path of the SentencePiece model."""
         return self.path / TOKENIZER
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's chat template, where it has one."""
+        """Chat template of the checkpoint; None if it has none."""
         file = self.path / CHAT_TEMPLATE
         return file.read_text() if CHAT_TEMPLATE in self.files else None
 
     @property
     def digest(self) -> str:
-        """A name of the model's exact content: a hash over all files."""
+        """Hash over all files, which identifies the model's exact content."""
         entries = {name: (e.num_bytes, e.sha256) for name, e in sorted(self.files.items())}
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
     def signature(self, head: Head, device: Device) -> Signature:
-        """Return the contract of one graph.
+        """Return the signature of one graph.
 
         Raises:
-            ArtifactError: the folder was exported without it.
+            ArtifactError: the folder was exported without that graph.
         """
         if (head, device) not in self.signatures:
             tasks = {of: task for task, of in HEADS.items()}
@@ -153,7 +153,7 @@ class Artifact:
         return self.signatures[head, device]
 
     def graph_path(self, head: Head, device: Device) -> Path:
-        """Return the ONNX file of one graph."""
+        """Return the path of one graph's ONNX file."""
         self.signature(head, device)
         return self.path / graph_name(head, device)
 
@@ -195,7 +195,7 @@ def write_manifest(
     embedding: EmbeddingConfig | None = None,
     without_checksum: frozenset[str] = frozenset(),
 ) -> None:
-    """Describe a finished folder; from then on `Artifact.open` takes it."""
+    """Write the manifest of a finished folder, so that `Artifact.open` accepts it."""
     names = sorted(
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")

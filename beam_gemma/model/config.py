@@ -1,6 +1,6 @@
-"""One checkpoint's architecture, under the names of Hugging Face's `config.json`.
+"""Architecture of a checkpoint, with the field names of Hugging Face's `config.json`.
 
-Covers the text models of Gemma 1, 2 and 3 and what is made of them: one block with switches. Facts
+Covers the text models of Gemma 1, 2 and 3 and their derivatives: one block with switches. Facts
 and defaults follow the configuration classes of transformers 5.23
 (`models/*gemma*/configuration_*.py`).
 """
@@ -34,15 +34,15 @@ class RopeParameters:
     rope_theta: float
     """Base of the geometric series of wavelengths."""
     factor: float = 1.0
-    """Linear scaling: positions are divided by it."""
+    """Linear scaling: positions are divided by this factor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GemmaConfig:
-    """A Gemma decoder; derived sizes are properties."""
+    """Configuration of a Gemma model; derived sizes are properties."""
 
     model_type: str
-    """One of `MODEL_TYPES`: decides query-key norm and post norms."""
+    """One of `MODEL_TYPES`; determines query-key norm and post norms."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -53,19 +53,19 @@ class GemmaConfig:
     max_position_embeddings: int
     """Longest sequence, prompt and completion together, in tokens."""
     layer_types: tuple[str, ...]
-    """`full_attention` or `sliding_attention`, for each layer."""
+    """`full_attention` or `sliding_attention` for each layer."""
     sliding_window: int | None
-    """Tokens that a query of a sliding layer reaches, itself included; see `window`."""
+    """Tokens visible to a query in a sliding layer, itself included; see `window`."""
     rope_parameters: tuple[tuple[str, RopeParameters], ...]
     """Rotary parameters for each layer type in use."""
     query_pre_attn_scalar: float
-    """Scores are divided by its square root."""
+    """Attention scores are divided by the square root of this value."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     use_bidirectional_attention: bool = False
-    """Whether tokens see what comes after them as well: EmbeddingGemma, which is no decoder."""
+    """True if tokens also attend to later ones, as in EmbeddingGemma, which is no decoder."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -99,8 +99,8 @@ class GemmaConfig:
                 f"use_bidirectional_attention: expected false in a {self.model_type} model, "
                 "got true"
             )
-        # Before transformers 5.23 a model that was loaded and saved kept half of its window, plus
-        # 1, and the next reader halved that again. Released windows are even.
+        # Before transformers 5.23, loading and saving a model wrote half of its window plus 1, and
+        # the next load halved that again. Released windows are even.
         if self.sliding_window and self.sliding_window % 2:
             raise ConfigError(
                 f"sliding_window: expected an even number in a two-sided model, got "
@@ -110,17 +110,17 @@ class GemmaConfig:
 
     @property
     def attention_scale(self) -> float:
-        """Factor of query-key products."""
+        """Factor applied to query-key products."""
         return 1.0 / math.sqrt(self.query_pre_attn_scalar)
 
     @property
     def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalized per head before the rotation."""
+        """True if queries and keys are normalized per head before the rotation."""
         return self.model_type == "gemma3_text"
 
     @property
     def has_post_norms(self) -> bool:
-        """Whether attention and feed-forward outputs are normalized before the residual sum."""
+        """True if attention and feed-forward outputs are normalized before the residual sum."""
         return self.model_type in ("gemma2", "gemma3_text")
 
     @property
@@ -129,15 +129,15 @@ class GemmaConfig:
         return tuple(dict.fromkeys(self.layer_types))
 
     def window(self, layer_type: str) -> int | None:
-        """Return how many tokens a query of such a layer reaches, or None for all.
+        """Return the number of tokens visible to a query in layers of this type, or None for all.
 
-        With `use_bidirectional_attention` it reaches half as many to each side:
+        With `use_bidirectional_attention`, a query sees half as many to each side:
         abs(distance) <= window // 2.
         """
         return self.sliding_window if layer_type == SLIDING else None
 
     def rope(self, layer_type: str) -> RopeParameters:
-        """Return the rotary parameters of such a layer."""
+        """Return the rotary parameters of layers of this type."""
         return dict(self.rope_parameters)[layer_type]
 
     def layers_of(self, layer_type: str) -> tuple[int, ...]:
@@ -146,10 +146,10 @@ class GemmaConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "GemmaConfig":
-        """Read a `config.json`; an unknown key is an error that names the nearest known one.
+        """Read a `config.json`; the error for an unknown key suggests the nearest known one.
 
         Raises:
-            ConfigError: a key is missing, unknown, or asks for what is not supported.
+            ConfigError: a key is missing, unknown, or requests an unsupported feature.
         """
         reader = _Reader(raw)
         model_type = reader.take("model_type")
@@ -190,7 +190,7 @@ class GemmaConfig:
 
 
 class _Reader:
-    """Takes keys out of a config.json and remembers which are left."""
+    """Takes keys out of a config.json and keeps track of unread ones."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.left = dict(raw)
@@ -218,11 +218,11 @@ class _Reader:
 def _layer_types(
     reader: _Reader, model_type: str, num_layers: int, raw: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Return the published layer pattern where config.json does not spell it out.
+    """Return the type of each layer, by the published pattern if config.json does not list them.
 
-    Gemma 1 has no windows; Gemma 2 starts with a sliding layer and alternates; Gemma 3 makes every
-    sixth layer full. Older Gemma 3 files say so by `sliding_window_pattern`. VaultGemma's file
-    names every layer; its class alternates.
+    Gemma 1 has no windows; Gemma 2 starts with a sliding layer and alternates; in Gemma 3, every
+    sixth layer is full. Older Gemma 3 files set `sliding_window_pattern`. VaultGemma's file lists
+    every layer; its class alternates.
     """
     given = reader.take("layer_types", None)
     if given is not None:
@@ -237,7 +237,7 @@ def _layer_types(
 def _rope_parameters(
     reader: _Reader, model_type: str, layer_types: tuple[str, ...]
 ) -> tuple[tuple[str, RopeParameters], ...]:
-    """Read both spellings: `rope_parameters` by layer type, and theta with `rope_scaling`."""
+    """Read rotary parameters in either form: `rope_parameters`, or theta with `rope_scaling`."""
     theta = reader.take("rope_theta", 1e6 if model_type == "gemma3_text" else 1e4)
     local_theta = reader.take("rope_local_base_freq", 1e4 if model_type == "gemma3_text" else theta)
     scaling = reader.take("rope_scaling", None)
@@ -264,7 +264,7 @@ def _rope(kind: str, raw: Mapping[str, Any]) -> RopeParameters:
 
 
 def _softcap(reader: _Reader, key: str, model_type: str) -> float | None:
-    """Return a softcap; a Gemma 3 config may name one that its reference never applies."""
+    """Return a softcap; Gemma 3 configs may set one that the reference code never applies."""
     default = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}[key]
     value = reader.take(key, default if model_type in ("gemma2", "vaultgemma") else None)
     if value is not None and model_type == "gemma":

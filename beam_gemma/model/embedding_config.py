@@ -1,4 +1,4 @@
-"""How a model makes an embedding of a text, beside its layers: what its export settled.
+"""Embedding configuration of an exported model: pooling, dense layers and prompts.
 
 Names follow the modules of sentence-transformers.
 """
@@ -12,26 +12,26 @@ Pooling = Literal["mean", "lasttoken"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingConfig:
-    """From token states to one embedding, and what a text is given before it is encoded."""
+    """Settings to turn token states into an embedding, and to prepare texts for encoding."""
 
     pooling: Pooling
-    """`mean` of all tokens' states, or the state of the last token."""
+    """`mean` of all tokens' states, or `lasttoken` for the state of the last token."""
     dense_sizes: tuple[int, ...] = ()
     """Width after each dense layer."""
     normalize: bool = True
-    """Whether embeddings have length 1."""
+    """True if embeddings are scaled to length 1."""
     max_tokens: int
-    """Longest text, with its prompt and control tokens."""
+    """Longest text in tokens, including its prompt and control tokens."""
     add_bos: bool = True
-    """Whether `<bos>` comes before a text."""
+    """True if `<bos>` comes before a text."""
     add_eos: bool = False
-    """Whether `<eos>` comes after it."""
+    """True if `<eos>` comes after a text."""
     prompts: Mapping[str, str] = field(default_factory=dict)
-    """What is put before a text, by the name of a task."""
+    """Prefixes for texts, by task name."""
     default_prompt_name: str | None = None
-    """The prompt of those who name none."""
+    """Name of the prompt to use if none is requested; None for no prompt."""
     similarity: str = "cosine"
-    """How embeddings are compared: a note for whoever reads them."""
+    """Recommended similarity function, for information only."""
 
     def size(self, hidden_size: int) -> int:
         """Return the width of an embedding."""

@@ -1,4 +1,4 @@
-"""The tensors that go into a graph and come out of it, and the kinds of state it keeps."""
+"""Input and output tensors of a graph, and the kinds of state it keeps."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,26 +15,26 @@ class Tensor:
 
     name: str
     dtype: str
-    """numpy's name, or `bfloat16`."""
+    """Data type under NumPy's name, or `bfloat16`."""
     shape: tuple[int | str, ...]
-    """Fixed sizes, and letters of the module's legend."""
+    """Fixed sizes, or dimension letters from the legend in `signature`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PagedState:
-    """Keys and values of every token, in blocks that a table names; one group of layers."""
+    """Keys and values of all tokens for one group of layers, in blocks listed by a table."""
 
     group: str
     layers: tuple[int, ...]
     num_key_value_heads: int
     head_dim: int
     sliding_window: int | None = None
-    """Tokens that a query reaches, itself included; None for all."""
+    """Tokens visible to a query, itself included; None for all."""
 
     def shape(self, device: Device, block_size: int) -> tuple[int | str, ...]:
-        """Return the shape of a layer's key cache, which is that of its value cache.
+        """Return the shape of a layer's key cache; its value cache has the same shape.
 
-        CUDA takes [P, block, K, H]; on the CPU heads come first: [K, P, block, H].
+        On CUDA: [P, block, K, H]; on the CPU, heads come first: [K, P, block, H].
         """
         heads, blocks = self.num_key_value_heads, "P_" + self.group
         if device == "cuda":
@@ -49,7 +49,7 @@ class RecurrentState:
     name: str
     layers: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of one sequence."""
+    """Shape for one sequence."""
     dtype: str = "float32"
 
 

@@ -1,4 +1,4 @@
-"""Text and control pieces: what a row says, kept apart from what a template says."""
+"""Prompt parts: text from rows, kept apart from control pieces of templates."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text that is encoded as it stands and never yields a control token."""
+    """Text that is encoded literally and never yields a control token."""
 
     text: str
 
@@ -23,24 +23,24 @@ Part = Text | Control
 
 
 class ControlPieces:
-    """The control pieces of a vocabulary, found in markup; the longest wins, from the left."""
+    """Finds a vocabulary's control pieces in markup, from the left, longest match first."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = frozenset(pieces)
-        # A vocabulary has thousands of pieces of few lengths, and most begin alike: looking up
-        # each length at a first character is far quicker than one alternation of all pieces.
+        # A vocabulary has thousands of pieces with few lengths and few first characters, so trying
+        # each length at a first character is far faster than one alternation of all pieces.
         self._lengths = sorted({len(piece) for piece in self._pieces}, reverse=True)
         firsts = sorted({piece[0] for piece in self._pieces})
         self._first = re.compile(f"[{re.escape(''.join(firsts))}]" if firsts else r"(?!)")
 
     def split(self, markup: str) -> tuple[Part, ...]:
-        """Return the parts of trusted markup."""
+        """Split trusted markup into text and control pieces."""
         return tuple(self._parts(markup))
 
     def guard(self, data: str, sentinel: str) -> str:
-        """Return data with a sentinel wherever a control piece could begin in it or run into it.
+        """Return data with a sentinel inserted wherever a control piece could overlap it.
 
-        The sentinel stands before the first character that is not a space, so that templates can
+        The sentinel is placed before the first character that is not a space, so that templates can
         still trim, and after each character that a control piece begins with.
         """
         guarded = self._first.sub(lambda match: match[0] + sentinel, data)

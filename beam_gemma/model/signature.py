@@ -4,81 +4,80 @@ A graph computes one *ragged step*: the new tokens of many sequences, packed wit
 module names every input and output, with dtype and symbolic shape, for each device, so that neither
 the exporter nor the engine writes a name as a literal.
 
-Dimensions: B sequences of the step, T new tokens, R packed positions that need a head, Q of these
-that need a probability, F of these that need the whole distribution, Y targets, V vocabulary,
-D hidden, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
-sequences, E positions with given embeddings, W width of an embedding, L places of a text.
+Dimensions: B sequences of the step, T new tokens, R packed positions passed to the head, Q of these
+with a probability, F of these with the full distribution, Y targets, V vocabulary size, D hidden
+size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
+sequences, E positions with given embeddings, W width of an embedding, L places of a padded text.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
     cu_seqlens [B+1] int32         where each sequence's new tokens start
 
 Inputs of decoders, heads `generate` and `score`
-    past_seqlens [B] int32         tokens of each sequence that earlier steps have seen
-    logit_rows [R] int64           the packed positions that need a head
-    probability_rows [Q] int64     of these R rows, those that need a probability
+    past_seqlens [B] int32         number of tokens per sequence from earlier steps
+    logit_rows [R] int64           packed positions passed to the head
+    probability_rows [Q] int64     those of the R rows whose probability is computed
 
-For each kind of state that a model keeps
+Inputs for each kind of state of a model
     PagedState (keys and values of each token, one group of layers)
         block_table.g [B, M] int32     cache blocks of each sequence, for group g
         context_starts.g [B] int32     CPU, windows only: position of the first slot of the table
-        slot_mapping.g [T] int32       where each new key and value goes; -1 skips the write
+        slot_mapping.g [T] int32       cache slot of each new key and value; -1 skips the write
         key_cache.i, value_cache.i     one pair for each layer i, updated in place
     RecurrentState (fixed size for each sequence)
-        state_slots [B] int32          the slot of each sequence; its content counts as zero where
+        state_slots [B] int32          slot of each sequence; its content is treated as zero if
                                        past_seqlens is 0
-        name.i [S, ...]                one for each layer i, updated in place
+        name.i [S, ...]                one tensor for each layer i, updated in place
     CrossState (keys and values of an encoder's output, read by every step)
         block_table.cross_attention [B, M] int32, source_seqlens [B] int32
         cross_key_cache.i, cross_value_cache.i
 
-Optional inputs, where a model declares them
-    inputs_embeds [E, D], embeds_rows [E]   embeddings in place of ids at these packed positions
-    span_ends [T] int32            the last position that a token attends to; its own when causal.
-                                   Greater inside a span that is attended both ways
-    position_ids [T] int64         rotary positions, where they are not the sequence positions
+Optional inputs, if a model declares them
+    inputs_embeds [E, D], embeds_rows [E]   embeddings that replace ids at these packed positions
+    span_ends [T] int32            last position a token attends to: its own if causal, later inside
+                                   a span with two-sided attention
+    position_ids [T] int64         rotary positions, if they differ from the sequence positions
 
 Outputs of the `generate` head
-    topk_logits [R, k] float32, topk_ids [R, k] int64    highest first; equal logits by id
-    top_probability [Q] float32    of the first candidate
-    logits [R, V] float32          fetched only when a row needs the whole distribution
+    topk_logits [R, k] float32, topk_ids [R, k] int64    highest first; ties by id
+    top_probability [Q] float32    probability of the first candidate
+    logits [R, V] float32          fetched only if a row needs the full distribution
 
-Head `score`: the logits of given tokens alone, and what normalizes them
-    target_rows [Y] int64          of the R rows, the one before each target
-    target_ids [Y] int64           the targets
-    target_logits [Y] float32      output
-    top_logits [Q] float32         output, of the most likely token; with its probability,
+Head `score`: logits of target tokens, and the values that normalize them
+    target_rows [Y] int64          index among the R rows of the position before each target
+    target_ids [Y] int64           token ids of the targets
+    target_logits [Y] float32      output: logits of the targets
+    top_logits [Q] float32         output: logit of the most likely token; with its probability,
     top_probability [Q] float32    log(sum(exp(logits))) = top_logits - log(top_probability)
 
-Head `embed`: no state, since every text is computed whole in one step
-    embedding [B, W] float32       output: of each sequence
-    first_state [B, D] float32     output, of each sequence's first token: with two-sided attention
-                                   it follows from all tokens, else from itself alone
+Head `embed`: no state, since each text is computed in full in one step
+    embedding [B, W] float32       output: embedding of each sequence
+    first_state [B, D] float32     output: state of each sequence's first token; depends on all
+                                   tokens if attention is two-sided, else on that token alone
 
-Graphs for CUDA that embed also take
+Inputs of CUDA graphs with the head `embed`, in addition
     position_ids [T]
-    token_rows [B, L] int64        texts side by side, with the packed position of each token; -1 is
-                                   padding
-    token_places [T] int64         where in these B * L places each token lies
+    token_rows [B, L] int64        packed position of each token, one text per row; -1 is padding
+    token_places [T] int64         place of each token among these B * L places
 
-CUDA decoders also take
+Inputs of CUDA decoders, in addition
     position_ids [T]               always, so that no position is computed on the device
-    attention_metadata [3] int32   in host memory: upper bounds that let kernels be chosen without
-                                   waiting for the stream
+    attention_metadata [3] int32   in host memory: upper bounds, so that kernels can be chosen
+                                   without waiting for the stream
 
-and with the head `generate` they choose the next tokens themselves, so that a step can follow
-another before the host has seen what it chose:
-    token_slots [T] int32          where a token lies in `next_ids`; -1: it is that of `input_ids`
-    logit_slots [R] int32          where in `next_ids` a row's token goes
+CUDA decoders with the head `generate` also choose the next tokens, so that a step can start before
+the host has read the tokens chosen by the previous one:
+    token_slots [T] int32          index of a token in `next_ids`; -1 takes it from `input_ids`
+    logit_slots [R] int32          index in `next_ids` where a row's token is stored
     temperatures [R] float32       0 takes the most likely token
-    uniforms [R] float32           a number in [0, 1) for the row's draw
-    top_ks [R] int32               1 to 64 candidates to draw from; any with temperature 0
-    top_ps [R] float32             the share of their probability to draw from
-    full_rows [F] int64            of these R rows, those whose whole distribution is fetched:
-                                   `logits` is [F, V] there
-    next_ids [S] int64             state: the last token that was chosen for each slot
-    chosen_ids [R] int64, chosen_logits [R] float32    output: what `sampling.sample` would choose
-    top_logits [R] float32         output, of the most likely token; NaN where the row's hidden
+    uniforms [R] float32           number in [0, 1) for the row's draw
+    top_ks [R] int32               1 to 64 candidates to draw from; ignored at temperature 0
+    top_ps [R] float32             share of their probability to draw from
+    full_rows [F] int64            those of the R rows whose full distribution is fetched;
+                                   `logits` is [F, V] in these graphs
+    next_ids [S] int64             state: last token chosen for each slot
+    chosen_ids [R] int64, chosen_logits [R] float32    output: same choice as `sampling.sample`
+    top_logits [R] float32         output: logit of the most likely token; NaN if the row's hidden
                                    state is not finite
 """
 
@@ -103,17 +102,17 @@ from beam_gemma.model.graph_tensors import (
 )
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
-"""The head of each task."""
+"""Graph head for each task."""
 CONTEXT_ALIGNMENT = 64
-"""CPU: tables start and end at multiples of this many tokens.
+"""CPU: block tables start and end at multiples of this many tokens.
 
-Attention adds up chunks of this size, since products of that shape give the same bits in any
-company (`export.ops.lowering_cpu`); where chunks begin must not depend on the rest of the step.
+Attention sums over chunks of this size, since products of that shape give the same bits in any
+batch (`export.ops.lowering_cpu`); chunk starts must not depend on the rest of the step.
 """
 QUERY_TILE = 64
-"""CPU: most new tokens of one sequence that attend together; attention pads only to whole tiles."""
+"""CPU: most new tokens of a sequence per attention tile; attention pads only to whole tiles."""
 PREFILL_ROWS = 64
-"""CUDA: rows of a prefill step that reach the head, hence the most sequences it can end with."""
+"""CUDA: rows of a prefill step passed to the head, so most prompts that can end in one step."""
 TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
 OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "position_ids")
@@ -122,12 +121,12 @@ CROSS = "cross_attention"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signature:
-    """Everything the engine must know of one exported graph."""
+    """Complete description of an exported graph for the engine."""
 
     head: Head
     device: Device
     dtype: str
-    """Of caches and of given embeddings."""
+    """Data type of caches and of given embeddings."""
     vocab_size: int
     hidden_size: int
     max_model_len: int
@@ -148,25 +147,25 @@ class Signature:
 
     @property
     def paged_states(self) -> tuple[PagedState, ...]:
-        """The groups of layers with paged keys and values."""
+        """Groups of layers with paged keys and values."""
         return tuple(s for s in self.states if isinstance(s, PagedState))
 
     @property
     def has_recurrent_state(self) -> bool:
-        """Whether each running sequence needs a state slot."""
+        """True if each running sequence needs a state slot."""
         return any(isinstance(s, RecurrentState) for s in self.states)
 
     @property
     def chooses(self) -> bool:
-        """Whether the graph chooses next tokens, and keeps them for the step that follows."""
+        """True if the graph chooses next tokens and keeps them for the following step."""
         return self.device == "cuda" and self.head == "generate"
 
     def takes_context_starts(self, state: PagedState) -> bool:
-        """Return whether the graph is told where a group's tables start."""
+        """Return whether the graph takes `context_starts` for a group."""
         return self.device == "cpu" and state.sliding_window is not None
 
     def step_inputs(self) -> tuple[Tensor, ...]:
-        """Return what changes with every step, in the order of the graph."""
+        """Return the inputs that change with every step, in the order of the graph."""
         tensors = [*_tensors(("T",), input_ids="int64"), *_tensors(("B1",), cu_seqlens="int32")]
         if self.head == "embed":
             return (*tensors, *_TEXT_INPUTS) if self.device == "cuda" else tuple(tensors)
@@ -237,7 +236,7 @@ class Signature:
 
     @property
     def candidates(self) -> int:
-        """Columns of `topk_logits`: `top_k`, or the whole of a smaller vocabulary."""
+        """Number of columns of `topk_logits`: `top_k`, or the vocabulary size if smaller."""
         return min(self.top_k, self.vocab_size)
 
     def to_json(self) -> dict[str, Any]:
@@ -308,9 +307,9 @@ _CHOICE_OUTPUTS = _tensors(
 
 
 def block_size_for(device: Device, head_dim: int) -> int:
-    """Return the tokens of one cache block.
+    """Return the number of tokens in one cache block.
 
-    On CUDA the fast kernels take only multiples of so many, the more the narrower the heads.
+    The fast CUDA kernels accept only multiples of these sizes, which are larger for narrow heads.
     """
     if device == "cpu":
         return 16
@@ -318,7 +317,7 @@ def block_size_for(device: Device, head_dim: int) -> int:
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Return how many cache blocks hold so many tokens."""
+    """Return the number of cache blocks needed for `num_tokens` tokens."""
     return math.ceil(num_tokens / block_size)
 
 

@@ -1,8 +1,8 @@
-"""Text to token ids and back, by SentencePiece.
+"""Conversion of text to token ids and back, by SentencePiece.
 
-Gemma's vocabulary types markers such as `<start_of_turn>` as ordinary user-defined pieces, which
-text would match. Here every such piece is a control piece, so no text yields one: only a `Control`
-part does. Tags of HTML and runs of white space stay text.
+Gemma's vocabulary types markers such as `<start_of_turn>` as user-defined pieces, which ordinary
+text would match. Here they become control pieces, so only a `Control` part yields one, never text.
+HTML tags and runs of white space remain text.
 """
 
 import codecs
@@ -20,11 +20,11 @@ from beam_gemma.errors import ArtifactError, RecordError
 from beam_gemma.model.markup import Control, ControlPieces, Part, Text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces, as SentencePiece and GGUF number them."""
+"""Piece types, numbered as in SentencePiece and GGUF."""
 SPACE = "\u2581"
-"""How pieces write a space."""
+"""Character for a space in pieces."""
 SPECIAL_PIECES = ("unk", "bos", "eos", "pad")
-"""Names of the pieces that a model points out, in the order of their field numbers."""
+"""Names of a model's special pieces, in the order of their field numbers."""
 HTML_TAG = re.compile(
     r"</?(a|b|bbox|blockquote|body|caption|code|div|em|footer|h[1-6]|html|i|iframe|img|li|s|span"
     r"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
@@ -32,12 +32,12 @@ HTML_TAG = re.compile(
 
 
 class Tokenizer:
-    """A SentencePiece model in which no text yields a control piece."""
+    """SentencePiece tokenizer in which text never yields a control piece."""
 
     def __init__(self, model_proto: bytes) -> None:
         model = ModelProto.FromString(model_proto)
         self.control_pieces: dict[str, int] = {}
-        """Id of each control piece."""
+        """Token id of each control piece."""
         for token_id, piece in enumerate(model.pieces):
             if _is_control(piece):
                 self.control_pieces[piece.piece] = token_id
@@ -82,14 +82,14 @@ class Tokenizer:
         return self._processor.pad_id()
 
     def split(self, markup: str) -> tuple[Part, ...]:
-        """Return the parts of trusted markup."""
+        """Split trusted markup into text and control pieces."""
         return self._markup.split(markup)
 
     def encode(self, parts: Sequence[Part], *, add_bos: bool = True) -> list[int]:
-        """Return the token ids of a prompt; `<bos>` comes first, once.
+        """Return the token ids of a prompt; with `add_bos`, exactly one `<bos>` is put first.
 
         Raises:
-            RecordError: the text holds half of a surrogate pair, which has no UTF-8 form.
+            RecordError: the text contains half of a surrogate pair, which has no UTF-8 form.
         """
         ids = [token_id for part in _joined(parts) for token_id in self._encode_part(part)]
         if add_bos and ids[:1] != [self.bos_token_id]:
@@ -97,12 +97,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of tokens; control pieces have none, and no space is stripped."""
+        """Return the text of tokens; control pieces yield none, and no space is stripped."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to the text, in UTF-8: a byte piece may hold part of it."""
-        # Some checkpoints pad the embedding with rows that no piece belongs to.
+        """Return a token's text in UTF-8; a byte piece may be only part of a character."""
+        # Some checkpoints pad the embedding with rows that have no piece.
         if token_id in self._control_ids or token_id >= self.vocab_size:
             return b""
         piece = self._processor.id_to_piece(token_id)
@@ -111,11 +111,11 @@ class Tokenizer:
         return piece.replace(SPACE, " ").encode()
 
     def vocabulary(self) -> list[bytes]:
-        """Return what every token adds to the text, in the order of ids; see `token_bytes`."""
+        """Return the text of every token in UTF-8, in the order of ids; see `token_bytes`."""
         ids = list(range(self.vocab_size))
         pieces = self._processor.id_to_piece(ids)
         vocabulary: list[bytes] = [piece.replace(SPACE, " ").encode() for piece in pieces]
-        # The rest is few: byte pieces, and control pieces, which have no text.
+        # Few remain: byte pieces, and control pieces, which have no text.
         for token_id in itertools.chain(
             self._control_ids, itertools.compress(ids, self._processor.is_byte(ids))
         ):
@@ -134,9 +134,9 @@ class Tokenizer:
 
 
 class StreamingDecoder:
-    """Text of a sequence that grows by one token at a time, at a cost that does not grow with it.
+    """Incremental decoder for a growing sequence, at constant cost per token.
 
-    The chunks, joined, are what `Tokenizer.decode` returns for all tokens.
+    The joined chunks equal the result of `Tokenizer.decode` for all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -145,16 +145,16 @@ class StreamingDecoder:
         self._chunks: list[str] = []
 
     def add(self, token_id: int) -> str:
-        """Return the text that is certain now; bytes of an unfinished character are held back."""
+        """Add a token and return new text; bytes of an incomplete character are held back."""
         return self._append(self._tokenizer.token_bytes(token_id), final=False)
 
     def finish(self) -> str:
-        """Return the replacement of bytes that no character was made of, if any were held back."""
+        """Return the replacement for held-back bytes, or an empty string if there are none."""
         return self._append(b"", final=True)
 
     @property
     def text(self) -> str:
-        """All text so far."""
+        """Complete text so far."""
         self._chunks = ["".join(self._chunks)]
         return self._chunks[0]
 
@@ -172,7 +172,7 @@ def _is_control(piece: Any) -> bool:
 
 
 def _joined(parts: Iterable[Part]) -> Iterator[Part]:
-    """Join neighbouring texts, so that ids do not depend on where a value meets its template."""
+    """Join adjacent texts, so that ids do not depend on bounds of template and values."""
     texts: list[str] = []
     for part in parts:
         if isinstance(part, Text):
@@ -185,10 +185,10 @@ def _joined(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def _model_proto_class() -> Any:
-    """Describe the fields of a SentencePiece model that are read or written here.
+    """Return a message class with the SentencePiece model fields that are read or written here.
 
-    The module that `sentencepiece` ships needs a newer protobuf than `onnx` allows. Fields that are
-    not described survive a round trip as unknown fields.
+    The module that `sentencepiece` ships needs a newer protobuf than `onnx` allows. Other fields
+    survive a round trip as unknown fields.
     """
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="beam_gemma.proto", package="beam_gemma")
@@ -235,4 +235,4 @@ def _model_proto_class() -> Any:
 
 
 ModelProto = _model_proto_class()
-"""A SentencePiece model: `pieces`, `trainer_spec` and `normalizer_spec`."""
+"""Message class of a SentencePiece model: `pieces`, `trainer_spec`, `normalizer_spec`."""

@@ -1,1 +1,1 @@
-"""What a run did: progress while it runs, counts and charts afterwards."""
+"""Monitoring of a run: progress while it runs, counts and charts afterwards."""

@@ -1,4 +1,4 @@
-"""Charts as text: SVG and HTML that need no script, no style but the page's, and no network."""
+"""Charts as SVG and HTML text, styled by the page alone, without scripts or network access."""
 
 import html
 import math
@@ -7,30 +7,30 @@ from typing import NamedTuple, TypeAlias
 
 WIDTH, HEIGHT = 330, 150
 LEFT, RIGHT, TOP, BOTTOM = 42, 8, 10, 26
-"""Margins, where the axes have their numbers."""
+"""Margins in SVG units; they hold the numbers of the axes."""
 NUM_LABELS = 5
-"""About how many numbers an axis has."""
+"""Approximate count of numbers on an axis."""
 GAP = 1.5
-"""Between two bars."""
+"""Space between two bars, in SVG units."""
 Number: TypeAlias = int | float
 
 
 class Bin(NamedTuple):
-    """How many there are from one number up to another, which is not in it."""
+    """Count of values from `first` up to, but not including, `end`."""
 
     first: int
     end: int | None
-    """None where it has no end."""
+    """None for an open-ended bin."""
     number: int
 
 
 def histogram(bins: Sequence[Bin], *, unit: str, counted: str) -> str:
-    """Return bars of one width, one for each bin, from left to right.
+    """Return an SVG histogram with one bar per bin, all equally wide, from left to right.
 
     Args:
-        bins: One after the other; of one width, but for the last.
-        unit: Of what is on the axis below.
-        counted: What the bars count.
+        bins: Adjoining bins of one width, except that the last may be open-ended.
+        unit: Unit of the horizontal axis.
+        counted: Name of the counted items.
     """
     top = ticks(max(NUM_LABELS, *(b.number for b in bins)))[-1]
     is_exact = bins[0].end == bins[0].first + 1
@@ -53,13 +53,13 @@ def histogram(bins: Sequence[Bin], *, unit: str, counted: str) -> str:
 def over_time(
     seconds: Sequence[Number], values: Sequence[Number], *, unit: str, top: Number
 ) -> str:
-    """Return an area whose height is a value for each step of time.
+    """Return an SVG area chart of a value per time step.
 
     Args:
-        seconds: Where steps begin and end: one more than there are values.
-        values: One for each step.
-        unit: Of the values.
-        top: The least that the upper end of the axis is.
+        seconds: Bounds of the time steps; one more than there are values.
+        values: One value per step.
+        unit: Unit of the values.
+        top: Lower bound of the upper end of the vertical axis.
     """
     top = ticks(max(top, *values))[-1]
     end = max(seconds[-1], 1e-9)
@@ -82,12 +82,12 @@ def over_time(
 
 
 def bars(items: Iterable[tuple[str, int]], total: int, *, kind: str = "") -> str:
-    """Return a table of names, bars that are parts of a total, and numbers.
+    """Return an HTML table of names, with a bar, a count and a percentage of the total each.
 
     Args:
-        items: Names and numbers.
-        total: What a full bar is.
-        kind: Class of the table.
+        items: Pairs of name and count.
+        total: Count that a full bar stands for.
+        kind: Additional CSS class of the table.
     """
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th>"
@@ -103,8 +103,8 @@ def ticks(top: Number, *, whole: bool = False) -> list[Number]:
     """Return round numbers from 0, the last of them at least `top`, about `NUM_LABELS` in all.
 
     Args:
-        top: What the last one reaches.
-        whole: Whether they are whole numbers of seconds, minutes or hours.
+        top: Value that the last number reaches.
+        whole: Whether steps are round numbers of seconds, minutes or hours.
     """
     least = max(top, 1e-9) / NUM_LABELS
     if whole:
@@ -117,7 +117,7 @@ def ticks(top: Number, *, whole: bool = False) -> list[Number]:
 
 
 def amount(value: Number) -> str:
-    """Return a number in a few digits."""
+    """Return a number as short text, such as `12k` or `3.5M`."""
     for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= least:
             return f"{value / size:g}{letter}"
@@ -125,7 +125,7 @@ def amount(value: Number) -> str:
 
 
 def duration(secs: Number) -> str:
-    """Return a time as people say it."""
+    """Return seconds as readable text, such as `2 min 5 s`."""
     if secs < 60:
         return f"{secs:g} s"
     minutes, seconds = divmod(round(secs), 60)
@@ -136,14 +136,14 @@ def duration(secs: Number) -> str:
 
 
 def _span(each: Bin) -> str:
-    """Return the numbers of a bin in words."""
+    """Return the range of a bin as text."""
     if each.end is None:
         return f"{each.first:,} or more"
     return f"{each.first:,}" + (f" to {each.end - 1:,}" if each.end > each.first + 1 else "")
 
 
 def _grid(top: Number, text: Callable[[Number], str]) -> str:
-    """Return lines across the chart, each with its number."""
+    """Return the horizontal grid lines, each labeled with its number."""
     return "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(v, top):.1f}" '
         f'y2="{_y(v, top):.1f}"/><text x="{LEFT - 6}" y="{_y(v, top) + 3.5:.1f}" '
@@ -153,12 +153,12 @@ def _grid(top: Number, text: Callable[[Number], str]) -> str:
 
 
 def _below(x: Number, text: str) -> str:
-    """Return a number of the axis below."""
+    """Return a label of the horizontal axis."""
     return f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>'
 
 
 def _y(value: Number, top: Number) -> float:
-    """Return how far down a value is."""
+    """Return the SVG y coordinate of a value."""
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
 
 

@@ -1,6 +1,6 @@
-"""A page about a run, drawn from its record alone: one file, without scripts or a network.
+"""HTML report of a run, rendered from its record: one file without scripts or network access.
 
-It holds nothing of the table's rows unless they are given.
+The report contains data from the table's rows only if rows are passed to `render`.
 """
 
 import html
@@ -15,13 +15,13 @@ from beam_gemma.monitoring.charts import Bin, Number, bars, duration, histogram,
 from beam_gemma.monitoring.result_summary import Summary, bin_width
 
 MAX_BINS = 36
-"""Of a histogram."""
+"""Most bins of a histogram."""
 MAIN_PART = 0.99
-"""Of all rows, the shortest, that a histogram has bins for."""
+"""Share of rows, shortest first, that get regular bins; longer rows go to the last bin."""
 SHOWN_REASONS = 20
 SHOWN_LABELS = 40
 SHOWN_CHARS = 400
-"""Of a value of a row."""
+"""Most characters shown of one value in a row."""
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2127; --faint: #667080;
   --rule: #dde1e7; --fill: #3f6fb5; --bad: #b3372b; --tint: #f4f6f9 }
@@ -67,11 +67,11 @@ pre { margin: 0; padding: .5rem .7rem; border-radius: 4px; background: var(--tin
 
 
 def render(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Return the page.
+    """Return the report as an HTML page.
 
     Args:
-        record: What `run_record.record_of` has returned.
-        rows: Of the output, to be shown in full; by default the page holds nothing of any row.
+        record: Run record from `run_record.record_of`.
+        rows: Output rows to show, values cut to `SHOWN_CHARS`; by default none are shown.
     """
     jobs = ", ".join(task["task"] for task in record["tasks"]).capitalize()
     title = f"{jobs} with {', '.join(dict.fromkeys(map(_model, record['tasks'])))}"
@@ -93,14 +93,14 @@ def render(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) ->
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:
-    """Return what tells tasks apart: nothing for one, else its columns too."""
+    """Return a name per task: empty for a single task, else its kind and column prefix."""
     if len(record["tasks"]) == 1:
         return [""]
     return [f"{task['task']} {task['prefix']}…" for task in record["tasks"]]
 
 
 def _figures(record: Mapping[str, Any]) -> str:
-    """Return the numbers that matter most."""
+    """Return the key figures of the run."""
     summaries = [Summary.from_dict(task["results"]) for task in record["tasks"]]
     total = sum(summaries, Summary())
     secs = record["seconds"]
@@ -133,7 +133,7 @@ def _figures(record: Mapping[str, Any]) -> str:
 
 
 def _savings(task: Mapping[str, Any], cached: Number) -> str:
-    """Return a sentence about what did not need to be computed."""
+    """Return a sentence about the rows and tokens that did not need to be computed."""
     parts = [
         f"{number:,} {what}"
         for number, what in (
@@ -147,7 +147,7 @@ def _savings(task: Mapping[str, Any], cached: Number) -> str:
 
 
 def _timeline(line: Mapping[str, Sequence[Number]]) -> list[tuple[str, str]]:
-    """Return a chart for each thing that went on over time."""
+    """Return the title and chart of each quantity that was measured over time."""
     seconds = line["seconds"]
     spans = [max(end - start, 1e-9) for start, end in itertools.pairwise(seconds)]
     charts = []
@@ -170,7 +170,7 @@ def _timeline(line: Mapping[str, Sequence[Number]]) -> list[tuple[str, str]]:
 def _shares(
     title: str, seconds: Sequence[Number], used: Sequence[Number], whole: Sequence[Number]
 ) -> list[tuple[str, str]]:
-    """Return a chart of what part of a whole was in use in each step of time, if there is any."""
+    """Return a chart of the used share per time step, or nothing if there was no capacity."""
     if not any(whole):
         return []
     shares = [100 * u / w if w else 0.0 for u, w in zip(used, whole, strict=True)]
@@ -186,7 +186,7 @@ def _steps(totals: Sequence[Number]) -> list[Number]:
 
 
 def _task(name: str, task: Mapping[str, Any], line: Mapping[str, Sequence[Number]]) -> str:
-    """Return what came of one task."""
+    """Return the report's sections for one task."""
     summary = Summary.from_dict(task["results"])
     charts = [
         _lengths(what, lengths)
@@ -232,10 +232,11 @@ def _lengths(what: str, lengths: Counter[int]) -> tuple[str, str]:
 
 
 def bins_of(lengths: Counter[int]) -> list[Bin]:
-    """Return adjoining bins of one width, at most `MAX_BINS`; the last has all that is longer.
+    """Return at most `MAX_BINS` adjoining bins of one width; the last includes all longer rows.
 
     Args:
-        lengths: Counts by the smallest length of each bin of a summary, which end where these do.
+        lengths: Counts of a `Summary`, keyed by the smallest length of each of its bins. The
+            returned bins end at bounds of those bins.
     """
     ordered = sorted(lengths)
     so_far = itertools.accumulate(lengths[length] for length in ordered)
@@ -256,7 +257,7 @@ def bins_of(lengths: Counter[int]) -> list[Bin]:
 
 
 def _run(record: Mapping[str, Any]) -> str:
-    """Return what it takes to run again."""
+    """Return the facts and the command needed to run the job again."""
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
     facts = [
         ("tool", record["tool"]),
@@ -276,7 +277,7 @@ def _run(record: Mapping[str, Any]) -> str:
 
 
 def _starts(secs: Sequence[Number]) -> list[tuple[str, str]]:
-    """Return how long engines took from the start of their process to their first row."""
+    """Return the range of times from process start to first row, over all engines."""
     if not secs:
         return []
     span = duration(secs[0]) if secs[0] == secs[-1] else f"{secs[0]:g} to {duration(secs[-1])}"
@@ -284,7 +285,7 @@ def _starts(secs: Sequence[Number]) -> list[tuple[str, str]]:
 
 
 def _gpus(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what GPUs did for each task that had one."""
+    """Return GPU usage of each task that ran on a GPU."""
     facts = []
     for name, line in zip(_names(record), record["timelines"], strict=True):
         if not any(line.get("total_mib", [])):
@@ -301,7 +302,7 @@ def _gpus(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings that say something; shots are rows, so they are only counted."""
+    """Return the settings with a value; shots contain rows, so only their count is shown."""
     facts: list[tuple[str, str]] = []
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -314,7 +315,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a table."""
+    """Return rows as an HTML table."""
     head = "".join(f"<th>{_text(name)}</th>" for name in rows[0])
     lines = "".join(
         f"<tr>{''.join(f'<td>{_text(str(v)[:SHOWN_CHARS])}</td>' for v in row.values())}</tr>"

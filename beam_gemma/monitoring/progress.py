@@ -1,4 +1,4 @@
-"""How far a job is: a meter that tasks feed, and a display that the launcher owns.
+"""Progress of a job: a meter that tasks feed, and a display that the launcher owns.
 
 The meter counts for the whole process. A local job runs in the launcher's process, so there the
 display is live; a remote job is watched through Beam's metrics instead.
@@ -13,33 +13,33 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 METRICS_NAMESPACE = "beam_gemma"
-"""Of all Beam metrics of this project."""
+"""Namespace of all Beam metrics of this project."""
 BAR_SECS = 0.2
-"""Between two refreshes of the bar on a terminal."""
+"""Seconds between two refreshes of the bar on a terminal."""
 LINE_SECS = 10.0
-"""Between two lines where the output is not a terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """What a display needs of its output."""
+    """Methods that a display needs of its output stream."""
 
     def write(self, text: str, /) -> int:
         """Write a text."""
 
     def flush(self) -> None:
-        """Let the reader see it."""
+        """Flush written text."""
 
     def isatty(self) -> bool:
-        """Return whether a person is looking."""
+        """Return whether the stream is a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Count:
-    """What has been done up to a moment."""
+    """Counts of rows and tokens processed so far."""
 
     rows: int = 0
-    """Rows that came back, failed ones among them."""
+    """Finished rows, failed ones included."""
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -67,7 +67,7 @@ class Meter:
         self._count = Count()
 
     def add(self, count: Count) -> None:
-        """Add what has just been done."""
+        """Add counts of newly finished work."""
         with self._lock:
             self._count += count
 
@@ -82,7 +82,7 @@ METER = Meter()
 
 
 class Display:
-    """Shows a job's progress on a stream from a thread of its own, for as long as it is entered."""
+    """Context manager that shows a job's progress on a stream, from a thread of its own."""
 
     def __init__(
         self,
@@ -95,10 +95,10 @@ class Display:
         """Prepare a display.
 
         Args:
-            total_rows: Rows of the job; None where nobody knows.
-            meter: What to show; it may have counted before this job.
-            stream: Where to write; standard error by default.
-            clock: Seconds that only grow.
+            total_rows: Number of rows of the job; None if unknown.
+            meter: Meter to show; earlier counts are subtracted.
+            stream: Stream to write to; standard error by default.
+            clock: Monotonic clock, in seconds.
         """
         self._total = total_rows
         self._meter = meter
@@ -129,11 +129,11 @@ class Display:
             self._stream.flush()
 
     def show(self) -> None:
-        """Write the present state once: over the last one on a terminal, else as a line."""
+        """Write the current state once: over the previous one on a terminal, else as a new line."""
         count = self._meter.read() - self._before
         line = describe(count, self._total, self._clock() - self._start)
         if self._is_terminal:
-            # Spaces wipe what a longer line has left.
+            # Trailing spaces erase the rest of a longer previous line.
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)
         else:

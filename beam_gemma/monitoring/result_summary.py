@@ -1,6 +1,6 @@
-"""What the results of a table come to: counts that add up, whatever part of it they are of.
+"""Summaries of results: counts that can be added up across any parts of a table.
 
-Nothing that a row holds is in them: an error is counted by its reason, which quotes no value.
+Summaries contain no data of rows: errors are counted by reason, which quotes no value.
 """
 
 import re
@@ -13,20 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MAX_REASONS = 100
-"""That are told apart, the commonest; the others are in the number of failed rows alone."""
+"""Most reasons kept, the most frequent; others count only in the number of failed rows."""
 MAX_REASON_CHARS = 200
 LENGTH_BITS = 7
-"""Leading bits of a length that its bin keeps: exact below 128, then in steps of at most 1/64."""
+"""Leading bits of a length kept by its bin: exact below 128, else at most 1/64 wide."""
 PROMPT_LENGTHS = ("num_prompt_tokens", "num_tokens")
-"""Result columns that hold the length of a prompt, or of a text to embed."""
-# What a sentence quotes of a row stands behind "got" and a quotation mark, bracket or colon.
+"""Result columns with the number of tokens of a prompt, or of a text to embed."""
+# An error quotes row data only after "got" and a quotation mark, bracket or colon.
 _QUOTED = r"""(?s)(, got[^'"\[({:;]*)['"\[({:].*"""
 _FIGURES = r"[0-9][0-9,]*"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """Counts over rows that have their results."""
+    """Counts over finished rows."""
 
     rows: int = 0
     failed: int = 0
@@ -35,17 +35,17 @@ class Summary:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_lengths: Counter[int] = field(default_factory=Counter)
-    """Rows by the number of their prompt's tokens; a key is the smallest number of its bin."""
+    """Rows by prompt length in tokens; each key is the smallest length of its bin."""
     completion_lengths: Counter[int] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
-    """Rows by the index of their label, or by each policy that they violate."""
+    """Rows by index of their label, or by each policy they violate."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Failed rows by their reason; see `reason_of`."""
 
     @classmethod
     def of(cls, results: pa.RecordBatch) -> "Summary":
-        """Return the summary of a batch that holds a task's result columns, and perhaps others."""
+        """Return the summary of a batch with a task's result columns; others are ignored."""
         prompt_lengths = sum((_values(results, name) for name in PROMPT_LENGTHS), Counter())
         completion_lengths = _values(results, "num_completion_tokens")
         labels = _values(results, "label_index") + _values(results, "violations")
@@ -68,13 +68,13 @@ class Summary:
         return Summary(**sums | {"reasons": _commonest(sums["reasons"])})
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold; counts of one kind are in order, the largest first."""
+        """Return a JSON-serializable form; lengths ascend, other counts start with the largest."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: _plain(v) if isinstance(v, Counter) else v for name, v in values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Summary":
-        """Return the summary that `as_dict` has written."""
+        """Return the summary from the output of `as_dict`."""
         lengths = {
             name: Counter({int(length): count for length, count in values[name].items()})
             for name in ("prompt_lengths", "completion_lengths")
@@ -84,26 +84,26 @@ class Summary:
 
 
 def reason_of(error: str) -> str:
-    """Return the sentence of an error as rows that fail alike have it in common.
+    """Return an error message without row data, so that similar failures share one reason.
 
-    Figures become N, and what it quotes of a row is left out.
+    Numbers become N, and values quoted from a row are left out.
     """
     reason = re.sub(_FIGURES, "N", re.sub(_QUOTED, r"\1…", error))
     return reason[:MAX_REASON_CHARS]
 
 
 def length_bin(length: int) -> int:
-    """Return the smallest length that is counted together with this one."""
+    """Return the smallest length in the bin of this length."""
     return length // bin_width(length) * bin_width(length)
 
 
 def bin_width(length: int) -> int:
-    """Return how many lengths are counted together with this one."""
+    """Return the number of lengths in the bin of this length."""
     return 1 << max(length.bit_length() - LENGTH_BITS, 0)
 
 
 def _values(results: pa.RecordBatch, name: str) -> Counter[Any]:
-    """Return how often each value is in a column, or in its lists; there may be no such column."""
+    """Return the count of each value in a column or in its lists; empty without such a column."""
     if name not in results.schema.names:
         return Counter()
     column = results.column(name)
@@ -115,7 +115,7 @@ def _values(results: pa.RecordBatch, name: str) -> Counter[Any]:
 
 
 def _reasons(errors: pa.StringArray) -> Counter[str]:
-    """Return how often each reason is among errors, which may all differ."""
+    """Return the count of each reason among errors; see `reason_of`."""
     reasons = pc.replace_substring_regex(errors, pattern=_QUOTED, replacement=r"\1…")
     reasons = pc.replace_substring_regex(reasons, pattern=_FIGURES, replacement="N")
     reasons = pc.utf8_slice_codeunits(reasons, 0, MAX_REASON_CHARS)
@@ -128,7 +128,7 @@ def _commonest(counts: Counter[str]) -> Counter[str]:
 
 
 def _ordered(counts: Counter[Any]) -> list[tuple[Any, int]]:
-    """Return counts from the largest; of equal ones the order does not hang on how they came."""
+    """Return counts from the largest; equal ones are sorted by value, so order is deterministic."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 

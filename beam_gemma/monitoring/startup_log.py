@@ -1,7 +1,7 @@
-"""How long a worker takes from its machine's start to its first row, part by part, in its log.
+"""Log of a worker's startup times, from the start of its machine to its first row.
 
 The parts are the machine and its image, the process, the model's copy and checks, its loading, and
-the first row. A Dataflow worker logs them; a local job does with --verbose.
+the first row. Dataflow workers always log them; local jobs only with --verbose.
 """
 
 import logging
@@ -18,7 +18,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 def log_process() -> None:
-    """Log how old this process is, and how long its machine took to come to it."""
+    """Log the age of this process and the time from machine boot to process start."""
     began = psutil.Process().create_time()
     LOGGER.info(
         "start: the process began %.1f s ago, %.1f s after its machine",
@@ -29,23 +29,23 @@ def log_process() -> None:
 
 @contextmanager
 def logged(part: str) -> Iterator[None]:
-    """Log how long a block took, under the name of a part."""
+    """Log the duration of the enclosed block under the name of a startup part."""
     began = time.monotonic()
     yield
     LOGGER.info("start: %s in %.1f s", part, time.monotonic() - began)
 
 
 class FirstRow:
-    """A callback for each row, which logs when the first of them has come."""
+    """Callback for each row that logs the time of the first one."""
 
     def __init__(
         self, callback: Callable[[Count], None], note: Callable[[float], None] = lambda _: None
     ) -> None:
-        """Begin to wait.
+        """Start the clock that runs until the first row.
 
         Args:
-            callback: What else there is to do with each row; threads may call it at once.
-            note: Told once how many seconds old this process was at the first row.
+            callback: Called with each row's count, possibly from several threads at once.
+            note: Called once with the age of this process at the first row, in seconds.
         """
         self._callback = callback
         self._note = note
@@ -53,7 +53,7 @@ class FirstRow:
         self._is_first = threading.Lock()
 
     def __call__(self, count: Count) -> None:
-        """Take a row."""
+        """Handle a row: log if it is the first, then call the callback."""
         if self._is_first.acquire(blocking=False):
             age = time.time() - psutil.Process().create_time()
             LOGGER.info(

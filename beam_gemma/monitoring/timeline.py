@@ -1,7 +1,7 @@
-"""The pulse of an engine: how much it has done at which time, in few enough samples to carry along.
+"""Pulse of an engine: timestamped samples of its totals, few enough to travel with results.
 
-A sample holds totals since the engine started, so that one that gets lost costs nothing but detail.
-Samples of engines on several machines become one timeline.
+A sample contains totals since the engine started, so losing one only loses detail. Samples of
+engines on several machines are merged into one timeline.
 """
 
 import functools
@@ -22,51 +22,47 @@ import numpy as np
 import pyarrow as pa
 
 PULSE = b"beam_gemma.pulse"
-"""Key of the samples in the metadata of a batch of results."""
+"""Metadata key of the samples in a batch of results."""
 MIN_SECS = 1.0
-"""Between two samples, and of a step of a timeline."""
+"""Shortest time between two samples, and shortest step of a timeline, in seconds."""
 SAMPLES_PER_SPAN = 256
-"""Samples are never nearer than one part in so many of the time that has gone by: of a day there
-are about 1,800."""
+"""Samples are at least 1/256 of the elapsed time apart; a day yields about 1,800 samples."""
 MAX_STEPS = 256
-"""Of a timeline."""
+"""Most steps of a timeline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceStats:
-    """What a GPU says of itself and of what it has done for a session since that was loaded.
-
-    All are zero on a CPU.
-    """
+    """GPU statistics of a session since it was loaded; all zero on a CPU."""
 
     busy_secs: float = 0.0
-    """In which it ran steps."""
+    """Seconds spent running steps."""
     steps: int = 0
     replays: int = 0
-    """Of these steps, those that repeated a captured graph."""
+    """Number of these steps that replayed a captured graph."""
     graphs: int = 0
-    """Captured."""
+    """Number of captured graphs."""
     used_mib: int = 0
-    """Of its memory, by whomever."""
+    """GPU memory in use by all processes, in MiB."""
     total_mib: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What an engine has done since it started."""
+    """Work of an engine since it started, or of one step."""
 
     prompt_tokens: int = 0
-    """Computed, so neither those that a cache held nor those of rows that share a request."""
+    """Computed prompt tokens, without cached ones and those of rows that share a request."""
     cached_tokens: int = 0
-    """Of prompts, not computed because a cache held them."""
+    """Prompt tokens found in a cache and hence not computed."""
     completion_tokens: int = 0
     used_slots: int = 0
-    """Of all decode steps, those with a sequence in them; in steps over whole texts, tokens."""
+    """Slots with a sequence, summed over decode steps; for steps over whole texts, tokens."""
     slots: int = 0
     used_cache: int = 0
-    """Of all steps, the cache that sequences held, in blocks of one layer."""
+    """Cache held by sequences, summed over steps, in blocks of one layer."""
     cache: int = 0
-    """The same of what they could hold."""
+    """Cache capacity, summed over steps, in blocks of one layer."""
 
     def __add__(self, other: "Work") -> "Work":
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)}
@@ -74,12 +70,12 @@ class Work:
 
 
 COLUMNS = tuple(field.name for kind in (Work, DeviceStats) for field in fields(kind))
-"""Of a sample, behind its time."""
+"""Names of a sample's values, in order, after its time."""
 GPU_SECS = "gpu_secs"
 
 
 class Pulse:
-    """Samples of one engine, of which each is given once."""
+    """Samples of one engine; `take` returns each of them once."""
 
     def __init__(
         self,
@@ -88,12 +84,12 @@ class Pulse:
         stats: Callable[[], DeviceStats] = DeviceStats,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start with nothing done.
+        """Start with zero work and a first sample.
 
         Args:
-            device: Where the engine runs: `cpu` or `cuda`.
-            stats: What the device says, asked by the thread that has run a step.
-            clock: Seconds that only grow.
+            device: Device of the engine: `cpu` or `cuda`.
+            stats: Returns the device's statistics; called by the thread that has run a step.
+            clock: Monotonic clock, in seconds.
         """
         self._engine = uuid.uuid4().hex
         self._device = device
@@ -101,7 +97,7 @@ class Pulse:
         self._clock = clock
         self._started = clock()
         self._since_epoch = time.time() - self._started
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the attributes below
         self._work = Work()
         self._stats = DeviceStats()
         self._first_row_secs: float | None = None
@@ -109,7 +105,7 @@ class Pulse:
         self._sample(self._started)
 
     def add(self, work: Work) -> None:
-        """Add what a step has done, and take a sample if one is due; from any thread."""
+        """Add the work of a step, and take a sample if one is due; safe from any thread."""
         now, stats = self._clock(), self._read_stats()
         with self._lock:
             self._work += work
@@ -118,12 +114,12 @@ class Pulse:
                 self._sample(now)
 
     def note_first_row(self, secs: float) -> None:
-        """Note how many seconds after the start of its process the engine had its first row."""
+        """Set the time from the process's start to the engine's first row, in seconds."""
         with self._lock:
             self._first_row_secs = secs
 
     def counts(self) -> Counter[str]:
-        """Return what Beam counts of caches and devices, since the engine started."""
+        """Return the totals for Beam's cache and device counters since the engine started."""
         with self._lock:
             work, stats = self._work, self._stats
         return Counter(
@@ -135,7 +131,7 @@ class Pulse:
         )
 
     def take(self) -> dict[str, Any]:
-        """Return the samples since this was last called and one of now, as JSON holds them."""
+        """Return the samples since the last call, plus a current one, in JSON-serializable form."""
         now = self._clock()
         with self._lock:
             self._sample(now)
@@ -156,33 +152,33 @@ class Pulse:
 
 
 def with_pulse(results: pa.RecordBatch, pulse: Mapping[str, Any]) -> pa.RecordBatch:
-    """Return a batch that carries samples along."""
+    """Return the batch with a pulse in its schema metadata."""
     metadata = results.schema.metadata or {}
     return results.replace_schema_metadata({**metadata, PULSE: json.dumps(pulse)})
 
 
 def pulse_of(results: pa.RecordBatch) -> dict[str, Any] | None:
-    """Return the samples that a batch carries, if any."""
+    """Return the pulse in a batch's schema metadata, or None."""
     carried = (results.schema.metadata or {}).get(PULSE)
     return None if carried is None else json.loads(carried)
 
 
 def used_mib(pulse: Mapping[str, Any]) -> int | None:
-    """Return how much of a GPU's memory was in use when samples were taken; None for a CPU."""
+    """Return the GPU memory in use at the last sample, in MiB; None for a CPU."""
     last = dict(zip(COLUMNS, pulse["samples"][-1][1:], strict=True))
     return last["used_mib"] if last["total_mib"] else None
 
 
 def timeline(pulses: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return what all engines together had done at even steps of time.
+    """Return the summed totals of all engines at evenly spaced times.
 
     Args:
-        pulses: What `take` of each engine has returned, in any order.
+        pulses: Results of `take` from all engines, in any order.
 
     Returns:
-        Lists of one length: `seconds` since the first sample, a list for each of `COLUMNS`, and
-        `gpu_secs`, the time that all GPUs together had an engine. Where a GPU has several engines,
-        `used_mib` and `total_mib` count it as often.
+        Lists of equal length: `seconds` since the first sample, a list for each of `COLUMNS`, and
+        `gpu_secs`, the total time that engines on GPUs existed. If engines share a GPU, `used_mib`
+        and `total_mib` count it once for each.
     """
     engines: dict[str, list[tuple[float, ...]]] = {}
     for pulse in pulses:
@@ -211,7 +207,7 @@ def _rounded(name: str, totals: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def processor_of(device: str) -> str:
-    """Return the name of a device of this machine, and of a CPU the number of its cores."""
+    """Return the name of this machine's GPU, or of its CPU with the number of cores."""
     if device == "cuda":
         files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
         return next((name for file in files if (name := _entry(file, "Model"))), "CUDA device")
