@@ -1,12 +1,12 @@
-"""Classification beside transformers: reviews behind eight examples, two labels each.
+"""Compares classification with transformers: reviews after eight examples, with two labels.
 
     python -m benchmarks.classify --model models/gemma-3-270m --checkpoint gemma-3-270m.gguf
 
-Ours is the whole task, from rows to result columns, prompts and tokens included. The loop over
-transformers gets token ids ready-made, sorts them by length and scores both labels by one forward
-pass over whole prompts, of whose last position alone the logits are computed; a few batch sizes are
-tried on some of the rows, and the best one takes the time. Both run in turn in this process, in
-float32, and both must choose the same labels.
+Our time covers the whole task from rows to result columns, including prompts and tokenization. The
+transformers loop gets ready token ids, sorts them by length and scores both labels with one forward
+pass over whole prompts, computing logits only at the last position. It tries a few batch sizes on
+some of the rows and uses the fastest for all rows. Both systems run one after the other in this
+process, in float32, and must choose the same labels.
 """
 
 import argparse
@@ -55,14 +55,14 @@ class Turn:
 
 
 class Loop:
-    """transformers, batch after batch."""
+    """Classifies prompts with transformers, one batch after another."""
 
     def __init__(self, folder: Path, label_ids: Sequence[int]) -> None:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self._label_ids = list(label_ids)
 
     def run(self, prompts: Sequence[tuple[int, ...]], batch_size: int) -> list[int]:
-        """Return the label of each prompt."""
+        """Return the index of the label of each prompt."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         labels = [0] * len(prompts)
         for start in range(0, len(order), batch_size):
@@ -73,7 +73,7 @@ class Loop:
 
     @torch.inference_mode()
     def _batch(self, prompts: list[tuple[int, ...]]) -> list[int]:
-        """Return labels; prompts are padded on the left, so that all end at the last position."""
+        """Return label indices; prompts are padded on the left to end at the last position."""
         padding = [len(prompts[0]) - len(prompt) for prompt in prompts]
         logits = self._model(
             torch.tensor([[0] * n + [*ids] for n, ids in zip(padding, prompts, strict=True)]),
@@ -90,7 +90,7 @@ class Loop:
 
 
 def settings_of(path: str) -> ClassifySettings:
-    """Return the question that reviews are asked."""
+    """Return the classification settings, with examples drawn from the table at `path`."""
     prompt = "Review: {sentence}\nSentiment: "
     shots = draw_shots(
         open_source(path),
@@ -103,7 +103,7 @@ def settings_of(path: str) -> ClassifySettings:
 
 
 def run_ours(model: str, settings: ClassifySettings, rows: Sequence[Row]) -> Turn:
-    """Run the task; what the examples cost is in its time."""
+    """Run our task; the time includes computing the examples."""
     handler = GemmaClassifyModelHandler(model, settings, large_model=False)
     classify = handler.load_model()
     start = time.perf_counter()
@@ -113,7 +113,7 @@ def run_ours(model: str, settings: ClassifySettings, rows: Sequence[Row]) -> Tur
 
 
 def run_theirs(loop: Loop, prompts: Sequence[tuple[int, ...]]) -> list[Turn]:
-    """Try the batch sizes on some rows, and run all rows at the best."""
+    """Try the batch sizes on some rows, and run all rows with the fastest."""
     tried = {size: _timed(lambda n=size: loop.run(prompts[:TRIED_ROWS], n)) for size in BATCH_SIZES}
     best = min(tried, key=lambda size: tried[size][1])
     labels, secs = _timed(lambda: loop.run(prompts, best))
@@ -130,7 +130,7 @@ def _timed(work: Callable[[], list[int]]) -> tuple[list[int], float]:
 
 
 def main() -> int:
-    """Run and print; return 1 where a label differs."""
+    """Run both systems and print the report; return 1 if a label differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -164,7 +164,7 @@ def main() -> int:
 
 
 def report(theirs: list[Turn], ours: Turn, truth: list[int]) -> str:
-    """Return the table, the ratio beside its bar, and how many labels are equal."""
+    """Return the table, the ratio with its target, and the number of equal labels."""
     lines = [
         (
             turn.system,

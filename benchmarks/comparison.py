@@ -1,4 +1,4 @@
-"""What the runs of a regime say: one line for each system, then the ratios beside their bars."""
+"""Reports the runs of a regime: one line per system, then the ratios with their target values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ HEADER = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """A figure that has to be reached."""
+    """A measured figure and its target."""
 
     name: str
     value: float
@@ -28,21 +28,21 @@ class Comparison:
 
     regime: str
     runs: Mapping[str, Sequence[Run]]
-    """By system; runs of several batch sizes may stand side by side."""
+    """Runs by system, possibly with several batch sizes."""
     operations: Operations
     rate: float
     """Operations per second of one large product on this machine."""
 
     def best(self, system: str) -> Run:
-        """Return a system's run that took the least time for the work."""
+        """Return a system's run with the least work time."""
         return min(self.runs[system], key=lambda run: run.work_secs)
 
     def lines(self) -> str:
-        """Return the table."""
+        """Return the Markdown table of all systems."""
         return table(HEADER, [self._line(system) for system in self.runs])
 
     def bars(self) -> list[Bar]:
-        """Return what this regime has to reach, of the systems that ran."""
+        """Return the targets of this regime, for the systems that ran."""
         return [bar for bar in self._bars() if bar is not None]
 
     def _bars(self) -> list[Bar | None]:
@@ -76,7 +76,7 @@ class Comparison:
             case "rows/s":
                 return run.rows_per_sec
             case "steady state":
-                # The first step holds what came before it: reading, prompts, the first batch.
+                # The first step's time includes reading, prompts and the first batch.
                 return run.operations_per_sec(self.operations, skip=1)
             case _:
                 return run.decode_operations_per_sec(self.operations)

@@ -1,4 +1,4 @@
-"""The conditions under which a row must give the same bits, and the process that runs one of them.
+"""Conditions under which a row must give the same bits, and the process that runs one of them.
 
 python -m benchmarks.conditions shuffled --model DIR --rows 2000 --sample 200 --output FILE
 """
@@ -24,42 +24,42 @@ from beam_gemma.runtime.limits import EngineConfig
 from benchmarks.workload import SEED, Passages
 
 SHARED_TOKENS, DEEP_TOKENS = 64, 500
-"""Of two shared prefixes; rows behind the second outgrow a window of 512 tokens."""
+"""Lengths of two shared prefixes; rows with the second outgrow a window of 512 tokens."""
 OWN_TOKENS = 40
 SHORT, LONG = (6, 20), (150, 200)
-"""Bounds of prompts, in tokens."""
+"""Bounds of prompt lengths, in tokens."""
 BRIEF, WORDY = (3, 6), (40, 48)
-"""Bounds of completions, in tokens."""
+"""Bounds of completion lengths, in tokens."""
 SMALL_CACHE = 96
-"""Blocks of each group: too few for the wordy rows to grow, so they push one another out."""
+"""Blocks per group: too few for the wordy rows, which therefore preempt one another."""
 Outcome = tuple[list[int], str, str]
 """Token ids, finish reason and the bits of the log-probability."""
 
 
 def anything(_: EngineStats) -> bool:
-    """Ask nothing of a run."""
+    """Accept any run."""
     return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """One way to run the rows; what is not said is as in the base run."""
+    """One way to run the rows; fields left at their default are as in the base run."""
 
     config: EngineConfig = field(default_factory=EngineConfig)
     num_blocks: int | None = None
-    """Cache blocks of each group; None for what the memory allows."""
+    """Cache blocks per group; None for as many as memory allows."""
     num_threads: int = 0
-    """Of one operator; 0 for one per core."""
+    """Threads per operator; 0 for one per core."""
     num_processes: int = 1
-    """Which share the rows and run at once."""
+    """Number of simultaneous processes that share the rows."""
     shuffled: bool = False
     alone: bool = False
-    """Whether each row waits for the one before it to end."""
+    """If true, each row waits for the previous one to end."""
     slow: bool = False
-    """Whether it takes so long that only a sample of the rows runs."""
+    """If true, only a sample of the rows runs, to save time."""
     sampled: bool = False
     holds: Callable[[EngineStats], bool] = anything
-    """Whether a run really was what the condition says."""
+    """Function that returns whether a run met the condition, such as having preemptions."""
 
 
 CONDITIONS = {
@@ -75,7 +75,7 @@ CONDITIONS = {
     ),
     "threads-1": Condition(num_threads=1),
     "threads-2": Condition(num_threads=2),
-    # More threads than cores spin for one another: ten times slower than two.
+    # More threads than cores spin while they wait: ten times slower than two threads.
     "threads-16": Condition(num_threads=16, slow=True),
     "two-processes": Condition(num_processes=2, num_threads=1),
     "sampled-base": Condition(sampled=True),
@@ -87,12 +87,12 @@ CONDITIONS = {
 
 
 def base_of(name: str) -> str:
-    """Return the condition whose outcomes a condition must repeat."""
+    """Return the base condition whose outcomes a condition must reproduce."""
     return "sampled-base" if CONDITIONS[name].sampled else "base"
 
 
 def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list[Request]:
-    """Return rows: a third behind a shared prefix, few long or wordy, most short."""
+    """Return requests: a third with a shared prefix, a few long or wordy, most short."""
     rng = random.Random(f"{SEED} invariance")
     passages = Passages(tokenizer, rng)
     shared, deep = (passages.draw(num_tokens)[1] for num_tokens in (SHARED_TOKENS, DEEP_TOKENS))
@@ -106,7 +106,7 @@ def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list
             ids = shared + ids[1:]
         params = SamplingParams(
             max_tokens=rng.randint(*(WORDY if i % 20 == 2 else BRIEF)),
-            # So that some rows stop early, whatever the model says.
+            # Makes some rows stop early, with any model.
             stop_token_ids=marks if i % 4 == 0 else (),
             **(draw_settings(i) if sampled else {}),
         )
@@ -123,18 +123,18 @@ def draw_requests(tokenizer: Tokenizer, num_rows: int, *, sampled: bool) -> list
 
 
 def draw_settings(i: int) -> dict[str, float]:
-    """Return how a row draws: among a few candidates, in a nucleus, or from all."""
+    """Return the sampling settings of a row: with top-k, with top-p, or with neither."""
     return {"temperature": 0.8, "seed": 7} | [{"top_k": 40}, {"top_p": 0.9}, {}][i % 3]
 
 
 def outcome(completion: Completion) -> Outcome:
-    """Return what must be equal, to the bit."""
+    """Return the part of a completion that must be bit-identical."""
     assert completion.logprob is not None, completion.error
     return list(completion.token_ids), completion.finish_reason, completion.logprob.hex()
 
 
 def chosen(condition: Condition, num_rows: int, *, sample: int, part: int) -> list[int]:
-    """Return the rows of one process, in the order in which they are submitted."""
+    """Return the row numbers of one process, in order of submission."""
     rng = random.Random(SEED)
     rows = list(range(num_rows))
     if condition.slow and sample < num_rows:
@@ -146,7 +146,7 @@ def chosen(condition: Condition, num_rows: int, *, sample: int, part: int) -> li
 
 
 def open_session(artifact: Artifact, condition: Condition) -> Session:
-    """Load the model as the condition asks."""
+    """Load the model with a condition's settings."""
     if condition.num_blocks is None:
         return Session.of(
             artifact,

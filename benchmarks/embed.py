@@ -1,8 +1,8 @@
-"""Texts per second of embeddings, beside sentence-transformers, and how near to the machine's rate.
+"""Compares embedding speed with sentence-transformers and with the machine's matrix rate.
 
 The model has the shapes of EmbeddingGemma 300M and random weights; texts have log-normal lengths.
-Each system runs in a process of its own; sentence-transformers sorts the texts by length, as ours
-does, and takes the best of several batch sizes.
+Each system runs in its own process. Both sort the texts by length; sentence-transformers uses the
+fastest of several batch sizes.
 
 python -m benchmarks.embed --texts 200 --output out/embed.json
 """
@@ -44,26 +44,26 @@ SHAPE = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
-"""Of EmbeddingGemma 300M."""
+"""Config of EmbeddingGemma 300M."""
 DENSE_SIZES = (3072, 768)
 LETTERS = list("abcdfgjklmopqrsuvwxyz")
-"""One token each, alone and beside each other, in the tiny vocabulary."""
+"""Letters that the tiny vocabulary always encodes as one token each."""
 MEDIAN, SIGMA, LONGEST = 128, 0.9, 2048
-"""Of the log-normal lengths, in tokens; their mean is 190."""
+"""Median, sigma and maximum of the log-normal lengths in tokens; their mean is 190."""
 BATCH_SIZES = (1, 2, 4, 8)
 SAMPLE = 10
-"""Texts on which sentence-transformers' batch size is chosen."""
+"""Number of texts used to choose sentence-transformers' batch size."""
 
 
 def texts_of(number: int) -> list[str]:
-    """Return texts; with `<bos>` and `<eos>` they have the lengths that were drawn."""
+    """Return texts whose lengths, including `<bos>` and `<eos>`, are log-normal."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(MEDIAN), SIGMA, number)).clip(3, LONGEST).astype(int)
     return ["".join(rng.choice(LETTERS, length - 2)) for length in lengths]
 
 
 def operations(config: GemmaConfig, lengths: list[int]) -> int:
-    """Return the floating-point operations that texts need: matrices, and pairs within reach."""
+    """Return the floating-point operations of texts: matrices and attention pairs in reach."""
     pairs = 0
     for layer_type in config.layer_types:
         back, ahead = reach(config, layer_type)
@@ -77,7 +77,7 @@ def operations(config: GemmaConfig, lengths: list[int]) -> int:
 
 
 def run_ours(folder: Path, texts: list[str], max_num_batched_tokens: int) -> dict[str, Any]:
-    """Return the seconds that our embedder takes."""
+    """Return the time of our embedder in seconds; save its embeddings."""
     handler = GemmaEmbedModelHandler(
         str(folder / "model"),
         EmbedSettings(),
@@ -94,7 +94,7 @@ def run_ours(folder: Path, texts: list[str], max_num_batched_tokens: int) -> dic
 
 
 def run_sentence_transformers(folder: Path, texts: list[str], _: int) -> dict[str, Any]:
-    """Return the seconds that sentence-transformers takes at its best batch size."""
+    """Return sentence-transformers' time in seconds and best batch size; save its embeddings."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder / "checkpoint"), device="cpu")
@@ -116,7 +116,7 @@ SYSTEMS = {"ours": run_ours, "sentence_transformers": run_sentence_transformers}
 
 
 def prepare(folder: Path) -> None:
-    """Write the checkpoint and export it, once."""
+    """Write the checkpoint and export it, unless the model exists."""
     if (folder / "model").exists():
         return
     from tests.doubles.sentence_model import sentence_model
@@ -145,7 +145,7 @@ def compare(folder: Path, number: int, budget: int) -> dict[str, Any]:
             subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         )
         rates.append(matrix_rate())
-    # The best of several moments: others may have been at work on the machine.
+    # The best of several measurements, since other processes may use the machine.
     report["matrix_rate"] = max(rates)
     for name in SYSTEMS:
         seconds = report[name]["seconds"]

@@ -1,10 +1,10 @@
-"""Whether extraction always ends as valid JSON of its schema, on real text with the real model.
+"""Checks that extraction always gives valid JSON of its schema, on real text with the real model.
 
     python -m benchmarks.extraction --model models/gemma-3-270m --rows 300
 
-Each text goes through the whole task once for each schema, from a row to typed columns. Then some
-of them are done again with room for little more than the shortest text that is valid. Every text is
-parsed, checked by jsonschema with its formats, and compared with what the typed column holds.
+Each text goes through the whole task once per schema, from a row to typed columns. Some texts run
+again with few more tokens than the shortest valid output needs. Every output is parsed, checked by
+jsonschema with its formats, and compared with the value of the typed column.
 """
 
 import argparse
@@ -38,12 +38,12 @@ TESTS = Path(__file__).parent.parent / "tests/data"
 SAMPLE = TESTS / "sst2_sample.parquet"
 MAX_TOKENS = 160
 PRESSURE = (0, 1, 2, 5, 10, 20)
-"""Tokens beyond those of the shortest valid text."""
+"""Spare tokens beyond the length of the shortest valid output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What one schema gave with so many tokens at most."""
+    """The results of one schema with one token limit."""
 
     schema: str
     num_shortest: int
@@ -54,7 +54,7 @@ class Turn:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its line of the table."""
+        """Line of the table."""
         lengths = [result["num_completion_tokens"] or 0 for result in self.results]
         return (
             self.schema,
@@ -89,15 +89,15 @@ class Extraction:
         num_rows: int | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> Turn:
-        """Extract, and check what has come.
+        """Extract values from the rows and check the results.
 
         Args:
-            name: Of the schema.
-            schema: What to extract.
-            max_tokens: Longest text; None for `spare_tokens` more than the shortest one.
-            spare_tokens: See there.
-            num_rows: From the first; None for all.
-            sampling: How tokens are chosen, if not greedily.
+            name: Name of the schema.
+            schema: The JSON Schema of the values to extract.
+            max_tokens: Token limit; None for the shortest valid output plus `spare_tokens`.
+            spare_tokens: Tokens beyond the shortest valid output, if `max_tokens` is None.
+            num_rows: Number of rows from the first; None for all.
+            sampling: Sampling parameters; greedy by default.
         """
         constraint = self._constraint(name, schema)
         max_tokens = max_tokens or constraint.num_shortest + spare_tokens
@@ -120,7 +120,7 @@ class Extraction:
         )
 
     def generator(self, settings: GenerateSettings, constraint: Constraint) -> Generator:
-        """Return what completes rows as some settings ask."""
+        """Return a generator that completes rows with these settings."""
         encoder = PromptEncoder(
             self.tokenizer,
             settings,
@@ -130,7 +130,7 @@ class Extraction:
         return Generator(self.engine, encoder, settings, constraint=constraint, on_result=METER.add)
 
     def constraint(self, structured: StructuredOutput) -> Constraint:
-        """Return what holds completions to an output."""
+        """Return the constraint that makes completions follow a structured output."""
         return Constraint(structured.language, self.tokenizer, self._artifact.eos_token_ids)
 
     def _constraint(self, name: str, schema: Mapping[str, Any]) -> Constraint:
@@ -142,7 +142,7 @@ class Extraction:
 def problems(
     results: Sequence[Mapping[str, Any]], schema: Mapping[str, Any], max_tokens: int
 ) -> Iterator[str]:
-    """Yield what is wrong with each result that is not right."""
+    """Yield a description of each invalid result."""
     formats = jsonschema.Draft202012Validator.FORMAT_CHECKER
     validator = jsonschema.Draft202012Validator(schema, format_checker=formats)
     structured = StructuredOutput(json_schema=schema)
@@ -162,13 +162,13 @@ def problems(
 
 
 def schemas() -> dict[str, Mapping[str, Any]]:
-    """Return the schemas by their names."""
+    """Return the test schemas by name."""
     paths = sorted((TESTS / "schemas").glob("*.json"))
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def main() -> int:
-    """Run and print; return 1 where a text is not valid."""
+    """Run all schemas and print the table; return 1 if an output is not valid."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""The least that work must cost on a card: operations and bytes, counted from shapes alone.
+"""Lower bounds on the time of work on a card, from operations and bytes counted from shapes.
 
-A decode step reads every weight of the matrices once, whatever the number of its rows, and of each
-row the keys and values in reach; so its floor is bytes over the rate at which the card copies. A
-prompt, or a text to embed, is products of matrices; so its floor is operations over the rate of one
-large product. What is left out makes floors lower, never higher: activations, norms, block tables,
-padding, and everything that is done twice.
+A decode step reads every matrix weight once, for any number of rows, and the keys and values in
+reach of each row; its floor is bytes divided by the card's copy rate. Prompts and texts to embed
+are products of matrices; their floor is operations divided by the rate of one large product.
+Activations, norms, block tables, padding and repeated work are left out, which makes floors lower,
+never higher.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,33 +15,33 @@ from benchmarks.gpu import machines
 from benchmarks.rate import Operations
 
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.5, "int4": 4.5}
-"""Of a weight by precision; with a scale of 16 bits for each 32 where it is quantized."""
+"""Bits per weight by precision; if quantized, including a 16-bit scale per 32 weights."""
 CACHE_BYTES = {"fp32": 4}
-"""Of a number in a cache; two where nothing else is said."""
+"""Bytes per number in a cache by precision; 2 for all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What a card was measured to do."""
+    """Measured rates of a card."""
 
     operations_per_sec: float
-    """Of one large product of matrices, in the precision that the model computes in."""
+    """Operations per second of one large matrix product in the model's precision."""
     bytes_per_sec: float
-    """Read and written, of a copy within the card."""
+    """Bytes read plus bytes written per second in a copy within the card's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Floor:
-    """The least time that some work takes, in seconds."""
+    """The least possible time of some work, in seconds."""
 
     prefill: float
-    """Set by operations."""
+    """Time of the prompts, from operations."""
     decode: float
-    """Set by bytes."""
+    """Time of the decode steps, from bytes."""
 
     @property
     def seconds(self) -> float:
-        """Both, one after the other."""
+        """Sum of prefill and decode."""
         return self.prefill + self.decode
 
 
@@ -52,14 +52,14 @@ def weight_bytes(config: GemmaConfig, precision: str) -> int:
 
 
 def cache_bytes(config: GemmaConfig, num_tokens: int, precision: str) -> int:
-    """Return the bytes of the keys and values that a token reads, itself included."""
+    """Return the bytes of keys and values that a token reads, including its own."""
     return (
         machines.cache_bytes(config, num_tokens) // machines.BYTES * CACHE_BYTES.get(precision, 2)
     )
 
 
 def attention_operations(config: GemmaConfig, start: int, end: int) -> int:
-    """Return the operations of queries and keys, weights and values, for positions of one row."""
+    """Return the attention operations of a row's positions from `start` to `end`, exclusive."""
     pairs = 0
     for kind in config.layer_types:
         window = config.window(kind)
@@ -68,7 +68,7 @@ def attention_operations(config: GemmaConfig, start: int, end: int) -> int:
 
 
 def num_decode_steps(new_tokens: Sequence[int], slots: int) -> int:
-    """Return the fewest decode steps; the first token of each row comes of its prompt's step."""
+    """Return the fewest decode steps; the prompt's step chooses the first token of each row."""
     steps = [new - 1 for new in new_tokens]
     return max(*steps, -(-sum(steps) // slots), 0)
 
@@ -84,11 +84,11 @@ def generate_floor(
     """Return the floor of completing rows.
 
     Args:
-        config: Of the model.
-        rows: Tokens of each prompt, and how many new ones.
-        slots: Rows of a decode step at most.
-        precision: Of the weights.
-        rates: Of the card.
+        config: The model's architecture.
+        rows: Numbers of prompt tokens and of new tokens of each row.
+        slots: Most rows of a decode step.
+        precision: Precision of the weights.
+        rates: Measured rates of the card.
     """
     per_token = Operations.of(config)
     operations = sum(
@@ -106,9 +106,9 @@ def generate_floor(
 
 
 def classify_operations(config: GemmaConfig, shared: int, own: Iterable[int], labels: int) -> int:
-    """Return the operations of scoring labels of one token behind prompts with a shared start.
+    """Return the operations of scoring single-token labels after prompts with a shared start.
 
-    What is shared is computed once; a label's logit is a product with one row of the head.
+    The shared start is computed once; a label's logit is a product with one row of the head.
     """
     per_token = Operations.of(config)
     total = shared * per_token.layers + attention_operations(config, 0, shared)
@@ -120,6 +120,6 @@ def classify_operations(config: GemmaConfig, shared: int, own: Iterable[int], la
 
 
 def _sum_of_reach(num_tokens: int, window: int | None) -> int:
-    """Return how many keys the queries at the first positions of a row reach, all together."""
+    """Return the total number of keys that the queries of a row's first tokens reach."""
     near = num_tokens if window is None else min(num_tokens, window)
     return near * (near + 1) // 2 + (num_tokens - near) * (window or 0)

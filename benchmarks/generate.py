@@ -1,25 +1,23 @@
-"""Generation on the CPU: our engine and our pipeline beside transformers and llama.cpp.
+"""Compares generation on the CPU: our engine and pipeline with transformers and llama.cpp.
 
     python -m benchmarks.generate --model models/gemma-3-270m --checkpoint models/gemma-3-270m.gguf
 
 All systems complete the same prompts greedily, with the same weights in float32 (`llama.cpp-gguf`:
-as the file has them, quantized) and the same number of new tokens for each row; end tokens are
-ignored, so that the work is equal. Each run has a
-process of its own, so peak memory is its own; the systems take turns, `--repeats` times, and the
-best run of each is shown with the spread of its repetitions. In the first turn transformers and
-llama.cpp run with every batch size, afterwards with the one that was fastest; the regimes after the
-first begin with that one. The machine's rate at one large float32 product is measured before and
-after.
+quantized, as in the file) and the same number of new tokens per row; end tokens are ignored, so the
+work is equal. Each run has its own process, and so its own peak memory. The systems take turns,
+`--repeats` times; the table shows each system's best run and the spread of its repetitions. In the
+first turn transformers and llama.cpp run with every batch size, afterwards, also in later regimes,
+only with the fastest. The machine's rate at one large float32 product is measured before and after.
 
-- `prompt tok/s`, `new tok/s`: in steps with and without prompt tokens.
-- `of rate`: operations of the model's matrices for the useful tokens, per second, divided by the
-  rate of the large product; in decode steps and in all.
-- `work s`: first prompt to last token; apart from it, start (loading, a warm-up row) and tail.
-- `occupancy`: useful tokens of decode steps, of the slots. `while waiting`: while rows wait.
-- `same rows`: rows whose tokens are all equal to our engine's.
+- `prompt tok/s`, `new tok/s`: rates in steps with and without prompt tokens.
+- `of rate`: operations per second of the model's matrices for useful tokens, divided by the rate of
+  the large product; in decode steps and in all steps.
+- `work s`: first prompt to last token, without start (loading, a warm-up row) and tail.
+- `occupancy`: share of slots with useful tokens in decode steps; `while waiting`: while rows wait.
+- `same rows`: rows whose tokens all equal our engine's.
 
-The pipeline has one `--max_tokens` for all rows, so it runs where the regime has too. Its steady
-state is what follows its first step, compared with the engine's own after the first step.
+The pipeline has one `--max_tokens` for all rows, so it runs only in regimes with one length. Its
+steady state, all steps after the first, is compared with the engine's.
 
 llama.cpp needs `pip install -e '.[benchmarks]'`, which compiles for about 15 minutes.
 """
@@ -47,11 +45,11 @@ MODULES = {
 }
 OURS = ("engine", "pipeline")
 SLOTS = 64
-"""Of our engine, by default."""
+"""Number of slots of our engine."""
 
 
 class Bench:
-    """Runs systems in turn and remembers which batch size suits whom."""
+    """Runs systems in turn and remembers each system's fastest batch size."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self._flags = flags
@@ -92,7 +90,7 @@ class Bench:
 
 
 def fits(system: str, regime: Regime) -> bool:
-    """Return whether a system takes part in a regime."""
+    """Return whether a system runs in a regime."""
     if system == "pipeline":
         fewest, most = regime.new_tokens
         return fewest == most
@@ -100,10 +98,10 @@ def fits(system: str, regime: Regime) -> bool:
 
 
 def weights_of(flags: argparse.Namespace) -> dict[str, str]:
-    """Return the weights in the form of each system that needs its own."""
+    """Return the path of the weights for each system that needs its own format."""
     if set(flags.systems) <= set(OURS):
         return {}
-    # Only here: transformers and torch need not be installed to measure ourselves.
+    # Imported here, so that our own systems can run without transformers and torch.
     from benchmarks.weights import f32_gguf, transformers_folder
 
     forms = {
@@ -120,7 +118,7 @@ def weights_of(flags: argparse.Namespace) -> dict[str, str]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags."""
+    """Return the parsed flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,7 +144,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run all regimes and print the tables."""
     flags = parse()
     artifact = Artifact.open(flags.model)
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
@@ -174,7 +172,7 @@ def main() -> None:
 
 
 def describe(name: str, rows: Sequence[Row]) -> str:
-    """Return one line on a workload."""
+    """Return a one-line summary of a workload."""
     lengths = [len(row.prompt_token_ids) for row in rows]
     new = [row.max_tokens for row in rows]
     return (
@@ -184,7 +182,7 @@ def describe(name: str, rows: Sequence[Row]) -> str:
 
 
 def write_record(path: Path, facts: dict, runs: dict[str, dict[str, list[Run]]]) -> None:
-    """Write every run with all its steps."""
+    """Write every run, with all its steps, as JSON."""
     as_dicts = {
         regime: {system: [asdict(run) for run in many] for system, many in by_system.items()}
         for regime, by_system in runs.items()
@@ -194,7 +192,7 @@ def write_record(path: Path, facts: dict, runs: dict[str, dict[str, list[Run]]])
 
 
 def _listed(known: Sequence[str] | dict) -> object:
-    """Return a parser of names between commas."""
+    """Return a parser of comma-separated names."""
 
     def names(text: str) -> list[str]:
         chosen = text.split(",")

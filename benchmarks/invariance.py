@@ -1,17 +1,17 @@
-"""The record of row independence: the same bits for a row wherever and with whomever it runs.
+"""Records row independence: a row gives the same bits under all conditions.
 
     python -m benchmarks.invariance --model models/gemma-3-270m --rows 2000
 
-Every condition has processes of its own. Of each row, token ids, finish reason and the bits of the
-log-probability are compared with the base run: all rows at once, greedy, 64 slots, steps of 1,024
-tokens, prefix reuse, one thread per core. Sampled conditions have a sampled base run.
+Each condition runs in its own processes. Each row's token ids, finish reason and log-probability
+bits are compared with the base run: all rows at once, greedy, 64 slots, steps of 1,024 tokens,
+prefix reuse, one thread per core. Sampled conditions have a sampled base run.
 
-Two conditions, each row alone and more threads than cores, take ten times as long as the others: of
-these `--sample` rows run, drawn once; `--sample` of all rows runs all.
+Two conditions, each row alone and more threads than cores, take ten times as long as the others.
+For these only `--sample` rows run, drawn once; set `--sample` to `--rows` to run all.
 
-What has been run is kept in `--record`, so a record can be made in parts (`--only`); it is refused
-for another model, ONNX Runtime, processor or number of rows. Exit code 1: a row differs, or a run
-was not what its condition says (no preemption with a small cache, say).
+Results are kept in `--record`, so a record can be made in parts (`--only`). A record for another
+model, ONNX Runtime, processor or number of rows is refused. Exit code 1: a row differs, or a run
+did not meet its condition (for example, no preemption with a small cache).
 """
 
 import argparse
@@ -32,13 +32,13 @@ HEADER = ("condition", "rows", "differ", "preemptions", "reused tokens", "second
 
 
 class Record:
-    """Outcomes of the base runs, and what each condition gave beside them."""
+    """Outcomes of the base runs, and the comparison of each condition with its base run."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        """Continue the record at a path, or begin one.
+        """Continue the record at a path, or begin a new one.
 
         Raises:
-            ValueError: the record there is of something else.
+            ValueError: the existing record has other facts.
         """
         self._path = path
         self._content: dict[str, Any] = {"facts": facts, "bases": {}, "results": {}}
@@ -51,11 +51,11 @@ class Record:
                 )
 
     def base(self, name: str) -> dict[str, Outcome] | None:
-        """Return the outcomes of a base run by row number, if it has been made."""
+        """Return the outcomes of a base run by row number, or None if it has not run."""
         return self._content["bases"].get(name)
 
     def add(self, name: str, answer: dict[str, Any]) -> None:
-        """Compare a run with its base, which must be there already unless this is it."""
+        """Compare a run with its base run, which must be recorded already or be this run."""
         outcomes = answer.pop("outcomes")
         if name == base_of(name):
             self._content["bases"][name] = outcomes
@@ -70,12 +70,12 @@ class Record:
         self._path.write_text(json.dumps(self._content) + "\n")
 
     def is_clean(self) -> bool:
-        """Return whether no row differs and every run was what it should be."""
+        """Return whether no row differs and every run met its condition."""
         results = self._content["results"].values()
         return all(result["differ"] == 0 and result["holds"] for result in results)
 
     def lines(self) -> str:
-        """Return the table."""
+        """Return the record as a Markdown table."""
         results = self._content["results"]
         return table(HEADER, [_line(name, results[name]) for name in CONDITIONS if name in results])
 
@@ -93,7 +93,7 @@ def _line(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def run_condition(name: str, model: str, num_rows: int, sample: int) -> dict[str, Any]:
-    """Run a condition in its processes, at once; return the sum of their answers."""
+    """Run a condition's processes in parallel; return their combined answers."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(i)) for i in range(CONDITIONS[name].num_processes)]
         command = [sys.executable, "-m", "benchmarks.conditions", name, "--model", model]
@@ -116,7 +116,7 @@ def run_condition(name: str, model: str, num_rows: int, sample: int) -> dict[str
 
 
 def facts_of(model: str, num_rows: int) -> dict[str, Any]:
-    """Return what the bits may depend on."""
+    """Return the facts that the bits may depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
@@ -128,7 +128,7 @@ def facts_of(model: str, num_rows: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run what is asked for and not there yet; print the whole record."""
+    """Run the conditions of `--only`, and missing base runs; print the whole record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

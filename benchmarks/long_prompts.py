@@ -1,10 +1,11 @@
-"""Memory of one step far into a long prompt, with real head sizes: what 128K positions take.
+"""Measures the memory of one step far into a long prompt, up to 128K positions.
 
     python -m benchmarks.long_prompts --folder /tmp/long_prompts
 
 Exports a model of two layers, one with a window and one without, with the heads of Gemma 3 4B (8 of
-256, 4 for keys) and little else. All chunks of a prompt but the last are only scheduled and given
-their cache blocks, which hold zeros; the last is computed. Each step has a process of its own.
+width 256, 4 for keys) and otherwise small shapes. All chunks of a prompt but the last are only
+scheduled and given cache blocks, which hold zeros; the last is computed. Each step has its own
+process.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def make_artifact(folder: Path) -> Path:
 
 
 def last_step(model: Path, num_tokens: int) -> list[float]:
-    """Schedule a prompt and compute its last chunk; return its row of the table, as numbers."""
+    """Schedule a prompt and compute its last chunk; return a row of the table, as numbers."""
     artifact = Artifact.open(model)
     signature = artifact.signature("generate", "cpu")
     num_blocks = {
@@ -103,7 +104,7 @@ def last_step(model: Path, num_tokens: int) -> list[float]:
 
 
 def main() -> None:
-    """Run each step in a process of its own and print the table."""
+    """Run each step in its own process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="Where to work; emptied.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536, 131072])

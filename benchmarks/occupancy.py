@@ -1,20 +1,21 @@
-"""How full the steps of whole jobs are, however small the bundles and whatever runs them.
+"""Measures the occupancy of the engine's steps in whole jobs, for several bundle sizes and runners.
 
     python -m benchmarks.occupancy
 
-Every job reads the same Parquet file and completes its rows on 64 slots with a tiny Gemma of random
-weights, which the script exports. Rows end unevenly: tokens are drawn almost uniformly from 300, of
-which ten end a row, so lengths are geometric, cut at 64: one row in nine runs that far, one in
-three ends before the twelfth token.
+Every job completes the same rows on 64 slots with a tiny Gemma of random weights, which the script
+exports. Rows end unevenly: tokens are drawn almost uniformly from 300, of which ten end a row, so
+lengths are geometric, cut at 64: one row in nine reaches 64, one in three ends before the twelfth
+token.
 
-A Beam batch never spans bundles, so batches of at most 100 rows stand for bundles of 100 rows: each
-thread or process has one at the engine and waits for its slowest row. The local runners take at
-most as many bundles at once as they have workers, and cut a step's input into no more bundles.
+A Beam batch never spans bundles, so batches of at most 100 rows simulate bundles of 100 rows: each
+thread or process has one batch at the engine and waits for its slowest row. The local runners
+process at most as many bundles at once as they have workers, and cut a step's input into no more
+bundles.
 
-`full` is the share of slots that all decode steps used, the job's end included, where fewer rows
-are left than slots; `full, rows waiting` counts the steps at which the engine held rows that had no
-slot. Both come from Beam's counters, as a job's closing line does. A rate spans the first call of
-the model to the last answer: starting processes and reading are no part of it.
+`full` is the share of slots in use over all decode steps, including the end of the job, when fewer
+rows than slots are left. `full, rows waiting` counts only steps during which rows waited for a
+slot. Both come from Beam's counters, like the closing line of a job. Rates cover the time from the
+first call of the model to its last answer, without process start and reading.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from tests.doubles.reference import save_checkpoint, tiny_model
 SLOTS = EngineConfig().max_num_seqs
 BUNDLE_ROWS = 100
 ROWS_PER_BATCH = 16
-"""That come together, so that a bundle has about as many as it may."""
+"""Rows per input record batch, small so that Beam batches come close to their maximum."""
 JOBS = [
     ("in_memory", 1, BATCH_ROWS),
     ("in_memory", 1, BUNDLE_ROWS),
@@ -74,12 +75,12 @@ class BundledHandler(GemmaGenerateModelHandler):
     """A handler whose Beam batches are as small as a bundle, and whose calls are timed."""
 
     def __init__(self, model: str, batch_rows: int, *, large_model: bool) -> None:
-        """Describe a model and the rows of a batch."""
+        """Describe a model and the number of rows per Beam batch."""
         super().__init__(model, SETTINGS, large_model=large_model)
         self._batch_rows = batch_rows
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:
-        """Return what Beam's batching is told."""
+        """Return the arguments for Beam's batching."""
         sizes = {"min_batch_size": self._batch_rows, "max_batch_size": self._batch_rows}
         return {**super().batch_elements_kwargs(), **sizes}
 
@@ -89,7 +90,7 @@ class BundledHandler(GemmaGenerateModelHandler):
         model: Model,
         inference_args: dict[str, Any] | None = None,
     ) -> list[PredictionResult]:
-        """Complete a batch, and report when."""
+        """Complete a batch, and record its start and end time."""
         CLOCK.update(round(time.time() * 1000))
         results = super().run_inference(batch, model, inference_args)
         CLOCK.update(round(time.time() * 1000))
@@ -129,7 +130,7 @@ def run(model: Path, rows: pa.Table, mode: str, num_workers: int, batch_rows: in
 
 
 def distribution(result: PipelineResult, name: str) -> DistributionResult:
-    """Return the one distribution of a job that has a name."""
+    """Return the job's only distribution with this name."""
     (metric,) = result.metrics().query(MetricsFilter().with_name(name))["distributions"]
     return metric.result
 

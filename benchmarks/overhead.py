@@ -1,11 +1,11 @@
-"""What a row costs beside the model: memory and time of whole jobs over an engine that only echoes.
+"""Measures the cost of a row beside the model: time and memory of jobs with an echo engine.
 
     python -m benchmarks.overhead --model models/gemma-3-270m
 
-Tables of small rows go through the command line's own job, from Parquet to Parquet: read, encoded
-by the model's tokenizer, grouped by what they ask, made durable, joined and written. Only the model
-is replaced, by one that answers each row at once with its last words. Each job has a process of its
-own; its memory is the most that the process has held.
+Tables of small rows go through the command line's own job, from Parquet to Parquet: they are read,
+encoded by the model's tokenizer, grouped by request, made durable, joined and written. Only the
+model is replaced, by one that answers each row at once with its last words. Each job has its own
+process; its memory is the process's peak.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MIB = 1 << 20
 
 
 class Echo:
-    """A model that needs no time."""
+    """A model that answers each row with its last words at once."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
@@ -51,7 +51,7 @@ class Echo:
         return in_order(self.stream(rows))
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the results at once."""
+        """Yield each row's index and result columns, in order."""
         for index, row in enumerate(rows):
             words = row["text"].split()[-3:]
             self._num_tokens += WORDS_PER_TEXT + len(words)
@@ -67,30 +67,30 @@ class Echo:
             )
 
     def drain(self) -> None:
-        """Do nothing: there is nothing that waits."""
+        """Do nothing: no results are pending."""
 
     def num_tokens(self) -> int:
-        """Return the words that it has read and written."""
+        """Return the number of words read and written."""
         return self._num_tokens
 
     def take_counts(self) -> dict[str, int]:
-        """Return nothing."""
+        """Return an empty dictionary: there are no counts."""
         return {}
 
     def take_pulse(self) -> dict[str, Any]:
-        """Return samples of nothing."""
+        """Return the samples of an idle pulse."""
         return self._pulse.take()
 
 
 class EchoHandler(GemmaGenerateModelHandler):
-    """Answers with the last words of each row."""
+    """Model handler that loads `Echo` in place of a model."""
 
     def _start(self) -> Echo:
         return Echo()
 
 
 def write_rows(path: Path, num_rows: int) -> None:
-    """Write a table of a number and a short text, all different."""
+    """Write a table with a number and a short text in each row, all different."""
     draw = np.random.default_rng(0)
     schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -102,7 +102,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def run(model: str, folder: Path) -> None:
-    """Run one job and print what it took."""
+    """Run one job and print its time and peak memory as JSON."""
     started = time.monotonic()
     flags = [f"--model={model}", f"--input={folder}/in.parquet", f"--output={folder}/out.parquet"]
     flags += ["--prompt=Echo: {text}", "--max_tokens=8"]

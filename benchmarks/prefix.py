@@ -1,10 +1,10 @@
-"""Prefix reuse on against off: many short rows behind one long instruction.
+"""Compares prefix reuse on and off: many short rows after one long instruction.
 
     python -m benchmarks.prefix --model models/gemma-3-270m
 
-All rows begin with the same 500 tokens, go on with 40 tokens of their own, and ask for 8 new ones.
-Both engines run in turn on one session; nothing is kept from one run to the next. The completions
-must be equal to the last bit of their log-probabilities.
+All rows begin with the same 500 tokens, continue with 40 tokens of their own, and request 8 new
+tokens. Both engines run in turn on one session; nothing is kept from one run to the next. The
+completions must be bit-identical, including their log-probabilities.
 """
 
 import argparse
@@ -30,13 +30,13 @@ PARAMS = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
 def requests(tokenizer: Tokenizer, num_rows: int) -> list[Request]:
-    """Return rows that share their first tokens."""
+    """Return requests that share their first tokens."""
     passages = Passages(tokenizer, random.Random(f"{SEED} prefix"))
     prefix = passages.draw(PREFIX_TOKENS)[1]
     return [
         Request(
             request_id=str(i),
-            # Without the <bos> that the passage begins with.
+            # Drop the <bos> at the start of the passage.
             prompt_token_ids=prefix + passages.draw(OWN_TOKENS + 1)[1][1:],
             params=PARAMS,
             logprob=True,
@@ -51,9 +51,9 @@ class Turn:
 
     secs: float
     num_computed: int
-    """Prompt tokens."""
+    """Number of computed prompt tokens."""
     num_reused: int
-    """Prompt tokens."""
+    """Number of reused prompt tokens."""
     completions: list[Completion]
 
 
@@ -73,7 +73,7 @@ def measure(session: Session, rows: list[Request], *, reuse: bool) -> Turn:
 
 
 def report(on: list[Turn], off: list[Turn]) -> str:
-    """Return the table of both, the ratio beside its bar, and how many rows differ."""
+    """Return the table, the ratio with its target, and the number of differing rows."""
     lines, best = [], []
     for name, turns in (("on", on), ("off", off)):
         secs = [turn.secs for turn in turns]
@@ -89,12 +89,12 @@ def report(on: list[Turn], off: list[Turn]) -> str:
 
 
 def num_differing(one: Turn, other: Turn) -> int:
-    """Return how many completions are not the same to the last bit."""
+    """Return the number of completions that are not bit-identical."""
     return sum(a != b for a, b in zip(one.completions, other.completions, strict=True))
 
 
 def main() -> int:
-    """Run and print; return 1 if reuse changed a completion."""
+    """Run both engines and print the report; return 1 if reuse changed a completion."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

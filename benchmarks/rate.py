@@ -1,4 +1,4 @@
-"""The floor: what a model's matrix products alone must take on this machine."""
+"""Counts the operations of a model's matrices and measures this machine's matrix rate."""
 
 import time
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ ROWS, INNER, COLUMNS = 512, 2048, 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operations:
-    """Floating-point operations of a model's matrices; attention over the context is left out."""
+    """Floating-point operations of a model's matrices, without attention over the context."""
 
     layers: int
-    """Of all layers, for each token that passes them."""
+    """Operations of all layers per token."""
     head: int
-    """Of the output matrix, for each token that is chosen."""
+    """Operations of the output matrix per chosen token."""
 
     @classmethod
     def of(cls, config: GemmaConfig) -> "Operations":
-        """Count from the shapes of the matrices."""
+        """Return the counts for a model, from the shapes of its matrices."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         attention = config.hidden_size * config.head_dim * (2 * heads + 2 * kv_heads)
         feed_forward = 3 * config.hidden_size * config.intermediate_size
@@ -34,7 +34,7 @@ class Operations:
 
 
 def matrix_rate() -> float:
-    """Return the float32 operations per second of a large product in ONNX Runtime."""
+    """Return the float32 operations per second of a large product in ONNX Runtime, best of 20."""
     session = onnxruntime.InferenceSession(_product(), providers=["CPUExecutionProvider"])
     feeds = {"x": np.ones((ROWS, INNER), np.float32)}
     session.run(None, feeds)
@@ -47,7 +47,7 @@ def matrix_rate() -> float:
 
 
 def _product() -> bytes:
-    """Return a graph of one product with constant weights."""
+    """Return a serialized graph of one product with constant weights."""
     shapes = {"x": (ROWS, INNER), "y": (ROWS, COLUMNS)}
     x, y = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)

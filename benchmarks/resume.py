@@ -1,12 +1,12 @@
-"""What a kill costs: a job killed at random points and gone on with, beside one in one go.
+"""Measures the cost of a kill: compares killed and resumed jobs with an uninterrupted one.
 
     python -m benchmarks.resume --model models/gemma-3-270m --rows 2000 --kills 10
 
-Each kill has a job of its own: `kill -9` once a share of the tokens is computed, drawn between 5 %
-and 95 %, and once more as soon as the first shard is staged. The job then goes on with `--resume`.
-Tokens are those that the engines have computed, those of rows that were lost with the kill among
-them. Exit code 1: more than 1.05 of the tokens of one pass, or an output that is not byte by byte
-that of one pass.
+Each kill has its own job, stopped with `kill -9` after a random share of the tokens, between 5 %
+and 95 %; one more job is stopped as soon as the first shard is staged. Each job then continues with
+`--resume`. Counts include all tokens that the engines computed, also those of rows lost in the
+kill. Exit code 1: a job computed more than 1.05 times the tokens of one pass, or its output is not
+byte-identical to that of one pass.
 """
 
 import argparse
@@ -36,23 +36,23 @@ HEADER = ("killed at", "durable then", "tokens until then", "tokens after", "of 
 LIMIT = 1.05
 TICK_SECS = 0.01
 COMMIT = 1.0
-"""Stands for a kill while shards are staged."""
+"""Share that means a kill while shards are staged."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job in a folder of its own."""
+    """A job in its own folder."""
 
     folder: Path
     flags: tuple[str, ...]
 
     @property
     def work(self) -> Path:
-        """Where what is not finished lies."""
+        """Folder of the job's unfinished work."""
         return Path(open_sink(f"{self.folder}/x.parquet").work)
 
     def run(self, *more: str, until: Callable[[int], bool] = lambda _: False) -> int:
-        """Run it, killed as soon as a condition holds; return the tokens that it computed."""
+        """Run the job, kill it once `until` holds, and return the number of computed tokens."""
         meter = self.folder / "meter"
         meter.write_text("0")
         command = [sys.executable, "-m", "benchmarks.resume", "--meter", str(meter), "--"]
@@ -78,19 +78,19 @@ class Job:
         return any((self.work / "staged").glob("*"))
 
     def num_durable(self) -> int:
-        """Return the rows that are durable."""
+        """Return the number of durable rows."""
         return sum(
             pa.ipc.open_file(path).get_batch(0).num_rows for path in self.work.rglob("*.arrow")
         )
 
 
 def read_meter(path: Path) -> int:
-    """Return what a job has computed, as it last said."""
+    """Return the number of computed tokens that a job last reported."""
     return int(path.read_text())
 
 
 def metered(path: Path, flags: Sequence[str]) -> int:
-    """Run the command line and keep telling the tokens that it has computed."""
+    """Run the command line, and keep writing the number of computed tokens to a file."""
 
     def tell() -> None:
         new = path.with_suffix(".new")

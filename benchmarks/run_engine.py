@@ -1,4 +1,4 @@
-"""Our engine alone: token ids in, token ids out."""
+"""Runs our engine alone: token ids in, token ids out."""
 
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams

@@ -1,9 +1,9 @@
-"""llama.cpp through llama-cpp-python: batched decode over its low-level interface.
+"""Runs llama.cpp through llama-cpp-python: batched decode over its low-level interface.
 
-Weights are the same numbers, in float32 or quantized as the GGUF file has them, where llama.cpp
-also rounds activations to eight bits. The cache is float16 and attention is chosen by llama.cpp
-itself, which is its default and its fastest. A slot that falls free is filled at once; prompts are
-computed in batches of their own, several at a time, before decoding goes on.
+Weights are the same numbers, in float32 or as quantized in the GGUF file; with quantized weights
+llama.cpp also rounds activations to eight bits. The cache is float16 and llama.cpp chooses the
+attention kernel, which is its default and fastest setting. A free slot is filled at once; prompts
+are computed in batches of their own, several at a time, before decoding continues.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ from benchmarks.workload import Row
 
 MAX_BATCH_TOKENS = 2048
 PAGE = 256
-"""llama.cpp rounds the room of a sequence up to a multiple of this."""
+"""Number of tokens to a multiple of which llama.cpp rounds up a sequence's cache."""
 
 
 @dataclass(slots=True)
 class Slot:
-    """A sequence of llama.cpp's cache while a row has it."""
+    """A sequence of llama.cpp's cache in use by a row."""
 
     number: int
     row: int
@@ -35,7 +35,7 @@ class Slot:
 
 
 class Model:
-    """A loaded model with room for a number of sequences."""
+    """A loaded model with a cache for `num_sequences` sequences of at most `longest` tokens."""
 
     def __init__(self, path: str, *, num_sequences: int, longest: int) -> None:
         self._silent = llama_cpp.llama_log_callback(lambda *_: None)
@@ -71,7 +71,7 @@ class Model:
         return [int(self._logits(i).argmax()) for i in last]
 
     def forget(self, sequence: int) -> None:
-        """Empty a sequence."""
+        """Remove a sequence's tokens from the cache."""
         memory = llama_cpp.llama_get_memory(self._context)
         llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
 
@@ -82,7 +82,7 @@ class Model:
 
 
 class Batcher:
-    """Keeps the sequences of a model in use until all rows are done."""
+    """Completes rows with continuous batching: a free sequence takes the next row."""
 
     def __init__(self, model: Model, num_sequences: int) -> None:
         self._model = model
@@ -91,7 +91,7 @@ class Batcher:
 
     def complete(self, rows: list[Row]) -> tuple[list[list[int]], list[Step]]:
         """Return the new tokens of each row, and the steps."""
-        # Longest completion first, as our engine orders them: the slots stay full to the end.
+        # Longest completion first, like our engine, to keep the slots full to the end.
         waiting = deque(sorted(enumerate(rows), key=lambda item: -item[1].max_tokens))
         self._done: list[list[int]] = [[] for _ in rows]
         steps, before = [], time.perf_counter()
@@ -105,7 +105,7 @@ class Batcher:
         return self._done, steps
 
     def _prefill(self, waiting: deque[tuple[int, Row]]) -> tuple[int, int]:
-        """Compute as many whole prompts as slots and one batch take."""
+        """Compute as many whole prompts as fit into the free slots and one batch."""
         slots, chunks, room = [], [], MAX_BATCH_TOKENS
         while waiting and self._free and len(waiting[0][1].prompt_token_ids) <= room:
             number, row = waiting.popleft()

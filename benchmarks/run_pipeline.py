@@ -1,7 +1,7 @@
-"""Our whole pipeline: Parquet in, Parquet out, as `python -m pipelines.generate` runs it.
+"""Runs our whole pipeline, Parquet to Parquet, like `python -m pipelines.generate`.
 
-The engine of a local job lives in the job's own process, so its steps are seen where the progress
-display sees them. The work begins when the model has been loaded.
+The engine of a local job runs in the job's own process, so its steps can be recorded through the
+meter of the progress display. The work time begins when the model has been loaded.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ def run(job: Job) -> Run:
     """Run a job over a table of the rows' texts.
 
     Raises:
-        ValueError: rows ask for different numbers of tokens; the command line has one for all.
-        RuntimeError: the job failed.
+        ValueError: the rows differ in `max_tokens`; the command line has one value for all rows.
+        RuntimeError: the job failed, or encoded the prompts to other lengths.
     """
     counts = {row.max_tokens for row in job.rows}
     if len(counts) != 1:
@@ -66,7 +66,7 @@ def run(job: Job) -> Run:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Timeline]:
-    """Record the steps of the engine that a job of this process loads."""
+    """Record the steps of the engine that a job in this process loads."""
     timeline = Timeline()
     load_model, add = GemmaGenerateModelHandler.load_model, METER.add
 

@@ -1,8 +1,8 @@
-"""transformers' own `generate`: float32, PyTorch's fused attention, its default cache.
+"""Runs transformers' own `generate`: float32, PyTorch's fused attention, its default cache.
 
-Rows are sorted by prompt length, so that a batch is padded little, or by the number of tokens that
-they ask for, so that they end together. All rows of a batch run until its longest is done; tokens
-beyond what a row asked for are not counted as work.
+Rows are sorted by prompt length, to reduce padding, or by the number of requested tokens, so that
+rows of a batch end together. All rows of a batch run until its longest is done; tokens beyond a
+row's `max_tokens` are not counted as work.
 """
 
 import time
@@ -17,20 +17,20 @@ PAD = 0
 
 
 class Clock(transformers.StoppingCriteria):
-    """Notes when each step of a batch ends; stops nothing."""
+    """Stopping criterion that records the end time of each step and never stops."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        """Note the time."""
+        """Record the time."""
         del scores
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def run(job: Job) -> Run:
-    """Complete all rows, batch after batch."""
+    """Complete all rows, one batch after another."""
     model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
@@ -62,7 +62,7 @@ def _length(row: Row, sort_by: str) -> tuple[int, int]:
 def _generate(
     model: transformers.PreTrainedModel, rows: list[Row]
 ) -> tuple[list[list[int]], list[Step]]:
-    """Return the new tokens of a batch, and its steps."""
+    """Return the new tokens of each row of a batch, and its steps."""
     width = max(len(row.prompt_token_ids) for row in rows)
     longest = max(row.max_tokens for row in rows)
     padding = [width - len(row.prompt_token_ids) for row in rows]

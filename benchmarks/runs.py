@@ -1,9 +1,9 @@
-"""One run of one system, in a process of its own: what it is asked, and what it reports.
+"""One run of one system in its own process: the job it gets and the figures it reports.
 
-A run is a list of steps. Each system says of each of its steps how long it took, how many prompt
-tokens it computed and how many useful new tokens it chose; every figure follows from these alone,
-by the same rule for all. A step that computes prompt tokens belongs to the prompt phase, any other
-to the decode phase.
+A run is a list of steps. For each step a system reports its duration, the number of prompt tokens
+computed and the number of useful new tokens chosen; all rates follow from these by the same rules
+for all systems. A step that computes prompt tokens belongs to the prompt phase, any other to the
+decode phase.
 """
 
 import json
@@ -25,17 +25,17 @@ from benchmarks.workload import Row
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a system is asked."""
+    """The work and settings that a system gets."""
 
     model: str
-    """The exported folder."""
+    """Exported model folder."""
     weights: str
-    """The same weights in the form that the system reads."""
+    """Path of the same weights in the system's own format."""
     rows: list[Row]
     batch_size: int
     """Rows that run at once."""
     sort_by: str = "prompt_tokens"
-    """What a system without a scheduler sorts rows by: `prompt_tokens` or `max_tokens`."""
+    """Sort key of rows for a system without a scheduler: `prompt_tokens` or `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +43,34 @@ class Step:
     """One forward pass."""
 
     seconds: float
-    """Since the step before ended."""
+    """Seconds since the previous step ended."""
     prompt_tokens: int
     new_tokens: int
-    """Those that a row asked for; what a padded batch computes beyond them is not work."""
+    """Requested new tokens; excess tokens of a padded batch are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What a system reports."""
+    """The figures that a system reports."""
 
     batch_size: int
     token_ids: list[list[int]]
     """New tokens of each row."""
     steps: list[Step]
     startup_secs: float
-    """From the start of the process until the model is loaded and warm."""
+    """Seconds from process start until the model is loaded and warm."""
     work_secs: float
-    """From then until the last token."""
+    """Seconds from the end of startup to the last token."""
     tail_secs: float
-    """From then until the results are where they belong."""
+    """Seconds from the last token until the results are written."""
     peak_bytes: int
-    """Largest resident memory of the process, loading included."""
+    """Peak resident memory of the process in bytes, including loading."""
     backlog_occupancy: float | None = None
-    """Share of the slots in use while rows wait, where the system keeps that count."""
+    """Share of the slots in use while rows wait; None if the system does not count it."""
 
     @property
     def rows_per_sec(self) -> float:
-        """Rows completed in the time from the first prompt to the last token."""
+        """Rows per second from the first prompt to the last token."""
         return len(self.token_ids) / self.work_secs
 
     @property
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def occupancy(self) -> float:
-        """Mean share of the slots that a decode step used for useful tokens."""
+        """Mean share of the slots that compute useful tokens in decode steps."""
         used = sum(step.new_tokens for step in self._decode)
         return used / (len(self._decode) * self.batch_size)
 
@@ -99,7 +99,7 @@ class Run:
         steps = self.steps[skip:]
         work = 0
         for step in steps:
-            # A new token leaves the head in its step and passes the layers in the next.
+            # A new token uses the head in its own step and the layers in the next step.
             num_tokens = step.prompt_tokens or step.new_tokens
             work += num_tokens * operations.layers + step.new_tokens * operations.head
         return work / sum(step.seconds for step in steps)
@@ -110,19 +110,19 @@ class Run:
 
 
 class Timeline:
-    """Turns counts into steps as they come in."""
+    """Records incoming counts as timed steps."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted; the next step begins now."""
+        """Delete all steps; the next step begins now."""
         self.steps.clear()
         self.started = self.ended = time.perf_counter()
 
     def add(self, count: Count) -> None:
-        """Take what a step has computed; counts of finished rows are no steps."""
+        """Record a step's counts; counts without tokens, as for finished rows, are skipped."""
         if not (count.prompt_tokens or count.completion_tokens):
             return
         now = time.perf_counter()
@@ -131,7 +131,7 @@ class Timeline:
 
     @property
     def work_secs(self) -> float:
-        """From the start to the end of the last step."""
+        """Seconds from the start to the end of the last step."""
         return self.ended - self.started
 
 
@@ -139,7 +139,7 @@ def run_system(module: str, job: Job) -> Run:
     """Run a system in a new process.
 
     Raises:
-        RuntimeError: it broke; its last words are in the message.
+        RuntimeError: the process failed; the message has the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "job.json"), Path(folder, "run.json")
@@ -152,12 +152,12 @@ def run_system(module: str, job: Job) -> Run:
 
 
 def run_from_json(fields: dict) -> Run:
-    """Return a run that `asdict` took apart."""
+    """Return the run that `asdict` turned into these fields."""
     return Run(**fields | {"steps": [Step(**step) for step in fields["steps"]]})
 
 
 def serve(system: Callable[[Job], Run]) -> None:
-    """Answer `run_system`, inside the new process."""
+    """Run a system on the job from `run_system`, inside the new process."""
     asked, answered = map(Path, sys.argv[1:])
     fields = json.loads(asked.read_text())
     rows = [Row(**row) for row in fields["rows"]]
@@ -169,8 +169,8 @@ def timed_run(job: Job, complete: Callable[[list[Row]], tuple[list[list[int]], l
     """Complete a short row to warm up, then all rows of a job.
 
     Args:
-        job: What is asked.
-        complete: Returns the new tokens of each row, and the steps that they took.
+        job: The job to run.
+        complete: Function that returns the new tokens of each row, and the steps.
     """
     complete([Row(text="", prompt_token_ids=(2, 5, 6, 7), max_tokens=2)])
     startup_secs = secs_since_process_start()
@@ -188,11 +188,11 @@ def timed_run(job: Job, complete: Callable[[list[Row]], tuple[list[list[int]], l
 
 
 def secs_since_process_start() -> float:
-    """Return the age of this process, the interpreter's own start included."""
+    """Return the age of this process in seconds, including the interpreter's start."""
     return time.time() - psutil.Process().create_time()
 
 
 def peak_bytes() -> int:
-    """Return the largest resident memory of this process, with that of its largest child."""
+    """Return the peak resident memory of this process plus that of its largest child, in bytes."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(resource.getrusage(kind).ru_maxrss * 1024 for kind in kinds)

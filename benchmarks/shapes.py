@@ -1,11 +1,11 @@
-"""Export of every released size from a checkpoint of its shapes: seconds, memory, parameters.
+"""Exports a checkpoint of every released size's shapes; reports time, memory and parameters.
 
     python -m benchmarks.shapes --folder /tmp/shapes
     python -m benchmarks.shapes --folder /tmp/shapes --only 'Gemma 3 27B'
 
-Each checkpoint is safetensors in sparse files (54 GB by name for 27B, a few KB on disk), exported
-in a process of its own: decoders in bfloat16 for CUDA, EmbeddingGemma in float32 for the CPU, with
-its modules of sentence-transformers. Prints a Markdown table.
+Each checkpoint consists of sparse safetensors files (nominally 54 GB for 27B, a few KB on disk),
+exported in its own process: decoders in bfloat16 for CUDA, EmbeddingGemma in float32 for the CPU
+with its sentence-transformers modules. Prints a Markdown table.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from export.checkpoints.released_sizes import SIZES, Size
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
 DENSE = 3072
-"""Width between the dense layers of EmbeddingGemma."""
+"""Width between the two dense layers of EmbeddingGemma."""
 HEADER = ("size", "parameters", "published", "seconds", "memory, GB", "written, MB", "linked, GB")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What exporting one size took and made."""
+    """Cost and result of exporting one size."""
 
     num_parameters: int
     num_embedded: int
-    """Parameters of the embedding among them."""
+    """Number of these parameters in the embedding."""
     seconds: float
     memory_bytes: int
     written_bytes: int
@@ -49,7 +49,7 @@ class Export:
 
 
 def make_checkpoint(size: Size, folder: Path) -> None:
-    """Write config, index and sparse shards under the names of Hugging Face."""
+    """Write config, index and sparse shards with Hugging Face's names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(size.raw))
     (folder / "tokenizer.model").write_bytes(b"")
@@ -69,7 +69,7 @@ def make_checkpoint(size: Size, folder: Path) -> None:
 
 
 def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-    """Write a safetensors file of which only the header takes space."""
+    """Write a sparse safetensors file: only the header takes space on disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
@@ -81,7 +81,7 @@ def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) 
 
 
 def make_modules(folder: Path, width: int) -> None:
-    """Write EmbeddingGemma's modules of sentence-transformers: pooling, two dense layers, norm."""
+    """Write EmbeddingGemma's sentence-transformers modules: pooling, two dense layers, norm."""
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense",
              "4_Normalize": "Normalize"}  # fmt: skip
     modules = [
@@ -108,7 +108,7 @@ def hf_name(name: str, size: Size) -> str:
 
 
 def export(size: Size, folder: Path) -> Export:
-    """Export a checkpoint of such shapes and take it away again."""
+    """Export a checkpoint of this size's shapes, then delete both."""
     shutil.rmtree(folder, ignore_errors=True)
     make_checkpoint(size, folder / "checkpoint")
     is_encoder = size.config.use_bidirectional_attention
@@ -141,7 +141,7 @@ def export(size: Size, folder: Path) -> Export:
 
 
 def row(size: Size, result: Export) -> list[str]:
-    """Return one line of the table; a count that is not the published one ends the run."""
+    """Return a line of the table; exit if the count differs from the published one."""
     counted = result.num_parameters - (0 if size.counts_embedding else result.num_embedded)
     if size.num_parameters not in (None, counted):
         raise SystemExit(f"{size.name}: {counted:,} parameters, {size.num_parameters:,} published")
@@ -158,7 +158,7 @@ def row(size: Size, result: Export) -> list[str]:
 
 
 def main() -> None:
-    """Export what was asked for and print the table."""
+    """Export the chosen sizes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="Where to work; emptied.")
     names = [size.name for size in SIZES]

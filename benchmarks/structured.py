@@ -1,12 +1,12 @@
-"""What a constraint costs: free text, constrained text and typed extraction, beside transformers.
+"""Measures the cost of constraints: free text, constrained text and objects, with transformers.
 
     python -m benchmarks.structured --model models/gemma-3-270m --checkpoint gemma-3-270m.gguf
 
-Three kinds of rows take turns on one engine, with the same prompts: text that nothing constrains,
-text of at least so many characters (every step of every row has a mask, nothing is forced), and an
-object of a JSON Schema (keys and punctuation are forced, and take no step). transformers generates
-the same objects, with a logits processor over the same library and the same regular expression; a
-few batch sizes are tried, and the best one counts. All is float32, greedy, in this process.
+Three kinds of rows take turns on one engine, with the same prompts: unconstrained text, text with a
+minimum number of characters (every step of every row has a mask, nothing is forced), and an object
+of a JSON Schema (keys and punctuation are forced and take no step). transformers generates the same
+objects with a logits processor that uses the same library and regular expression; of a few batch
+sizes, the fastest counts. Everything is float32, greedy, in this process.
 """
 
 import argparse
@@ -46,7 +46,7 @@ MAX_TOKENS = 96
 MIN_CHARACTERS = 400
 BATCH_SIZES = (16, 64)
 RATE_BAR = 0.91
-"""A tenth more time for a token."""
+"""Least ratio of token rates: constrained text may take a tenth more time per token."""
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -69,7 +69,7 @@ class Turn:
 
     @property
     def num_tokens(self) -> int:
-        """Of all completions."""
+        """Number of tokens of all completions."""
         return sum(map(len, self.completions))
 
     @property
@@ -79,7 +79,7 @@ class Turn:
 
 
 class Processor(transformers.LogitsProcessor):
-    """Masks the logits of a batch, as a guide of each row says."""
+    """Masks the logits of a batch with one guide per row."""
 
     def __init__(self, guides: list[Guide], width: int, end_token_id: int) -> None:
         self._guides = guides
@@ -88,7 +88,7 @@ class Processor(transformers.LogitsProcessor):
         self._masks = np.zeros((1, (guides[0].vocab_size + 31) // 32), np.int32)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the last token of each row and mask what may not follow."""
+        """Pass each row's last token to its guide and mask tokens that may not follow."""
         logits = scores.numpy()
         for row, guide in enumerate(self._guides):
             if input_ids.shape[1] > self._width and not guide.is_final:
@@ -103,7 +103,7 @@ class Processor(transformers.LogitsProcessor):
 
 
 def run_ours(engine: Engine, system: str, requests: list[Request]) -> Turn:
-    """Complete all requests."""
+    """Complete all requests with our engine; exit if one fails."""
     start = time.perf_counter()
     completions = engine.generate(requests)
     secs = time.perf_counter() - start
@@ -120,7 +120,7 @@ def run_theirs(
     constraint: Constraint,
     batch_size: int,
 ) -> Turn:
-    """Generate objects, batch after batch; prompts are sorted by length."""
+    """Generate objects with transformers, batch by batch; prompts must be sorted by length."""
     end_token_id = min(constraint.end_token_ids)
     completions: list[tuple[int, ...]] = []
     start = time.perf_counter()
@@ -166,13 +166,13 @@ def prompts_of(tokenizer: Tokenizer, path: str, number: int) -> list[tuple[int, 
 
 
 def check(turn: Turn, tokenizer: Tokenizer) -> None:
-    """Stop where an object is not valid."""
+    """Raise an error if an object is not valid."""
     for ids in turn.completions:
         jsonschema.validate(compile_schema(SCHEMA).parse(tokenizer.decode(ids)), SCHEMA)
 
 
 def main() -> None:
-    """Run and print."""
+    """Run all turns and print the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def report(turns: dict[str, list[Turn]], theirs: list[Turn]) -> str:
-    """Return a table of all turns, and how far the bars are reached."""
+    """Return a table of all turns, and the ratios with their targets."""
     costs = {name: statistics.median(turn.cost for turn in own) for name, own in turns.items()}
     lines = [
         (turn.system, f"{turn.secs:.1f}", f"{turn.num_tokens:,}", f"{turn.cost:.2f}")

@@ -1,10 +1,10 @@
-"""The three pipelines under other Pythons and other releases of Beam: do the same rows come out?
+"""Checks that the three pipelines give the same rows with other Python and Beam versions.
 
     python -m benchmarks.support --model models/gemma-3-270m PYTHON...
 
-Each PYTHON is an interpreter in an environment with the packages that workers need. All complete,
-classify and embed the same few rows, locally; what comes out is compared with the first one's, to
-the bit. Prints a Markdown table.
+Each PYTHON is an interpreter in an environment with the packages that workers need. Each completes,
+classifies and embeds the same few rows locally; its output is compared with the first
+interpreter's, to the bit. Prints a Markdown table.
 """
 
 import argparse
@@ -40,13 +40,13 @@ HEADER = ("Python", "Beam", "ONNX Runtime", "NumPy", "PyArrow", *TASKS)
 
 
 def versions(python: str) -> list[str]:
-    """Return the versions that an interpreter has."""
+    """Return an interpreter's own version and those of its main packages."""
     told = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True)
     return told.stdout.split()
 
 
 def outcome(python: str, task: str, model: str, folder: Path) -> str:
-    """Return a digest of what a task makes of the rows, or the last line of its error."""
+    """Return a digest of a task's output rows, or the last line of its error."""
     output = folder / f"{task}.parquet"
     run = subprocess.run(
         [python, "-m", f"pipelines.{task}", f"--model={model}", f"--input={folder}/rows.jsonl",
@@ -61,7 +61,7 @@ def outcome(python: str, task: str, model: str, folder: Path) -> str:
 
 
 def main() -> int:
-    """Run everything and print the table; return 1 where anything differs."""
+    """Run all interpreters and print the table; return 1 if an output differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="exported model folder, with all tasks")
     parser.add_argument("pythons", nargs="+", metavar="PYTHON", help="interpreters")

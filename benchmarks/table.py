@@ -1,10 +1,10 @@
-"""Printing: one table for all benchmarks."""
+"""Formats the Markdown tables that the benchmarks print."""
 
 from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, columns aligned; all but the first to the right."""
+    """Return a Markdown table with the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(

@@ -1,6 +1,6 @@
-"""The same float32 weights for everyone: the checkpoint decoded, in the form each system reads.
+"""Decodes a checkpoint to the same float32 weights in each system's own format.
 
-Written once, beside the exported model.
+The files are written once, beside the exported model.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ FILE_TYPE = "general.file_type"
 
 
 def f32_gguf(checkpoint: Path, model: Path) -> Path:
-    """Return a GGUF file for llama.cpp, every tensor in float32."""
+    """Return a GGUF file for llama.cpp with all tensors in float32."""
     path = model.with_name(f"{model.name}-f32.gguf")
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -26,7 +26,7 @@ def f32_gguf(checkpoint: Path, model: Path) -> Path:
 
 
 def transformers_folder(checkpoint: Path, model: Path) -> Path:
-    """Return a folder for transformers, in float32."""
+    """Return a float32 model folder for transformers."""
     folder = model.with_name(f"{model.name}-transformers")
     if not folder.exists():
         partial = folder.with_suffix(".partial")

@@ -1,18 +1,17 @@
-"""Packages for a machine that has a GPU and no network: wheels in pieces, and back.
+"""Moves packages to a machine without a network: splits wheels into pieces and joins them.
 
     python -m benchmarks.wheels split --limit_mb 60 --output DIR WHEEL...
     python -m benchmarks.wheels join DIR --target SITE
 
-The first command runs where there is a network. It cuts wheels into pieces, each no larger than
-what goes through to the other machine at once, and puts beside them an index with their checksums,
-and this file. There the second command (`python DIR/wheels.py join ...`: it needs nothing but
-Python and pip) puts together every wheel whose pieces have all arrived, checks it, and installs it
-with pip alone. Pieces may come in several rounds, copied to one folder that stays or to several:
-what is still missing is named, and is no error unless `--complete` is passed. Put SITE on
-`PYTHONPATH` then.
+The first command runs on a machine with a network. It splits wheels into pieces no larger than one
+transfer to the other machine allows, and adds an index with checksums and a copy of this file. The
+second command runs on the other machine (`python DIR/wheels.py join ...`; it needs only Python and
+pip). It joins every wheel whose pieces have all arrived, checks it, and installs it with pip.
+Pieces may arrive in several rounds, in one folder or several; missing pieces are listed, and are an
+error only with `--complete`. Then put SITE on `PYTHONPATH`.
 
-Wheels come from `pip download --only-binary :all: --platform manylinux_2_28_x86_64
---python-version 3.12 PACKAGE` for the other machine's Python.
+Get the wheels with `pip download --only-binary :all: --platform manylinux_2_28_x86_64
+--python-version 3.12 PACKAGE`, for the other machine's Python.
 """
 
 import argparse
@@ -30,7 +29,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def split(wheels: Sequence[Path], folder: Path, limit: int) -> list[Path]:
-    """Cut wheels into pieces of at most `limit` bytes; return the pieces."""
+    """Split wheels into pieces of at most `limit` bytes; return the pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     index, pieces = {}, []
     for wheel in wheels:
@@ -51,7 +50,7 @@ def split(wheels: Sequence[Path], folder: Path, limit: int) -> list[Path]:
 
 
 def join(folders: Sequence[Path], target: Path) -> tuple[list[Path], list[str]]:
-    """Put wheels together again; return those that are whole, and the names of missing pieces."""
+    """Join the pieces of wheels; return the complete wheels and the names of missing pieces."""
     index = json.loads(found(folders, INDEX).read_text())
     target.mkdir(parents=True, exist_ok=True)
     whole, missing = [], []
@@ -75,19 +74,19 @@ def join(folders: Sequence[Path], target: Path) -> tuple[list[Path], list[str]]:
 
 
 def install(wheels: Sequence[Path], site: Path) -> None:
-    """Install wheels into a folder, without a network and without what they ask for."""
+    """Install wheels into a folder, without a network and without their dependencies."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps",
                "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site)]  # fmt: skip
     subprocess.run([*command, *map(str, wheels)], check=True)
 
 
 def at(folders: Sequence[Path], name: str) -> Path | None:
-    """Return where a file is, if it has arrived."""
+    """Return the path of a file, or None if it has not arrived."""
     return next((f / name for f in folders if (f / name).is_file()), None)
 
 
 def found(folders: Sequence[Path], name: str) -> Path:
-    """Return where a file is that must be there."""
+    """Return the path of a file; exit if it has not arrived."""
     path = at(folders, name)
     if path is None:
         raise SystemExit(f"{name}: expected in {', '.join(map(str, folders))}, got nothing")
@@ -95,20 +94,20 @@ def found(folders: Sequence[Path], name: str) -> Path:
 
 
 def check(path: Path, sha256: str) -> None:
-    """Refuse a file that is not what was cut; it is taken away, so that it can come again."""
+    """Check a file's checksum; if it is wrong, delete the file and exit."""
     if sha256_of(path) != sha256:
         path.unlink()
         raise SystemExit(f"{path}: expected sha256 {sha256}, got another; bring it again")
 
 
 def sha256_of(path: Path) -> str:
-    """Return the checksum of a file in hex."""
+    """Return the SHA-256 checksum of a file in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run either half; return the exit code."""
+    """Run one of the two commands; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""What every system is given: the same prompts, as text and as token ids, and how many new tokens.
+"""The workload of all systems: prompts, as text and token ids, and numbers of new tokens.
 
-Prompts are cut from real text of this repository, in more than twenty languages: the prompts of the
+Prompts are cut from real text in this repository, in more than twenty languages: the prompts of the
 greedy parity test and the bodies of the sample articles. The seed is fixed, so a workload is the
 same in every run and on every machine.
 """
@@ -21,18 +21,18 @@ SEED = 20261121
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One prompt and its share of work."""
+    """One prompt and the number of tokens to generate."""
 
     text: str
     prompt_token_ids: tuple[int, ...]
-    """Of `text`, the leading `<bos>` included."""
+    """Token ids of `text`, including the leading `<bos>`."""
     max_tokens: int
-    """New tokens; end tokens are ignored, so this is also how many there will be."""
+    """Number of new tokens; always reached, because end tokens are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regime:
-    """How the rows of a workload are drawn; lengths are uniform, both bounds included."""
+    """Settings that a workload is drawn with; lengths are uniform, both bounds included."""
 
     name: str
     num_rows: int
@@ -45,7 +45,7 @@ REGIMES = {
     for regime in (
         Regime(name="fixed", num_rows=64, prompt_tokens=(20, 200), new_tokens=(64, 64)),
         Regime(name="natural", num_rows=256, prompt_tokens=(20, 600), new_tokens=(8, 256)),
-        # Many rows through the slots, as a job has them; the command line has one max_tokens.
+        # Many rows per slot, as in a job, and one max_tokens, as on the command line.
         Regime(name="table", num_rows=256, prompt_tokens=(20, 600), new_tokens=(64, 64)),
     )
 }
@@ -64,7 +64,7 @@ def draw_rows(regime: Regime, tokenizer: Tokenizer, num_rows: int | None = None)
 
 
 class Passages:
-    """Cuts passages of an exact number of tokens; no two start at the same place."""
+    """Cuts passages of an exact number of tokens, each with its own starting point."""
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
         self._tokenizer = tokenizer
@@ -73,7 +73,7 @@ class Passages:
         self._starts: set[int] = set()
 
     def draw(self, num_tokens: int) -> tuple[str, tuple[int, ...]]:
-        """Return a text and its token ids, `<bos>` included."""
+        """Return a text and its token ids, including `<bos>`."""
         while True:
             start = self._rng.randrange(len(self._stream) - num_tokens)
             text = self._tokenizer.decode(self._stream[start : start + num_tokens - 1])

@@ -40,7 +40,7 @@ from export.graph.weights import WEIGHTS, WRITTEN, attach
 
 LOGGER = logging.getLogger("export")
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "int8", "int4")}
-"""By device; the first is the default."""
+"""Supported precisions by device; the first is the default."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"} | dict.fromkeys(("fp16", *BITS), "float16")
 EPILOG = """examples:
   python -m export --checkpoint gemma-3-270m.gguf --output models/gemma-3-270m
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     LOGGER.setLevel(logging.INFO)
-    # Exporter and optimizer report on optional packages and on weights that are attached later.
+    # Hide the exporter's and optimizer's messages on optional packages and unattached weights.
     for name in ("torch.onnx", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -88,12 +88,12 @@ def export(
     checksums: str = "now",
     overwrite: bool = False,
 ) -> None:
-    """Turn a checkpoint into a model folder.
+    """Export a checkpoint as a model folder.
 
-    The folder appears under its name only when it is complete.
+    The folder is renamed to `output` only when it is complete.
 
     Raises:
-        BeamGemmaError: the checkpoint, a setting or the output is at fault.
+        BeamGemmaError: the checkpoint, a setting or the output folder is invalid.
     """
     _check(output, precision, device, overwrite=overwrite)
     start = time.monotonic()
@@ -151,7 +151,7 @@ def _write_graphs(
     precision: str,
     folder: Path,
 ) -> None:
-    """Write a graph for each head; all share one set of weights."""
+    """Write one graph per head; all graphs share one set of weights."""
     models = [trace(partial(graph_module, checkpoint.config, embedding, s), s) for s in signatures]
     if precision in BITS:
         for model in models:

@@ -1,4 +1,4 @@
-"""What a card does at best: one large product of matrices, and a copy within its memory.
+"""Measures a card's best rates: one large matrix product, and a copy within its memory.
 
 python -m benchmarks.gpu.card --device cuda --dtype bfloat16
 """
@@ -19,7 +19,7 @@ REPEATS, WARM_UP = 10, 3
 
 
 def rates(device: str, dtype: str) -> Rates:
-    """Return what a card does, each the median of several."""
+    """Return a card's rates, each from the median of several times."""
     kind = getattr(torch, dtype)
     side = SIDE[device]
     # Random numbers: zeros are multiplied faster.
@@ -36,7 +36,7 @@ def rates(device: str, dtype: str) -> Rates:
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """Return how long some work on a device takes, the median of several times."""
+    """Return the median time of some work on a device, in seconds."""
     taken = []
     for i in range(WARM_UP + REPEATS):
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    """Measure and print JSON."""
+    """Measure the rates and print them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=SIDE)
     parser.add_argument("--dtype", default="bfloat16")

@@ -1,25 +1,24 @@
-"""A GPU at work, in one command and under eight minutes: one table, and all figures as JSON.
+"""Benchmarks a GPU in one command and under eight minutes; prints a table and writes JSON.
 
     python -m benchmarks.gpu.compare --folder models/gpu-benchmark --output out/gpu.json
     python -m benchmarks.gpu.compare --smoke --folder DIR --output FILE    (tiny models, CPU)
 
 - `generate`: Gemma 3 270M, and the shapes of 1B and 4B with random weights; 256 requests, prompts
   and completions of 100 to 1,024 tokens, end tokens ignored, so the work is fixed.
-- `classify`: 2,000 rows behind 512 shared tokens, 3 labels of one token.
+- `classify`: 2,000 rows after 512 shared tokens, 3 labels of one token.
 - `embed`: the shapes of EmbeddingGemma 300M; texts of log-normal lengths.
 
-Each beside transformers, in batches and with continuous batching, and beside vLLM where it is
-installed; every system has a process of its own. First the card's own rates are measured: one large
-product of matrices and a copy within its memory. From them and from operations and bytes counted in
-`benchmarks/floors.py` follows the floor, the least time that the work takes: completions read
-weights and caches once for each decode step, everything else is products. `of the floor` is the
-floor's part of the time that was taken; `decode` is the same of decode steps alone, where a system
-tells them apart.
+Each case also runs on transformers, in batches and with continuous batching, and on vLLM if it is
+installed; every system has its own process. First the card's own rates are measured: one large
+matrix product and a copy within its memory. These rates and the operations and bytes counted in
+`benchmarks/floors.py` give the floor, the least time for the work: completions read weights and
+caches once per decode step, everything else is products. `of the floor` is the floor divided by the
+measured time; `decode` is the same for decode steps alone, if a system reports them.
 
-Ours run first, of all cases, then the others. What does not fit into the time is left out, and the
-table says so. Models are made in the same time, if the folder does not have them. `--model` takes
-an exported 270M with its real weights in place of random ones; `--only` and `--systems` run a part.
-`benchmarks.gpu.rows` is about row independence and what it costs.
+Our systems run first, for all cases, then the others. Runs that do not fit into the time budget are
+left out and marked in the table. The budget includes making models that the folder lacks. `--model`
+takes an exported 270M with its real weights in place of random ones; `--only` and `--systems` run a
+part. `benchmarks.gpu.rows` measures row independence and its cost.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from export.checkpoints.released_sizes import SIZES, Size
 
 BUDGET_SECS = 450.0
 LEAST_SECS = 15.0
-"""A system is not begun with less."""
+"""Least remaining time, in seconds, to start another system."""
 HEADER = ("case", "system", "start s", "seconds", "rows/s", "tok/s", "floor s", "of the floor",
           "decode", "ours is faster")  # fmt: skip
 COMPLETING = ("engine", "transformers generate_batch", "vLLM", "transformers generate")
@@ -54,7 +53,7 @@ SYSTEMS = {
     "classify": ("engine, scores", "transformers forward"),
     "embed": ("embedder", "transformers embed"),
 }
-"""Of each task, in the order in which they run; ours comes first."""
+"""Systems of each task in order of running, ours first."""
 CASES = {
     "270M": ("generate", "Gemma 3 270M"),
     "1B": ("generate", "Gemma 3 1B"),
@@ -81,21 +80,21 @@ SMOKE_CASES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """What came of one system on one case."""
+    """The result of one system on one case."""
 
     case: str
     system: str
     rows: int = 0
     tokens: int = 0
-    """New ones of completions, else those of prompts or texts."""
+    """Number of new tokens for completions, else of prompt or text tokens."""
     floor_secs: float = 0.0
     decode_floor_secs: float = 0.0
     answer: dict[str, Any] = dataclasses.field(default_factory=dict)
     left_out: str = ""
-    """Why there is no answer."""
+    """Reason why there is no answer."""
 
     def cells(self, ours: "Line | None") -> list[str]:
-        """Return one line of the table, beside our own line of the case."""
+        """Return a line of the table, compared with our own line of the same case."""
         if not self.answer:
             return [self.case, f"{self.system}: {self.left_out}", *[""] * (len(HEADER) - 2)]
         secs, decode = self.answer["seconds"], self.answer.get("decode_secs")
@@ -115,7 +114,7 @@ class Line:
 
 
 class Bench:
-    """Runs cases until the time is up."""
+    """Runs cases until the time budget is spent."""
 
     def __init__(self, flags: argparse.Namespace, *, until: float) -> None:
         self._flags = flags
@@ -128,14 +127,14 @@ class Bench:
         self.card: dict[str, Any] = {}
 
     def measure_card(self) -> None:
-        """Find out what the card does at best."""
+        """Measure the card's best rates in a process of its own."""
         command = [sys.executable, "-m", "benchmarks.gpu.card"]
         command += ["--device", self._flags.device, "--dtype", self._dtype]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         self.card = json.loads(done.stdout)
 
     def line(self, case: str, system: str) -> Line:
-        """Return what a system makes of a case."""
+        """Run a system on a case and return its result."""
         if not is_installed(system):
             return Line(case=case, system=system, left_out="not installed")
         if self._left < LEAST_SECS:
@@ -154,7 +153,7 @@ class Bench:
         return {"fp32": "float32", "fp16": "float16"}.get(self._flags.precision, "bfloat16")
 
     def _job(self, case: str) -> tuple[Job, Line]:
-        """Return what is asked in a case, and a line that has its floor alone."""
+        """Return the job of a case, and a line with only its floor."""
         task, name = self.cases[case]
         size = self._sizes[name]
         config, precision = size.config, self._flags.precision
@@ -207,7 +206,7 @@ class Bench:
         )
 
     def _run(self, job: Job, line: Line) -> Line:
-        """Run a system in a process of its own, for as long as there is time."""
+        """Run a system in its own process, for at most the remaining time."""
         with tempfile.TemporaryDirectory() as name:
             asked, answered = Path(name, "job.json"), Path(name, "answer.json")
             asked.write_text(json.dumps(asdict(job)))
@@ -227,7 +226,7 @@ class Bench:
 
 
 def in_turn(cases: Mapping[str, tuple[str, str]], only: Sequence[str] | None) -> list[list[str]]:
-    """Return cases and their systems: the first of every case, then the second of each."""
+    """Return pairs of case and system: the first system of every case, then the second, etc."""
     ranks = max(map(len, SYSTEMS.values()))
     pairs = [
         [case, SYSTEMS[task][rank]]
@@ -249,7 +248,7 @@ def report(card: dict[str, Any], lines: Sequence[Line]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags."""
+    """Return the parsed flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,10 +268,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and print; return 1 where one of our own runs failed."""
+    """Run all cases and print the table; return 1 if a run failed."""
     began = time.monotonic()
     flags = parse(argv)
-    # Exporter and optimizer report on optional packages and on weights that are attached later.
+    # Hide the exporter's and optimizer's messages on optional packages and unattached weights.
     for name in ("torch.onnx", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     bench = Bench(flags, until=began + flags.budget_secs)

@@ -1,12 +1,11 @@
-"""Which GPU has room for which model, and what a million rows cost, by arithmetic.
+"""Calculates which GPU has memory for which model, and the cost of a million rows.
 
     python -m benchmarks.gpu.machines
 
-Prints the tables of `docs/dataflow.md`. Weights are two bytes a parameter, or in int8 and int4 what
-their blocks take (`export.graph.quantize`). A row's cache holds a
-key and a value, two bytes a number, for each layer, key-value head and token; a layer with a window
-keeps no more tokens than that. Weights and caches together stay within the share of the memory that
-weights alone may take.
+Prints the tables of `docs/dataflow.md`. Weights take two bytes per parameter, or the size of their
+blocks in int8 and int4 (`export.graph.quantize`). A row's cache holds a key and a value of two
+bytes per number for each layer, key-value head and token; a layer with a window keeps only the
+window's tokens. Weights and caches together stay within the share of memory allowed for weights.
 """
 
 import math
@@ -20,13 +19,13 @@ from export.checkpoints.released_sizes import SIZES, Size
 from export.graph.quantize import BITS, CodedMatrix
 
 BYTES = 2
-"""Of a number in bfloat16 or float16."""
+"""Bytes per number in bfloat16 or float16."""
 ROW_TOKENS = 2048
-"""Of a prompt and its completion."""
+"""Tokens of a prompt with its completion."""
 EXAMPLE_PRICE = 0.10
-"""US dollars for an hour of a worker; an example, not anybody's price."""
+"""Example price in US dollars per worker hour; not a real offer."""
 WORK = {"generate": (500, 100), "score": (200, 0), "embed": (200, 0)}
-"""Prompt tokens to compute and completion tokens of an example row, by head."""
+"""Computed prompt tokens and completion tokens of an example row, by head."""
 FITTING = [gpu for gpu in GPUS.values() if gpu.has_bfloat16]
 
 
@@ -38,7 +37,7 @@ def weight_bytes(size: Size, precision: str = "bf16") -> int:
 
 
 def num_bytes(name: str, shape: tuple[int, ...], bits: int | None) -> int:
-    """Return the bytes of a tensor; only matrices come in blocks."""
+    """Return the bytes of a tensor; only matrices are quantized."""
     if bits is None or len(shape) == 1:
         return BYTES * math.prod(shape)
     matrix = CodedMatrix.of(name, bits, shape)
@@ -47,14 +46,14 @@ def num_bytes(name: str, shape: tuple[int, ...], bits: int | None) -> int:
 
 
 def cache_bytes(config: GemmaConfig, num_tokens: int) -> int:
-    """Return the bytes that a sequence's keys and values take."""
+    """Return the bytes of a sequence's keys and values."""
     per_layer = 2 * config.num_key_value_heads * config.head_dim * BYTES
     windows = [config.window(kind) for kind in config.layer_types]
     return per_layer * sum(min(num_tokens, window or num_tokens) for window in windows)
 
 
 def num_rows(gpu: Gpu, size: Size) -> int:
-    """Return how many sequences fit beside a model's weights; 0 where these alone do not."""
+    """Return the number of sequences that fit beside a model's weights; 0 if these do not fit."""
     if not gpu.holds(weight_bytes(size)):
         return 0
     left = gpu.memory_gib * 2**30 * WEIGHTS_FRACTION - weight_bytes(size)
@@ -62,7 +61,7 @@ def num_rows(gpu: Gpu, size: Size) -> int:
 
 
 def row_tokens(size: Size) -> int:
-    """Return the tokens of the longest row that is reckoned with."""
+    """Return the assumed length of a row in tokens: `ROW_TOKENS` or the model's maximum."""
     return min(ROW_TOKENS, size.config.max_position_embeddings)
 
 
@@ -73,7 +72,7 @@ def fit_table() -> str:
     rows = []
     for size in SIZES:
         if size.config.use_bidirectional_attention:
-            continue  # keeps no cache, and runs on the CPU
+            continue  # encoders keep no cache and run on the CPU
         fits = [num_rows(gpu, size) for gpu in FITTING]
         cells = [f"{n:,}" if n else "no" for n in fits]
         cache = cache_bytes(size.config, row_tokens(size))
@@ -82,7 +81,7 @@ def fit_table() -> str:
 
 
 def precision_table() -> str:
-    """Return what weights take in each precision, and the smallest GPU that has room for them."""
+    """Return a table of each precision's weight size and the smallest GPU that holds it."""
     rows = []
     for size in SIZES:
         if size.config.use_bidirectional_attention:
@@ -98,7 +97,7 @@ def precision_table() -> str:
 
 
 def cost_table() -> str:
-    """Return what a million rows take, for each measured profile."""
+    """Return a table of the cost of a million rows for each measured profile."""
     header = ["model", "task", "machine", "prompt tok/s", "completion tok/s", "tokens of a row",
               "worker hours, 1M rows", f"at {EXAMPLE_PRICE:.2f} USD an hour"]  # fmt: skip
     rows = []

@@ -1,8 +1,8 @@
-"""Models of given shapes with random weights, without a hub: for measuring, not for reading.
+"""Makes models of given shapes with random weights, without a hub, for measuring only.
 
-What is timed does not depend on what weights say, but they must not be zeros, which are multiplied
-faster than other numbers. A folder may come without its large files (they are of no checksum then);
-they are made again from their sizes.
+Timings do not depend on the weights' values, except that zeros multiply faster than other numbers.
+A folder may come without its large files (those without a checksum); they are made again from their
+sizes.
 """
 
 import json
@@ -19,14 +19,14 @@ from export.__main__ import export
 from export.checkpoints.released_sizes import Size
 
 SPREAD = 0.02
-"""Standard deviation of weights."""
+"""Standard deviation of the weights."""
 BLOCK = 1 << 22
-"""Numbers that are drawn; a file holds them again and again, each time from another one on."""
+"""Count of random numbers drawn; a file repeats them, each time rotated by `STRIDE` more."""
 STRIDE = 4099
 
 
 def ready(size: Size, folder: Path, *, device: Device, task: str, precision: str) -> Path:
-    """Return the exported model of a size; what is there already is used."""
+    """Return the exported model folder of a size, made unless it exists."""
     model = folder / size.name.lower().replace(" ", "-")
     if not (model / "manifest.json").exists():
         checkpoint = folder / "checkpoint"
@@ -45,7 +45,7 @@ def ready(size: Size, folder: Path, *, device: Device, task: str, precision: str
 
 
 def restore(model: Path) -> None:
-    """Make the large files that a folder came without."""
+    """Make the files without a checksum that are missing from a folder."""
     artifact = Artifact.read(model)
     for name, entry in artifact.files.items():
         file = model / name
@@ -56,7 +56,7 @@ def restore(model: Path) -> None:
 
 
 def fill(file: Path, start: int, dtype: str) -> None:
-    """Overwrite a file with random numbers, from a place on."""
+    """Overwrite a file with random numbers from byte `start` to its end."""
     drawn = (np.random.default_rng(0).standard_normal(BLOCK) * SPREAD).astype(np.float32)
     # A bfloat16 is the upper half of a float32.
     block = drawn if dtype == "float32" else (drawn.view(np.uint32) >> 16).astype(np.uint16)
@@ -72,13 +72,13 @@ def fill(file: Path, start: int, dtype: str) -> None:
 
 
 def header_bytes(file: Path) -> int:
-    """Return where the numbers of a safetensors file begin."""
+    """Return the byte offset of the numbers in a safetensors file."""
     with file.open("rb") as stream:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def hf_folder(size: Size, folder: Path) -> Path:
-    """Return a folder that says the shapes as Hugging Face does, for systems that draw weights."""
+    """Return a folder with a Hugging Face `config.json`, for systems that draw their weights."""
     home = folder / f"{size.name.lower().replace(' ', '-')}-config"
     home.mkdir(parents=True, exist_ok=True)
     config = {

@@ -1,4 +1,4 @@
-"""Our own engine and steps for the benchmark on a GPU; what other systems need not import."""
+"""Our engine and steps for the GPU benchmark; other systems do not import this module."""
 
 from beam_gemma.engine.embedding_engine import EmbeddingSteps
 from beam_gemma.engine.engine import Engine
@@ -18,7 +18,7 @@ LABELS = SamplingParams(max_tokens=1)
 
 
 def engine_of(job: Job, head: Head) -> tuple[Engine, Timeline]:
-    """Return an engine for a job, and what takes the time of its steps."""
+    """Return an engine for a job, and the timeline that records its steps."""
     timeline = Timeline()
     config = EngineConfig(
         max_num_seqs=job.scale.slots, max_num_batched_tokens=job.scale.prefill_tokens
@@ -40,7 +40,7 @@ def session_of(job: Job, head: Head, **limits: int) -> Session | CudaSession:
 
 
 def steps_of(job: Job) -> EmbeddingSteps:
-    """Return steps over whole texts."""
+    """Return the embedding steps for a job."""
     budget = job.scale.prefill_tokens
     session = session_of(job, "embed", max_num_batched_tokens=budget)
     return EmbeddingSteps(
@@ -52,7 +52,7 @@ def steps_of(job: Job) -> EmbeddingSteps:
 
 
 def requests_of(prompts: list[list[int]], new_tokens: list[int]) -> list[Request]:
-    """Return requests for completions of so many tokens each."""
+    """Return requests for completions of the given numbers of tokens."""
     return [
         Request(
             request_id=str(i),
@@ -64,7 +64,7 @@ def requests_of(prompts: list[list[int]], new_tokens: list[int]) -> list[Request
 
 
 def scores_of(prompts: list[list[int]], label_ids: list[int]) -> list[Request]:
-    """Return requests for the scores of labels of one token; their softmax needs no more."""
+    """Return requests for raw logits of single-token labels, enough for a softmax over labels."""
     return [
         Request(
             request_id=str(i),

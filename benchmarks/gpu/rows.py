@@ -1,15 +1,14 @@
-"""Row independence on a GPU: how many rows differ with their company, and what it costs.
+"""Measures row independence on a GPU: how many rows differ between conditions, and its cost.
 
     python -m benchmarks.gpu.rows --model models/gemma-3-270m-cuda --output out/gpu_rows.json
     python -m benchmarks.gpu.rows --model DIR --device cpu --rows 24 --slots 4 --output FILE
 
-Rows of random ids, short and long, greedy, are completed by one engine after another: all at once
-(the base), each alone, shuffled, and with a cache so small that they push one another out. Of each
-row, token ids, the finish reason and the bits of the log-probability are compared with the base.
-Then the same rows take their time with decode steps of one width and of several
-(`cudagraph_capture_sizes`), all at once and a few at a time, where padding counts; with several
-widths rows may differ, and how many do is counted too. Exit code 1: a row differs where none may,
-or nobody was pushed out.
+Short and long rows of random ids are completed greedily by one engine after another: all at once
+(the base), each alone, shuffled, and with a cache so small that rows are preempted. Each row's
+token ids, finish reason and log-probability bits are compared with the base. Then the same rows are
+timed with decode steps of one width and of several (`cudagraph_capture_sizes`), all at once and a
+few at a time, when padding matters; with several widths rows may differ, and these are counted too.
+Exit code 1: a row differs with one width, or no row was preempted.
 """
 
 import argparse
@@ -33,17 +32,17 @@ from benchmarks.table import table
 
 SEED = 20261122
 PROMPTS, LONG_PROMPTS = (6, 40), (200, 600)
-"""Bounds of prompts, in tokens; every tenth is long."""
+"""Bounds of prompt lengths in tokens; every tenth prompt is long."""
 COMPLETIONS, WORDY = (8, 48), (100, 200)
-"""New tokens; every fifth row is wordy, so that it outgrows what a small cache keeps for it."""
+"""Bounds of new tokens; every fifth row is wordy, to outgrow its share of a small cache."""
 FEW = 8
-"""Rows of a small batch."""
+"""Number of rows in a small batch."""
 HEADER = ("run", "rows", "differ", "preemptions", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What came of one run over the rows."""
+    """The result of one run over the rows."""
 
     run: str
     rows: int
@@ -53,7 +52,7 @@ class Result:
 
 
 def draw_requests(vocab_size: int, longest: int, number: int) -> list[Request]:
-    """Return rows that fit a model."""
+    """Return requests that fit into a model's context."""
     rng = random.Random(SEED)
     requests = []
     for i in range(number):
@@ -89,13 +88,13 @@ class Rows:
         widths: tuple[int, ...] | None = None,
         num_blocks: int | None = None,
     ) -> Result:
-        """Complete rows, batch after batch, and compare them with the first run.
+        """Complete rows, one batch after another, and compare them with the first run.
 
         Args:
-            name: Of the run.
+            name: Name of the run.
             batches: Indices of the rows that are submitted together.
-            widths: Of decode steps; None for the one.
-            num_blocks: Of each cache; None for what the memory allows.
+            widths: Widths of decode steps; None for the default, a single width.
+            num_blocks: Blocks of each cache; None for as many as memory allows.
         """
         engine = self._engine(widths, num_blocks)
         engine.generate(self._requests[:2])
@@ -123,7 +122,7 @@ class Rows:
 
     @property
     def tight(self) -> int:
-        """Blocks of a cache that holds the longest row, and so far fewer than all slots."""
+        """Blocks of a cache that just holds the longest row, far too small to fill all slots."""
         longest = max(len(r.prompt_token_ids) + r.params.max_tokens for r in self._requests)
         return -(-longest // self._block_size) + 2
 
@@ -136,7 +135,7 @@ class Rows:
 
 
 def independence(rows: Rows, number: int) -> bool:
-    """Run the conditions under which no row may differ; return whether none did."""
+    """Run the conditions without allowed differences; return whether they held with preemptions."""
     order = list(range(number))
     shuffled = random.Random(SEED).sample(order, number)
     rows.run("all at once", [order])
@@ -147,7 +146,7 @@ def independence(rows: Rows, number: int) -> bool:
 
 
 def costs(rows: Rows, number: int, slots: int) -> None:
-    """Take the time of one width and of several, for full steps and for small ones."""
+    """Time one width and several widths, for full and for small batches."""
     several = tuple(n for n in (8, 16, 32, 64, 128) if n < slots)
     order = list(range(number))
     small = [order[i : i + FEW] for i in range(0, min(number, 8 * FEW), FEW)]
@@ -158,7 +157,7 @@ def costs(rows: Rows, number: int, slots: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and print; return 1 where a row differs that may not."""
+    """Run all conditions and print the table; return 1 if independence is violated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""One system on one case of the benchmark on a GPU, in a process of its own.
+"""Runs one system on one case of the GPU benchmark, in its own process.
 
 python -m benchmarks.gpu.systems SYSTEM JOB.json ANSWER.json
 
-An answer holds the seconds of the work, first prompt to last token, after a few rows to warm up;
-apart from it the seconds until the model was loaded and warm; and what else a system can tell.
-Padding and whatever a batch computes beyond what a row asked for is the system's own affair.
+An answer holds the seconds of the work, from first prompt to last token, after a few warm-up rows;
+separately, the seconds until the model was loaded and warm; and further figures of some systems.
+Padding and tokens beyond a row's request count toward a system's time.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ POLL_SECS = 1.0
 
 
 def timed(job: Job, work: Callable[[list[list[int]], list[int]], Any]) -> Answer:
-    """Run the first rows to warm up, then all."""
+    """Run the rows with the longest prompts to warm up, then time all rows."""
     few = sorted(range(len(job.prompts)), key=lambda i: -len(job.prompts[i]))[:WARM_ROWS]
     work([job.prompts[i] for i in few], [2] * len(few))
     startup_secs = secs_since_process_start()
@@ -34,7 +34,7 @@ def timed(job: Job, work: Callable[[list[list[int]], list[int]], Any]) -> Answer
 
 
 def our_completions(job: Job) -> Answer:
-    """Run our engine."""
+    """Run our engine on completions."""
     from benchmarks.gpu.ours import engine_of, requests_of
 
     engine, timeline = engine_of(job, "generate")
@@ -51,7 +51,7 @@ def our_completions(job: Job) -> Answer:
 
 
 def our_classifications(job: Job) -> Answer:
-    """Run our engine's scores."""
+    """Run our engine's `score` head."""
     from benchmarks.gpu.ours import engine_of, scores_of
 
     engine, _ = engine_of(job, "score")
@@ -64,7 +64,7 @@ def our_classifications(job: Job) -> Answer:
 
 
 def our_embeddings(job: Job) -> Answer:
-    """Run our steps over whole texts."""
+    """Run our embedding steps."""
     from benchmarks.gpu.ours import steps_of
 
     steps = steps_of(job)
@@ -72,7 +72,7 @@ def our_embeddings(job: Job) -> Answer:
 
 
 def their_completions(job: Job) -> Answer:
-    """Run `generate` of transformers, batch after batch, those that end together side by side."""
+    """Run transformers' `generate` batch by batch; rows of similar completion length share one."""
     from benchmarks.run_transformers import complete
     from benchmarks.runs import Job as Rows
     from benchmarks.workload import Row
@@ -92,7 +92,7 @@ def their_completions(job: Job) -> Answer:
 
 
 def their_continuous_completions(job: Job) -> Answer:
-    """Run continuous batching of transformers, which is what its `generate_batch` does."""
+    """Run transformers' continuous batching, as its `generate_batch` does."""
     import transformers
 
     model = _causal_model(job)
@@ -121,7 +121,7 @@ def their_continuous_completions(job: Job) -> Answer:
 
 
 def vllm_completions(job: Job) -> Answer:
-    """Run vLLM with weights that it draws itself."""
+    """Run vLLM with random weights of its own."""
     from vllm import LLM, SamplingParams
 
     longest = max(len(ids) + n for ids, n in zip(job.prompts, job.new_tokens, strict=True))
@@ -146,7 +146,7 @@ def vllm_completions(job: Job) -> Answer:
 
 
 def their_classifications(job: Job) -> Answer:
-    """Run one forward pass of transformers over whole prompts, padded on the left."""
+    """Run forward passes of transformers over batches of whole prompts, padded on the left."""
     import torch
 
     model = _causal_model(job)
@@ -162,7 +162,7 @@ def their_classifications(job: Job) -> Answer:
 
 
 def their_embeddings(job: Job) -> Answer:
-    """Run transformers over padded batches of texts of like length, and take means."""
+    """Run transformers over padded batches of texts of similar length, with mean pooling."""
     import torch
     import transformers
 
@@ -182,7 +182,7 @@ def their_embeddings(job: Job) -> Answer:
 
 
 def _causal_model(job: Job) -> Any:
-    """Return transformers' model of the shapes, with weights that it draws itself."""
+    """Return a transformers model of the job's shapes with random weights of its own."""
     import torch
     import transformers
 
@@ -196,7 +196,7 @@ def _causal_model(job: Job) -> Any:
 
 
 def _batches(rows: list[list[int]], limit: int) -> Iterator[list[list[int]]]:
-    """Yield rows of like length, padded at most `limit` tokens together."""
+    """Yield batches of rows of similar length, with at most `limit` tokens after padding."""
     batch: list[list[int]] = []
     for row in sorted(rows, key=len, reverse=True):
         if batch and len(batch[0]) * (len(batch) + 1) > limit:
@@ -229,7 +229,7 @@ SYSTEMS: dict[str, Callable[[Job], Answer]] = {
     "vLLM": vllm_completions,
 }
 NEEDS = {"vLLM": "vllm"}
-"""The package of a system, `transformers` and `torch` apart."""
+"""Package that a peer needs to run; `torch` for peers not listed."""
 
 
 def is_installed(system: str) -> bool:
@@ -239,7 +239,7 @@ def is_installed(system: str) -> bool:
 
 
 def main() -> None:
-    """Answer one job."""
+    """Run one job and write its answer."""
     system, asked, answered = sys.argv[1], *map(Path, sys.argv[2:])
     answer = SYSTEMS[system](Job.from_json(json.loads(asked.read_text())))
     answered.write_text(json.dumps(answer))

@@ -1,6 +1,6 @@
-"""The work of the benchmark on a GPU: token ids and lengths, the same for all systems.
+"""The workload of the GPU benchmark: token ids and lengths, the same for all systems.
 
-Ids are drawn, since what they are makes no difference to the work; end tokens are ignored.
+Ids are random, because they do not affect the amount of work; end tokens are ignored.
 """
 
 from collections.abc import Mapping
@@ -16,25 +16,25 @@ SEED = 20261122
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """How much of everything there is."""
+    """Numbers and sizes that determine the amount of work."""
 
     requests: int = 256
     lengths: tuple[int, int] = (100, 1024)
-    """Of prompts and of completions, both bounds included."""
+    """Bounds of prompt and completion lengths in tokens, both included."""
     shared: int = 512
     rows: int = 2000
     own: tuple[int, int] = (16, 64)
-    """Tokens of a row's own behind the shared ones."""
+    """Bounds of the number of a row's own tokens after the shared ones."""
     labels: int = 3
     texts: int = 4000
     median: int = 128
     longest: int = 2048
     slots: int = 256
     prefill_tokens: int = 8192
-    """Of a step."""
+    """Token budget of one of our steps."""
     their_batch: int = 128
     their_tokens: int = 65_536
-    """Of a padded batch of theirs."""
+    """Most tokens in a padded batch of the other systems."""
 
 
 FULL_SCALE = Scale()
@@ -46,29 +46,29 @@ SMOKE = Scale(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a system is asked."""
+    """The work and settings that a system gets."""
 
     model: str
-    """The exported folder."""
+    """Exported model folder."""
     shapes: str
-    """The folder with the shapes, as Hugging Face says them."""
+    """Folder with the shapes as a Hugging Face `config.json`."""
     device: Device
     dtype: str
     prompts: list[list[int]]
     new_tokens: list[int] = field(default_factory=list)
-    """Of each prompt, for completions."""
+    """Number of new tokens per prompt; only for completions."""
     label_ids: list[int] = field(default_factory=list)
     scale: Scale
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Job":
-        """Return the job that `asdict` has taken apart."""
+        """Return the job that `asdict` turned into these values."""
         scale = {n: tuple(v) if isinstance(v, list) else v for n, v in values["scale"].items()}
         return cls(**{**values, "scale": Scale(**scale)})
 
 
 def completions(vocab_size: int, scale: Scale) -> tuple[list[list[int]], list[int]]:
-    """Return prompts, and how many new tokens each of them gets."""
+    """Return prompts, and the number of new tokens for each."""
     rng = np.random.default_rng(SEED)
     low, high = scale.lengths
     lengths, new = rng.integers(low, high + 1, (2, scale.requests)).tolist()
@@ -76,7 +76,7 @@ def completions(vocab_size: int, scale: Scale) -> tuple[list[list[int]], list[in
 
 
 def classifications(vocab_size: int, scale: Scale) -> tuple[list[list[int]], list[int]]:
-    """Return prompts with a common start, and the ids of the labels."""
+    """Return prompts with a shared start, and the ids of the labels."""
     rng = np.random.default_rng(SEED)
     shared = _ids(rng, scale.shared, vocab_size)
     low, high = scale.own

@@ -1,1 +1,1 @@
-"""Reads checkpoints: Hugging Face folders, GGUF files, `.ckpt` files, LoRA adapters."""
+"""Reads checkpoints: Hugging Face folders, GGUF files, `.ckpt` files and LoRA adapters."""

@@ -1,8 +1,8 @@
-"""Reading a `.ckpt` file of gemma_pytorch: Gemma 1, 2 or 3.
+"""Reads a `.ckpt` file of gemma_pytorch: Gemma 1, 2 or 3.
 
-The file is loaded under fake tensors, which know where their bytes lie and hold none. It names no
-architecture: its shapes are those of one released size. Source of the names: `gemma/model.py` and
-`gemma/gemma3_model.py` of gemma_pytorch.
+The file is loaded under fake tensors, which hold no data but know its offset in the file. The file
+does not name its architecture, so its shapes are matched with the released sizes. Source of the
+names: `gemma/model.py` and `gemma/gemma3_model.py` of gemma_pytorch.
 """
 
 import logging
@@ -35,7 +35,7 @@ EMBEDDING = re.compile(r"(text_token_)?embedder\.")
 IMAGE_PREFIXES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
 ROTARY = "freqs_cis"
 SCALER = "_scaler"
-"""Ending of the factors of an int8 weight's rows."""
+"""Suffix of the tensor that holds an int8 weight's row factors."""
 
 Tensors = dict[str, StoredTensor]
 
@@ -49,7 +49,7 @@ def read_ckpt(path: Path) -> Checkpoint:
     tensors = _dequantized({_our_name(name): tensor for name, tensor in text.items()})
     config = _config(path, tensors)
     tokenizer = Tokenizer(tokenizer_bytes(path.parent))
-    # Released files carry no list of end tokens: turns end a text where there are turns.
+    # Released files list no end tokens: add the end of turn if the vocabulary has one.
     turn_end = tokenizer.control_pieces.get(END_OF_TURN)
     return Checkpoint(
         name=path.stem,
@@ -66,7 +66,7 @@ def read_ckpt(path: Path) -> Checkpoint:
 
 
 def _stored_tensors(path: Path) -> Tensors:
-    """Describe the tensors of the file; the rotary tables can be computed and are left out."""
+    """Describe the tensors of the file, without the rotary tables, which can be computed."""
     try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -92,7 +92,7 @@ def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
             f"{path}: expected {name} as a contiguous tensor of {', '.join(DTYPES.values())}, "
             f"got {tensor.dtype} with strides {tensor.stride()}"
         )
-    # Set by torch.load under FakeTensorMode: where the storage begins in the file.
+    # File offset of the storage, set by torch.load under FakeTensorMode.
     start = tensor.untyped_storage()._checkpoint_offset
     if start is None:
         raise CheckpointError(f"{path}: expected the zip format of torch.save, got an older one")
@@ -107,7 +107,7 @@ def _our_name(name: str) -> str:
 
 
 def _dequantized(tensors: Tensors) -> Tensors:
-    """Give int8 weights their factors, one for each row."""
+    """Return the weights; rows of int8 weights are multiplied with their factors when read."""
     weights = {name: t for name, t in tensors.items() if not name.endswith(SCALER)}
     for name, tensor in weights.items():
         if tensor.dtype != "int8":
@@ -128,7 +128,7 @@ def _scaled_rows(tensor: StoredTensor, scaler: StoredTensor) -> Callable[[int, i
 
 
 def _split(tensors: Tensors, config: GemmaConfig) -> Tensors:
-    """Cut the fused projections into those of queries, keys and values: ranges of rows."""
+    """Split the fused projections by rows into query, key and value projections."""
     queries, keys = (
         heads * config.head_dim
         for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -165,7 +165,7 @@ def _row_range(tensor: StoredTensor, first: int, last: int) -> StoredTensor:
 
 
 def _config(path: Path, tensors: Tensors) -> GemmaConfig:
-    """Return the released architecture of such shapes; only the vocabulary may differ."""
+    """Return the released architecture with these shapes; only the vocabulary size may differ."""
     found = {name: t.shape for name, t in tensors.items() if ".qkv_proj." not in name}
     embedding = found.pop("embed_tokens.weight", (0, 0))
     for size in SIZES:

@@ -1,7 +1,7 @@
-"""Reading a GGUF file of Gemma 1, 2 or 3.
+"""Reads a GGUF file of Gemma 1, 2 or 3.
 
-GGUF keeps norm weights as 1 + w and knows its own names; block quantizations are decoded by the
-`gguf` package. Metadata keys: ggml's `docs/gguf.md` and llama.cpp's `gguf-py/gguf/constants.py`.
+GGUF stores norm weights as 1 + w and has its own tensor names; the `gguf` package decodes block
+quantizations. Metadata keys: ggml's `docs/gguf.md` and llama.cpp's `gguf-py/gguf/constants.py`.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
     "attn_norm": "input_layernorm",
 }
-# Gemma 1 calls the norm before the feed-forward what later models call the one after attention.
+# In Gemma 1, `post_attention_layernorm` is the norm before the feed-forward.
 NORM_NAMES = {
     "gemma": {"ffn_norm": "post_attention_layernorm"},
     "gemma2": {
@@ -44,7 +44,8 @@ NORM_NAMES = {
     },
 }
 NORM_NAMES["gemma3_text"] = NORM_NAMES["gemma2"]
-# The 27B models scale attention by hidden_size / num_attention_heads, which GGUF does not record.
+# (Model type, layers) of the 27B models: their query_pre_attn_scalar, which GGUF does not record,
+# is hidden_size / num_attention_heads.
 WIDE_MODELS = {("gemma2", 46), ("gemma3_text", 62)}
 
 
@@ -120,9 +121,9 @@ def _value(reader: GGUFReader, key: str, *default: Any) -> Any:
 
 
 def _eos_token_ids(reader: GGUFReader) -> tuple[int, ...]:
-    """Return the ids that end a text: of files with a chat template, the end of a turn among them.
+    """Return the ids that end a text; for files with a chat template, these include end of turn.
 
-    Not every such file names it; some name it in place of `<eos>`.
+    Not every such file declares that id; some declare it in place of `<eos>`.
     """
     ids = {int(_value(reader, f"tokenizer.ggml.{name}_token_id", 1)) for name in ("eos", "eot")}
     if _value(reader, "tokenizer.chat_template", None):
@@ -132,12 +133,12 @@ def _eos_token_ids(reader: GGUFReader) -> tuple[int, ...]:
 
 
 def _embedding_rows(reader: GGUFReader) -> int:
-    """GGUF lists dimensions from the innermost."""
+    """Return the vocabulary size; GGUF lists dimensions innermost first."""
     return next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight")
 
 
 class _Names:
-    """GGUF tensor names to ours."""
+    """Maps GGUF tensor names to ours."""
 
     def __init__(self, config: GemmaConfig) -> None:
         layer = LAYER_NAMES | NORM_NAMES[config.model_type]
@@ -146,7 +147,7 @@ class _Names:
             self._table |= {f"blk.{i}.{theirs}": f"layers.{i}.{o}" for theirs, o in layer.items()}
 
     def ours(self, name: str) -> str:
-        """Return our name, or theirs where the architecture has no place for it."""
+        """Return our name of a tensor, or the GGUF name if the architecture has no such tensor."""
         stem = name.removesuffix(".weight")
         return f"{self._table[stem]}.weight" if stem in self._table else name
 

@@ -27,15 +27,15 @@ from export.checkpoints.tensors import Checkpoint, RawBytes, StoredTensor, raw_t
 
 LOGGER = logging.getLogger("export")
 DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
-"""What stands before a decoder's names: in Gemma 3 with images, older and newer, and in text."""
+"""Prefixes of a decoder's tensor names: old and new Gemma 3 with images, and text models."""
 IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.")
-"""Parts of Gemma 3 with images that a text model leaves out, behind an optional `model.`."""
+"""Prefixes of image tensors in Gemma 3, which a text model leaves out; `model.` may precede."""
 IMAGE_KEYS = frozenset({
     "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
     "image_token_index", "mm_tokens_per_image", "text_config", "tie_word_embeddings",
     "vision_config",
 })  # fmt: skip
-"""What a config.json of Gemma 3 with images holds around its `text_config`."""
+"""Keys beside `text_config` in the config.json of a Gemma 3 with images."""
 TEXT_DEFAULTS = {
     "vocab_size": 262208,
     "num_attention_heads": 8,
@@ -43,7 +43,7 @@ TEXT_DEFAULTS = {
     "head_dim": 256,
     "max_position_embeddings": 131072,
 }
-"""What the published config.json of Gemma 3 4B to 27B leave to the defaults of their library."""
+"""Values that published config.json files of Gemma 3 4B to 27B omit: transformers' defaults."""
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -67,7 +67,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_names(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint that lacks a tensor, has one too many, or has one of another shape."""
+    """Check that a checkpoint has exactly the expected tensors and shapes.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape.
+    """
     for name in sorted(set(expected) - set(found)):
         raise CheckpointError(
             f"checkpoint: expected the tensor {name}, got none{nearest(name, found)}"
@@ -119,7 +123,7 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 
 def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the text model's part of a Gemma 3 with images; what stands around it is checked."""
+    """Return the text model's config of a Gemma 3 with images; check the keys beside it."""
     known = IMAGE_KEYS | IGNORED_KEYS
     for key in sorted(set(raw) - known):
         raise ConfigError(f"config.json: the key {key!r} is not known{nearest(key, known)}")
@@ -127,7 +131,7 @@ def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoder_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
-    """Map a Hugging Face tensor name to ours; None for what a text model does not need."""
+    """Return our name of a Hugging Face tensor, or None if a text model does not need it."""
     if name.removeprefix("language_model.") == "lm_head.weight":
         return None  # the head is the embedding
     if has_images and name.removeprefix("model.").startswith(IMAGE_PREFIXES):

@@ -1,4 +1,4 @@
-"""The model's licence and terms, which travel with every exported folder."""
+"""Writes the model's license and terms to every exported folder."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ this folder. The licence of beam_gemma itself does not cover the weights.
 
 
 def write_legal(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the notice that the Gemma terms ask for, and copy the checkpoint's own legal files."""
+    """Write the notice required by the Gemma terms, and copy the checkpoint's legal files."""
     folder.mkdir()
     (folder / "NOTICE").write_text(NOTICE.format(name=checkpoint.name, format=checkpoint.format))
     for file in checkpoint.legal_files:

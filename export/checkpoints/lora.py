@@ -1,4 +1,4 @@
-"""Merging a LoRA adapter of PEFT into a checkpoint: W + B A * scaling, slice by slice.
+"""Merges a PEFT LoRA adapter into a checkpoint: W + B A * scaling, slice by slice.
 
 Only the tensors that an adapter changes are computed and written; all others keep their bytes.
 Source: `tuners/lora/layer.py` of PEFT 0.21, `Linear.merge` and `get_delta_weight`.
@@ -29,14 +29,14 @@ FACTOR = re.compile(
     r"(?P<layer>layers\.\d+\.\w+\.\w+_proj)\.lora_(?P<side>[AB])\.weight"
 )
 IMAGE_PARTS = re.compile(r"base_model\.model\.(model\.)?(vision_tower|multi_modal_projector)\.")
-# What does not change the sum, or is read from the tensors themselves.
+# Settings that do not change the sum or whose value follows from the tensors.
 IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 })  # fmt: skip
-# Other ways to begin training change the weights under the adapter as well.
+# Supported values; the first is the default. Other initializations also change the base weights.
 ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -72,7 +72,11 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Refuse settings that ask for more than a sum of two matrices."""
+    """Check that merging needs no more than adding B A * scaling to a weight.
+
+    Raises:
+        CheckpointError: a key is missing or a setting is not supported.
+    """
     for key in ("peft_type", "lora_alpha"):
         if key not in config:
             raise CheckpointError(f"{CONFIG}: expected the key {key!r}, got none")

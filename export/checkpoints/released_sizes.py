@@ -1,7 +1,7 @@
-"""The released sizes of the text family, under the names of Hugging Face's `config.json`.
+"""The released sizes of the text family, with the keys of Hugging Face's `config.json`.
 
-Parameter counts are those of the technical reports (Gemma 1 and 2, table 2 of each: parameters that
-are no embedding) and of KerasHub's presets (Gemma 3, whole text models).
+Parameter counts are from the technical reports (Gemma 1 and 2, table 2 of each: non-embedding
+parameters) and from KerasHub's presets (Gemma 3, whole text models).
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from beam_gemma.model.config import FULL, GemmaConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One architecture of released weights."""
+    """The architecture of one released size."""
 
     name: str
     shared_by: tuple[str, ...] = ()
-    """Models that are other weights of the same shapes."""
+    """Other models with the same shapes."""
     raw: Mapping[str, Any]
-    """What a `config.json` says of it."""
+    """Content of the `config.json`."""
     num_parameters: int | None = None
-    """As published, the embedding left out of Gemma 1 and 2; None where only a rounded number is
-    published."""
+    """Published parameter count, without the embedding for Gemma 1 and 2; None if only a rounded
+    number is published."""
     counts_embedding: bool = True
 
     @property
@@ -83,7 +83,7 @@ def _gemma2(*shape: int, scalar: int = 256) -> dict[str, Any]:
 def _gemma3(
     *shape: int, window: int, scalar: int = 256, positions: int = 131072, **other: Any
 ) -> dict[str, Any]:
-    # Releases of 4B and more have longer contexts, by stretched positions in full layers.
+    # Releases of 4B and larger extend the context by scaling positions in full layers.
     scaling = {"rope_type": "linear", "factor": 8.0} if positions == 131072 else None
     return _raw(
         "gemma3_text",
@@ -189,4 +189,4 @@ SIZES = (
         num_parameters=302_863_104,
     ),
 )
-"""Every size of the text family, without the dense layers of EmbeddingGemma's head."""
+"""Every size of the text family; EmbeddingGemma without the dense layers of its head."""

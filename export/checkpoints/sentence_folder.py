@@ -1,8 +1,8 @@
-"""Reading a folder of sentence-transformers: what comes before and after a model's layers.
+"""Reads a sentence-transformers folder: the steps before and after a model's layers.
 
 `modules.json` lists a transformer, a pooling, dense layers and a normalization, each with a
-`config.json`. What is not computed here is refused by name, since an embedding that is slightly
-another tells nobody.
+`config.json`. Unsupported modules and settings are refused by name, because a slightly wrong
+embedding would go unnoticed.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ OLD_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""One switch for each mode, before there was `pooling_mode`."""
+"""Older settings, one switch per mode, that `pooling_mode` replaced."""
 ONLY_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 SENTENCE = "sentence_embedding"
 IDENTITY = ("torch.nn.modules.linear.Identity", "torch.nn.Identity")
 
 
 class _Settings:
-    """A file of settings, of which every one must be asked for."""
+    """A settings file in which `finish` refuses keys that nobody has read."""
 
     def __init__(self, file: Path, raw: Mapping[str, Any]) -> None:
         self._file = file
@@ -43,7 +43,7 @@ class _Settings:
         return self._left.pop(key, default)
 
     def require(self, **expected: Any) -> None:
-        """Refuse another value than the one, or the tuple of them, that is computed."""
+        """Check that each setting has its only supported value, or one of a tuple of them."""
         for key, allowed in expected.items():
             values = allowed if isinstance(allowed, tuple) else (allowed,)
             value = self.take(key, values[0])
@@ -58,10 +58,10 @@ class _Settings:
 
 
 def read_sentence_folder(folder: Path, config: GemmaConfig) -> tuple[EmbeddingConfig, list[Path]]:
-    """Return what the modules do, and the folders of the dense layers.
+    """Return the embedding settings and the folders of the dense layers.
 
     Raises:
-        CheckpointError: a module or a setting is not computed here.
+        CheckpointError: a module or a setting is not supported.
     """
     paths: dict[str, list[Path]] = {"Transformer": [], "Pooling": [], "Dense": [], "Normalize": []}
     modules: Any = read_json(folder / MODULES)
@@ -93,7 +93,7 @@ def read_sentence_folder(folder: Path, config: GemmaConfig) -> tuple[EmbeddingCo
 
 
 def _kind(folder: Path, module: Mapping[str, Any], paths: dict[str, list[Path]]) -> str:
-    """Return the kind of a module, whose place is added to `paths`."""
+    """Return the kind of a module and add its folder to `paths`."""
     kind = module["type"].rpartition(".")[2]
     if kind not in paths or not module["type"].startswith("sentence_transformers."):
         raise CheckpointError(
@@ -104,7 +104,7 @@ def _kind(folder: Path, module: Mapping[str, Any], paths: dict[str, list[Path]])
 
 
 def _settings(file: Path) -> _Settings:
-    """Open a file of settings; without it all are at their default."""
+    """Open a settings file; a missing file means all defaults."""
     return _Settings(file, read_json(file) if file.exists() else {})
 
 
@@ -139,7 +139,7 @@ def _dense_sizes(folders: list[Path], width: int) -> tuple[int, ...]:
             module_input_name=SENTENCE,
             module_output_name=(SENTENCE, None),
         )
-        # Left out, it is a tanh.
+        # The default activation is tanh.
         activation = settings.take("activation_function", "torch.nn.Tanh")
         if activation not in IDENTITY:
             raise CheckpointError(
@@ -153,7 +153,7 @@ def _dense_sizes(folders: list[Path], width: int) -> tuple[int, ...]:
 
 
 def _max_tokens(folder: Path, config: GemmaConfig) -> int:
-    """Return the longest text: the least of what the model, tokenizer and settings allow."""
+    """Return the longest text in tokens that the model and its settings or tokenizer allow."""
     settings = _settings(folder / "sentence_bert_config.json")
     limit = settings.take("max_seq_length")
     settings.require(
@@ -175,7 +175,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _adds(folder: Path, token: str, *, default: bool) -> bool:
-    """Return whether the tokenizer adds `<bos>` or `<eos>`: as a setting, or by its template."""
+    """Return whether the tokenizer adds `<bos>` or `<eos>`, from its setting or its template."""
     setting = _tokenizer_config(folder).get(f"add_{token}_token")
     if setting is not None:
         return bool(setting)

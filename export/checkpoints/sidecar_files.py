@@ -1,4 +1,4 @@
-"""What lies beside the weights in a checkpoint's folder: tokenizer, chat template, terms."""
+"""Reads the files beside the weights in a checkpoint folder: tokenizer, chat template, terms."""
 
 import json
 import re
@@ -13,7 +13,7 @@ UNUSED_PIECE = re.compile(r"<unused\d+>")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a file of settings."""
+    """Read a JSON settings file."""
     if not file.is_file():
         raise CheckpointError(f"{file}: expected a checkpoint's file, got nothing")
     try:
@@ -23,9 +23,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tokenizer_bytes(folder: Path) -> bytes:
-    """Read the SentencePiece model, under the names that `tokenizer_config.json` gives to pieces.
+    """Return the SentencePiece model, with pieces renamed as in `tokenizer_config.json`.
 
-    CodeGemma and others name pieces that were left unused; not every file of theirs says so.
+    CodeGemma and other models give names to unused pieces; not all their `tokenizer.model` files
+    contain these names.
     """
     file = folder / "tokenizer.model"
     if not file.is_file():
@@ -37,7 +38,7 @@ def tokenizer_bytes(folder: Path) -> bytes:
     settings = folder / "tokenizer_config.json"
     added = read_json(settings).get("added_tokens_decoder", {}) if settings.exists() else {}
     for token_id, token in added.items():
-        # Ids beyond the model's belong to images.
+        # Ids beyond the model's vocabulary belong to images.
         if int(token_id) < len(model.pieces):
             piece = model.pieces[int(token_id)]
             if UNUSED_PIECE.fullmatch(piece.piece):
@@ -46,7 +47,7 @@ def tokenizer_bytes(folder: Path) -> bytes:
 
 
 def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end a text: generation_config.json knows more than config.json."""
+    """Return the ids that end a text; generation_config.json overrides config.json."""
     generation = folder / "generation_config.json"
     raw = read_json(generation) if generation.exists() else {}
     ids = raw.get("eos_token_id", config.get("eos_token_id", 1))
@@ -54,7 +55,7 @@ def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def chat_template(folder: Path) -> str | None:
-    """Return the Jinja chat template, where the folder has one."""
+    """Return the Jinja chat template, or None if the folder has none."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text()
@@ -67,7 +68,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def legal_files(folder: Path) -> tuple[Path, ...]:
-    """Return the licence, terms and notices."""
+    """Return the license, terms and notice files."""
     names = ("license", "notice", "terms", "use_policy", "prohibited")
     return tuple(
         file

@@ -1,6 +1,6 @@
-"""What a checkpoint is to the exporter: an architecture, and tensors that are described, not read.
+"""A checkpoint as the exporter sees it: an architecture, and tensors described but not yet read.
 
-Where raw bytes already are what a graph needs, the graph will point at them where they lie.
+If a tensor's raw bytes are already in the form that a graph needs, the graph refers to them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ NUMPY_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RawBytes:
-    """Where a tensor lies as plain little-endian numbers."""
+    """Location of a tensor stored as plain little-endian numbers; offset and length in bytes."""
 
     file: Path
     offset: int
@@ -40,20 +40,20 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """`float32`, `bfloat16`, `float16`, or a quantization."""
+    """`float32`, `bfloat16`, `float16`, `int8`, or the name of a ggml quantization."""
     raw: RawBytes | None
-    """None where the bytes need decoding."""
+    """Location of the raw numbers; None if the bytes need decoding."""
     rows: Callable[[int, int], np.ndarray]
-    """Decodes rows [start, stop) of the first dimension."""
+    """Function that decodes rows [start, stop) of the first dimension."""
     coded_rows: Callable[[int, int], np.ndarray] | None = None
-    """Returns these rows as ggml packs them, as bytes; None where the tensor is no such one."""
+    """Function that returns the same rows as ggml's packed bytes; None for other formats."""
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the tensor in slices of its first dimension."""
         return self.slices(self.rows)
 
     def slices(self, rows: Callable[[int, int], np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield what `rows` makes of one slice after the other."""
+        """Yield the result of `rows` for each slice in turn."""
         row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
         step = max(1, CHUNK_BYTES // row_bytes)
         for start in range(0, self.shape[0], step):
@@ -62,7 +62,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An architecture, its tensors and what else travels with a model."""
+    """An architecture, its tensors, and the other files and settings of a model."""
 
     name: str
     path: Path
@@ -71,18 +71,18 @@ class Checkpoint:
     config: GemmaConfig
     tensors: Mapping[str, StoredTensor]
     norm_offset: float
-    """Added to stored norm weights to get the effective ones: 1 where a file stores w of 1 + w."""
+    """Value added to stored norm weights: 1 if the file stores w of the effective 1 + w."""
     tokenizer_model: Callable[[], bytes]
     eos_token_ids: tuple[int, ...]
     chat_template: str | None
     legal_files: tuple[Path, ...] = field(default=())
-    """Licence, terms and notices found beside the weights."""
+    """License, terms and notices found beside the weights."""
     embedding: EmbeddingConfig | None = None
-    """How it makes embeddings, where it says so."""
+    """Embedding settings, if the checkpoint has any."""
 
 
 def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:
-    """Describe a tensor that lies in a file as plain numbers."""
+    """Describe a tensor that is stored in a file as plain numbers."""
     row = int(np.prod(shape[1:]))
 
     def rows(start: int, stop: int) -> np.ndarray:

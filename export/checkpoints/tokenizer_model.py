@@ -1,8 +1,8 @@
-"""A SentencePiece model from the vocabulary of a GGUF file.
+"""Builds a SentencePiece model from the vocabulary of a GGUF file.
 
-GGUF keeps pieces, scores and types, and drops the rest of `tokenizer.model`: how text is normalized
-and which pieces are special. Both are the same for every Gemma: byte-pair encoding with bytes for
-unknown characters, and text taken as it is.
+GGUF keeps pieces, scores and types, and drops the rest of `tokenizer.model`: text normalization and
+the special pieces. These are the same for every Gemma: byte-pair encoding with byte fallback for
+unknown characters, and no normalization.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from beam_gemma.model.tokenizer import (
 BPE = 2
 """SentencePiece's number for byte-pair encoding."""
 END_OF_TURN = "<end_of_turn>"
-"""The piece that ends a turn of a chat, and with it what an instruction-tuned model says."""
+"""Piece that ends a chat turn, and so the output of an instruction-tuned model."""
 
 
 def sentencepiece_from_gguf(reader: GGUFReader) -> bytes:
@@ -40,16 +40,16 @@ def sentencepiece_from_gguf(reader: GGUFReader) -> bytes:
 def sentencepiece_model(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> bytes:
-    """Return a `tokenizer.model` of these pieces, types numbered as in GGUF.
+    """Return a `tokenizer.model` of these pieces; types are numbered as in GGUF.
 
     Raises:
         CheckpointError: one of Gemma's special pieces is missing.
     """
     model = ModelProto()
     for piece, score, kind in zip(pieces, scores, types, strict=True):
-        # Runs of spaces stand in GGUF as they are; in the model, as all spaces do in pieces.
+        # GGUF has plain spaces in runs of spaces; the model's pieces have SPACE instead.
         name = piece.replace(" ", SPACE) if kind == USER_DEFINED else piece
-        # Markers match text in the official model, all but the four special pieces.
+        # In the official model, all markers but the four special pieces match text.
         model.pieces.add(
             piece=name, score=score, type=USER_DEFINED if kind == CONTROL else int(kind)
         )

@@ -1,1 +1,1 @@
-"""Writes ONNX graphs, links weights and quantizes them."""
+"""Writes ONNX graphs, links their weights and quantizes them."""

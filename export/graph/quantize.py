@@ -1,13 +1,13 @@
-"""Matrices of 4 or 8 bits a number: how they are rounded, laid out and multiplied with.
+"""Rounds, lays out and multiplies with matrices of 4 or 8 bits per number.
 
 A block is 32 numbers along a matrix's inputs, with one float16 scale; code c of b bits stands for
-scale * (c - 2^(b - 1)). These are the numbers of ggml's Q4_0 and Q8_0, so a matrix that a GGUF file
-holds in that form keeps each of them; any other is rounded to the nearest, by ggml's rule.
+scale * (c - 2^(b - 1)). These are the numbers of ggml's Q4_0 and Q8_0, so a matrix stored in that
+form in a GGUF file is kept exactly; any other is rounded to the nearest code, by ggml's rule.
 
 ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` read the same codes, so a matrix that is
-both embedding and head is there once. They differ in the shape that they want the scales in.
+both embedding and head is stored once. The two ops expect different shapes for the scales.
 
-Dimensions: N outputs of a matrix, K inputs, J = K / 32 blocks of an output.
+Dimensions: N outputs of a matrix, K inputs, J = K / 32 blocks of an output, T tokens.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,15 +24,15 @@ from export.checkpoints.tensors import StoredTensor
 BLOCK = 32
 EMBEDDING = "embed_tokens.weight"
 BITS = {"int8": 8, "int4": 4}
-"""Of a number in a matrix, by precision."""
+"""Bits per number of a matrix, by precision."""
 EMBEDDING_BITS = 8
-"""Of a number in the embedding, at least: it is the head too, and suffers most of fewer."""
+"""Fewest bits per number of the embedding: it is also the head, and loses most with fewer bits."""
 Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodedMatrix:
-    """A matrix that graphs have in blocks, and what they call its parts."""
+    """A matrix that graphs read in blocks, and the names of its parts."""
 
     name: str
     bits: int
@@ -41,10 +41,10 @@ class CodedMatrix:
 
     @classmethod
     def of(cls, name: str, bits: int, shape: tuple[int, ...]) -> "CodedMatrix":
-        """Return a matrix of a precision of so many bits.
+        """Return a coded matrix of at least `bits` bits per number.
 
         Raises:
-            CheckpointError: its inputs do not make whole blocks.
+            CheckpointError: the number of inputs is not a multiple of `BLOCK`.
         """
         outputs, inputs = shape
         if inputs % BLOCK:
@@ -57,28 +57,28 @@ class CodedMatrix:
 
     @property
     def codes(self) -> str:
-        """uint8 [N, J, 4 * bits]."""
+        """Name of the codes, uint8 [N, J, 4 * bits]."""
         return f"{self.name}:{self.bits}:codes"
 
     @property
     def scales(self) -> str:
-        """float16 [N, J]."""
+        """Name of the scales, float16 [N, J]."""
         return f"{self.name}:{self.bits}:scales"
 
     @property
     def lookup_scales(self) -> str:
-        """float16 [N, J, 1], the same bytes."""
+        """Name of the same scales for look-ups, float16 [N, J, 1]."""
         return f"{self.name}:{self.bits}:lookup_scales"
 
     def shape_of(self, part: str) -> tuple[int, ...]:
-        """Return the shape of a part."""
+        """Return the shape of the part with this name."""
         outputs, num_blocks = self.shape[0], self.shape[1] // BLOCK
         last = {self.codes: (BLOCK * self.bits // 8,), self.lookup_scales: (1,)}
         return outputs, num_blocks, *last.get(part, ())
 
 
 def coded_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, CodedMatrix]:
-    """Return the matrices that have parts among initializers, by name."""
+    """Return the coded matrices, by name, whose parts are among these initializers."""
     found = {}
     for part, (outputs, num_blocks, *_) in ((p, s) for p, s in shapes.items() if is_part(p)):
         name, bits, _ = part.split(":")
@@ -88,19 +88,19 @@ def coded_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, CodedMatr
 
 
 def is_part(name: str) -> bool:
-    """Return whether an initializer is part of a matrix in blocks."""
+    """Return whether an initializer is part of a coded matrix."""
     return ":" in name
 
 
 def quantize_graph(model: ir.Model, bits: int) -> None:
-    """Make each product with a float16 matrix, and each look-up in one, that of its blocks.
+    """Make each product with a float16 matrix, and each look-up in one, read coded blocks instead.
 
     Args:
-        model: Changed in place; its weights are not attached yet.
-        bits: Of a matrix; the embedding has never less than `EMBEDDING_BITS`.
+        model: The graph, changed in place; its weights are not attached yet.
+        bits: Bits per number; the embedding has at least `EMBEDDING_BITS`.
 
     Raises:
-        CheckpointError: the inputs of a matrix do not make whole blocks.
+        CheckpointError: a matrix's number of inputs is not a multiple of `BLOCK`.
     """
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is None and value.dtype == ir.DataType.FLOAT16:
@@ -112,7 +112,7 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, matrix: CodedMatrix) -> None:
-    """Put nodes that read blocks in the place of one that reads the matrix."""
+    """Replace a node that reads the matrix by nodes that read its blocks."""
     if (node.op_type, index) == ("Gemm", 1):
         assert (node.attributes["transB"].as_int(), len(node.inputs)) == (1, 2)
         new = [_product(graph, node.inputs[0], matrix)]
@@ -131,7 +131,7 @@ def _product(graph: ir.Graph, x: ir.Value | None, matrix: CodedMatrix) -> ir.Nod
 
 
 def _rows(graph: ir.Graph, places: ir.Value | None, matrix: CodedMatrix) -> list[ir.Node]:
-    """Return the nodes for the rows at places [T]: they come in blocks, and are made whole."""
+    """Return nodes that look up the rows at indices [T] as blocks and reshape them to rows."""
     codes, scales = (_part(graph, matrix, p) for p in (matrix.codes, matrix.lookup_scales))
     axes = {"gather_axis": 0, "quantize_axis": 2, "bits": matrix.bits, "block_size": BLOCK}
     inputs = [codes, places, scales]
@@ -144,38 +144,38 @@ def _rows(graph: ir.Graph, places: ir.Value | None, matrix: CodedMatrix) -> list
 
 
 def _part(graph: ir.Graph, matrix: CodedMatrix, part: str) -> ir.Value:
-    """Return the initializer of a part, made for its first use; its bytes come later."""
+    """Return the initializer of a part, created on first use; its bytes are attached later."""
     kind = ir.DataType.UINT8 if part == matrix.codes else ir.DataType.FLOAT16
     shape, type_ = ir.Shape(matrix.shape_of(part)), ir.TensorType(kind)
     return graph.initializers.setdefault(part, ir.Value(name=part, shape=shape, type=type_))
 
 
 class Blocks:
-    """The blocks of a stored matrix, made slice by slice."""
+    """The blocks of a stored matrix, computed slice by slice."""
 
     def __init__(self, stored: StoredTensor, bits: int) -> None:
-        """Begin with nothing read.
+        """Describe the blocks; nothing is read yet.
 
         Args:
             stored: The matrix [N, K].
-            bits: Of a code.
+            bits: Bits per code.
         """
         self._stored, self._bits = stored, bits
         self._scales: list[np.ndarray] = []
 
     def codes(self) -> Iterator[np.ndarray]:
-        """Yield uint8 [N, J, 4 * bits] in slices; of two codes in a byte, the low one is first."""
+        """Yield uint8 [N, J, 4 * bits] in slices; the low half of a byte holds the first code."""
         for codes, scales in self._slices():
             self._scales.append(scales)
             yield codes[..., 0::2] | codes[..., 1::2] << 4 if self._bits == 4 else codes
 
     def scales(self) -> Iterator[np.ndarray]:
-        """Yield float16 [N, J] in slices, once `codes` has been read to its end."""
+        """Yield float16 [N, J] in slices; `codes` must have been read to its end before."""
         while self._scales:
             yield self._scales.pop(0)
 
     def _slices(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield codes, uint8 [N, J, 32], and scales."""
+        """Yield codes, uint8 [N, J, 32], and scales, float16 [N, J], in slices."""
         stored = self._stored
         if stored.coded_rows is not None and stored.dtype == Q4.name:
             for packed in stored.slices(stored.coded_rows):
@@ -190,14 +190,14 @@ class Blocks:
 
 
 def _unpacked_q4(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes [N, J, 32] and scales [N, J]: each byte has a number of both halves."""
+    """Return codes [N, J, 32] and scales [N, J]; byte i of a block holds codes i and i + 16."""
     blocks = packed.reshape(len(packed), -1, 2 + BLOCK // 2)
     halves = blocks[..., 2:] & 15, blocks[..., 2:] >> 4
     return np.concatenate(halves, axis=-1), _scales(blocks)
 
 
 def _unpacked_q8(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes [N, J, 32] and scales [N, J]: signed numbers become codes."""
+    """Return codes [N, J, 32] and scales [N, J]; stored numbers are signed, codes are not."""
     blocks = packed.reshape(len(packed), -1, 2 + BLOCK)
     return blocks[..., 2:] ^ 128, _scales(blocks)
 

@@ -1,4 +1,4 @@
-"""The signatures of the models that are exported: what each graph takes, keeps and returns."""
+"""Signatures of exported models: the inputs, state and outputs of each graph."""
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
@@ -6,13 +6,13 @@ from beam_gemma.model.graph_tensors import Device, Head, PagedState
 from beam_gemma.model.signature import Signature, block_size_for
 
 MAX_HEAD_DIM = 256
-"""CPU: most channels that one query-key product sums in one go, as `CONTEXT_ALIGNMENT` says."""
+"""Most channels that one query-key product sums at once on the CPU; see `CONTEXT_ALIGNMENT`."""
 
 
 def decoder_signature(
     config: GemmaConfig, *, device: Device, dtype: str, head: Head = "generate"
 ) -> Signature:
-    """Return the signature of a text decoder: one group of paged layers for each layer type."""
+    """Return the signature of a text decoder, with one group of paged layers per layer type."""
     _check_head_dim(config, device)
     states = tuple(
         PagedState(
@@ -41,7 +41,7 @@ def decoder_signature(
 def encoder_signature(
     config: GemmaConfig, *, device: Device, dtype: str, embedding_size: int, max_model_len: int
 ) -> Signature:
-    """Return the signature of a model that gives one embedding for each text."""
+    """Return the signature of a model that returns one embedding per text."""
     _check_head_dim(config, device)
     return Signature(
         head="embed",

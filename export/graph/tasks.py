@@ -1,4 +1,4 @@
-"""What an export is for: which tasks a checkpoint can do, and the graph of each."""
+"""The tasks of an export: those that a checkpoint supports, and the graph of each."""
 
 from collections.abc import Sequence
 
@@ -16,20 +16,20 @@ from export.modules.decoder import GemmaDecoder
 from export.modules.encoder import GemmaEncoder
 
 LONGEST_TEXT = 8192
-"""Tokens of a text that a decoder embeds, where nothing says less: memory for the scores of full
-attention grows by the square, to 1 GB of a 270M model's."""
+"""Longest text that a decoder embeds, in tokens, unless the model's limit is lower. The memory for
+full attention scores grows quadratically and is 1 GB at this length for a 270M model."""
 
 
 def default_tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what a checkpoint is for."""
+    """Return the tasks that are exported by default."""
     return ("generate", "classify") if checkpoint.embedding is None else ("embed",)
 
 
 def check_tasks(config: GemmaConfig, tasks: Sequence[str]) -> None:
-    """Refuse tasks that a model cannot do.
+    """Check that a model supports these tasks.
 
     Raises:
-        OptionsError: there is one.
+        OptionsError: the model has bidirectional attention and a task is not `embed`.
     """
     if config.use_bidirectional_attention and set(tasks) != {"embed"}:
         raise OptionsError(
@@ -39,11 +39,11 @@ def check_tasks(config: GemmaConfig, tasks: Sequence[str]) -> None:
 
 
 def embedding_config(checkpoint: Checkpoint, pooling: Pooling | None) -> EmbeddingConfig:
-    """Return how a checkpoint makes embeddings.
+    """Return the embedding settings of a checkpoint.
 
     Raises:
-        CheckpointError: it needs to say so and does not.
-        OptionsError: it says so, and so does `pooling`.
+        CheckpointError: a model with bidirectional attention has no `modules.json`.
+        OptionsError: both the checkpoint and `pooling` set the pooling.
     """
     if checkpoint.embedding is not None:
         if pooling is not None:
@@ -83,7 +83,7 @@ def graph_signature(
 def graph_module(
     config: GemmaConfig, embedding: EmbeddingConfig | None, signature: Signature
 ) -> torch.nn.Module:
-    """Return the module that a signature describes."""
+    """Return the PyTorch module that a signature describes."""
     if embedding is None or signature.head != "embed":
         return GemmaDecoder(config, signature)
     return GemmaEncoder(config, signature, embedding)

@@ -1,7 +1,7 @@
-"""From the PyTorch module to an ONNX graph, without a weight in memory.
+"""Exports a PyTorch module as an ONNX graph without loading weights into memory.
 
-The module is built and traced under fake tensors, so a 27B model exports on a laptop. Weights come
-in later as references to files (`export.graph.weights`).
+The module is built and traced under fake tensors, so a 27B model exports on a laptop. Weights are
+attached later as references to files (`export.graph.weights`).
 """
 
 import inspect
@@ -44,14 +44,15 @@ def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Mode
     """Export a module as the graph that `signature` describes.
 
     Args:
-        build: Makes a module with the `forward` of `GemmaDecoder`; called under fake tensors.
-        signature: What goes in and out.
+        build: Function that makes a module with `GemmaDecoder`'s `forward`; called under fake
+            tensors.
+        signature: Inputs, state and outputs of the graph.
 
     Returns:
         A graph whose parameters are initializers without a value, named as in the module.
     """
     with FakeTensorMode(), warnings.catch_warnings():
-        # Deprecations inside the exporter are not the caller's business.
+        # Hide deprecation warnings from inside the exporter.
         warnings.simplefilter("ignore")
         module = _typed(build(), signature.dtype).eval()
         sizes = _Sizes()
@@ -82,9 +83,9 @@ def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Mode
 
 
 def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir.Model:
-    """Optimize the graph around its parameters, then add the bodies of its custom ops.
+    """Optimize the graph, then add the bodies of its custom ops.
 
-    In this order: the optimizer must see neither fake values nor the inside of an op.
+    The order matters: the optimizer must see neither fake values nor the bodies of custom ops.
     """
     for name in parameters & set(model.graph.initializers):
         model.graph.initializers[name].const_value = None
@@ -99,14 +100,14 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
 
 
 def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
-    """Return the bodies of the ops in a graph."""
+    """Return the bodies of the custom ops in a graph."""
     if signature.head == "embed" and signature.device == "cpu":
         return lowering_packed.FUNCTIONS
     return DECODER_LOWERINGS[signature.device]
 
 
 def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """Give the module's matrices a dtype; norm weights and frequencies stay as they are."""
+    """Convert the module's matrices to a dtype; norm weights and frequencies keep theirs."""
     for child in module.modules():
         if not isinstance(child, RMSNorm | Rotary):
             for name, parameter in child.named_parameters(recurse=False):
@@ -116,7 +117,7 @@ def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
 
 
 class _Sizes:
-    """Example sizes for the letters of a signature; all differ, so no two are taken for one."""
+    """Distinct example sizes for a signature's letters, so the exporter never merges two."""
 
     def __init__(self) -> None:
         self._sizes = {"B": 3, "B1": 4}
@@ -141,7 +142,7 @@ def _output_names(signature: Signature) -> list[str]:
 
 
 def _name_dimensions(model: ir.Model, signature: Signature) -> None:
-    """Replace the exporter's symbols by the letters of the signature, everywhere in the graph."""
+    """Replace the exporter's symbols by the signature's letters throughout the graph."""
     shapes = {t.name: t.shape for t in (*signature.step_inputs(), *signature.outputs())}
     for state in signature.state_tensors():
         shapes |= dict.fromkeys((state.input_name, state.output_name), state.shape)
@@ -166,7 +167,7 @@ def _values(model: ir.Model) -> Iterable[ir.Value]:
 
 
 def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what torch ops become on a device, beside PyTorch's own table."""
+    """Return the device's translations of torch ops, added to PyTorch's own table."""
     return {
         torch.ops.beam_gemma.ragged_attention.default: (
             _attention_cpu if device == "cpu" else _attention_cuda
@@ -182,9 +183,9 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _node(function: OnnxFunction[..., Any]) -> Op:
-    """Return the op that records a call of `function` as one node, without its body.
+    """Return an op that records a call of `function` as one node, without its body.
 
-    A body that the exporter sees is inlined when it changes the opset version.
+    The exporter inlines any body that it sees when it changes the opset version.
     """
     schema = onnx.defs.OpSchema
     attribute_types = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT}
@@ -272,7 +273,7 @@ def _padded_attention(  # type: ignore[no-untyped-def]
 
 
 def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
-    """Add up chunks, and the sums of chunks, until each sequence is one row."""
+    """Sum chunks of rows, then chunks of these sums, until each sequence is one row."""
     chunk_sums = _node(lowering_packed.ChunkSums)
     while True:
         x, cu_seqlens = chunk_sums(x, cu_seqlens)
@@ -297,7 +298,7 @@ def _rms_norm_cuda(x, weight, epsilon: float, dtype: int):  # type: ignore[no-un
 
 
 def _rotate(x, cos, sin, num_heads: int):  # type: ignore[no-untyped-def]
-    """All tokens are one row of a batch of one."""
+    """Rotate all tokens as one sequence in a batch of one."""
     width = x.shape[1]
     half = width // num_heads // 2
     tables = (op.Reshape(table, _ints(1, -1, half)) for table in (cos, sin))
@@ -310,5 +311,5 @@ def _ints(*values: int) -> Any:
 
 
 def _linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
-    """Gemm takes weights as checkpoints store them, [out, in], so no transposed copy is made."""
+    """Use Gemm, which takes weights as [out, in] like checkpoints, without a transposed copy."""
     return op.Gemm(x, weight, bias, transB=1)

@@ -1,9 +1,10 @@
-"""Giving a graph its weights: links to a checkpoint's bytes where they serve as they are.
+"""Attaches weights to a graph, linking a checkpoint's bytes if they can be used unchanged.
 
-ONNX external data is (file, offset, length) of raw little-endian numbers, which is what a
-safetensors file holds. So a tensor whose dtype the graph takes is neither read nor copied: its file
-is hard-linked into the artifact (ONNX Runtime refuses paths and symbolic links that leave a model's
-folder). Only what changes is written: effective norm weights, rotary frequencies, decoded blocks.
+ONNX external data is (file, offset, length) of raw little-endian numbers, the same numbers that a
+safetensors file holds. A tensor that already has the graph's dtype is neither read nor copied: its
+file is hard-linked into the artifact (ONNX Runtime refuses paths and symbolic links that leave a
+model's folder). Only changed tensors are written: effective norm weights, rotary frequencies,
+decoded blocks.
 """
 
 import errno
@@ -40,26 +41,26 @@ SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "ui
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A tensor that is written anew."""
+    """A tensor to be written to the artifact's own weights file."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     source: Callable[[], Iterator[np.ndarray]]
-    """Yields its slices."""
+    """Function that yields the tensor's slices."""
     offset: float = 0.0
     """Added to every element."""
     aliases: tuple[str, ...] = ()
-    """Initializers of the same bytes in another shape."""
+    """Names of initializers that use the same bytes in another shape."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All initializers of these bytes."""
+        """Names of all initializers that use these bytes."""
         return self.name, *self.aliases
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """Size in the file, in bytes."""
         return int(np.prod(self.shape)) * NUMPY_DTYPES[self.dtype].itemsize
 
     def chunks(self) -> Iterator[np.ndarray]:
@@ -70,13 +71,13 @@ class Written:
 
 
 def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
-    """Point every initializer of some graphs at its bytes below `folder`, writing what must be.
+    """Point the graphs' initializers at bytes below `folder`; write those that cannot be linked.
 
     Args:
-        models: Graphs of one checkpoint; what they have in common is written once.
-        checkpoint: Where the weights are.
-        dtype: Of the matrices.
-        folder: The artifact.
+        models: Graphs of one checkpoint; shared tensors are written once.
+        checkpoint: The checkpoint that holds the weights.
+        dtype: Dtype of the matrices.
+        folder: The artifact folder.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape.
@@ -113,7 +114,7 @@ def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folde
 
 
 def _without_bytes(models: Iterable[ir.Model]) -> dict[str, list[ir.Value]]:
-    """Return the initializers that have no value yet, of each name those of all graphs."""
+    """Return the initializers of all graphs that have no value yet, grouped by name."""
     found: dict[str, list[ir.Value]] = {}
     for model in models:
         for name, value in model.graph.initializers.items():
@@ -128,7 +129,7 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]:
-    """Return the parts of a matrix; the first is to be written first."""
+    """Return the codes and the scales of a matrix, to be written in this order."""
     blocks = Blocks(stored, matrix.bits)
     codes = Written(
         name=matrix.codes, shape=matrix.shape_of(matrix.codes), dtype="uint8", source=blocks.codes
@@ -144,7 +145,7 @@ def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]
 
 
 def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
-    """Return theta^(-2i / H) / factor for i < H / 2, in float32 steps like the reference.
+    """Return theta^(-2i / H) / factor for i < H / 2, computed in float32 like the reference.
 
     Source: `ROPE_INIT_FUNCTIONS` in transformers 5.23, kinds `default` and `linear`.
     """
@@ -154,7 +155,7 @@ def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
 
 
 def _derived(config: GemmaConfig, names: Collection[str]) -> dict[str, Written]:
-    """Return what no checkpoint holds: the rotary frequencies of each layer type."""
+    """Return the tensors that no checkpoint holds: each layer type's rotary frequencies."""
     values = {f"rotary.{g}.inv_freq": inverse_frequencies(config, g) for g in config.groups}
     return {
         name: Written(name=name, shape=array.shape, dtype="float32", source=partial(iter, [array]))
@@ -179,7 +180,7 @@ def _external(
 
 
 class _Links:
-    """Hard links of checkpoint files below the artifact; copies where file systems differ."""
+    """Hard links to checkpoint files in the artifact, or copies if linking is impossible."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -189,12 +190,12 @@ class _Links:
         """Return the path of the linked file, relative to the artifact."""
         if file not in self._known:
             relative = f"{WEIGHTS}/{file.name}"
-            if relative in self._known.values():  # dense layers lie in folders of their own
+            if relative in self._known.values():  # each dense layer has its own folder
                 relative = f"{WEIGHTS}/{file.parent.name}.{file.name}"
             target = self._folder / relative
             target.unlink(missing_ok=True)
             try:
-                # A checkpoint of a local hub cache is itself a symbolic link.
+                # Checkpoint files in a local hub cache are symbolic links.
                 os.link(file.resolve(), target)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):

@@ -1,6 +1,6 @@
 """The layers of Gemma 1, 2 and 3 in PyTorch, and the decoder as one ragged step.
 
-Parameters carry the names of Hugging Face checkpoints without the leading `model.`; a norm's
+Parameters have the names of Hugging Face checkpoints without the leading `model.`; a norm's
 weight is the effective one (1 + w). The formulas follow `models/gemma*/modeling_*.py` of
 transformers 5.23.
 
@@ -24,7 +24,7 @@ from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm, rotate, 
 
 
 class RMSNorm(nn.Module):
-    """Normalization by the root mean square; the weight is float32 whatever the model's dtype."""
+    """Root mean square normalization; the weight is float32 for every model dtype."""
 
     def __init__(self, dim: int, epsilon: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return x [..., D], normalized, in a dtype: its own where none is given."""
+        """Return the normalized x [..., D] in `dtype`, by default the dtype of x."""
         return rms_norm(x, self.weight, self.epsilon, dtype or x.dtype)
 
 
@@ -50,13 +50,13 @@ class Rotary(nn.Module):
 
 
 Rotation = Callable[[Tensor, int], Tensor]
-"""From [T, N * H] and N to the same, each head rotated by its token's position."""
+"""Function of x [T, N * H] and N that rotates each head by its token's position."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From query [T, N * H], key and value [T, K * H], the first two rotated, to [T, N * H]."""
+"""Function of rotated query [T, N * H], rotated key and value [T, K * H]; returns [T, N * H]."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention around whatever keeps the keys and values."""
+    """Grouped-query attention; the caller's `attend` stores and reads the keys and values."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -97,19 +97,19 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(wide, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [T, D] through F and back."""
+        """Return the feed-forward output [T, D] of x [T, D]."""
         gate = nn.functional.gelu(self.gate_proj(x), approximate="tanh")
         return self.down_proj(gate * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each normalized before, and after from Gemma 2 on.
+    """Attention and feed-forward, with a norm before each and, from Gemma 2 on, after each.
 
-    `post_attention_layernorm` is the norm *before* the feed-forward in Gemma 1 and the one *after*
-    attention from Gemma 2 on: the checkpoints' names, kept.
+    As in the checkpoints, `post_attention_layernorm` names the norm *before* the feed-forward in
+    Gemma 1 and the norm *after* attention from Gemma 2 on.
 
-    The residual stream may be wider than `inner`, the dtype of what lies between its sums; norms
-    lead from one to the other.
+    The residual stream may have a wider dtype than `inner`, in which attention and feed-forward
+    compute; the norms convert between the two.
     """
 
     def __init__(self, config: GemmaConfig, inner: torch.dtype | None) -> None:
@@ -137,7 +137,7 @@ class Layer(nn.Module):
 
 
 class GemmaLayers(nn.Module):
-    """What decoders and encoders have in common: everything from token ids to the last layer."""
+    """The part shared by decoders and encoders: everything from token ids to the last layer."""
 
     def __init__(self, config: GemmaConfig, signature: Signature) -> None:
         super().__init__()
@@ -147,19 +147,19 @@ class GemmaLayers(nn.Module):
         round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # The residual stream of Gemma 3 grows beyond float16, whose greatest number is 65,504.
+        # The residual stream of Gemma 3 exceeds 65,504, the largest float16.
         self.inner = torch.float16 if signature.dtype == "float16" else None
         self.layers = nn.ModuleList(Layer(config, self.inner) for _ in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = nn.ModuleDict({group: Rotary(config.head_dim) for group in config.groups})
 
     def residual(self, step: Named, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """Return the residual stream [T, D] after the last layer, not normalized yet.
+        """Return the residual stream [T, D] after the last layer, before the final norm.
 
         Args:
             step: `Signature.step_inputs` by name.
-            positions: [T], in their sequences.
-            attend: `Attend`, behind the number of a layer.
+            positions: [T], each token's position in its sequence.
+            attend: Function of a layer number and the arguments of `Attend`.
         """
         x = self.embed_tokens(step["input_ids"])
         x = (x if self.inner is None else x.float()) * self.embedding_factor
@@ -202,7 +202,7 @@ class GemmaDecoder(GemmaLayers):
     def _attend(
         self, step: Named, last_keys: Tensor, state: Named, layer: int, *rows: Tensor
     ) -> Tensor:
-        """Attend over a layer's cache, which takes in the new tokens."""
+        """Write the new tokens to a layer's cache and attend over it."""
         config = self.config
         group = config.layer_types[layer]
         names = (f"key_cache.{layer}", f"value_cache.{layer}")
@@ -227,7 +227,7 @@ class GemmaDecoder(GemmaLayers):
         return output
 
     def _head(self, rows: Tensor, step: Named, state: Named) -> Named:
-        """Return the outputs for normalized rows [R, D]; what was chosen goes to the state."""
+        """Return the outputs for normalized rows [R, D]; store chosen tokens in the state."""
         signature = self.signature
         weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
         poison = torch.zeros(())
@@ -246,7 +246,7 @@ class GemmaDecoder(GemmaLayers):
     def _scores(self, rows: Tensor, poison: Tensor, step: Named) -> Named:
         """Return the outputs of the `score` head for normalized rows [R, D] and poison [R]."""
         weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
-        # One product for each target, so that no other column of the vocabulary is computed.
+        # One product per target avoids computing the other columns of the vocabulary.
         targets = rows.index_select(0, step["target_rows"])[:, None, :]
         products = targets @ weight.index_select(0, step["target_ids"])[:, :, None]
         logits = nn.functional.linear(rows.index_select(0, probability_rows), weight)
@@ -258,23 +258,23 @@ class GemmaDecoder(GemmaLayers):
         return outputs
 
     def _softcapped(self, logits: Tensor) -> Tensor:
-        """Return logits in float32 or wider, capped where the model does so."""
+        """Return the logits in float32 or wider, soft-capped if the model has a cap."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_logit_softcapping
         return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def _token_ids(step: Named, next_ids: Tensor) -> Tensor:
-    """Return the packed tokens [T]: given ones, and those that the step before has chosen."""
+    """Return the packed tokens [T]: given ids, or ids chosen by the previous step."""
     slots = step["token_slots"]
     chosen = next_ids.index_select(0, slots.clamp(min=0))
     return torch.where(slots >= 0, chosen, step["input_ids"])
 
 
 def _split_poison(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows [R, D] with zeros for those that are not finite, and [R], NaN for those.
+    """Return rows [R, D] with non-finite rows zeroed, and a marker [R]: NaN for those, else 0.
 
-    So no kernel sorts NaN, and no product with others' rows meets one.
+    This keeps NaN out of sort kernels and out of products with other rows.
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     poison = (wide - wide).sum(dim=1)

@@ -1,9 +1,9 @@
-"""Texts to embeddings: the same layers as a decoder's, over whole packed sequences.
+"""The embedding model: a decoder's layers over whole packed sequences.
 
 Pooling, dense layers and normalization follow the modules of sentence-transformers.
 
 Dimensions: B sequences, T tokens, D hidden, W width of an embedding, N query heads, K key-value
-heads, H head dimension, L places of a text.
+heads, H head dimension, L padded text length.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from export.ops.reference import NO_WINDOW, packed_attention, packed_sum, padded
 
 
 class GemmaEncoder(GemmaLayers):
-    """One step over whole texts, two-sided or causal as the model is."""
+    """One step over whole texts, bidirectional or causal depending on the model."""
 
     def __init__(
         self, config: GemmaConfig, signature: Signature, embedding: EmbeddingConfig
@@ -53,13 +53,13 @@ class GemmaEncoder(GemmaLayers):
             embedding = dense(embedding.to(self.embed_tokens.weight.dtype))
         embedding = embedding.to(wide)
         if self.embedding.normalize:
-            # As `normalize` does, but without an output's shape.
+            # Same result as `normalize`, which would also expand the norm to the output's shape.
             norm = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
             embedding = embedding / norm.clamp(min=1e-12)
         return {"embedding": embedding, "first_state": first}, state
 
     def _pooled(self, x: Tensor, step: Named, dtype: torch.dtype) -> Tensor:
-        """Return [B, D] of the residual stream [T, D]."""
+        """Return the pooled residual stream [B, D] of x [T, D]."""
         cu_seqlens = step["cu_seqlens"]
         if self.embedding.pooling == "lasttoken":
             return self.norm(x.index_select(0, cu_seqlens[1:] - 1), dtype)
@@ -87,7 +87,7 @@ class GemmaEncoder(GemmaLayers):
         )
 
     def _attend_padded(self, step: Named, layer: int, *rows: Tensor) -> Tensor:
-        """Attend within each text, where texts lie side by side."""
+        """Attend within each text, with the texts padded to one length."""
         config = self.config
         return padded_attention(
             *rows,
@@ -102,10 +102,10 @@ class GemmaEncoder(GemmaLayers):
 
 
 def _masks(step: Named, config: GemmaConfig) -> Named:
-    """Return which places are tokens, their packed positions, and a mask for each layer type.
+    """Return a mask of real tokens, their packed rows, and an attention mask per layer type.
 
-    Padding takes the first token's place, and reaches whatever is there, since a kernel may make
-    NaN of a query that reaches nothing.
+    Padding reads packed row 0 and attends to every real token of its text: a kernel may return NaN
+    for a query that reaches nothing.
     """
     is_token = step["token_rows"] >= 0
     rows = step["token_rows"].clamp(min=0)
@@ -120,7 +120,7 @@ def _masks(step: Named, config: GemmaConfig) -> Named:
 
 
 def reach(config: GemmaConfig, layer_type: str) -> tuple[int, int]:
-    """Return how many positions before and after its own a token of such a layer reaches."""
+    """Return the numbers of positions before and after its own that a token attends to."""
     window = config.window(layer_type)
     if config.use_bidirectional_attention:
         half = NO_WINDOW if window is None else window // 2

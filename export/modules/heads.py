@@ -1,7 +1,7 @@
-"""What becomes of logits in a graph: candidates for the next token, or scores of given tokens.
+"""The output heads: candidates for the next token, or scores of given tokens.
 
-Dimensions: R packed positions that need a head, Q of these that need a probability, Y targets,
-V vocabulary.
+Dimensions: R packed positions that need a head, Q positions that need a probability, Y targets,
+V vocabulary, N rows, U columns.
 """
 
 import math
@@ -39,9 +39,9 @@ def score_head(target_logits: Tensor, logits: Tensor, device: Device) -> Named:
 def top_probability(logits: Tensor, device: Device) -> Tensor:
     """Return the largest probability of each row of logits [Q, V], as [Q].
 
-    Taken in two levels of about sqrt(V) terms: one pass over 262,144 float32 terms is off by 6e-5.
-    Of exponentials and sums in ONNX Runtime on the CPU, only those of a softmax over whole rows and
-    of a product with more than one row are the same bits in every batch.
+    The sum has two levels of about sqrt(V) terms: one pass over 262,144 float32 terms has an error
+    of 6e-5. On the CPU, ONNX Runtime computes exponentials and sums with the same bits in every
+    batch only in a softmax over whole rows and in a product with more than one row.
     """
     vocab = logits.shape[1]
     outer = next(n for n in range(math.isqrt(vocab), 0, -1) if vocab % n == 0)
@@ -59,7 +59,7 @@ def top_probability(logits: Tensor, device: Device) -> Tensor:
 def _maxima(x: Tensor, device: Device) -> Tensor:
     """Return the maximum of each row of x [N, U], as [N].
 
-    ONNX Runtime's own reduction on CUDA would need cuDNN, and nothing else of a decoder does.
+    ONNX Runtime's own reduction on CUDA needs cuDNN, which nothing else in a decoder needs.
     """
     if device == "cuda":
         while (parts := even_parts(x.shape[1])) > 1:

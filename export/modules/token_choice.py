@@ -1,15 +1,14 @@
-"""Choosing the next token on the device, as `beam_gemma.engine.sampling.sample` does on the host.
+"""Chooses the next token on the device, as `beam_gemma.engine.sampling.sample` does on the host.
 
-Whole rows of logits are read as seldom as possible: a step of 256 rows has 134 MB of them in two
-bytes each. Their columns are cut into 32 parts, and the maximum over the parts is taken where they
-lie. The columns with the greatest maxima hold the most likely tokens; only these columns are looked
-at again.
+Whole rows of logits are read as rarely as possible: a step of 256 rows has 134 MB of two-byte
+logits. The columns are cut into 32 parts, and the maximum over the parts is taken in place. The
+columns with the greatest maxima hold the most likely tokens; only these columns are read again.
 
-ONNX Runtime's kernels return equal values in an order of their own. So what is sorted are keys
-without equals: a float64 that has the logit in front and the token id behind, where a float32 has
-no digits.
+ONNX Runtime's kernels return equal values in an unspecified order, so the sort keys are unique:
+each is a float64 whose high digits are the logit and whose low digits, below the precision of a
+float32, are the token id.
 
-Dimensions: R rows of logits, Q of these that need a probability, F of these that need the whole
+Dimensions: R rows of logits, Q rows that need a probability, F rows that need the whole
 distribution, V vocabulary, C candidates, U columns, L parts, S slots.
 """
 
@@ -23,11 +22,11 @@ from export.modules.heads import Named, top_probability
 from export.ops.reference import column_maxima, even_parts
 
 SPARE = 2
-"""Columns that are looked at again, for each candidate. One would do if no logits were equal."""
+"""Columns read again per candidate. One would be enough if no logits were equal."""
 ID_UNIT = 2.0**-43
-"""Behind the 24 digits of a float32, and room for 262,144 ids before them."""
+"""Relative step between ids in a sort key; 262,144 ids fit below the 24 bits of a float32."""
 LEAST_KEY = 1e-300
-"""Tells ids of a logit of zero apart."""
+"""Step between ids in the sort key of a logit of zero."""
 
 
 def choosing_head(
@@ -38,15 +37,15 @@ def choosing_head(
     next_ids: Tensor,
     signature: Signature,
 ) -> tuple[Named, Tensor]:
-    """Return the outputs of the `generate` head of a graph that chooses, and the new `next_ids`.
+    """Return the `generate` outputs of a graph that chooses tokens, and the new `next_ids`.
 
     Args:
-        logits: [R, V] as the last product gives them.
-        poison: [R], NaN where a row means nothing, else 0.
-        finish: Makes logits float32, and caps them where the model does so; keeps their order.
+        logits: [R, V], output of the last product.
+        poison: [R], NaN where a row is invalid, else 0.
+        finish: Converts logits to float32 and caps them if the model has a cap; keeps their order.
         step: `Signature.step_inputs` by name.
-        next_ids: [S].
-        signature: Of the graph.
+        next_ids: [S], the last token chosen in each slot.
+        signature: The graph's signature.
     """
     values, ids = most_likely(logits, finish, signature.candidates)
     values = values + poison[:, None]
@@ -70,8 +69,8 @@ def most_likely(
 ) -> tuple[Tensor, Tensor]:
     """Return the `count` highest of logits [R, V], finished, and their ids, both [R, C].
 
-    The highest first; equal ones by their ids. Of many tokens that are all as likely as the last
-    candidate, others than those of the lowest ids may be left out.
+    They are sorted by descending logit, then by id. If many tokens tie with the last candidate,
+    the ones returned need not have the lowest ids.
     """
     vocab = logits.shape[1]
     parts = even_parts(vocab)
@@ -91,11 +90,11 @@ def most_likely(
 
 
 def choose(values: Tensor, step: Named) -> Tensor:
-    """Return [R], which of the candidates each row takes.
+    """Return [R], the index of the candidate that each row takes.
 
     Args:
-        values: [R, C] logits, the highest first.
-        step: How to choose: `temperatures`, `uniforms`, `top_ks` and `top_ps`, all [R].
+        values: [R, C], logits in descending order.
+        step: The sampling inputs `temperatures`, `uniforms`, `top_ks` and `top_ps`, all [R].
     """
     wide = values.double()
     ranks = torch.arange(values.shape[1])
@@ -107,19 +106,19 @@ def choose(values: Tensor, step: Named) -> Tensor:
     nucleus = step["top_ps"].double()[:, None] * sums[:, -1:]
     last = _count(sums < nucleus).clamp(max=values.shape[1] - 1)
     whole = sums.gather(1, last)
-    # Rounding may lift the target to the whole sum: the last candidate that has mass then.
+    # If rounding lifts the target to the whole sum, take the last candidate that has mass.
     target = step["uniforms"].double()[:, None] * whole
     drawn = torch.minimum(_count(sums <= target), _count(sums < whole))
     return torch.where(is_drawn, drawn, 0)[:, 0]
 
 
 def _places(values: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Return where the highest of values [R, U] lie, [R, C]: of equal ones those of lowest ids."""
+    """Return the indices [R, C] of the highest values [R, U]; of equal values, the lowest ids."""
     wide = values.double()
     keys = wide - (wide.abs() * ID_UNIT + LEAST_KEY) * ids
     return torch.topk(keys, count).indices
 
 
 def _count(marks: Tensor) -> Tensor:
-    """Return how many of the marks [R, C] each row has, as [R, 1]."""
+    """Return the number of true marks in each row of [R, C], as [R, 1]."""
     return marks.sum(dim=1, keepdim=True)

@@ -1,19 +1,20 @@
 """CPU lowering of the custom ops: ONNX functions made of standard operators.
 
-Attention runs over *items*: a tile of queries of one sequence and a chunk of 64 keys of its
-context, wherever some query of the tile reaches some of the keys. A step costs what its items cost,
-so neither a long prompt nor a long context makes its neighbours wait. Items of all sequences are
-one batched product; the scores of a tile's items lie side by side while its softmax is taken.
+Attention runs over *items*. An item pairs a tile of queries of one sequence with a chunk of 64 keys
+of its context, if any query of the tile reaches any of the keys. A step costs as much as its items,
+so a long prompt or context does not slow down other sequences. The items of all sequences form one
+batched product; the scores of a tile's items are put side by side for its softmax.
 
-A row's result must not depend on what shares its step, to the last bit, and matrix products are
-where that breaks: ONNX Runtime cuts a sum of products where the shape and the number of threads
-suggest. It sums up to 256 products in one go where there are at most 64 columns, up to 64 products
-whatever the columns, and a single row by another kernel. So queries meet 64 keys at a time, weights
-64 values, never with a single query row, and partial results are added up by a product with ones.
+A row's result must be bit-identical whatever shares its step. Matrix products can break this,
+because ONNX Runtime splits a sum of products by the shape and the number of threads. It sums up to
+256 products at once if there are at most 64 columns, up to 64 products for any number of columns,
+and uses another kernel for a single row. Therefore queries are multiplied with 64 keys at a time
+and weights with 64 values, never with a single query row, and a product with ones adds up the
+partial results.
 
-Every function is one thought of `ragged_attention` (formula: `export.ops.reference`). ONNX Runtime
-inlines them and computes what layers have in common, such as indices and masks, once; so shapes
-come from attributes, not from a layer's own tensors.
+Each function is one step of `ragged_attention` (formula: `export.ops.reference`). ONNX Runtime
+inlines the functions and computes what layers share, such as indices and masks, only once;
+therefore shapes come from attributes, not from a layer's own tensors.
 
 Dimensions: B sequences, T new tokens, U tiles, S queries of a tile, I items, W chunks in a table
 row, M blocks in a table row, P cache blocks, N query heads, K key-value heads, G = N / K, H head
@@ -71,10 +72,10 @@ def GatherContext(cache, item_blocks):
 
 @script(DOMAIN, default_opset=op)
 def QueryTiles(cu_seqlens, num_tokens, least_queries, most_queries):
-    """Cut each sequence's new tokens into tiles of one size, `most_queries` at most.
+    """Cut each sequence's new tokens into tiles of one size, at most `most_queries`.
 
-    Returns the packed row of each query [U, S], which past the end of a sequence is its last one;
-    each tile's sequence [U] and first query [U]; and each token's place in [U * S].
+    Returns the packed row of each query [U, S], with a sequence's last row repeated past its end;
+    each tile's sequence [U] and first query [U]; and each token's index [T] in [U * S].
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -107,9 +108,9 @@ def QueryTiles(cu_seqlens, num_tokens, least_queries, most_queries):
 
 @script(DOMAIN, default_opset=op)
 def Reach(past_seqlens, context_starts, last_keys, rows, owner, first, num_chunks, window: int):
-    """Return a mask [U, S, 1, W * 64] of keys and the chunks [U, W] that any query reaches.
+    """Return a key mask [U, S, 1, W * 64] and flags [U, W] of chunks that any query reaches.
 
-    reach(q, k) = q - window < k <= last_keys[q]; the mask is 0 there, else a very negative number.
+    reach(q, k) = q - window < k <= last_keys[q]; the mask is 0 in reach, else very negative.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -136,10 +137,10 @@ def Reach(past_seqlens, context_starts, last_keys, rows, owner, first, num_chunk
 
 @script(DOMAIN, default_opset=op)
 def Items(reached, owner, block_table, num_chunks):
-    """List the tiles and chunks that `reached` [U, W] marks.
+    """List an item for each tile and chunk that `reached` [U, W] marks.
 
-    Returns for each item its tile [I], its place in [U * W] and its blocks [I, 64 / block]; and
-    for each place [U, W] its item, or the first item of the same tile where it has none.
+    Returns each item's tile [I], index in [U * W] and blocks [I, 64 / block]; and for each tile and
+    chunk [U, W] its item, or the tile's first item if it has none.
     """
     one = op.Constant(value_ints=[1])
     step = op.Constant(value_int=1)
@@ -170,9 +171,9 @@ def Scores(query, keys, item_rows, num_kv_heads, num_groups, scale: float):
 
 @script(DOMAIN, default_opset=op)
 def Weights(scores, mask, item_of_place, places):
-    """Return [K, I, S * G, 64]: the softmax over all keys of a tile, cut into its items again.
+    """Return [K, I, S * G, 64]: the softmax over all keys of a tile, split into its items.
 
-    A place without an item shows one of the same tile, all masked.
+    A chunk without an item repeats another item of its tile, fully masked.
     """
     minus = op.Constant(value_ints=[-1])
     kv_heads = op.Shape(scores, start=0, end=1)
@@ -190,7 +191,7 @@ def Weights(scores, mask, item_of_place, places):
 def WeightedValues(weights, values, reached, item_of_place, num_groups):
     """Return [U * S, N * H]: weights [K, I, S * G, 64] times values [K, I, 64, H].
 
-    The items of a tile are added up by a product with ones, and with zeros where it has none.
+    A product with ones adds up the items of a tile; chunks without an item have zeros.
     """
     minus = op.Constant(value_ints=[-1])
     kv_heads = op.Shape(values, start=0, end=1)
@@ -214,14 +215,14 @@ def StoreAndScore(
     context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
     window: int, scale: float,
 ):  # fmt: skip
-    """Write the new tokens, list the step's items, read the context of each and score it."""
+    """Write the new tokens, list the step's items, read each item's keys and score them."""
     one = op.Constant(value_ints=[1])
     kv_heads = op.Reshape(op.Constant(value_int=num_kv_heads), one)
     groups = op.Reshape(op.Constant(value_int=num_heads), one) / kv_heads
     block = op.Reshape(op.Constant(value_int=block_size), one)
     key_out = DOMAIN.StoreTokens(key_cache, key, slot_mapping, kv_heads, block)
     value_out = DOMAIN.StoreTokens(value_cache, value, slot_mapping, kv_heads, block)
-    # A product with a single row runs another kernel, with other bits.
+    # A product with a single row runs another kernel, whose results differ in bits.
     least = op.Where(op.Equal(groups, one), op.Constant(value_ints=[2]), one)
     most = op.Reshape(op.Constant(value_int=query_tile), one)
     rows, owner, first, token_places = DOMAIN.QueryTiles(
@@ -243,7 +244,8 @@ def StoreAndScore(
 def Attend(scores, mask, value_cache, blocks, reached, items, places, token_places, groups):
     """Return [T, N * H]: softmax of masked scores, times values, packed again."""
     weights = DOMAIN.Weights(scores, mask, items, places)
-    # Zero, but known only now: values are read when the memory of the keys is free, and still warm.
+    # `nothing` is zero but depends on `weights`, so values are read after the keys' memory is
+    # free, while it is still in the processor's cache.
     nothing = op.Shape(weights, start=1, end=2) - op.Shape(blocks, start=0, end=1)
     late_blocks = blocks + op.CastLike(nothing, blocks)
     values = DOMAIN.GatherContext(value_cache, late_blocks)

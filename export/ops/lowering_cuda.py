@@ -2,9 +2,9 @@
 
 Semantics of `com.microsoft::PagedAttention` 1 in ONNX Runtime 1.31: `local_window_size` counts the
 query's own position, scores are scaled, then soft-capped, then masked, and tables keep their full
-length, so `context_starts` has no part. It is causal: spans attended both ways need another op.
+length, so `context_starts` is unused. The op is causal; bidirectional spans need another op.
 
-Dimensions: B texts, L places of a text.
+Dimensions: B texts, L padded text length.
 """
 
 # Names are bound when the source is parsed into ONNX, so types here are tensors, not Python values.
@@ -39,9 +39,9 @@ def RaggedAttention(
 def PaddedAttention(
     query, key, value, mask, num_heads: int, num_kv_heads: int, scale: float, softcap: float
 ) -> TensorType:
-    """Memory-efficient attention: it takes a mask [B, 1, L, L], and groups of wide heads.
+    """Memory-efficient attention with a mask [B, 1, L, L] and grouped, wide heads.
 
-    It wants L to be a multiple of 4. Scores are scaled, then soft-capped, then masked.
+    L must be a multiple of 4. Scores are scaled, then soft-capped, then masked.
     """
     return op.Attention(
         query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_kv_heads, scale=scale,
@@ -51,9 +51,9 @@ def PaddedAttention(
 
 @script(DOMAIN, default_opset=op)
 def RmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
-    """In float32, as the reference does: bfloat16 has too few digits for 1 + w.
+    """Normalize in float32, like the reference: bfloat16 has too few digits for 1 + w.
 
-    A cast of float32 to itself goes when the graph is loaded.
+    ONNX Runtime removes a cast of float32 to itself when it loads the graph.
     """
     normed = op.RMSNormalization(op.Cast(x, to=1), weight, axis=-1, epsilon=epsilon)
     return op.Cast(normed, to=to)
@@ -61,7 +61,7 @@ def RmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
 
 @script(DOMAIN, default_opset=op)
 def HalfRmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
-    """From float16 to float16: one kernel, which computes in float32."""
+    """Normalize float16 to float16 in one kernel, which computes in float32."""
     return op.RMSNormalization(x, op.Cast(weight, to=to), axis=-1, epsilon=epsilon)
 
 

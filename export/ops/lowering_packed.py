@@ -1,14 +1,14 @@
 """CPU lowering of the ops over whole sequences: ONNX functions made of standard operators.
 
-Attention takes a tile of queries of one sequence at a time, with all the keys that it reaches. All
-tiles of a step are one batched product. They have as many keys as the tile that reaches most, so
-steps of sequences of about one length waste least; what is masked adds exact zeros.
+Attention works on tiles: queries of one sequence with all the keys that they reach. All tiles of a
+step form one batched product, padded to the keys of the tile that reaches most, so steps of
+sequences of similar length waste least. Masked keys add exact zeros.
 
-The rules that make a row independent of its company are those of `export.ops.lowering_cpu`. ONNX
-Runtime sums up to 256 products in one go where there are at most 64 columns, and then adds up the
-next 256. It splits columns among threads only where a product has more of them than rows. So scores
-are taken for up to 64 keys at a time, values for up to 64 channels, no tile has less than 64 rows,
-and keys begin at a multiple of 256 of their own sequence.
+As in `export.ops.lowering_cpu`, a row's bits do not depend on what shares its step. ONNX Runtime
+sums up to 256 products at once if there are at most 64 columns, then adds up the next 256. It
+splits columns among threads only if a product has more columns than rows. Therefore scores are
+computed for up to 64 keys at a time and values for up to 64 channels, no tile has fewer than 64
+rows, and a tile's keys begin at a multiple of 256 in their sequence.
 
 Dimensions: B sequences, T tokens, D hidden, U tiles, S queries of a tile, W pieces of keys, C keys
 of a piece, N query heads, K key-value heads, G = N / K, H head dimension, E slices of a head,
@@ -26,7 +26,7 @@ from onnxscript.onnx_types import TensorType
 from export.ops.lowering_cpu import DOMAIN, MASKED, MICROSOFT, QueryTiles, RmsNorm
 
 MOST_QUERIES = 128
-"""Of a tile: more would share a copy of its keys, but waste more where a sequence ends."""
+"""Most queries per tile: more would share one copy of the keys but waste more at sequence ends."""
 VALUE_SLICE = 64
 """Most channels of a head that one product of weights and values takes."""
 SUM_CHUNK = 64
@@ -37,7 +37,7 @@ SUM_CHUNK = 64
 def KeyPieces(cu_seqlens, rows, owner, first, back: int, ahead: int):
     """Return the packed rows of each tile's keys [U, W, C] and a mask [U, S, 1, W * C].
 
-    The mask is 0 in reach, q - back <= k <= q + ahead, else a very negative number.
+    The mask is 0 in reach (q - back <= k <= q + ahead), else very negative.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -123,7 +123,7 @@ def TileSequences(cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahea
     groups = op.Reshape(op.Constant(value_int=num_heads), one) / kv_heads
     least = (op.Constant(value_ints=[64]) + groups - one) / groups
     most = op.Constant(value_ints=[MOST_QUERIES])
-    # Not from the shape of a layer's own tensor, so that layers have their tiles in common.
+    # Not read from the shape of a layer's own tensor, so that layers share their tiles.
     num_tokens = op.Cast(op.Gather(cu_seqlens, op.Constant(value_ints=[-1])), to=7)
     rows, owner, first, token_places = DOMAIN.QueryTiles(cu_seqlens, num_tokens, least, most)
     key_rows, mask = DOMAIN.KeyPieces(cu_seqlens, rows, owner, first, back=back, ahead=ahead)
@@ -160,9 +160,9 @@ def PackedAttentionSoftcap(
 
 @script(DOMAIN, default_opset=op)
 def ChunkSums(x, cu_seqlens) -> tuple[TensorType, TensorType]:
-    """Add up each sequence's rows in chunks of 64 by a product with ones.
+    """Add up each sequence's rows in chunks of 64 with a product with ones.
 
-    Returns the sums [U, D], packed in the order of the sequences, and where each sequence's start.
+    Returns the sums [U, D], packed in sequence order, and the offsets of each sequence's sums.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -176,7 +176,7 @@ def ChunkSums(x, cu_seqlens) -> tuple[TensorType, TensorType]:
         op.Constant(value_int=0), op.Constant(value_int=SUM_CHUNK), op.Constant(value_int=1)
     )
     ones = op.Unsqueeze(op.CastLike(op.Unsqueeze(offsets, zero) < left, x), one)
-    # A product with a single row runs another kernel, with other bits.
+    # A product with a single row runs another kernel, whose results differ in bits.
     ones = op.Expand(ones, op.Constant(value_ints=[1, 2, 1]))  # [U, 2, 64]
     sums = op.Gather(op.MatMul(ones, op.Gather(x, rows)), op.Constant(value_int=0), axis=1)
     ends = op.CumSum((lengths + size - one) / size, op.Constant(value_int=0))

@@ -9,13 +9,13 @@ g = n // (N / K):
     reach  = q - window < k <= last_keys[q]            last_keys[q] = q when causal
     out[q] = sum over reached k of softmax(s)[k] * value[k, g]
 
-`packed_attention` is the same for whole sequences that nothing is cached of:
+`packed_attention` is the same for whole sequences without a cache:
 
     reach  = q - back <= k <= q + ahead                within the sequence of q
 
-`column_maxima` is the maximum of each column, over the parts that rows are cut into.
+`padded_attention` is the same for texts padded to one length, with the reach given as a mask.
 
-`padded_attention` is that again for texts side by side, where a mask says what is reached.
+`column_maxima` cuts rows into parts and returns the maximum of each column over the parts.
 
 `packed_sum` adds up the rows of each sequence.
 
@@ -25,7 +25,8 @@ g = n // (N / K):
 `rotate` turns each head (a, b), in halves, to (a cos - b sin, b cos + a sin).
 
 Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head dimension, P cache
-blocks, M blocks in a table row, D hidden, L places of a text, R rows, V vocabulary, U columns.
+blocks, M blocks in a table row, D hidden, L padded text length, R rows, V vocabulary, U columns,
+S queries of a sequence, J keys, G = N / K.
 """
 
 import itertools
@@ -35,10 +36,10 @@ import torch
 from torch import Tensor
 
 MOST_PARTS = 32
-"""Of a row that is cut. ONNX Runtime hands more outputs of one Split to the device by a copy of
-their addresses, which a captured graph must not hold."""
+"""Most parts that a row is cut into. For a Split with more outputs, ONNX Runtime copies their
+addresses to the device, which a captured graph must not do."""
 NO_WINDOW = 1 << 30
-"""Window of a layer that reaches every earlier token; so far on a side is as far as there is."""
+"""Window of a layer that reaches every earlier token: more positions than any sequence has."""
 
 
 @torch.library.custom_op("beam_gemma::ragged_attention", mutates_args=())
@@ -68,21 +69,21 @@ def ragged_attention(
         query: [T, N * H], rotated.
         key: [T, K * H], rotated.
         value: [T, K * H].
-        key_cache: Shaped as `signature.PagedState.shape` says for the device `layout`.
-        value_cache: Likewise.
-        cu_seqlens: [B + 1], where each sequence's new tokens start.
+        key_cache: Cache with the shape `signature.PagedState.shape` for the device `layout`.
+        value_cache: Cache of the same shape.
+        cu_seqlens: [B + 1], start of each sequence's new tokens.
         past_seqlens: [B], positions before the first new token.
         block_table: [B, M], cache blocks; the first slot is position `context_starts`.
         slot_mapping: [T], flat slot of each new token; negative skips the write.
-        context_starts: [B].
+        context_starts: [B], position of the first slot in each table row.
         last_keys: [T], the last position that each token reaches.
         num_heads: N.
         num_kv_heads: K.
-        window: Positions in reach to the left, the query's own included.
+        window: Positions in reach to the left, including the query's own.
         scale: Factor of query-key products.
-        softcap: 0 for none.
+        softcap: Cap of the scores; 0 for none.
         layout: `cpu` or `cuda`.
-        attention_metadata: [3], bounds for the CUDA kernel; no part of the formula.
+        attention_metadata: [3], bounds for the CUDA kernel; not used in the formula.
     """
     del attention_metadata
     shape = (-1, num_kv_heads, key.shape[1] // num_kv_heads)
@@ -117,19 +118,19 @@ def packed_attention(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Attend within each of the packed sequences, and return the output [T, N * H].
+    """Attend within each packed sequence, and return the output [T, N * H].
 
     Args:
         query: [T, N * H], rotated.
         key: [T, K * H], rotated.
         value: [T, K * H].
-        cu_seqlens: [B + 1], where each sequence starts.
-        num_heads: N, for the lowering.
+        cu_seqlens: [B + 1], start of each sequence.
+        num_heads: N; only the lowering uses it.
         num_kv_heads: K.
         back: Positions in reach before the query's own.
-        ahead: Positions in reach after it; 0 when causal.
+        ahead: Positions in reach after the query's own; 0 when causal.
         scale: Factor of query-key products.
-        softcap: 0 for none.
+        softcap: Cap of the scores; 0 for none.
     """
     del num_heads
     outputs = []
@@ -169,13 +170,13 @@ def padded_attention(
         query: [T, N * H], rotated.
         key: [T, K * H], rotated.
         value: [T, K * H].
-        mask: [B, 1, L, L], whether a query reaches a key.
-        rows: [B, L], the packed position of each place's token.
-        places: [T], the place of each token, of B * L.
+        mask: [B, 1, L, L], true if a query reaches a key.
+        rows: [B, L], packed row of each padded position.
+        places: [T], index of each token in B * L.
         num_heads: N.
         num_kv_heads: K.
         scale: Factor of query-key products.
-        softcap: 0 for none.
+        softcap: Cap of the scores; 0 for none.
     """
     dim = key.shape[1] // num_kv_heads
     outputs = []
@@ -206,13 +207,13 @@ def _(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # noqa: ARG001
 
 
 def even_parts(width: int) -> int:
-    """Return into how many even parts `column_maxima` may cut rows of a width, at most."""
+    """Return the largest number of even parts, at most `MOST_PARTS`, that divides a row width."""
     return next(n for n in range(MOST_PARTS, 0, -1) if width % n == 0)
 
 
 @torch.library.custom_op("beam_gemma::column_maxima", mutates_args=())
 def column_maxima(x: Tensor, parts: int) -> Tensor:
-    """Return [R, U], the maximum over the parts, of x [R, V] in parts of U columns."""
+    """Return the maximum [R, U] over the parts of x [R, V], each U columns wide."""
     return x.view(x.shape[0], parts, -1).amax(dim=1)
 
 
@@ -235,7 +236,7 @@ def _attend(
         scores = torch.tanh(scores / softcap) * softcap
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.masked_fill(~reach, -torch.inf).softmax(-1, dtype=wide).to(values.dtype)
-    # A slot out of reach may hold anything, but never contributes.
+    # A slot out of reach may hold NaN or infinity, which zero weights would not remove.
     values = values.masked_fill(~reach.any(0)[:, None, None], 0.0)
     return torch.einsum("kgsj,jkh->skgh", weights, values)
 
@@ -256,7 +257,7 @@ def _token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) ->
 
 
 def _cache_view(tokens: Tensor, cache: Tensor, layout: str) -> Tensor:
-    """Return what `_token_view` made in the layout of the cache."""
+    """Return the tokens in the layout of the cache: the inverse of `_token_view`."""
     if layout == "cuda":
         return tokens.reshape(cache.shape)
     heads, blocks, block_size, dim = cache.shape
@@ -294,7 +295,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:  # noqa: A
 
 
 def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the last dimension: x [T, N, H]."""
+    """Rotate the two halves of the last dimension of x [T, N, H]."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
