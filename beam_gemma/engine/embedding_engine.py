@@ -102,9 +102,7 @@ class EmbeddingSteps:
                     output = self._session.embed(feeds([texts[i] for i in step]))
                     self._num_failures = 0
                     self.num_tokens += num_tokens
-            except (
-                Exception
-            ) as error:  # a graph may raise anything; halving finds the text at fault
+            except Exception as error:  # any kind; halving finds the text at fault
                 failure = f"{type(error).__name__}: {error}"
             else:
                 self._on_step(num_tokens)
