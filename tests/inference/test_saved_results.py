@@ -23,7 +23,7 @@ from beam_gemma.inference.saved_results import (
     run_digest,
     write_piece,
 )
-from beam_gemma.runtime import cpu_session
+from beam_gemma.runtime import devices
 from beam_gemma.tasks.generate import GenerateSettings
 from beam_gemma.tasks.row_keys import KEY_BYTES, REQUEST_KEY
 from tests.conftest import TinyModel
@@ -261,7 +261,7 @@ def test_a_run_is_named_by_all_that_results_depend_on(
         run_digest(replace(artifact, eos_token_ids=(7,)), SETTINGS, "cpu"),
         run_digest(replace(artifact, files={}), SETTINGS, "cpu"),
     ]
-    monkeypatch.setattr(cpu_session, "NUMERICS", 0)
+    monkeypatch.setattr(devices, "NUMERICS", 0)
     others.append(run_digest(artifact, SETTINGS, "cpu"))
     assert len({one, *others}) == 6
 
