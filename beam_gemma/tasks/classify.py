@@ -16,11 +16,10 @@ from typing import Any
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
-from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row
 from beam_gemma.monitoring.progress import Count
-from beam_gemma.tasks.interface import in_order
+from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import Answer, ClassifySettings, Question, QuestionEncoder
 
@@ -38,7 +37,7 @@ class _Pending:
     futures: list[Future[Completion]] = field(default_factory=list)
 
 
-class Classifier:
+class Classifier(EngineModel):
     """Classifies rows on an engine that many threads share."""
 
     def __init__(
@@ -58,17 +57,10 @@ class Classifier:
             on_result: Called for each row as soon as it is done, from any thread; its tokens are
                 the engine's to count.
         """
-        self._engine = engine
+        super().__init__(engine, settings, on_result=on_result)
         self._encoders = encoders
         self._settings = settings
-        self._on_result = on_result
-        self._names = settings.result_schema.names
-        self._tally = Tally(engine)
         self._lock = threading.Lock()  # guards what rows have left
-
-    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Return the result columns of each row, in the order of the rows."""
-        return in_order(self.stream(rows))
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns as soon as they are known."""
@@ -89,22 +81,6 @@ class Classifier:
             row = done.get()
             with suppress(CancelledError):
                 yield row.index, self._result(row)
-
-    def drain(self) -> None:
-        """Begin with no other row."""
-        self._engine.drain()
-
-    def num_tokens(self) -> int:
-        """Return the tokens that the engine has computed."""
-        return self._engine.stats.num_tokens
-
-    def take_counts(self) -> dict[str, int]:
-        """Return what the engine has counted and no call has returned yet."""
-        return self._tally.take()
-
-    def take_pulse(self) -> dict[str, Any]:
-        """Return the samples of the engine that no call has returned yet."""
-        return self._engine.pulse.take()
 
     def _pending(self, index: int, row: Row) -> _Pending | str:
         """Return what the engine needs of a row, or the error that ends it here."""
@@ -137,10 +113,6 @@ class Classifier:
             return
         failed = any(future.result().error is not None for future in row.futures)
         self._on_result(Count(rows=1, failed=int(failed)))
-
-    def _failure(self, error: str) -> dict[str, Any]:
-        self._on_result(Count(rows=1, failed=1))
-        return dict.fromkeys(self._names) | {"error": error}
 
     def _result(self, row: _Pending) -> dict[str, Any]:
         completions = [future.result() for future in row.futures]

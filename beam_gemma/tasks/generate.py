@@ -18,7 +18,6 @@ import pyarrow as pa
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
-from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
@@ -26,7 +25,8 @@ from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import StructuredOutput
-from beam_gemma.tasks.interface import Settings, in_order
+from beam_gemma.tasks.engine_model import EngineModel
+from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import ROW_KEY
 
 
@@ -199,7 +199,7 @@ class _Task:
     stop: _Stop | None
 
 
-class Generator:
+class Generator(EngineModel):
     """Completes rows on an engine that many threads share."""
 
     def __init__(
@@ -221,19 +221,12 @@ class Generator:
             on_result: Called for each row as soon as it is done, from any thread; its tokens are
                 the engine's to count.
         """
-        self._engine = engine
+        super().__init__(engine, settings, on_result=on_result)
         self._encoder = encoder
         self._settings = settings
         self._constraint = constraint
-        self._on_result = on_result
         stops = (*settings.sampling.stop_token_ids, *encoder.stop_token_ids)
         self._sampling = replace(settings.sampling, stop_token_ids=stops)
-        self._names = settings.result_schema.names
-        self._tally = Tally(engine)
-
-    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Return the result columns of each row, in the order of the rows."""
-        return in_order(self.stream(rows))
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns as soon as they are known."""
@@ -250,22 +243,6 @@ class Generator:
             index, task = owners[future]
             with suppress(CancelledError):
                 yield index, self._result(task, future.result())
-
-    def drain(self) -> None:
-        """Begin with no other row."""
-        self._engine.drain()
-
-    def num_tokens(self) -> int:
-        """Return the tokens that the engine has computed."""
-        return self._engine.stats.num_tokens
-
-    def take_counts(self) -> dict[str, int]:
-        """Return what the engine has counted and no call has returned yet."""
-        return self._tally.take()
-
-    def take_pulse(self) -> dict[str, Any]:
-        """Return the samples of the engine that no call has returned yet."""
-        return self._engine.pulse.take()
 
     def _task(self, row: Row) -> _Task | str:
         """Return what the engine needs of a row, or the error that ends it here."""
@@ -303,10 +280,6 @@ class Generator:
         if future.cancelled() or future.exception() is not None:
             return
         self._on_result(Count(rows=1, failed=int(future.result().error is not None)))
-
-    def _failure(self, error: str) -> dict[str, Any]:
-        self._on_result(Count(rows=1, failed=1))
-        return dict.fromkeys(self._names) | {"error": error}
 
     def _result(self, task: _Task, completion: Completion) -> dict[str, Any]:
         result = dict.fromkeys(self._names)
