@@ -21,7 +21,7 @@ import numpy as np
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import GemmaConfig
-from beam_gemma.runtime.limits import EMBED_TOKENS
+from beam_gemma.runtime.limits import EMBED_TOKENS, Limits
 from beam_gemma.tasks.text_encoder import EmbedSettings
 from benchmarks.rate import Operations, matrix_rate
 from export.__main__ import export
@@ -81,7 +81,7 @@ def run_ours(folder: Path, texts: list[str], max_num_batched_tokens: int) -> dic
     handler = GemmaEmbedModelHandler(
         str(folder / "model"),
         EmbedSettings(),
-        max_num_batched_tokens=max_num_batched_tokens,
+        limits=Limits(max_num_batched_tokens=max_num_batched_tokens),
         large_model=False,
     )
     model = handler.load_model()

@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.inference.handlers import start_engine
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.row import Row
 from beam_gemma.model.artifact import Artifact
@@ -32,6 +31,7 @@ from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import EXTRACTED, StructuredOutput
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.generate import GenerateSettings, Generator
+from beam_gemma.tasks.open_model import start_engine
 from benchmarks.table import table
 
 TESTS = Path(__file__).parent.parent / "tests/data"

@@ -28,7 +28,6 @@ from llguidance.numpy import apply_token_bitmask_inplace, fill_next_token_bitmas
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
-from beam_gemma.inference.handlers import start_engine
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
@@ -36,6 +35,7 @@ from beam_gemma.runtime.limits import Limits
 from beam_gemma.structured.constraint import Constraint, Guide
 from beam_gemma.structured.grammar import ANY_CHAR, Repeat
 from beam_gemma.structured.json_schema import compile_schema
+from beam_gemma.tasks.open_model import start_engine
 from benchmarks.comparison import Bar, bar_lines
 from benchmarks.table import table
 from benchmarks.weights import transformers_folder

@@ -1,1 +1,1 @@
-"""Command lines: one pipeline each, run from a checkout or an image."""
+"""Command lines, one per pipeline, run from a checkout or an image."""

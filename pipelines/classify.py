@@ -14,7 +14,7 @@ from beam_gemma.inference.handlers import GemmaClassifyModelHandler
 
 
 def main() -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line and return the exit code."""
     job = plan(sys.argv[1:], classify_parser(), classify_settings, GemmaClassifyModelHandler)
     if job.preview is not None:
         sys.stdout.write(job.preview)

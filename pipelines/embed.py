@@ -1,4 +1,4 @@
-"""Embeds a text of every row of a table with a Gemma model.
+"""Embeds a text from every row of a table with a Gemma model.
 
 python -m pipelines.embed --help
 """
@@ -14,7 +14,7 @@ from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 
 
 def main() -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line and return the exit code."""
     job = plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
     if job.preview is not None:
         sys.stdout.write(job.preview)

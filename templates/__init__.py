@@ -1,1 +1,1 @@
-"""Flex Templates of the pipelines on Dataflow: what they say of themselves, and their images."""
+"""Flex Templates of the pipelines on Dataflow: metadata and images."""

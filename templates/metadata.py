@@ -1,4 +1,4 @@
-"""Writes what the Flex Templates say of their parameters, from the flags of the pipelines.
+"""Writes the Flex Templates' parameter metadata from the pipelines' flags.
 
 python -m templates.metadata
 """
@@ -32,7 +32,7 @@ PARSERS: dict[str, Callable[[], FlagParser]] = {
     "classify": classify_parser,
 }
 Kind = tuple[str, str | None]
-"""A parameter's type, and the POSIX pattern that its values match as a whole."""
+"""A parameter's type, and the POSIX pattern that its whole value must match."""
 ANY_TEXT: Kind = ("TEXT", None)
 OBJECT = "^gs://[^/]+/.+$"
 TABLE = "^(gs://[^/]+/|bq://).+$"
@@ -53,7 +53,7 @@ KINDS_OF_PLACES: dict[Any, Kind] = {
     "FILE": ("GCS_READ_FILE", OBJECT),
     "URI": ("TEXT", TABLE),
 }
-"""By what help calls the value: a launcher has no files of its own."""
+"""Kinds by metavar; paths must be on Cloud Storage, as a launcher has no files of its own."""
 KINDS_OF_FLAGS: dict[str, Kind] = {"report": ("GCS_WRITE_FILE", OBJECT)}
 ACRONYMS = {
     "cudagraph": "CUDA graph",
@@ -64,7 +64,7 @@ ACRONYMS = {
     "sdk": "SDK",
 }
 NOT_IN_THE_FORM = ("dry_run", *OF_A_DRY_RUN)
-"""A launch that starts no job counts as failed; its estimate is in the launcher's log."""
+"""Parameters hidden in the form: a dry run, with its estimate in the log, counts as failed."""
 WORKER_IMAGE = {
     "name": "sdk_container_image",
     "label": "Worker image",
@@ -74,7 +74,7 @@ WORKER_IMAGE = {
     "paramType": "TEXT",
     "regexes": ["^[^ ]+[:@][^ ]+$"],
 }
-"""The one option of Beam's that a launch always needs and that is no setting of a launch."""
+"""The only Beam option that every launch needs and that is not a launch setting."""
 
 
 def metadata(task: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def metadata(task: str) -> dict[str, Any]:
 
 
 def write(folder: Path = FOLDER) -> list[Path]:
-    """Write the metadata of every template; return the files."""
+    """Write the metadata of all templates and return the files."""
     files = []
     for task in PARSERS:
         file = folder / f"{task}.json"
@@ -147,7 +147,7 @@ def _label(name: str) -> str:
 
 def _help(action: argparse.Action) -> str:
     text = (action.help or "") % vars(action)
-    # A launch gives each parameter once.
+    # A launch passes each parameter only once, so notes on repeating flags are dropped.
     return text.replace("; may be repeated", "").replace("; to be repeated", "")
 
 
@@ -157,7 +157,7 @@ def _default(action: argparse.Action) -> str | None:
     if isinstance(action.default, bool):
         return str(action.default).lower()
     default = str(action.default)
-    # A form would strip a default of white space, and so change it.
+    # A form would strip a whitespace-only default and so change it.
     return default if default.strip() else None
 
 

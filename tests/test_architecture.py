@@ -23,7 +23,7 @@ WINGS = {
     "structured": "model",
     "runtime": "monitoring model",
     "engine": "monitoring model structured runtime",
-    "tasks": "monitoring model inputs structured engine",
+    "tasks": "monitoring model inputs structured runtime engine",
     "tables": "monitoring",
     "inference": "monitoring model inputs structured runtime engine tasks",
     "jobs": "monitoring model inputs tasks tables inference",

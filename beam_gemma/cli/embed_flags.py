@@ -30,6 +30,7 @@ def embed_parser() -> FlagParser:
     _add_text(parser)
     _add_results(parser)
     add_steps(parser, EMBED_TOKENS)
+    parser.set_defaults(max_num_seqs=None, cudagraph_capture_sizes=None)
     add_job(parser)
     add_estimate(parser, completes=False)
     add_dataflow(parser)

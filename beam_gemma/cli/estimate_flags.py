@@ -11,7 +11,7 @@ from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.jobs.estimate import Means, Throughput
 from beam_gemma.jobs.profiles import find_profile, this_machine
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.runtime.devices import choose_device
+from beam_gemma.runtime.devices import DeviceChoice, choose_device
 
 FLAGS = (
     "prompt_tokens_per_sec", "completion_tokens_per_sec", "expected_tokens", "worker_price"
@@ -78,13 +78,14 @@ def means_of(
     options: PipelineOptions,
     handler: TaskHandler,
     artifact: Artifact,
+    device: DeviceChoice,
 ) -> Means:
     """Return the throughput, workers and price of a job, as far as they are known."""
     most = handler.settings.max_new_tokens
     expected = getattr(flags, "expected_tokens", None)
     workers = options.view_as(WorkerOptions)
     return Means(
-        throughput=_throughput(flags, options, handler, artifact),
+        throughput=_throughput(flags, options, handler, artifact, device),
         num_workers=1 if is_local(options) else workers.max_num_workers or workers.num_workers,
         worker_price=flags.worker_price,
         completion_tokens=float(most) if expected is None else expected,
@@ -101,6 +102,7 @@ def _throughput(
     options: PipelineOptions,
     handler: TaskHandler,
     artifact: Artifact,
+    device: DeviceChoice,
 ) -> Throughput:
     """Return the throughput from flags, or else from measured profiles."""
     needed = ["prompt_tokens_per_sec", "completion_tokens_per_sec"]
@@ -108,11 +110,11 @@ def _throughput(
         needed.pop()
     given = {name: getattr(flags, name) for name in needed}
     if is_local(options):
-        device = choose_device(artifact, handler.head, flags.device)
-        profile = find_profile(artifact, handler.head, device, this_machine())
+        here = choose_device(artifact, handler.head, device)
+        profile = find_profile(artifact, handler.head, here, this_machine())
     else:
         machine = options.view_as(WorkerOptions).machine_type
-        profile = find_profile(artifact, handler.head, flags.device, machine)
+        profile = find_profile(artifact, handler.head, device, machine)
     measured = {name: getattr(profile, name, None) for name in needed}
     rates = {name: measured[name] if given[name] is None else given[name] for name in needed}
     unknown = [f"--{name}" for name in needed if rates[name] is None]

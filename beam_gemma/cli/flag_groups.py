@@ -1,7 +1,6 @@
 """Groups of flags shared by the tasks, and the settings they describe."""
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +16,14 @@ from beam_gemma.runtime.limits import (
 )
 
 
-def engine_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of the `add_engine` flags."""
-    names = ("device", *(field.name for field in dataclasses.fields(Limits)))
-    return {name: value for name, value in vars(flags).items() if name in names}
+def limits_of(flags: argparse.Namespace) -> Limits:
+    """Return the step and memory limits that the `add_engine` or `add_steps` flags describe."""
+    return Limits(
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+        cudagraph_capture_sizes=flags.cudagraph_capture_sizes,
+        gpu_memory_utilization=flags.gpu_memory_utilization,
+    )
 
 
 def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.cli.estimate_flags import check_estimate, means_of
-from beam_gemma.cli.flag_groups import engine_settings
+from beam_gemma.cli.flag_groups import limits_of
 from beam_gemma.cli.flags import FlagParser, in_one_process, is_local, parse
 from beam_gemma.cli.table_flags import refuse_streams, sink_of, source_of
 from beam_gemma.dataflow.options import on_dataflow, resource_hints, worker_device, worker_options
@@ -26,7 +26,7 @@ from beam_gemma.jobs.run_record import facts_of, marks_of
 from beam_gemma.jobs.shards import Layout
 from beam_gemma.jobs.write_table import Columns, Output, Page, WriteOutput
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.runtime.devices import choose_device
+from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.tables.file_sink import check_writable
 from beam_gemma.tables.open_table import ReadTable
 from beam_gemma.tables.sink import Sink
@@ -84,16 +84,16 @@ def plan(
     flags, options = parse(parser, argv)
     _set_up_logs(verbose=flags.verbose)
     refuse_streams(flags.input)
-    if on_dataflow(options):
-        flags.device = worker_device(flags)
+    device: DeviceChoice = worker_device(flags) if on_dataflow(options) else flags.device
     handler = handler_of(
         flags.model,
         settings_of(flags),
+        device=device,
+        limits=limits_of(flags),
         large_model=not in_one_process(options),
-        **engine_settings(flags),
     )
     check_estimate(flags, handler.settings.max_new_tokens)
-    artifact, options = _open(handler, flags, options)
+    artifact, options = _open(handler, flags, options, device)
     source = source_of(flags, options)
     check_columns(handler.settings, source.schema)
     command = [*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)]
@@ -106,9 +106,9 @@ def plan(
     output = _output(flags, options, source, handler.settings, facts)
     job = Job(source=source, handler=handler, output=output, options=options)
     if flags.dry_run:
-        means = means_of(flags, options, handler, artifact)
+        means = means_of(flags, options, handler, artifact, device)
         return replace(job, preview=preview(source, handler, artifact, means, flags.dry_run))
-    pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, flags.device)}"
+    pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, device)}"
     handler.supervise(
         Supervision(
             pieces=pieces,
@@ -127,7 +127,10 @@ def plan(
 
 
 def _open(
-    handler: TaskHandler, flags: argparse.Namespace, options: PipelineOptions
+    handler: TaskHandler,
+    flags: argparse.Namespace,
+    options: PipelineOptions,
+    device: DeviceChoice,
 ) -> tuple[Artifact, PipelineOptions]:
     """Open the model's description and check it against the task, device and workers."""
     artifact = handler.artifact()
@@ -135,9 +138,9 @@ def _open(
     handler.run_on(resource_hints(flags, options))
     handler.check(artifact)
     if is_local(options):
-        choose_device(artifact, handler.head, flags.device)
-    elif flags.device != "auto":
-        artifact.signature(handler.head, flags.device)
+        choose_device(artifact, handler.head, device)
+    elif device != "auto":
+        artifact.signature(handler.head, device)
     return artifact, options
 
 

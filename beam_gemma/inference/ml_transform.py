@@ -12,6 +12,7 @@ from apache_beam.ml.transforms.base import EmbeddingsManager, _TextEmbeddingHand
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 from beam_gemma.runtime.devices import DeviceChoice
+from beam_gemma.runtime.limits import Limits
 from beam_gemma.tasks.interface import Model
 from beam_gemma.tasks.text_encoder import EmbedSettings
 
@@ -58,15 +59,16 @@ class GemmaTextEmbeddings(EmbeddingsManager):
             "truncate": truncate,
             "truncate_dim": truncate_dim,
         }
-        self._options: dict[str, Any] = {
-            "device": device,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
+        self._device: DeviceChoice = device
+        self._max_num_batched_tokens = max_num_batched_tokens
 
     def get_model_handler(self) -> "VectorHandler":
         """Return what makes embeddings of texts."""
         settings = EmbedSettings(**self._settings)  # type: ignore[arg-type]
-        return VectorHandler(self._model, settings, large_model=False, **self._options)
+        limits = Limits(max_num_batched_tokens=self._max_num_batched_tokens)
+        return VectorHandler(
+            self._model, settings, device=self._device, limits=limits, large_model=False
+        )
 
     def get_ptransform_for_processing(self, **kwargs: Any) -> beam.PTransform[Any, Any]:
         """Return the transform that MLTransform applies."""

@@ -29,6 +29,7 @@ from beam_gemma.monitoring.startup_log import log_process, logged
 from beam_gemma.monitoring.timeline import used_mib, with_pulse
 from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.runtime.download import open_description, open_model
+from beam_gemma.runtime.limits import Limits
 from beam_gemma.tasks.interface import Asked, Encoder, Model, Settings, StreamingModel, task_name
 from beam_gemma.tasks.row_keys import KEY_BYTES
 from beam_gemma.versions import check_versions, versions
@@ -51,7 +52,13 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     """Beam's counter of each result column that holds a number of tokens."""
 
     def __init__(
-        self, model: str, settings: Settings, *, device: DeviceChoice, large_model: bool
+        self,
+        model: str,
+        settings: Settings,
+        *,
+        device: DeviceChoice,
+        limits: Limits,
+        large_model: bool,
     ) -> None:
         """Describe a model and what to ask of it; nothing is loaded yet.
 
@@ -59,9 +66,11 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             model: Folder that `python -m export` wrote, on this machine or on gs://.
             settings: What to ask.
             device: `auto` is CUDA where the model and the machine have it, else the CPU.
+            limits: Step and memory limits.
             large_model: Whether the processes of a machine share one model. Without it each
                 process loads its own, which is right where there is only one.
         """
+        limits.check_choice(device)
         super().__init__(
             min_batch_size=BATCH_ROWS,
             max_batch_size=BATCH_ROWS,
@@ -75,6 +84,13 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         self.settings = settings
         self._model = model
         self._device = device
+        self._limits = limits
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(model={self._model!r}, device={self._device!r}, "
+            f"{self._limits!r})"
+        )
 
     @property
     @abstractmethod

@@ -1,1 +1,1 @@
-"""Runs one step of an exported graph, on a CPU or a CUDA device."""
+"""Execution of single steps of an exported graph, on a CPU or a CUDA device."""

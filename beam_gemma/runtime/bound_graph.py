@@ -1,7 +1,7 @@
-"""A graph that ONNX Runtime runs between fixed addresses.
+"""A graph that ONNX Runtime runs with inputs and outputs at fixed addresses.
 
-Nothing falls back in silence: what keeps a graph off the GPU, whole or in part, is an error with a
-remedy. On plain memory the same code runs on the CPU.
+Nothing falls back silently: if a graph, or part of it, cannot run on the GPU, an error names the
+remedy. With `HostMemory` the same code runs on the CPU.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,45 +9,44 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime
 
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.cpu_session import check_names
 from beam_gemma.runtime.device_memory import DeviceMemory
-from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS
+from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS, onnxruntime
 
 Binding: TypeAlias = Any
-"""ONNX Runtime's, which has no types."""
+"""ONNX Runtime's `IOBinding`, which has no type annotations."""
 UNCAPTURED = -1
-"""In place of the number of a CUDA graph."""
+"""CUDA graph number that means: run without capture."""
 BFLOAT16 = 16
-"""ONNX's number of the type that numpy lacks."""
+"""ONNX's number for bfloat16, which numpy lacks."""
 NO_ROOM = ("failed to allocate memory", "out of memory", "alloc_failed", "bad_alloc")
-"""What errors say where memory has run out, whoever raised them."""
+"""Phrases by which an error of any library shows that memory has run out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an input or output lies."""
+    """Type, shape and address of an input or output."""
 
     name: str
     dtype: str
-    """numpy's name, or `bfloat16`."""
+    """Name of a numpy dtype, or `bfloat16`."""
     shape: tuple[int, ...]
     address: int
     is_on_host: bool = False
 
 
 class BoundGraph:
-    """A loaded graph."""
+    """A loaded graph that runs on bound inputs and outputs."""
 
     def __init__(self, graph_path: str, signature: Signature, memory: DeviceMemory) -> None:
-        """Load it, and its weights onto the device.
+        """Load a graph, and its weights onto the device.
 
         Raises:
-            OptionsError: ONNX Runtime has not got the device.
-            ArtifactError: the graph is not what the signature says, or would not run there whole.
+            OptionsError: ONNX Runtime lacks the device, or the device has too little memory.
+            ArtifactError: the graph differs from its signature, or part of it cannot run there.
         """
         self._kind = memory.kind
         self._session = _load(graph_path, memory)
@@ -60,9 +59,9 @@ class BoundGraph:
         """Bind inputs and outputs to their places.
 
         Args:
-            inputs: All, or those that are to change.
-            outputs: Likewise.
-            binding: What to change; None for a new binding.
+            inputs: Places of all inputs, or of those to change.
+            outputs: Places of all outputs, or of those to change.
+            binding: The binding to change; None creates a new one.
         """
         binding = binding or self._session.io_binding()
         for bind, places in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -73,12 +72,12 @@ class BoundGraph:
         return binding
 
     def run(self, binding: Binding, graph_id: int = UNCAPTURED) -> None:
-        """Run the graph; it may be on its way still.
+        """Run the graph; on a GPU, return before it has finished.
 
         Args:
-            binding: Of all inputs and outputs.
-            graph_id: Names what is launched, which is recorded at the first run of the name and
-                replayed at others.
+            binding: The binding of all inputs and outputs.
+            graph_id: Number of the CUDA graph, captured at its first run and replayed at later
+                ones.
         """
         self._session.run_with_iobinding(binding, self._options(graph_id))
 
@@ -93,7 +92,7 @@ class BoundGraph:
 
 
 def is_lack_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the device has no more memory."""
+    """Return whether an error says that memory has run out."""
     text = f"{type(error).__name__}: {error}".lower()
     return any(words in text for words in NO_ROOM)
 
@@ -103,8 +102,8 @@ def _load(graph_path: str, memory: DeviceMemory) -> onnxruntime.InferenceSession
     options.log_severity_level = 3
     provider = PROVIDERS["cuda" if memory.kind == "cuda" else "cpu"]
     if memory.kind == "cuda":
-        # Where CUDA comes as packages, as outside of the workers' image, it lies in none of the
-        # places that the system looks in.
+        # CUDA libraries installed as Python packages, as outside the workers' image, are not on the
+        # system's library path.
         onnxruntime.preload_dlls()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
@@ -133,8 +132,8 @@ def _provider_options(memory: DeviceMemory) -> Mapping[str, str]:
     return {
         "user_compute_stream": str(memory.stream),
         "enable_cuda_graph": "1",
-        # What is left after a peak is for caches, so the arena takes what it needs and no more.
+        # Memory left after the peak goes to caches, so the arena must not take more than it needs.
         "arena_extend_strategy": "kSameAsRequested",
-        # Sums of probabilities need all bits of float32.
+        # Sums of probabilities need the full precision of float32.
         "use_tf32": "0",
     }

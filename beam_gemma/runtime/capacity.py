@@ -1,4 +1,4 @@
-"""How much state a session keeps: memory, divided among the groups of layers."""
+"""Sizes of a session's state: memory divided among the groups of layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """How much state a session keeps."""
+    """Sizes of a session's state."""
 
     num_blocks: Mapping[str, int]
-    """Cache blocks for each paged group; block 0 is padding and belongs to nobody."""
+    """Cache blocks per paged group, including block 0, which is reserved for padding."""
     num_state_slots: int
-    """Sequences that have state of a fixed size."""
+    """Slots for state of a fixed size, one per sequence."""
 
 
 def plan_capacity(
@@ -26,8 +26,11 @@ def plan_capacity(
 ) -> Capacity:
     """Divide memory among the paged groups.
 
-    A group with a window never needs more than the window, one chunk and the alignment of tables
-    for each sequence; what it leaves goes to the others, up to the longest sequences there can be.
+    Per sequence, a group with a sliding window needs at most the window, one chunk and the
+    alignment of block tables. The other groups get the rest, up to `max_model_len` per sequence.
+
+    Raises:
+        OptionsError: a group gets fewer than 2 blocks.
     """
     block = signature.block_size
     unit = CONTEXT_ALIGNMENT if signature.device == "cpu" else block
@@ -44,7 +47,7 @@ def plan_capacity(
         return Capacity(num_blocks={}, num_state_slots=max_num_seqs)
     num_blocks = {}
     left = num_bytes
-    # The cheapest need first, each with at most an equal share of what is left.
+    # Serve the smallest need first; each group gets at most an equal share of the remaining bytes.
     for i, group in enumerate(sorted(need, key=lambda g: need[g] * cost[g])):
         share = left // (len(need) - i)
         num_blocks[group] = min(need[group], share // cost[group])
@@ -59,11 +62,11 @@ def plan_capacity(
 
 
 def block_bytes(signature: Signature, state: PagedState) -> int:
-    """Return the bytes of one block in all layers of a group, keys and values."""
+    """Return the size in bytes of one block's keys and values in all layers of a group."""
     shape = (state.num_key_value_heads, state.head_dim, signature.block_size)
     return 2 * len(state.layers) * num_bytes(signature.dtype, shape)
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the size of an array of numpy's dtype, or of bfloat16, which numpy lacks."""
+    """Return an array's size in bytes; `dtype` is a numpy name or bfloat16, which numpy lacks."""
     return prod(shape) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)

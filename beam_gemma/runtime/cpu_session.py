@@ -1,13 +1,12 @@
 """Steps on the CPU.
 
-A session owns the loaded graph and the state buffers, which are bound once, as input and as output
-of every step, so that a step updates them in place.
+A session owns the loaded graph and the state buffers. Each buffer is bound once, as both input and
+output of every step, so that a step updates it in place.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnxruntime
 import psutil
 
 from beam_gemma.errors import ArtifactError
@@ -16,16 +15,16 @@ from beam_gemma.model.graph_tensors import Head, StateTensor
 from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.capacity import Capacity, plan_capacity
-from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS
+from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS, onnxruntime
 from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
 
 CACHE_FRACTION = 0.4
-"""Share of the free memory that caches may fill once the weights are loaded."""
+"""Share of the memory left after loading the weights; caches may use this much."""
 LOGITS = "logits"
 
 
 class Session:
-    """A loaded graph with its state."""
+    """A loaded graph with its state, on the CPU."""
 
     max_steps_in_flight = 1
 
@@ -41,12 +40,12 @@ class Session:
 
         Args:
             graph_path: The ONNX file.
-            signature: Its contract.
+            signature: The graph's contract.
             capacity: Sizes of the state buffers.
-            num_threads: Threads of one operator; 0 for one per core.
+            num_threads: Threads per operator; 0 means one per core.
 
         Raises:
-            ArtifactError: the graph is not what the signature says.
+            ArtifactError: the graph cannot be loaded or differs from its signature.
         """
         self.signature = signature
         self.num_blocks = dict(capacity.num_blocks)
@@ -56,7 +55,7 @@ class Session:
         sizes = {"S": capacity.num_state_slots}
         sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
         self._state = {t.input_name: _zeros(t, sizes) for t in signature.state_tensors()}
-        # What a binding has returned once it would fill again, so each set of outputs has its own.
+        # A binding keeps every output once bound to it, so each set of outputs has its own binding.
         self._bindings = {with_logits: self._bind() for with_logits in (False, True)}
 
     @classmethod
@@ -69,13 +68,13 @@ class Session:
         max_num_batched_tokens: int,
         num_threads: int = 0,
     ) -> "Session":
-        """Load a model folder's graph, with caches sized from the free memory."""
+        """Load a model folder's graph, with caches sized to the free memory."""
         signature = artifact.signature(head, "cpu")
         graph_path = str(artifact.graph_path(head, "cpu"))
         weights = sum(
             entry.num_bytes for name, entry in artifact.files.items() if name.startswith("weights/")
         )
-        # Weights are held once as file pages and once repacked for the matrix kernels.
+        # Weights are in memory twice: as file pages, and repacked for the matrix kernels.
         free = max(psutil.virtual_memory().available - 2 * weights, 0) * CACHE_FRACTION
         capacity = plan_capacity(
             signature,
@@ -86,7 +85,7 @@ class Session:
         return cls(graph_path, signature, capacity, num_threads=num_threads)
 
     def run(self, feeds: Feeds, *, with_logits: bool = False) -> StepOutput | ScoreOutput:
-        """Run one step to its end, as `start` does."""
+        """Run one step and return its outputs."""
         return self.start(feeds, with_logits=with_logits).result()
 
     def start(
@@ -96,32 +95,32 @@ class Session:
         with_logits: bool = False,
         with_candidates: bool = True,  # noqa: ARG002 - the host chooses among them
     ) -> Finished:
-        """Run one step, at once, and update the state in place.
+        """Run one step synchronously, which updates the state in place.
 
         Args:
-            feeds: Exactly the arrays of `Signature.step_inputs`.
-            with_logits: Whether to return the whole distribution of each row.
-            with_candidates: Without effect, since the host chooses here: they always come.
+            feeds: The step's inputs: exactly the arrays of `Signature.step_inputs`.
+            with_logits: Whether to return the full distribution of each row.
+            with_candidates: Ignored; candidates are always returned, since the host chooses.
         """
         arrays = self._run(feeds, with_logits=with_logits)
         if self.signature.head == "score":
             return Finished(ScoreOutput(**arrays))
-        # ONNX Runtime's 64-bit integers come as C's `long long`, which numpy tells from int64.
+        # ONNX Runtime returns C's `long long`, which numpy distinguishes from int64.
         ids = arrays["topk_ids"].view(np.int64)
         return Finished(
             StepOutput(arrays["topk_logits"], ids, arrays["top_probability"], arrays.get(LOGITS))
         )
 
     def embed(self, feeds: Feeds) -> EmbedOutput:
-        """Run one step over whole texts."""
+        """Run one step over whole texts and return their embeddings."""
         return EmbedOutput(**self._run(feeds, with_logits=False))
 
     def stats(self) -> DeviceStats:
-        """Return what a GPU has to say: nothing."""
+        """Return empty GPU statistics."""
         return DeviceStats()
 
     def _run(self, feeds: Feeds, *, with_logits: bool) -> dict[str, np.ndarray]:
-        """Run the graph and return its outputs, but the state, by name."""
+        """Run the graph and return its outputs by name, without the state."""
         binding = self._bindings[with_logits]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -129,12 +128,12 @@ class Session:
         for name in names:
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        # State was bound first and comes first.
+        # The state was bound first, so its outputs come first.
         fresh = binding.get_outputs()[len(self._state) :]
         return {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
-        """Overwrite cache blocks with zeros, so that no NaN outlives its row."""
+        """Overwrite cache blocks with zeros, so that no NaN outlives its row in them."""
         state = next(s for s in self.signature.paged_states if s.group == group)
         for layer in state.layers:
             for name in (f"key_cache.{layer}", f"value_cache.{layer}"):
@@ -151,7 +150,7 @@ class Session:
 
 
 def _zeros(tensor: StateTensor, sizes: Mapping[str, int]) -> np.ndarray:
-    """Allocate a state buffer; zeros from the system cost no memory until they are written."""
+    """Allocate a zeroed state buffer; its pages take no memory until they are written."""
     shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
     return np.zeros(shape, tensor.dtype)
 
@@ -167,7 +166,11 @@ def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:
 
 
 def check_names(session: onnxruntime.InferenceSession, signature: Signature) -> None:
-    """Compare the graph's inputs and outputs with the signature."""
+    """Compare the names of a graph's inputs and outputs with its signature.
+
+    Raises:
+        ArtifactError: the names differ.
+    """
     state = signature.state_tensors()
     inputs = [t.name for t in signature.step_inputs()] + [t.input_name for t in state]
     outputs = [t.name for t in signature.outputs()] + [t.output_name for t in state]

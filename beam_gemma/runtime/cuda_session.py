@@ -1,13 +1,13 @@
-"""Steps on a GPU, started one after another without waiting for the one before.
+"""Steps on a GPU, started without waiting for the previous step.
 
-Everything has its place from the beginning: weights, caches, and one buffer each for what goes into
-a step and for what comes out. A step's inputs lie in one piece of pinned memory and cross by one
-copy; what every step returns comes back by another. So the host lays out the next step while the
-device is at work, and a decode step is one CUDA graph, which ONNX Runtime records for each shape
-and replays for all other steps of it.
+Weights, caches, and one buffer each for a step's inputs and outputs keep fixed addresses. A step's
+inputs lie in one piece of pinned memory and are copied to the device in one call; the outputs
+fetched in every step come back in another. So the host prepares the next step while the device
+works. A decode step is one CUDA graph, which ONNX Runtime captures once for each shape and replays
+for all later steps of that shape.
 
-A shape is recorded by a step for nobody: ONNX Runtime runs what it records twice, which would
-choose two tokens.
+A graph is captured with an empty step: ONNX Runtime runs a graph twice while capturing it, so a
+real step would choose two tokens.
 
 Dimensions: V vocabulary.
 """
@@ -46,7 +46,7 @@ MIB = 1 << 20
 
 
 class CudaSession:
-    """A loaded graph with its state, on one GPU; one thread at a time may use it."""
+    """A loaded graph with its state on one GPU; only one thread at a time may use it."""
 
     max_steps_in_flight = MAX_STEPS_IN_FLIGHT
 
@@ -60,37 +60,37 @@ class CudaSession:
         max_num_seqs: int,
         memory_utilization: float,
     ) -> None:
-        """Load a graph, find out what its largest steps take, and give what is left to caches.
+        """Load a graph, run its largest steps, and allocate caches in the memory that is left.
 
         Args:
             graph_path: The ONNX file.
-            signature: Its contract.
-            memory: Of the device.
-            sizes: That steps are padded to.
-            max_num_seqs: Sequences that have state of a fixed size.
+            signature: The graph's contract.
+            memory: The device's memory.
+            sizes: Sizes that steps are padded to.
+            max_num_seqs: Maximum number of sequences with state of a fixed size.
             memory_utilization: Share of the device's memory to use.
 
         Raises:
-            OptionsError: the device has no room for it.
-            ArtifactError: the graph is not what the signature says, or would not run there whole.
+            OptionsError: the device has too little memory.
+            ArtifactError: the graph differs from its signature, or part of it cannot run there.
         """
         self.signature = signature
         self.num_state_slots = max_num_seqs + 1
-        """The last belongs to nobody."""
+        """Number of slots, including a spare last one for padding."""
         self._memory = memory
         self._sizes = sizes
         self._stats = DeviceStats(total_mib=memory.room().total // MIB)
         self._bound: dict[StepShape, _Bound] = {}
-        """Of decode steps, each with a recorded graph."""
+        """Bindings of decode steps, each with a captured graph."""
         self._latest: _Bound | None = None
-        """Of other steps."""
+        """Binding of the latest step that was not a decode step."""
         self._pending: list[PendingStep | None] = [None] * MAX_STEPS_IN_FLIGHT
         with logged("moved weights to the device"):
             self._graph = BoundGraph(graph_path, signature, memory)
         try:
             with logged("ran the largest steps and allocated caches"):
                 self._open(memory_utilization)
-        except Exception as error:  # whatever says so, memory that is short has one remedy
+        except Exception as error:  # lack of memory comes as many types, with one remedy
             if is_lack_of_memory(error):
                 raise _no_room(memory, error) from error
             raise
@@ -101,12 +101,12 @@ class CudaSession:
         """Start one step, which updates the state in place.
 
         Args:
-            feeds: The step.
-            with_logits: Whether the whole distribution of the `full_rows` can be asked for.
-            with_candidates: Whether to return candidates even where the device chooses.
+            feeds: The step's inputs.
+            with_logits: Whether the full distributions of the `full_rows` can be fetched.
+            with_candidates: Whether to return candidates even if the device chooses tokens.
 
         Raises:
-            DeviceError: there is no room for a step of this size.
+            DeviceError: the step is larger than all step sizes, or a CUDA call failed.
         """
         shape = self._sizes.shape(feeds, self.signature, with_logits=with_logits)
         frame = self._free_frame()
@@ -118,7 +118,7 @@ class CudaSession:
             target = self._buffers.outputs[frame][:num_bytes]
             self._memory.copy_out(target, self._buffers.output_address)
             end = self._memory.mark()
-        except Exception as error:  # a device may raise anything; pinned memory must come to rest
+        except Exception as error:  # a device may raise any type; in-flight copies must end first
             self._rest()
             if is_lack_of_memory(error):
                 self._give_up(shape)
@@ -135,33 +135,33 @@ class CudaSession:
         return pending
 
     def run(self, feeds: Feeds, *, with_logits: bool = False) -> StepOutput | ScoreOutput:
-        """Run one step to its end, as `start` does."""
+        """Start one step, wait for it and return its outputs."""
         return self.start(feeds, with_logits=with_logits).result()
 
     def embed(self, feeds: Feeds) -> EmbedOutput:
-        """Run one step over whole texts."""
+        """Run one step over whole texts and return their embeddings."""
         if self.signature.device == "cuda":
             feeds = side_by_side(feeds)
         return EmbedOutput(**self.start(feeds).arrays())
 
     def zero_blocks(self, group: str, blocks: list[int]) -> None:
-        """Overwrite cache blocks with zeros, after the steps that were started before."""
+        """Overwrite cache blocks with zeros, after all steps started so far."""
         self._state.zero_blocks(group, blocks)
 
     def stats(self) -> DeviceStats:
-        """Return what was done so far; the device is not asked, which could spoil a recording."""
+        """Return statistics so far; querying the device here could break a graph capture."""
         return self._stats
 
     def logits(self, row: int) -> Float32[np.ndarray, " V"]:
-        """Return the distribution of one of the `full_rows` of the step that was started last."""
+        """Return the logits of one of the `full_rows` of the step that was started last."""
         return self._buffers.logits(row)
 
     def count(self, seconds: float) -> None:
-        """Count how long the device was busy with a step."""
+        """Add the seconds that the device spent on a step to the statistics."""
         self._stats = replace(self._stats, busy_secs=self._stats.busy_secs + seconds)
 
     def _open(self, memory_utilization: float) -> None:
-        """Run the largest steps over caches for nobody; then allocate caches in what is left."""
+        """Run the largest steps, empty, with one-block caches; then size caches to free memory."""
         largest = largest_shapes(self._sizes, self.signature)
         self._buffers = StepBuffers(
             self.signature, self._memory, largest=largest, num_frames=MAX_STEPS_IN_FLIGHT
@@ -187,9 +187,9 @@ class CudaSession:
         self._measure()
 
     def _bound_to(self, shape: StepShape) -> "_Bound":
-        """Return the binding of a shape; one that is replayed is recorded when it first comes."""
+        """Return the binding of a shape; a decode shape's graph is captured at its first step."""
         if not shape.is_decode:
-            # Shapes differ in their number of sequences, and there is nothing to keep of them.
+            # These shapes differ in their number of sequences and have no captured graph to keep.
             if self._latest is None or self._latest.layout.shape != shape:
                 self._latest = self._bind(shape, UNCAPTURED, self._latest)
             return self._latest
@@ -202,7 +202,7 @@ class CudaSession:
         return self._bound[shape]
 
     def _bind(self, shape: StepShape, graph_id: int, old: "_Bound | None" = None) -> "_Bound":
-        """Bind all inputs and outputs of a shape, or change those that are not state."""
+        """Bind all inputs and outputs of a shape, or update all but the state in binding `old`."""
         layout = self._buffers.layout(shape)
         inputs, outputs = self._buffers.places(layout)
         for placed in () if old else self._state:
@@ -212,7 +212,7 @@ class CudaSession:
         return _Bound(layout, self._graph.bind(inputs, outputs, old and old.binding), graph_id)
 
     def _launch(self, bound: "_Bound", feeds: Feeds) -> None:
-        """Copy a step's inputs to the device, and run the graph."""
+        """Copy a step's inputs to the device and start the graph."""
         buffer = self._buffers.inputs[self._free_frame()]
         views = {name: slot.of(buffer) for name, slot in bound.layout.inputs.items()}
         pad(feeds, bound.layout.shape, views, spare_slot=self.num_state_slots - 1)
@@ -221,19 +221,19 @@ class CudaSession:
         self._graph.run(bound.binding, bound.graph_id)
 
     def _run_for_nobody(self, bound: "_Bound") -> None:
-        """Run a step that changes nothing, to its end."""
+        """Run a step without sequences, which changes no sequence's state, and wait for it."""
         self._launch(bound, no_step(self.signature))
         self._memory.mark().wait()
 
     def _free_frame(self) -> int:
-        """Return which pinned memory the next step has, once the step before it there is over."""
+        """Return the index of the next step's pinned buffers; wait for the step that uses them."""
         frame = self._stats.steps % MAX_STEPS_IN_FLIGHT
         if (pending := self._pending[frame]) is not None:
             pending.settle()
         return frame
 
     def _rest(self) -> None:
-        """Wait until nothing is on its way; what goes wrong on it shows where it is waited for."""
+        """Wait until the device is idle; a pending step raises its own errors when waited for."""
         with suppress(DeviceError):
             self._memory.mark().wait()
 
@@ -242,9 +242,10 @@ class CudaSession:
         self._stats = replace(self._stats, used_mib=(room.total - room.free) // MIB)
 
     def _give_up(self, shape: StepShape) -> None:
-        """Have no more steps of a size that the device has no room for.
+        """Drop a step size that the device has no memory for.
 
-        No prompt is cut finer than a block, so prefill steps stay that large.
+        Prompts are not split into chunks smaller than a block, so prefill steps keep at least
+        `block_size` tokens.
         """
         kind, least = ("decode", 1) if shape.is_decode else ("prefill", self.signature.block_size)
         sizes: tuple[int, ...] = getattr(self._sizes, kind)
@@ -262,7 +263,7 @@ class CudaSession:
 
 
 class PendingStep:
-    """A step on its way."""
+    """A step that was started and may still run."""
 
     def __init__(
         self,
@@ -273,14 +274,14 @@ class PendingStep:
         *,
         with_logits: bool,
     ) -> None:
-        """Begin to wait.
+        """Record a started step.
 
         Args:
-            session: Runs the step.
-            outputs: By name, in pinned memory that others need later.
-            begin: Where the step begins in the stream.
-            end: Where the outputs are complete.
-            with_logits: Whether there are logits.
+            session: The session that runs the step.
+            outputs: Outputs by name, in pinned memory that later steps reuse.
+            begin: Mark at the start of the step.
+            end: Mark at which the outputs are complete.
+            with_logits: Whether the step's logits can be fetched.
         """
         self._session = session
         self._outputs = outputs
@@ -291,7 +292,7 @@ class PendingStep:
         self._error: Exception | None = None
 
     def result(self) -> StepOutput | ScoreOutput:
-        """Wait for the step and return its outputs; what went wrong on the device is raised."""
+        """Wait for the step and return its outputs, or raise the device's error."""
         arrays: dict[str, Any] = self.arrays()
         if self._session.signature.head == "score":
             return ScoreOutput(**arrays)
@@ -299,27 +300,27 @@ class PendingStep:
         return StepOutput(**arrays, logits=_Logits(self._session) if self._with_logits else None)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Wait for the step and return its outputs by name."""
+        """Wait for the step and return its outputs by name, or raise the device's error."""
         self.settle()
         if self._error is not None:
             raise self._error
         return dict(self._outputs)
 
     def settle(self) -> None:
-        """Wait for the step, and take its outputs out of pinned memory."""
+        """Wait for the step and copy its outputs out of pinned memory."""
         if self._is_settled:
             return
         self._is_settled = True
         try:
             self._end.wait()
             self._session.count(self._end.seconds_since(self._begin))
-        except Exception as error:  # whoever asks for the result hears of it
+        except Exception as error:  # raised by `arrays`
             self._error = error
         self._outputs = {name: array.copy() for name, array in self._outputs.items()}
 
 
 class _Logits:
-    """The distributions of a step's rows, each fetched when somebody asks for it."""
+    """Full logits of a step's rows, each row fetched on access."""
 
     def __init__(self, session: CudaSession) -> None:
         self._session = session
@@ -330,7 +331,7 @@ class _Logits:
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """What steps of a shape have in common."""
+    """Layout, binding and CUDA graph number shared by all steps of a shape."""
 
     layout: Layout
     binding: Binding

@@ -1,7 +1,7 @@
-"""Memory of a device, and what is done with it on one stream, in the order of the calls.
+"""Memory of a device, and operations on it, run in call order on one stream.
 
-`CudaMemory` is NVIDIA's runtime. `HostMemory` is plain memory: the session above is the same
-code on a machine without a GPU.
+`CudaMemory` uses NVIDIA's runtime. `HostMemory` is plain memory: it lets the CUDA session's code
+run on a machine without a GPU.
 
 Dimensions: N bytes.
 """
@@ -19,18 +19,18 @@ from jaxtyping import Shaped, UInt8
 from beam_gemma.errors import DeviceError, OptionsError
 
 ALIGNMENT = 256
-"""Of whatever an address is given for, in bytes; kernels read words of up to 16."""
+"""Alignment of every allocated address, in bytes; kernels read words of up to 16 bytes."""
 MAX_PITCH = 2**31 - 1
-"""Bytes between rows of one call, as all GPUs have it."""
+"""Maximum distance between rows of one memset call, in bytes; the same on all GPUs."""
 MIN_DRIVER = 13000
-"""What a driver says of itself from release 580 on, the first with CUDA 13."""
+"""Minimum `driver_version`: CUDA 13, first supported by driver release 580."""
 BF16_CAPABILITY = (8, 0)
-"""The first compute capability with matrix units for bfloat16."""
+"""Lowest compute capability with matrix units for bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much memory a device has, in bytes."""
+    """Free and total memory of a device, in bytes."""
 
     free: int
     total: int
@@ -38,59 +38,59 @@ class Room:
 
 @runtime_checkable
 class Mark(Protocol):
-    """A place in the stream."""
+    """A point in the stream."""
 
     def wait(self) -> None:
-        """Return when the device has come here; errors of the device surface then."""
+        """Wait until the device has reached this mark; raise any error of the device."""
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Return how long the device took from another place to this one; it has come here."""
+        """Return the device's time from an earlier mark to this one, which it must have reached."""
 
 
 @runtime_checkable
 class DeviceMemory(Protocol):
-    """What a session asks of a device."""
+    """Memory operations that a session needs of a device."""
 
     kind: str
-    """ONNX Runtime's name for where the memory lies."""
+    """ONNX Runtime's name of the device that holds the memory."""
     stream: int
-    """All of this happens on it, in order; 0 if there is none."""
+    """Handle of the stream that runs all operations in order; 0 if there is none."""
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of zeroed memory on the device."""
 
     def free(self, address: int) -> None:
-        """Give memory of `allocate` back, once the stream has come here."""
+        """Free memory from `allocate`, once all earlier operations have finished."""
 
     def allocate_host(self, num_bytes: int) -> UInt8[np.ndarray, " N"]:
-        """Return memory of the host that copies need not wait for."""
+        """Return host memory that can be copied asynchronously."""
 
     def copy_in(self, address: int, source: Shaped[np.ndarray, "..."]) -> None:
-        """Copy from host memory, which must stay as it is until a later mark."""
+        """Copy from host memory, which must not change until a later mark is reached."""
 
     def copy_out(self, target: Shaped[np.ndarray, "..."], address: int) -> None:
-        """Copy to host memory, which is complete at a later mark."""
+        """Copy to host memory, whose content is complete once a later mark is reached."""
 
     def zero(self, address: int, *, width: int, pitch: int, height: int) -> None:
-        """Zero `width` bytes at an address, and at each of `height` places `pitch` apart."""
+        """Zero `height` rows of `width` bytes, `pitch` bytes apart, the first at an address."""
 
     def mark(self) -> Mark:
-        """Return the place that the stream has come to."""
+        """Return a mark after all operations so far."""
 
     def room(self) -> Room:
-        """Return how much memory there is."""
+        """Return the free and total memory."""
 
 
 class CudaMemory:
-    """One GPU, by NVIDIA's runtime."""
+    """Memory of one GPU, through NVIDIA's runtime."""
 
     kind = "cuda"
 
     def __init__(self) -> None:
-        """Take the process's GPU.
+        """Create a stream on the process's GPU.
 
         Raises:
-            OptionsError: there is none, or its driver is too old.
+            OptionsError: there is no GPU, or its driver is too old.
         """
         require_gpu()
         self._cuda = _runtime()
@@ -105,29 +105,29 @@ class CudaMemory:
         return address
 
     def free(self, address: int) -> None:
-        """Give memory of `allocate` back, once the stream has come here."""
+        """Free memory from `allocate`, once all earlier operations have finished."""
         _checked(self._cuda.cudaStreamSynchronize(self._stream))
         _checked(self._cuda.cudaFree(address))
 
     def allocate_host(self, num_bytes: int) -> UInt8[np.ndarray, " N"]:
-        """Return pinned memory; it lasts as long as the process."""
+        """Return pinned memory, which is never freed."""
         num_bytes = max(num_bytes, 1)
         flags = self._cuda.cudaHostAllocDefault
         address = int(_checked(self._cuda.cudaHostAlloc(num_bytes, flags)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
     def copy_in(self, address: int, source: Shaped[np.ndarray, "..."]) -> None:
-        """Copy from host memory, which must stay as it is until a later mark."""
+        """Copy from host memory, which must not change until a later mark is reached."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._copy(address, _address(source), source.nbytes, kind)
 
     def copy_out(self, target: Shaped[np.ndarray, "..."], address: int) -> None:
-        """Copy to host memory, which is complete at a later mark."""
+        """Copy to host memory, whose content is complete once a later mark is reached."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(_address(target), address, target.nbytes, kind)
 
     def zero(self, address: int, *, width: int, pitch: int, height: int) -> None:
-        """Zero `width` bytes at an address, and at each of `height` places `pitch` apart."""
+        """Zero `height` rows of `width` bytes, `pitch` bytes apart, the first at an address."""
         if pitch <= MAX_PITCH:
             stream = self._stream
             _checked(self._cuda.cudaMemset2DAsync(address, pitch, 0, width, height, stream))
@@ -136,11 +136,11 @@ class CudaMemory:
             _checked(self._cuda.cudaMemsetAsync(address + row * pitch, 0, width, self._stream))
 
     def mark(self) -> Mark:
-        """Return the place that the stream has come to."""
+        """Return a mark after all operations so far."""
         return _CudaMark(self._cuda, self._stream)
 
     def room(self) -> Room:
-        """Return how much memory there is."""
+        """Return the free and total memory."""
         free, total = _checked(self._cuda.cudaMemGetInfo())
         return Room(int(free), int(total))
 
@@ -149,7 +149,7 @@ class CudaMemory:
 
 
 class _CudaMark:
-    """An event, which waits without a core of its own and takes the time."""
+    """A CUDA event, which records its time and is waited for without using a CPU core."""
 
     def __init__(self, cuda: Any, stream: Any) -> None:
         self._cuda = cuda
@@ -164,21 +164,21 @@ class _CudaMark:
         return _checked(self._cuda.cudaEventElapsedTime(earlier._event, self._event)) / 1000
 
     def __del__(self) -> None:
-        # An event that the device has not come to yet goes when it has.
+        # CUDA defers the destruction of an event until the device has reached it.
         self._cuda.cudaEventDestroy(self._event)
 
 
 class HostMemory:
-    """Memory of this process; everything is done at once."""
+    """Memory of this process; all operations are synchronous."""
 
     kind = "cpu"
     stream = 0
 
     def __init__(self, num_bytes: int = 1 << 32) -> None:
-        """Begin with nothing allocated.
+        """Create an empty memory.
 
         Args:
-            num_bytes: What the device is to have.
+            num_bytes: Total memory of the simulated device.
         """
         self._held: dict[int, np.ndarray] = {}
         self._total = num_bytes
@@ -187,7 +187,7 @@ class HostMemory:
         """Return the address of zeroed memory.
 
         Raises:
-            DeviceError: there is not so much left.
+            DeviceError: the free memory does not suffice.
         """
         if num_bytes > (free := self.room().free):
             raise DeviceError(f"memory: expected {num_bytes:,} bytes, got {free:,}")
@@ -197,11 +197,11 @@ class HostMemory:
         return address
 
     def free(self, address: int) -> None:
-        """Give memory of `allocate` back."""
+        """Free memory from `allocate`."""
         del self._held[address]
 
     def allocate_host(self, num_bytes: int) -> UInt8[np.ndarray, " N"]:
-        """Return memory of the host."""
+        """Return zeroed host memory."""
         return np.zeros(max(num_bytes, 1), np.uint8)
 
     def copy_in(self, address: int, source: Shaped[np.ndarray, "..."]) -> None:
@@ -213,22 +213,22 @@ class HostMemory:
         ctypes.memmove(_address(target), address, target.nbytes)
 
     def zero(self, address: int, *, width: int, pitch: int, height: int) -> None:
-        """Zero `width` bytes at an address, and at each of `height` places `pitch` apart."""
+        """Zero `height` rows of `width` bytes, `pitch` bytes apart, the first at an address."""
         for row in range(height):
             ctypes.memset(address + row * pitch, 0, width)
 
     def mark(self) -> Mark:
-        """Return the present."""
+        """Return a mark of the current time."""
         return _HostMark()
 
     def room(self) -> Room:
-        """Return how much memory there is."""
+        """Return the free and total memory."""
         held = sum(array.nbytes - ALIGNMENT for array in self._held.values())
         return Room(self._total - held, self._total)
 
 
 class _HostMark:
-    """A moment, which has come."""
+    """A point in time that has already been reached."""
 
     def __init__(self) -> None:
         self._time = time.monotonic()
@@ -242,29 +242,29 @@ class _HostMark:
 
 
 def driver_version() -> int:
-    """Return the CUDA version that the driver has, as 1000 * major + 10 * minor; 0 without one."""
+    """Return the driver's CUDA version as 1000 * major + 10 * minor; 0 without a driver."""
     return int(_checked(_runtime().cudaDriverGetVersion()))
 
 
 def cuda_release(version: int) -> str:
-    """Return what people call a `driver_version`."""
+    """Return the display name of a `driver_version`, such as "CUDA 13.0"."""
     return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def num_gpus() -> int:
-    """Return how many GPUs the driver shows to this process; 0 without a driver for them."""
+    """Return the number of GPUs visible to this process; 0 without a usable driver."""
     error, count = _runtime().cudaGetDeviceCount()
     return int(count) if int(error) == 0 else 0
 
 
 def has_gpu() -> bool:
-    """Return whether the machine has a GPU, be its driver new enough or not."""
+    """Return whether the machine has a GPU, even if its driver is too old."""
     version = driver_version()
     return 0 < version < MIN_DRIVER or num_gpus() > 0
 
 
 def compute_capability() -> tuple[int, int]:
-    """Return the generation of the process's GPU."""
+    """Return the compute capability of the process's GPU, as (major, minor)."""
     cuda = _runtime()
     names = ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
     attributes = (getattr(cuda.cudaDeviceAttr, name) for name in names)
@@ -273,10 +273,10 @@ def compute_capability() -> tuple[int, int]:
 
 
 def require_gpu() -> None:
-    """Refuse a machine without a GPU, or with a driver that is too old for CUDA 13.
+    """Check that the machine has a GPU and a driver for CUDA 13; nothing falls back silently.
 
     Raises:
-        OptionsError: with the remedy; nothing falls back in silence.
+        OptionsError: either is missing; the message names the remedy.
     """
     version = driver_version()
     if version == 0:
@@ -297,10 +297,10 @@ def require_gpu() -> None:
 
 
 def require_bfloat16(dtype: str, capability: Callable[[], tuple[int, int]]) -> None:
-    """Refuse a GPU without bfloat16 for a graph that computes in it.
+    """Check that the GPU supports bfloat16 if the graph computes in it.
 
     Raises:
-        OptionsError: with the remedy.
+        OptionsError: the GPU does not; the message names the remedy.
     """
     if dtype == "bfloat16" and (have := capability()) < BF16_CAPABILITY:
         raise OptionsError(
@@ -315,7 +315,11 @@ def _address(array: Shaped[np.ndarray, "..."]) -> int:
 
 
 def _runtime() -> Any:
-    """Return NVIDIA's runtime, whose package comes with the GPU's."""
+    """Return the bindings of NVIDIA's runtime, which the extra `gpu` installs.
+
+    Raises:
+        OptionsError: the package is missing.
+    """
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError as error:
@@ -325,10 +329,10 @@ def _runtime() -> Any:
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """Return what a call gave beside its error.
+    """Return the values of a runtime call, without its error code.
 
     Raises:
-        DeviceError: there was one.
+        DeviceError: the call failed.
     """
     error, *values = answer
     if int(error) != 0:

@@ -1,4 +1,4 @@
-"""What a device keeps from step to step, each part at an address of its own for good."""
+"""State that a device keeps between steps, each tensor at a fixed address."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from beam_gemma.runtime.device_memory import DeviceMemory
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A state tensor in memory."""
+    """A state tensor with its shape and address in memory."""
 
     tensor: StateTensor
     shape: tuple[int, ...]
@@ -20,17 +20,17 @@ class Placed:
 
 
 class DeviceState:
-    """Caches and other state of a session, zeroed.
+    """Caches and other state of a session, initially zero.
 
-    The caches of all layers of a group lie in one piece, one after another, so that a block of all
-    of them is one call away.
+    The caches of all layers of a group lie in one allocation, one after another, so that one call
+    can zero a block in all of them.
     """
 
     def __init__(self, signature: Signature, capacity: Capacity, memory: DeviceMemory) -> None:
-        """Allocate it.
+        """Allocate the state.
 
         Raises:
-            DeviceError: there is no room.
+            DeviceError: the memory does not suffice.
         """
         self._memory = memory
         self._num_blocks = capacity.num_blocks
@@ -47,28 +47,28 @@ class DeviceState:
             self._place([tensor])
 
     def __iter__(self) -> Iterator[Placed]:
-        """Yield every tensor."""
+        """Iterate over all state tensors."""
         return iter(self._placed)
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
-        """Overwrite cache blocks with zeros, in all layers of a group."""
+        """Overwrite cache blocks with zeros in all layers of a group."""
         caches = self._groups[group]
         pitch = num_bytes(caches[0].tensor.dtype, caches[0].shape)
         size = pitch // self._num_blocks[group]
-        # Blocks that follow one another have their number less their place in common.
+        # Within a run of consecutive blocks, the block number minus the list index is constant.
         for _, run in groupby(enumerate(sorted(set(blocks))), key=lambda item: item[1] - item[0]):
             places = [block for _, block in run]
             begin = caches[0].address + places[0] * size
             self._memory.zero(begin, width=len(places) * size, pitch=pitch, height=len(caches))
 
     def free(self) -> None:
-        """Give the memory back; nothing reads it any more."""
+        """Free the memory; no step may read it afterwards."""
         for address in self._pieces:
             self._memory.free(address)
         self._pieces, self._placed, self._groups = [], [], {}
 
     def _place(self, tensors: Sequence[StateTensor]) -> list[Placed]:
-        """Allocate tensors of one shape, one after another."""
+        """Allocate tensors of one shape in one piece, one after another."""
         shape = tuple(self._sizes[dim] if isinstance(dim, str) else dim for dim in tensors[0].shape)
         pitch = num_bytes(tensors[0].dtype, shape)
         address = self._memory.allocate(len(tensors) * pitch)

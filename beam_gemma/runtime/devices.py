@@ -1,4 +1,4 @@
-"""Devices that this machine can run graphs on: ONNX Runtime's providers, drivers and GPUs."""
+"""Devices that can run graphs on this machine: ONNX Runtime's providers, drivers and GPUs."""
 
 from typing import Literal
 
@@ -8,9 +8,10 @@ from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.runtime.device_memory import has_gpu, require_gpu
 
 try:
-    import onnxruntime
+    import onnxruntime as onnxruntime
 except ModuleNotFoundError as error:
-    # Its two builds are one package under two names, of which no dependency can ask for either.
+    # ONNX Runtime's CPU and GPU builds are two distributions of one package; a dependency cannot
+    # require "either of them".
     raise ModuleNotFoundError(
         "onnxruntime: expected one of its builds, got none; install beam-gemma[cpu], or "
         "beam-gemma[gpu] for NVIDIA GPUs",
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMERICS = 1
-"""Raised where a request may give other bits than with the version before."""
+"""Version of our numerics; incremented when a request may give other bits than before."""
 _STATES = onnxruntime.capi.onnxruntime_pybind11_state
 LOAD_ERRORS = (
     _STATES.Fail,
@@ -28,24 +29,24 @@ LOAD_ERRORS = (
     _STATES.InvalidProtobuf,
     _STATES.NoSuchFile,
 )
-"""What ONNX Runtime raises where it cannot make a session."""
+"""Exceptions that ONNX Runtime raises when it cannot create a session."""
 
 
 def numerics() -> str:
-    """Return whose arithmetic results are made with: ours, and ONNX Runtime's."""
+    """Return the versions of our numerics and of ONNX Runtime; either may change result bits."""
     return f"{NUMERICS}, onnxruntime {onnxruntime.__version__}"
 
 
 def providers() -> list[str]:
-    """Return what this machine's ONNX Runtime can run on, by its own names."""
+    """Return the names of the providers of this machine's ONNX Runtime."""
     return onnxruntime.get_available_providers()
 
 
 def require_device(device: Device) -> None:
-    """Refuse a device that this machine or its ONNX Runtime does not have.
+    """Check that this machine and its ONNX Runtime have a device; nothing falls back silently.
 
     Raises:
-        OptionsError: with the remedy; nothing falls back in silence.
+        OptionsError: the device is missing; the message names the remedy.
     """
     have = providers()
     if PROVIDERS[device] not in have:
@@ -58,7 +59,7 @@ def require_device(device: Device) -> None:
 
 
 def has_device(device: Device) -> bool:
-    """Return whether ONNX Runtime knows of a device and the machine has one, fit for use or not."""
+    """Return whether ONNX Runtime supports a device and the machine has one, usable or not."""
     return PROVIDERS[device] in providers() and (device == "cpu" or has_gpu())
 
 
@@ -66,11 +67,11 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(artifact: Artifact, head: Head, device: DeviceChoice) -> Device:
-    """Return the device that a graph of a model runs on, on this machine.
+    """Return the device that runs a model's graph on this machine.
 
     Raises:
-        ArtifactError: the model has no graph for the device that was asked for.
-        OptionsError: the machine does not have that device, or has one that is of no use.
+        ArtifactError: the model has no graph for the requested device.
+        OptionsError: the machine lacks the device, or has one that is unusable.
     """
     if device != "auto":
         artifact.signature(head, device)

@@ -1,8 +1,8 @@
-"""Model folders on Cloud Storage: copied to this machine once, whole, and checked.
+"""Opens model folders; one on Cloud Storage is copied to this machine once and verified.
 
-A copy is named by the digest of its manifest. Each of its files is there only when it is what the
-manifest says, so a copy that was cut short is taken up where it ended. An image of workers may
-bring the copy along, under the same name.
+A copy is named by the digest of its manifest. A file appears in it only after it was checked
+against the manifest, so an interrupted copy resumes with the missing files. The workers' image may
+already contain the copy under the same name.
 """
 
 import fcntl
@@ -23,18 +23,18 @@ from beam_gemma.storage import storage_client
 
 SCHEME = "gs://"
 BAKED = Path("/opt/beam-gemma/models")
-"""Copies that the image of workers brings along."""
+"""Folder of copies in the workers' image."""
 DOWNLOADS = 8
-"""Parts of a file that come at once."""
+"""Parts of a file that are downloaded at once."""
 PART_BYTES = 32 << 20
 ATTEMPTS = 2
-"""For each file."""
+"""Download attempts per file."""
 
 
 def open_model(model: str) -> Artifact:
-    """Open a model folder, on this machine or on Cloud Storage, with all that it takes to run.
+    """Open a model folder, on this machine or on Cloud Storage, with all files.
 
-    Every checksum has been compared then: of a copy when it was made, of another folder now.
+    All checksums are verified: those of a copy when it is made, those of a local folder now.
 
     Raises:
         ArtifactError: the folder is missing, of another format, or damaged.
@@ -49,7 +49,7 @@ def open_model(model: str) -> Artifact:
 
 
 def open_description(model: str) -> Artifact:
-    """Open what says of a model what it is; of a folder on Cloud Storage nothing else is read.
+    """Open a model folder; from Cloud Storage, fetch only the manifest and `DESCRIPTION` files.
 
     Raises:
         ArtifactError: the folder is missing, of another format, or damaged.
@@ -60,7 +60,7 @@ def open_description(model: str) -> Artifact:
 
 
 def _copy(model: str, *, of_weights: bool = True) -> Path:
-    """Return a folder of this machine that holds the files of a model; others wait meanwhile."""
+    """Return a local copy of a model folder; a lock makes other processes wait meanwhile."""
     manifest = _read(model, MANIFEST)
     digest = hashlib.sha256(manifest).hexdigest()
     if (BAKED / digest).is_dir():
@@ -80,7 +80,7 @@ def _copy(model: str, *, of_weights: bool = True) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock of this machine; the system releases it where its holder dies."""
+    """Hold a lock file; the operating system releases the lock if the process dies."""
     with path.open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
@@ -91,7 +91,11 @@ def _is_there(file: Path, entry: FileEntry) -> bool:
 
 
 def _fetch(model: str, folder: Path, name: str, entry: FileEntry) -> None:
-    """Copy a file, check it, and only then give it its name."""
+    """Download a file under a temporary name, check it, then rename it.
+
+    Raises:
+        ArtifactError: all attempts failed, or the file's name points outside the folder.
+    """
     target = folder / name
     if not target.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(
@@ -103,7 +107,7 @@ def _fetch(model: str, folder: Path, name: str, entry: FileEntry) -> None:
     for _ in range(ATTEMPTS):
         try:
             _download(_blob(model, name), partial)
-        except Exception as error:  # the client has many; the second is reported
+        except Exception as error:  # the client raises many types; the last is reported
             reason = _sentence(error)
             continue
         if _is_there(partial, entry) and entry.sha256 in (None, sha256_of(partial)):
@@ -117,7 +121,7 @@ def _fetch(model: str, folder: Path, name: str, entry: FileEntry) -> None:
 
 
 def _download(blob: Any, file: Path) -> None:
-    """Copy a file in parts, several at once."""
+    """Download a file in parts, several at once."""
     transfer_manager.download_chunks_concurrently(
         blob,
         str(file),
@@ -130,7 +134,7 @@ def _download(blob: Any, file: Path) -> None:
 def _read(model: str, name: str) -> bytes:
     try:
         return _blob(model, name).download_as_bytes()
-    except Exception as error:  # the client has many, and one remedy
+    except Exception as error:  # the client raises many types, with one remedy
         raise ArtifactError(
             f"{model}: expected a model folder with {name}, got {_sentence(error)}; check the "
             "name and who may read it"
@@ -138,7 +142,7 @@ def _read(model: str, name: str) -> bytes:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what an error of the client says in its first line."""
+    """Return an error's type and the first line of its message."""
     first, _, _ = str(error).partition("\n")
     return f"{type(error).__name__}: {first}"
 

@@ -1,7 +1,8 @@
-"""How large steps may be, and how much of a GPU they may use: what was said, and what was not."""
+"""Limits on step sizes and GPU memory: the user's settings and the defaults per device."""
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.model.graph_tensors import Device
@@ -9,16 +10,16 @@ from beam_gemma.model.graph_tensors import Device
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How much work a step may hold."""
+    """Limits on the work of one step."""
 
     max_num_seqs: int = 64
-    """Sequences that run at once."""
+    """Maximum number of sequences that run at once."""
     max_num_batched_tokens: int = 1024
-    """New tokens of one step."""
+    """Maximum number of new tokens in one step."""
     eos_token_ids: tuple[int, ...] = ()
-    """The model's own end tokens; they end a completion unless its request ignores them."""
+    """The model's end tokens; they end a completion unless its request ignores them."""
     enable_prefix_caching: bool = True
-    """Whether prompts with the same first tokens share what the caches hold of them."""
+    """If true, prompts that start with the same tokens share these tokens' cache blocks."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -33,24 +34,24 @@ class EngineConfig:
 MAX_NUM_SEQS = {"cpu": EngineConfig().max_num_seqs, "cuda": 256}
 MAX_NUM_BATCHED_TOKENS = {"cpu": EngineConfig().max_num_batched_tokens, "cuda": 2048}
 EMBED_TOKENS = {"cpu": 1024, "cuda": 8192}
-"""Of a step over whole texts."""
+"""Default token budget of a step over whole texts, by device."""
 GPU_MEMORY_UTILIZATION = 0.9
 FOR_CUDA = ("cudagraph_capture_sizes", "gpu_memory_utilization")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What somebody asked for; None leaves it to the device."""
+    """Limits set by the user; None selects the device's default."""
 
     max_num_seqs: int | None = None
-    """Sequences that run at once."""
+    """Maximum number of sequences that run at once."""
     max_num_batched_tokens: int | None = None
-    """New tokens of one step."""
+    """Maximum number of new tokens in one step."""
     cudagraph_capture_sizes: tuple[int, ...] | None = None
-    """CUDA: what the sequences of a decode step are padded to, the last one `max_num_seqs`. A row's
-    last bits may depend on which of several sizes its steps have."""
+    """CUDA: sizes that decode steps are padded to, in sequences; the last is `max_num_seqs`. With
+    several sizes, a row's last bits may depend on the sizes of its steps."""
     gpu_memory_utilization: float | None = None
-    """CUDA: share of the GPU's memory to use."""
+    """CUDA: share of the GPU's memory to use, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
         sizes = self.cudagraph_capture_sizes
@@ -65,10 +66,10 @@ class Limits:
             )
 
     def check(self, device: Device) -> None:
-        """Refuse what a device cannot do.
+        """Check the limits against a device.
 
         Raises:
-            OptionsError: it is not for this device, or contradicts itself.
+            OptionsError: a limit is not for this device, or two limits contradict each other.
         """
         for name in FOR_CUDA if device == "cpu" else ():
             if getattr(self, name) is not None:
@@ -80,25 +81,46 @@ class Limits:
                 f"{config.max_num_seqs}, got {self.capture_sizes[-1]}"
             )
 
+    def check_choice(self, device: Literal["auto", "cpu", "cuda"]) -> None:
+        """Check limits for a device that may still be open, as `auto` is until a worker has it.
+
+        Raises:
+            OptionsError: the device cannot have such limits, or they contradict each other.
+        """
+        if device != "auto":
+            self.check(device)
+        elif all(getattr(self, name) is None for name in FOR_CUDA):
+            self.check("cpu")
+
+    def check_whole_texts(self) -> None:
+        """Check limits for steps over whole texts.
+
+        Raises:
+            OptionsError: a limit is set that such steps do not know.
+        """
+        for name in ("max_num_seqs", "cudagraph_capture_sizes"):
+            if getattr(self, name) is not None:
+                raise OptionsError(f"{name}: expected none for embeddings, got one; leave it out")
+
     def engine_config(self, device: Device) -> EngineConfig:
-        """Return how much work a step of an engine may hold on a device."""
+        """Return the limits of an engine's steps on a device."""
         return EngineConfig(
             max_num_seqs=_or(self.max_num_seqs, MAX_NUM_SEQS[device]),
             max_num_batched_tokens=_or(self.max_num_batched_tokens, MAX_NUM_BATCHED_TOKENS[device]),
         )
 
     def embed_tokens(self, device: Device) -> int:
-        """Return the tokens of a step over whole texts on a device."""
+        """Return the token budget of a step over whole texts on a device."""
         return _or(self.max_num_batched_tokens, EMBED_TOKENS[device])
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:
-        """The sizes of decode steps on CUDA."""
+        """Sizes that decode steps on CUDA are padded to, in sequences."""
         return self.cudagraph_capture_sizes or (self.engine_config("cuda").max_num_seqs,)
 
     @property
     def memory_utilization(self) -> float:
-        """The share of a GPU's memory to use."""
+        """Share of a GPU's memory to use."""
         share = self.gpu_memory_utilization
         return GPU_MEMORY_UTILIZATION if share is None else share
 

@@ -1,4 +1,4 @@
-"""A model folder's graph on a device: the CPU's session, or the GPU's."""
+"""Opens a session for a model folder's graph, on the CPU or on a GPU."""
 
 import os
 from collections.abc import Iterable
@@ -25,11 +25,11 @@ from beam_gemma.runtime.step_shapes import StepSizes
 def open_session(
     artifact: Artifact, head: Head, device: Device, limits: Limits
 ) -> Session | CudaSession:
-    """Load a graph, with caches sized from the memory that is left.
+    """Load a graph, with caches sized to the memory that is left.
 
     Raises:
-        OptionsError: the device is absent, cannot run the graph, or has no room for it.
-        ArtifactError: the folder has no such graph, or a damaged one.
+        OptionsError: the device is missing, cannot run the graph, or has too little memory.
+        ArtifactError: the graph is missing or damaged.
     """
     limits.check(device)
     if device == "cuda":
@@ -46,7 +46,7 @@ def open_session(
 def open_on(
     memory: DeviceMemory, artifact: Artifact, signature: Signature, limits: Limits
 ) -> CudaSession:
-    """Load a graph of CUDA between the addresses of a device's memory."""
+    """Load a CUDA graph with its inputs, outputs and state in a device's memory."""
     names = [name for name in artifact.files if name.startswith("weights/")]
     with logged("read weights ahead"):
         read_ahead(artifact.path / name for name in names)
@@ -61,7 +61,7 @@ def open_on(
 
 
 def _sizes(signature: Signature, limits: Limits) -> StepSizes:
-    """Return the sizes that steps are padded to; one text may have more tokens than most steps."""
+    """Return the sizes to pad steps to; for embedding, they cover a text longer than the budget."""
     if signature.head == "embed":
         tokens = limits.embed_tokens("cuda")
         larger = takewhile(
@@ -79,7 +79,7 @@ PIECE_BYTES = 16 << 20
 
 
 def read_ahead(paths: Iterable[Path]) -> None:
-    """Read files into the system's cache, each page once; links to one file are one file."""
+    """Read files into the page cache; several links to one file are read once."""
     files = {(info.st_dev, info.st_ino): path for path in paths for info in [path.stat()]}
     pieces = [
         (path, offset)

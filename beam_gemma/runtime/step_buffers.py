@@ -1,4 +1,4 @@
-"""What goes into a step and what comes out, on the device and in pinned memory, at fixed places.
+"""Buffers of step inputs and outputs, at fixed addresses on the device and in pinned memory.
 
 Dimensions: V vocabulary.
 """
@@ -18,13 +18,13 @@ from beam_gemma.runtime.device_memory import ALIGNMENT, DeviceMemory
 from beam_gemma.runtime.step_shapes import METADATA, StepShape
 
 CANDIDATES = ("topk_logits", "topk_ids")
-"""Outputs that the host fetches only where it chooses itself."""
+"""Outputs that are fetched only if the host chooses tokens itself."""
 LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where an array lies in a buffer."""
+    """Position of an array in a buffer."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -32,41 +32,41 @@ class Slot:
 
     @property
     def end(self) -> int:
-        """Where it ends."""
+        """Offset of the first byte after the array."""
         return self.offset + num_bytes(self.tensor.dtype, self.shape)
 
     def at(self, address: int) -> Place:
-        """Return its place in a buffer at an address."""
+        """Return the array's place in a buffer that starts at an address."""
         return Place(self.tensor.name, self.tensor.dtype, self.shape, address + self.offset)
 
     def of(self, buffer: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Return the array in a buffer of the host."""
+        """Return a view of the array in a host buffer."""
         return buffer[self.offset : self.end].view(self.tensor.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The buffers of steps of one shape."""
+    """Buffer layout of steps of one shape."""
 
     shape: StepShape
     inputs: Mapping[str, Slot]
     outputs: Mapping[str, Slot]
-    """What every step returns, then the candidates."""
+    """Outputs fetched in every step first, then the candidates."""
     logits_shape: tuple[int, ...]
     metadata: Shaped[np.ndarray, "..."]
-    """Is read where it lies, so it must last."""
+    """Values of `attention_metadata`, read in place, so the array must outlive the steps."""
 
     @property
     def num_input_bytes(self) -> int:
-        """Of all inputs."""
+        """Size of all inputs in bytes."""
         return _end(self.inputs)
 
     def num_output_bytes(self, *, with_candidates: bool) -> int:
-        """Return the size of the outputs up to the candidates, or with them."""
+        """Return the size of the outputs in bytes, with or without the candidates."""
         return _end(self.fetched(with_candidates=with_candidates))
 
     def fetched(self, *, with_candidates: bool) -> dict[str, Slot]:
-        """Return the outputs that come to the host with a step."""
+        """Return the outputs that are copied to the host after a step."""
         return {
             name: slot
             for name, slot in self.outputs.items()
@@ -75,7 +75,7 @@ class Layout:
 
 
 class StepBuffers:
-    """Memory for the largest step, and pinned memory for each step in flight."""
+    """Device memory for the largest step, and pinned host memory for each step in flight."""
 
     def __init__(
         self,
@@ -85,16 +85,16 @@ class StepBuffers:
         largest: Sequence[StepShape],
         num_frames: int,
     ) -> None:
-        """Allocate it.
+        """Allocate the buffers.
 
         Args:
-            signature: Names inputs and outputs.
-            memory: Of the device.
-            largest: Shapes, one of which is the largest in each way.
-            num_frames: Steps in flight.
+            signature: The graph's inputs and outputs.
+            memory: The device's memory.
+            largest: Shapes that include the maximum of each size.
+            num_frames: Maximum number of steps in flight.
 
         Raises:
-            DeviceError: there is no room.
+            DeviceError: the memory does not suffice.
         """
         self._signature = signature
         self._memory = memory
@@ -112,7 +112,7 @@ class StepBuffers:
             self._logits_address = memory.allocate(row * max(s.num_full for s in largest))
 
     def layout(self, shape: StepShape) -> Layout:
-        """Return where the arrays of a shape's steps lie."""
+        """Return the buffer layout of steps of a shape."""
         outputs = [t for t in self._signature.outputs() if t.name != LOGITS]
         return Layout(
             shape=shape,
@@ -125,7 +125,7 @@ class StepBuffers:
         )
 
     def places(self, layout: Layout) -> tuple[list[Place], list[Place]]:
-        """Return the places of all inputs, and of all outputs, of a shape's steps."""
+        """Return the places of all inputs and of all outputs for steps of a layout."""
         inputs = [slot.at(self.input_address) for slot in layout.inputs.values()]
         outputs = [slot.at(self.output_address) for slot in layout.outputs.values()]
         if any(tensor.name == METADATA for tensor in self._signature.step_inputs()):
@@ -136,14 +136,14 @@ class StepBuffers:
         return inputs, outputs
 
     def logits(self, row: int) -> Float32[np.ndarray, " V"]:
-        """Return one of the `full_rows` of the latest step."""
+        """Return the logits of one of the `full_rows` of the latest step."""
         self._memory.copy_out(self._row, self._logits_address + row * self._row.nbytes)
         self._memory.mark().wait()
         return self._row.view(np.float32).copy()
 
 
 def num_real(tensor: Tensor, feeds: Mapping[str, Any]) -> int:
-    """Return how many rows of an output are not padding."""
+    """Return the number of rows of an output that are not padding."""
     letter = str(tensor.shape[0])
     if letter == "B":
         return len(feeds["cu_seqlens"]) - 1

@@ -1,10 +1,10 @@
-"""What engines ask of a session, and what its steps return; no device is named here.
+"""Device-independent interface between engines and sessions, and the outputs of steps.
 
-A step is started, and waited for later: where a device works by itself the next step can be started
-in between. Two steps never run at once: each reads what the one before it has written.
+A step is started first and waited for later; if the device works asynchronously, the next step can
+be started in between. Steps never run in parallel: each reads what the previous one wrote.
 
 Dimensions: R packed positions that need a head, Q of these that need a probability, F of these that
-need the whole distribution, Y targets, V vocabulary, C candidates, B sequences, W width of an
+need the full distribution, Y targets, V vocabulary, C candidates, B sequences, W width of an
 embedding, D hidden.
 """
 
@@ -18,38 +18,37 @@ from jaxtyping import Float32, Int64
 from beam_gemma.model.signature import Signature
 
 Feeds: TypeAlias = Mapping[str, np.ndarray]
-"""Exactly the arrays of `Signature.step_inputs`."""
+"""Inputs of a step by name: exactly the arrays of `Signature.step_inputs`."""
 
 
 @runtime_checkable
 class Logits(Protocol):
-    """The whole distribution of each row of a step, until the next one is started."""
+    """Full logits of each row of a step, valid until the next step is started."""
 
     def __getitem__(self, row: int, /) -> Float32[np.ndarray, " V"]:
-        """Return that of one row."""
+        """Return the logits of one row."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What the `generate` head says of each row of `logit_rows`."""
+    """Output of the `generate` head for each row of `logit_rows`."""
 
     topk_logits: Float32[np.ndarray, "R C"] | None
-    """None, like the ids, where the device chooses and nobody asked for the candidates."""
+    """Candidates' logits; None, like `topk_ids`, if the device chose and none were requested."""
     topk_ids: Int64[np.ndarray, "R C"] | None
     top_probability: Float32[np.ndarray, " Q"]
     logits: Logits | None = None
-    """Only where somebody asked for them: of `full_rows`, or of all rows where a graph takes none.
-    """
+    """Full logits, if requested: of `full_rows`, or of all rows if the graph lacks that input."""
     chosen_ids: Int64[np.ndarray, " R"] | None = None
-    """None, like what follows, where the host chooses."""
+    """Tokens chosen by the device; None, like the fields below, if the host chooses."""
     chosen_logits: Float32[np.ndarray, " R"] | None = None
     top_logits: Float32[np.ndarray, " R"] | None = None
-    """Of the likeliest token; NaN where a row is not finite."""
+    """Logit of the most likely token; NaN if the row's hidden state is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreOutput:
-    """What the `score` head says of targets, and of the rows of `probability_rows`."""
+    """Output of the `score` head for the targets and for the rows of `probability_rows`."""
 
     target_logits: Float32[np.ndarray, " Y"]
     top_logits: Float32[np.ndarray, " Q"]
@@ -58,7 +57,7 @@ class ScoreOutput:
 
 @dataclass(frozen=True, slots=True)
 class EmbedOutput:
-    """What the `embed` head says of each sequence."""
+    """Output of the `embed` head for each sequence."""
 
     embedding: Float32[np.ndarray, "B W"]
     first_state: Float32[np.ndarray, "B D"]
@@ -66,15 +65,15 @@ class EmbedOutput:
 
 @runtime_checkable
 class Pending(Protocol):
-    """A step that was started."""
+    """A started step."""
 
     def result(self) -> StepOutput | ScoreOutput:
-        """Wait for the step and return its outputs; what went wrong on the device is raised."""
+        """Wait for the step and return its outputs, or raise the device's error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A step that was over when `start` returned."""
+    """A step that had finished when `start` returned."""
 
     output: StepOutput | ScoreOutput
 
@@ -90,19 +89,19 @@ class Failed:
     error: Exception
 
     def result(self) -> StepOutput | ScoreOutput:
-        """Raise what went wrong."""
+        """Raise the step's error."""
         raise self.error
 
 
 @runtime_checkable
 class Runner(Protocol):
-    """What an engine asks of a session."""
+    """Interface that an engine needs of a session."""
 
     signature: Signature
     num_blocks: dict[str, int]
     num_state_slots: int
     max_steps_in_flight: int
-    """Steps that may be started before the first of them is waited for."""
+    """Number of steps that may be started before the first of them is waited for."""
 
     def start(
         self, feeds: Feeds, *, with_logits: bool = False, with_candidates: bool = True
@@ -110,10 +109,10 @@ class Runner(Protocol):
         """Start one step, which updates the state in place.
 
         Args:
-            feeds: The step.
-            with_logits: Whether to return the whole distribution of each row.
-            with_candidates: Whether to return candidates even where the device chooses.
+            feeds: The step's inputs.
+            with_logits: Whether the full distributions of rows can be fetched.
+            with_candidates: Whether to return candidates even if the device chooses tokens.
         """
 
     def zero_blocks(self, group: str, blocks: list[int]) -> None:
-        """Overwrite cache blocks with zeros, after the steps that were started before."""
+        """Overwrite cache blocks with zeros, after all steps started so far."""

@@ -1,15 +1,15 @@
-"""Steps of fixed sizes: what pads a step until one set of kernels serves all of its kind.
+"""Padding of steps to fixed sizes, so that one set of kernels serves all steps of a kind.
 
-A row's result must not depend on its company, and a captured CUDA graph has its sizes for good. So
-a decode step has one of a few widths, with as many rows as tokens; a prefill step has one number of
-tokens and `PREFILL_ROWS` rows. What is left over belongs to sequences of nobody, which start at
-position 0, write nothing to a cache (slot -1) and read block 0, which is theirs alone: one of a
-token each in a decode step, one of all tokens that are left in a prefill step. Rows that are left
-over repeat row 0, and what they choose goes to a slot that no sequence has.
+A row's result must not depend on the other rows of its step, and the sizes of a captured CUDA graph
+are fixed. So a decode step has one of a few widths, with as many rows as tokens; a prefill step has
+one number of tokens and `PREFILL_ROWS` rows. The padding tokens belong to padding sequences, which
+start at position 0, write nothing to a cache (slot -1) and read block 0, which is reserved for
+them: sequences of one token each in a decode step, one sequence of all padding tokens in a prefill
+step. Padding rows repeat row 0, and their chosen tokens go to a slot that no sequence has.
 
 Dimensions: T tokens, B sequences, R rows that need a head, Q of these that need a probability,
-Y targets, F rows whose whole distribution is fetched, M blocks in a row of a table, L places of a
-text.
+Y targets, F rows whose full distribution is fetched, M blocks in a row of a block table, L places
+of a text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ from beam_gemma.model.graph_tensors import Tensor
 from beam_gemma.model.signature import PREFILL_ROWS, Signature, blocks_for
 
 METADATA = "attention_metadata"
-"""Lies on the host, and is the same in all steps of a shape."""
+"""Input that lies on the host and is the same in all steps of a shape."""
 MIN_CONTEXT = 1024
-"""Tokens that the narrowest table has room for: below, another graph costs more than it saves."""
+"""Tokens that the narrowest block table holds; below, another graph costs more than it saves."""
 TOKENS_PER_TEXT = 16
-"""Of a step that embeds, a text of this length or less takes so many."""
+"""Smallest share of a text in a step that embeds, in tokens; shorter texts count as this many."""
 _FILL = {"token_slots": -1, "slot_mapping": -1, "token_rows": -1, "top_ps": 1}
 _SLOTS = ("logit_slots", "state_slots")
 
@@ -38,25 +38,25 @@ class StepShape:
 
     is_decode: bool
     size: int
-    """Of those that there are."""
+    """Configured step size this shape is rounded up to."""
     num_tokens: int
     num_sequences: int
     num_rows: int = 0
     num_probabilities: int = 0
     num_targets: int = 0
     num_full: int = 0
-    """Rows whose whole distribution can be asked for: as many as rows, or none."""
+    """Rows whose full distribution can be fetched: `num_rows` or 0."""
     num_blocks: int = 0
-    """In a row of each table."""
+    """Blocks in a row of each block table."""
     text_length: int = 0
-    """Places of a text, where texts lie side by side."""
+    """Places per text if texts lie side by side, otherwise 0."""
 
     def of(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the shape of an input or output of the graph."""
         return tuple(dim if isinstance(dim, int) else self._size(dim) for dim in tensor.shape)
 
     def metadata(self, block_size: int) -> Int32[np.ndarray, " 3"]:
-        """Return bounds of new tokens and of context in one sequence; 0 is an unknown lower one."""
+        """Return the most new tokens and context of a sequence, then 0 for an unknown minimum."""
         longest = 1 if self.is_decode else self.num_tokens
         return np.array([longest, self.num_blocks * block_size, 0], np.int32)
 
@@ -77,12 +77,12 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSizes:
-    """The sizes that steps are padded to, each tuple from the least to the greatest."""
+    """Sizes that steps are padded to, in ascending order."""
 
     decode: tuple[int, ...]
-    """Sequences of a decode step."""
+    """Sizes of a decode step, in sequences."""
     prefill: tuple[int, ...]
-    """Tokens of any other step."""
+    """Sizes of any other step, in tokens."""
 
     def shape(
         self, feeds: Mapping[str, np.ndarray], signature: Signature, *, with_logits: bool
@@ -90,7 +90,7 @@ class StepSizes:
         """Return the shape that a step is padded to.
 
         Raises:
-            DeviceError: the step is larger than any.
+            DeviceError: the step is larger than the largest size.
         """
         num_tokens, num_sequences = len(feeds["input_ids"]), len(feeds["cu_seqlens"]) - 1
         if signature.head == "embed":
@@ -133,7 +133,7 @@ def decode_shape(
     with_probabilities: bool,
     with_logits: bool,
 ) -> StepShape:
-    """Return the shape of decode steps of a width."""
+    """Return the shape of a decode step with `width` sequences."""
     return StepShape(
         is_decode=True,
         size=width,
@@ -147,7 +147,7 @@ def decode_shape(
 
 
 def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
-    """Return the shapes of the steps that take the most memory."""
+    """Return the shapes of the steps that need the most memory."""
     most = sizes.prefill[-1]
     if signature.head == "embed":
         longest = power_of_two(signature.max_model_len)
@@ -181,13 +181,13 @@ def pad(
     *,
     spare_slot: int,
 ) -> None:
-    """Write a step into arrays of its padded shape.
+    """Write a step's inputs into arrays of its padded shape.
 
     Args:
-        feeds: The step; without any sequence it becomes a step for nobody.
-        shape: What it is padded to.
-        into: The arrays by their names; all of each is written.
-        spare_slot: Belongs to no sequence.
+        feeds: The step's inputs; without sequences, the padded step changes no sequence's state.
+        shape: The shape to pad to.
+        into: The target arrays by name; each is overwritten entirely.
+        spare_slot: The slot that belongs to no sequence.
     """
     for name, target in into.items():
         source = feeds[name]
@@ -203,7 +203,7 @@ def pad(
 
 
 def no_step(signature: Signature) -> dict[str, np.ndarray]:
-    """Return the inputs of a step without any sequence."""
+    """Return the inputs of a step without sequences."""
     return {
         t.name: np.zeros([int(t.name == "cu_seqlens"), *[0] * (len(t.shape) - 1)], t.dtype)
         for t in signature.step_inputs()
@@ -211,19 +211,19 @@ def no_step(signature: Signature) -> dict[str, np.ndarray]:
 
 
 def num_texts(num_tokens: int) -> int:
-    """Return how many texts a step of so many tokens may embed."""
+    """Return the maximum number of texts in an embedding step of `num_tokens` tokens."""
     return max(1, num_tokens // TOKENS_PER_TEXT)
 
 
 def power_of_two(number: int) -> int:
-    """Return the least power of two that is not below a number."""
+    """Return the least power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepShape:
-    """Return a shape with a token for each text that is left over, since none may be empty.
+    """Return the shape of an embedding step, with a token for each padding text: none may be empty.
 
-    Where texts lie side by side, such texts have no place there, and their embeddings are zeros.
+    If texts lie side by side, padding texts have no places and their embeddings are zeros.
     """
     num_sequences += 1
     return StepShape(
@@ -238,7 +238,7 @@ def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepSha
 def _pad_starts(
     source: Int32[np.ndarray, " B"], target: Int32[np.ndarray, "..."], shape: StepShape
 ) -> None:
-    """Give the tokens that are left over to the sequences that are, evenly."""
+    """Spread the padding tokens evenly over the padding sequences."""
     count = len(source)
     target[:count] = source
     spare = shape.num_sequences - (count - 1)
@@ -258,7 +258,11 @@ def _rounded(count: int) -> int:
 
 
 def _least(sizes: Sequence[int], number: int) -> int:
-    """Return the least of the sizes that is not below a number."""
+    """Return the least of the sizes that is at least `number`.
+
+    Raises:
+        DeviceError: all sizes are smaller.
+    """
     fitting = [size for size in sizes if size >= number]
     if not fitting:
         raise DeviceError(f"step: expected at most {max(sizes):,} tokens, got {number:,}")
@@ -266,11 +270,11 @@ def _least(sizes: Sequence[int], number: int) -> int:
 
 
 PAD_TEXTS_TO = 16
-"""Texts are padded to a multiple of so many tokens; kernels that can mask want one of 4."""
+"""Texts are padded to a multiple of this many tokens; kernels with masks need a multiple of 4."""
 
 
 def side_by_side(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the inputs of a step that embeds on CUDA, for packed `input_ids` and `cu_seqlens`."""
+    """Return the inputs of an embedding step on CUDA, given packed `input_ids` and `cu_seqlens`."""
     ends = feeds["cu_seqlens"].astype(np.int64)
     lengths = np.diff(ends)
     width = -(-int(lengths.max()) // PAD_TEXTS_TO) * PAD_TEXTS_TO

@@ -38,7 +38,7 @@ def means_for(monkeypatch):
             handler_of = GemmaClassifyModelHandler
         flags, options = parse(parser, [*FILES, "--prompt=x", "--dry_run", *asked, *flags])
         handler = handler_of("m", settings_of(flags))
-        return means_of(flags, options, handler, ARTIFACT)
+        return means_of(flags, options, handler, ARTIFACT, flags.device)
 
     return means_for
 

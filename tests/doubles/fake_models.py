@@ -17,7 +17,7 @@ from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.monitoring.progress import METER
-from beam_gemma.runtime.limits import EngineConfig
+from beam_gemma.runtime.limits import EngineConfig, Limits
 from beam_gemma.tasks.generate import Generator, constraint_of
 from tests.doubles.fakes import FakeSession, fake_signature
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
@@ -101,7 +101,7 @@ class UnevenHandler(FakeHandler):
 
     def __init__(self, settings, *, batch_rows=BATCH_ROWS, callers=None) -> None:
         """Describe the batches; `callers` is a folder and how many threads meet there to begin."""
-        super().__init__(settings, max_num_seqs=SLOTS)
+        super().__init__(settings, limits=Limits(max_num_seqs=SLOTS))
         self._batch_rows = batch_rows
         self._callers = callers
 

@@ -17,6 +17,7 @@ from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.rows import num_rows, rows_of
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.monitoring.timeline import pulse_of
+from beam_gemma.runtime.limits import Limits
 from beam_gemma.tasks.generate import GenerateSettings
 from tests.doubles.fake_models import FakeHandler, completion_of, local_pipeline
 from tests.doubles.tables import rich_table
@@ -117,7 +118,9 @@ def test_bytes_are_those_of_the_examples():
 
 
 def test_handler_is_picklable_and_small():
-    handler = GemmaGenerateModelHandler("model", SETTINGS, device="cpu", max_num_seqs=7)
+    handler = GemmaGenerateModelHandler(
+        "model", SETTINGS, device="cpu", limits=Limits(max_num_seqs=7)
+    )
     for pickler in (pickle, beam_pickler):
         copy = pickler.loads(pickler.dumps(handler))
         assert repr(copy) == repr(handler)

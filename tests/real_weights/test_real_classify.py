@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from beam_gemma.inference.handlers import start_engine
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.monitoring.progress import METER
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
+from beam_gemma.tasks.open_model import start_engine
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from tests.doubles.real_model import ROOT, real_artifact, real_checkpoint
 

@@ -40,9 +40,9 @@ def test_what_cannot_be_is_refused(device, said, words):
     with pytest.raises(OptionsError, match=words):
         Limits(**said).check(device)
     with pytest.raises(OptionsError, match=words):
-        GemmaGenerateModelHandler("model", device=device, **said)
+        GemmaGenerateModelHandler("model", device=device, limits=Limits(**said))
 
 
 def test_what_is_for_gpus_waits_for_the_machine_where_the_device_does():
-    handler = GemmaGenerateModelHandler("model", gpu_memory_utilization=0.5)
+    handler = GemmaGenerateModelHandler("model", limits=Limits(gpu_memory_utilization=0.5))
     assert "gpu_memory_utilization=0.5" in repr(handler)

@@ -1,0 +1,182 @@
+"""Open a model folder for a task: encoders without weights, and models ready for rows.
+
+Nothing here needs Beam.
+
+Example:
+    >>> from beam_gemma.engine.sampling import SamplingParams
+    >>> from beam_gemma.model.artifact import Artifact
+    >>> sampling = SamplingParams(max_tokens=4)
+    >>> settings = GenerateSettings(prompt="{title} is about", sampling=sampling)
+    >>> generator = open_generator(Artifact.open(MODEL), settings, "cpu")
+    >>> [result] = generator([{"title": "Bread"}])
+    >>> result["num_completion_tokens"] <= 4
+    True
+"""
+
+import dataclasses
+
+from beam_gemma.engine.embedding_engine import EmbeddingSteps, check_sight
+from beam_gemma.engine.engine import Engine
+from beam_gemma.errors import ArtifactError
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.markup import Text
+from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.monitoring.progress import METER, Count
+from beam_gemma.monitoring.startup_log import FirstRow
+from beam_gemma.monitoring.timeline import Pulse, Work
+from beam_gemma.runtime.limits import Limits
+from beam_gemma.runtime.open_session import open_session
+from beam_gemma.runtime.step_shapes import num_texts
+from beam_gemma.structured.constraint import Constraint
+from beam_gemma.tasks.classify import Classifier
+from beam_gemma.tasks.embed import Embedder
+from beam_gemma.tasks.generate import GenerateSettings, Generator, constraint_of
+from beam_gemma.tasks.moderate import ModerateSettings
+from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
+from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
+
+SIGHT_TEXT = "one two three"
+"""Text whose first three tokens differ, whether tokens are words or letters."""
+
+
+def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEncoder:
+    """Return the encoder of prompts.
+
+    Raises:
+        ArtifactError: the tokenizer is missing or damaged.
+        OptionsError: the model cannot follow the settings.
+    """
+    return PromptEncoder(
+        Tokenizer.from_file(artifact.tokenizer_path),
+        settings,
+        chat_template=artifact.chat_template,
+        max_tokens=settings.max_prompt(artifact.config.max_position_embeddings),
+    )
+
+
+def constraint(
+    artifact: Artifact, settings: GenerateSettings, encoder: PromptEncoder
+) -> Constraint | None:
+    """Return the constraint of completions to the structured output of the settings, if any.
+
+    Raises:
+        OptionsError: no completion within `max_tokens` can be such an output.
+    """
+    return constraint_of(settings, encoder.tokenizer, artifact.eos_token_ids)
+
+
+def question_encoders(
+    artifact: Artifact, settings: ClassifySettings | ModerateSettings
+) -> list[QuestionEncoder]:
+    """Return the encoder of each question that the settings ask of a row.
+
+    Raises:
+        ArtifactError: the tokenizer is missing or damaged.
+        OptionsError: the model cannot follow the settings.
+    """
+    tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+    return [
+        QuestionEncoder(
+            tokenizer,
+            question,
+            chat_template=artifact.chat_template,
+            max_model_len=artifact.config.max_position_embeddings,
+        )
+        for question in settings.questions
+    ]
+
+
+def text_encoder(artifact: Artifact, settings: EmbedSettings) -> TextEncoder:
+    """Return the encoder of texts to embed.
+
+    Raises:
+        ArtifactError: the tokenizer is missing or damaged, or the model has no embedding graph.
+        OptionsError: the model cannot follow the settings.
+    """
+    tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+    return TextEncoder(tokenizer, settings, embedding_of(artifact))
+
+
+def embedding_of(artifact: Artifact) -> EmbeddingConfig:
+    """Return how a model embeds.
+
+    Raises:
+        ArtifactError: the folder has no embedding graph.
+    """
+    if artifact.embedding is None:
+        raise ArtifactError(
+            f"{artifact.path}: expected a graph to embed, got none; export the model again with "
+            "--tasks embed"
+        )
+    return artifact.embedding
+
+
+def open_generator(
+    artifact: Artifact, settings: GenerateSettings, device: Device, limits: Limits = Limits()
+) -> Generator:
+    """Load the graph that generates and return a model that completes rows."""
+    encoder = prompt_encoder(artifact, settings)
+    held = constraint(artifact, settings, encoder)
+    if held is not None:
+        # The first mask takes seconds to prepare, so that is done before any row waits for it.
+        held.start()
+    engine = start_engine(artifact, "generate", device, limits)
+    on_result = FirstRow(METER.add, engine.pulse.note_first_row)
+    return Generator(engine, encoder, settings, constraint=held, on_result=on_result)
+
+
+def open_classifier(
+    artifact: Artifact,
+    settings: ClassifySettings | ModerateSettings,
+    device: Device,
+    limits: Limits = Limits(),
+) -> Classifier:
+    """Load the graph that scores and return a model that classifies rows."""
+    encoders = question_encoders(artifact, settings)
+    engine = start_engine(artifact, "score", device, limits)
+    on_result = FirstRow(METER.add, engine.pulse.note_first_row)
+    return Classifier(engine, encoders, settings, on_result=on_result)
+
+
+def open_embedder(
+    artifact: Artifact, settings: EmbedSettings, device: Device, limits: Limits = Limits()
+) -> Embedder:
+    """Load the graph that embeds and return a model that embeds rows.
+
+    Raises:
+        ArtifactError: the graph's attention reaches less, or more, of a text than its model's.
+    """
+    encoder = text_encoder(artifact, settings)
+    budget = limits.embed_tokens(device)
+    session = open_session(artifact, "embed", device, limits)
+    check_sight(
+        session,
+        encoder.tokenizer.encode([Text(SIGHT_TEXT)], add_bos=False)[:3],
+        is_two_sided=artifact.config.use_bidirectional_attention,
+    )
+    pulse = Pulse(device, stats=session.stats)
+
+    def on_step(num_tokens: int) -> None:
+        METER.add(Count(prompt_tokens=num_tokens))
+        # A single text may have more tokens than the budget of a step.
+        slots = max(num_tokens, budget)
+        pulse.add(Work(prompt_tokens=num_tokens, used_slots=num_tokens, slots=slots))
+
+    steps = EmbeddingSteps(
+        session,
+        max_num_batched_tokens=budget,
+        max_num_seqs=num_texts(budget) if device == "cuda" else None,
+        on_step=on_step,
+    )
+    on_result = FirstRow(METER.add, pulse.note_first_row)
+    return Embedder(steps, encoder, settings, pulse=pulse, on_result=on_result)
+
+
+def start_engine(artifact: Artifact, head: Head, device: Device, limits: Limits) -> Engine:
+    """Load a graph of a model folder and start an engine over it."""
+    session = open_session(artifact, head, device, limits)
+    config = dataclasses.replace(limits.engine_config(device), eos_token_ids=artifact.eos_token_ids)
+    return Engine(session, config, on_step=METER.add, device_stats=session.stats)
