@@ -32,11 +32,11 @@ class GemmaGenerateModelHandler(TaskHandler):
     """Completes examples with a Gemma model.
 
     Args:
-        model: Folder that `python -m export` wrote, on this machine or on gs://.
+        model: The folder that `python -m export` wrote, on this machine or on gs://.
         settings: The settings of the task; by default each example is its own prompt.
         device: `auto` is CUDA if the model and the machine have it, else the CPU.
         limits: Step and memory limits.
-        large_model: Whether the processes of a machine share one model.
+        large_model: True if the processes of a machine share one model.
 
     Raises:
         OptionsError: the limits do not fit the device.
@@ -79,7 +79,7 @@ class GemmaGenerateModelHandler(TaskHandler):
         return open_model.prompt_encoder(artifact, self.settings)
 
     def check(self, artifact: Artifact) -> None:
-        """Compare the settings with the model; no weights are loaded."""
+        """Check the settings against the model; loads no weights."""
         open_model.constraint(artifact, self.settings, self.encoder(artifact))
 
     def with_schema(self, schema: Mapping[str, Any] | type) -> "GemmaGenerateModelHandler":
@@ -89,7 +89,7 @@ class GemmaGenerateModelHandler(TaskHandler):
             schema: JSON Schema, or a class with `model_json_schema`, such as a Pydantic model.
 
         Raises:
-            OptionsError: the settings ask for structured output already, or the schema cannot be
+            OptionsError: the settings already request structured output, or the schema cannot be
                 used.
         """
         if self.settings.structured is not None:
@@ -110,11 +110,11 @@ class GemmaClassifyModelHandler(TaskHandler):
     """Classifies examples with a Gemma model, such as ShieldGemma.
 
     Args:
-        model: Folder that `python -m export` wrote, on this machine or on gs://.
+        model: The folder that `python -m export` wrote, on this machine or on gs://.
         settings: The settings of the task.
         device: `auto` is CUDA if the model and the machine have it, else the CPU.
         limits: Step and memory limits.
-        large_model: Whether the processes of a machine share one model.
+        large_model: True if the processes of a machine share one model.
 
     Raises:
         OptionsError: the limits do not fit the device.
@@ -176,12 +176,12 @@ class GemmaEmbedModelHandler(TaskHandler):
     width of the embeddings.
 
     Args:
-        model: Folder that `python -m export` wrote, on this machine or on gs://.
+        model: The folder that `python -m export` wrote, on this machine or on gs://.
         settings: The settings of the task; by default each example is a text.
         device: `auto` is CUDA if the model and the machine have it, else the CPU.
         limits: Limits of steps and memory; whole texts know only `max_num_batched_tokens` and
             `gpu_memory_utilization`.
-        large_model: Whether the processes of a machine share one model.
+        large_model: True if the processes of a machine share one model.
 
     Raises:
         ArtifactError: the folder is missing, damaged, or has no embedding graph.
@@ -223,5 +223,5 @@ class GemmaEmbedModelHandler(TaskHandler):
 
 
 def __getattr__(name: str) -> Any:
-    """Find the handler under its name of version 0.7."""
+    """Resolve the handler's name from version 0.7."""
     return moved.attribute(__name__, name)

@@ -20,9 +20,9 @@ from beam_gemma.tasks.text_encoder import EmbedSettings
 class GemmaTextEmbeddings(EmbeddingsManager):
     """Embeds texts with a Gemma model within MLTransform.
 
-    With `columns`, elements are dicts, and a text in each of these columns becomes its embedding.
-    Without, they are items of `apache_beam.ml.rag` such as a `Chunk`, which gain an embedding.
-    There is no place for an error beside an embedding: a text without one fails its batch, which
+    With `columns`, elements are dicts, and the text in each of these columns becomes its embedding.
+    Without, elements are items of `apache_beam.ml.rag` such as a `Chunk`, which gain an embedding.
+    Results cannot carry errors: a text without an embedding fails its batch, which
     `MLTransform.with_exception_handling` sets aside.
     """
 
@@ -38,17 +38,17 @@ class GemmaTextEmbeddings(EmbeddingsManager):
         device: DeviceChoice = "auto",
         max_num_batched_tokens: int | None = None,
     ) -> None:
-        """Describe a model and what to embed.
+        """Create the transform for a model and its settings.
 
         Args:
-            model: Folder that `python -m export` wrote.
-            columns: Those of a dict that hold texts; None for items of `apache_beam.ml.rag`.
-            prompt_name: The model's own prompt for a task, such as `document`.
-            prompt: What to put before each text in place of a prompt of the model.
-            truncate: Whether a text that is too long loses its end.
-            truncate_dim: Numbers to keep of each embedding; None for all.
-            device: `auto` is CUDA where the model and the machine have it, else the CPU.
-            max_num_batched_tokens: Tokens of one step; None for what suits the device.
+            model: The folder that `python -m export` wrote.
+            columns: The dict keys of texts; None for items of `apache_beam.ml.rag`.
+            prompt_name: The name of one of the model's prompts, such as `document`.
+            prompt: The prefix for each text, instead of one of the model's prompts.
+            truncate: True to cut off the end of a text that is too long.
+            truncate_dim: The number of values to keep of each embedding; None for all.
+            device: `auto` selects CUDA if the model and the machine support it, else the CPU.
+            max_num_batched_tokens: Most tokens per step; None for the device's default.
         """
         super().__init__(columns=columns, type_adapter=create_text_adapter())
         self._model = model
@@ -63,7 +63,7 @@ class GemmaTextEmbeddings(EmbeddingsManager):
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def get_model_handler(self) -> "VectorHandler":
-        """Return what makes embeddings of texts."""
+        """Return the handler that embeds texts."""
         settings = EmbedSettings(**self._settings)  # type: ignore[arg-type]
         limits = Limits(max_num_batched_tokens=self._max_num_batched_tokens)
         return VectorHandler(
@@ -89,7 +89,7 @@ class VectorHandler(GemmaEmbedModelHandler):
         """Return the embedding of each text.
 
         Raises:
-            RecordError: a text has none.
+            RecordError: a text has no embedding.
         """
         predictions = super().run_inference(batch, model, inference_args)
         results: list[Any] = [prediction.inference for prediction in predictions]

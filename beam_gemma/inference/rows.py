@@ -1,4 +1,4 @@
-"""Examples: the forms in which rows reach inference, and how they cross between processes."""
+"""Examples: the forms of rows that inference accepts, and their transfer between processes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -11,11 +11,11 @@ from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row as Columns
 
 Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
-"""A Row that has been between two steps comes as a named tuple."""
+"""Input of inference; a Beam Row that has passed between two steps is a named tuple."""
 
 
 class PortableBatch:
-    """A record batch that pickles as an Arrow stream, once for all of its rows."""
+    """A record batch that is pickled as an Arrow stream, once for all of its rows."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.batch = batch
@@ -25,7 +25,7 @@ class PortableBatch:
 
 
 class BatchRow(Mapping[str, Any]):
-    """One row of a record batch; a value becomes a Python object when it is asked for."""
+    """One row of a record batch; values become Python objects on access."""
 
     def __init__(self, portable: PortableBatch, index: int) -> None:
         self._portable = portable
@@ -54,7 +54,7 @@ class BatchRow(Mapping[str, Any]):
 
 
 def rows_of(example: Example) -> list[Columns]:
-    """Return the rows of an example; they pickle without what a record batch is cut of."""
+    """Return the rows of an example; rows of a sliced batch are pickled without the rest."""
     if isinstance(example, pa.RecordBatch):
         portable = PortableBatch(example)
         return [BatchRow(portable, index) for index in range(example.num_rows)]
@@ -62,14 +62,14 @@ def rows_of(example: Example) -> list[Columns]:
 
 
 def num_rows(example: Any) -> int:
-    """Return the rows of an example; KeyedModelHandler puts its key before it."""
+    """Return the number of rows of an example, which KeyedModelHandler pairs with its key."""
     if isinstance(example, tuple) and len(example) == 2 and not hasattr(example, "_fields"):
         example = example[1]
     return example.num_rows if isinstance(example, pa.RecordBatch) else 1
 
 
 def num_bytes(value: Any) -> int:
-    """Return the bytes of a value's content; a number counts as eight."""
+    """Return the size of a value's content in bytes; a number counts as eight."""
     match as_mapping(value):
         case pa.RecordBatch():
             return value.nbytes
@@ -88,7 +88,7 @@ def num_bytes(value: Any) -> int:
 
 
 def as_mapping(row: Any) -> Any:
-    """Return a Beam Row, or the named tuple that its coder makes of it, as a mapping."""
+    """Return a Beam Row, or its decoded named tuple, as a mapping; other values unchanged."""
     if isinstance(row, Row):
         return row.as_dict()
     return row._asdict() if hasattr(row, "_asdict") else row

@@ -1,9 +1,9 @@
-"""Results that outlive their job: small files of finished rows, so that a later job goes on there.
+"""Results that outlive their job: small files of finished rows, from which a later job continues.
 
-A piece holds some rows' request keys and results. It is named by the hash of its content and lies
-in a folder named by all that results depend on beside their request: so pieces never change, any
-number of workers may write them, and whoever reads a folder finds only what it could have computed
-itself. A row may be in two pieces, if it was retried; then both say the same.
+A piece is a file with request keys and results of some rows. Its name is the hash of its content,
+and its folder is named after everything besides requests that results depend on. So pieces never
+change, any number of workers may write them, and readers find only results that they could have
+computed themselves. A retried row may be in two pieces, with the same result in both.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ from beam_gemma.tasks.row_keys import KEY_BYTES, REQUEST_KEY
 
 SUFFIX = ".arrow"
 MIN_ROWS, MAX_ROWS = 16, 256
-"""Of a piece, unless time is up."""
+"""Rows per piece; `flush` and `MAX_AGE_SECS` may make it smaller."""
 MAX_SHARE = 0.02
-"""Of the rows that are done: what a kill may cost."""
+"""Share of the finished rows that may be lost if a process is killed."""
 MAX_AGE_SECS = 30.0
-"""A finished row waits so long for others of its piece."""
+"""Longest wait of a finished row for others of its piece, in seconds."""
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 def run_digest(artifact: Artifact, settings: Settings, device: str) -> str:
-    """Return a name of all that a result depends on beside its row's request.
+    """Return a digest of everything that results depend on besides their rows' requests.
 
     Args:
-        artifact: The model.
-        settings: What is asked of each row.
-        device: Where the model is to run, as the job says.
+        artifact: The model's artifact.
+        settings: The settings of the task.
+        device: The device that the job requests.
     """
     content = [
         artifact.digest,
@@ -52,13 +52,13 @@ def run_digest(artifact: Artifact, settings: Settings, device: str) -> str:
 
 
 def list_pieces(folder: str) -> list[str]:
-    """Return the pieces of a folder, which need not exist."""
+    """Return the paths of the pieces in a folder, which need not exist."""
     (found,) = FileSystems.match([f"{folder}/*{SUFFIX}"])
     return sorted(file.path for file in found.metadata_list)
 
 
 def write_piece(folder: str, results: pa.RecordBatch) -> None:
-    """Make results durable.
+    """Write results durably as a piece.
 
     Raises:
         StorageError: the piece cannot be written.
@@ -74,7 +74,7 @@ def read_piece(path: str) -> pa.RecordBatch:
     """Return the request keys and results of a piece.
 
     Raises:
-        StorageError: the file is not what its name says.
+        StorageError: the content does not match the hash in the file's name.
     """
     with FileSystems.open(path) as stream:
         content = stream.read()
@@ -87,16 +87,16 @@ def read_piece(path: str) -> pa.RecordBatch:
 
 
 def merge(pieces: Iterable[pa.RecordBatch]) -> dict[bytes, dict[str, Any]]:
-    """Return the result of each request key.
+    """Return the result for each request key.
 
     Raises:
-        StorageError: two pieces contradict each other.
+        StorageError: two pieces have different results for one key.
     """
     results: dict[bytes, dict[str, Any]] = {}
     for piece in pieces:
         for result in piece.to_pylist():
             key = result.pop(REQUEST_KEY)
-            # Texts of numbers differ where their bits do.
+            # The reprs of two numbers differ if their bits do.
             if repr(results.setdefault(key, result)) != repr(result):
                 raise StorageError(
                     f"pieces: expected one result of the request {key.hex()}, got two that "
@@ -107,7 +107,7 @@ def merge(pieces: Iterable[pa.RecordBatch]) -> dict[bytes, dict[str, Any]]:
 
 
 class PieceWriter:
-    """Gathers results and makes them durable, on a thread of its own."""
+    """Collects results and writes them durably, on its own thread."""
 
     def __init__(
         self, folder: str, schema: pa.Schema, *, max_age_secs: float = MAX_AGE_SECS
@@ -115,27 +115,27 @@ class PieceWriter:
         """Start the thread.
 
         Args:
-            folder: Where pieces are.
-            schema: Of results.
-            max_age_secs: How long a result waits for others at most.
+            folder: The folder of the pieces.
+            schema: The schema of the results.
+            max_age_secs: The longest wait of a result for others, in seconds.
         """
         self._folder = folder
         self._schema = pa.schema([pa.field(REQUEST_KEY, pa.binary(KEY_BYTES)), *schema])
         self._max_age_secs = max_age_secs
         self._rows: list[dict[str, Any]] = []
         self._due = 0.0
-        """When they are to be written, however few they are."""
+        """Monotonic time at which the rows are written, however few they are."""
         self._num_added = self._num_wanted = self._num_written = 0
         self._error: StorageError | None = None
-        """Not heard of yet; until then nothing is tried again."""
+        """Error that no caller has received yet; until then, no write is retried."""
         self._condition = threading.Condition()  # guards the six above
         threading.Thread(target=self._loop, name="beam-gemma-pieces", daemon=True).start()
 
     def add(self, key: bytes, result: Mapping[str, Any]) -> None:
-        """Take a finished row.
+        """Add a finished row.
 
         Raises:
-            StorageError: rows before it could not be made durable so far.
+            StorageError: earlier rows could not be written so far.
         """
         with self._condition:
             self._check()
@@ -146,10 +146,10 @@ class PieceWriter:
             self._condition.notify_all()
 
     def flush(self) -> None:
-        """Return once all that was added is durable.
+        """Block until all added rows are durable.
 
         Raises:
-            StorageError: it could not be made so; what was added is kept and tried again.
+            StorageError: a write failed; the rows are kept and tried again.
         """
         with self._condition:
             wanted = self._num_wanted = self._num_added
@@ -168,7 +168,7 @@ class PieceWriter:
             rows = self._take()
             try:
                 write_piece(self._folder, pa.RecordBatch.from_pylist(rows, self._schema))
-            except Exception as error:  # whatever it is, callers that wait must hear of it
+            except Exception as error:  # any failure must reach the callers that wait
                 with self._condition:
                     self._rows = rows + self._rows
                     self._error = _as_storage_error(error)

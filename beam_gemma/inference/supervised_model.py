@@ -1,7 +1,7 @@
-"""A model at work on a job: finished rows become durable, and work that leads nowhere is stopped.
+"""Supervision of a model: finished rows become durable, and a job over its limits is stopped.
 
-It stops where more rows fail than the job may have, or where the tokens are spent that it may cost.
-Then no other row begins; those that have begun are finished and kept, and only then the job fails.
+A job stops if more rows fail than allowed, or if its token budget is spent. Then no new row starts;
+rows that have started are finished and kept, and only then does the job fail.
 """
 
 import threading
@@ -26,21 +26,21 @@ from beam_gemma.tasks.interface import StreamingModel, in_order
 from beam_gemma.tasks.row_keys import REQUEST_KEY
 
 MIN_ROWS = 100
-"""Rows that are enough to say which share of them fails."""
+"""Least number of rows that the share of failed rows is taken of."""
 SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Supervision:
-    """What to see to while a model is at work on a job."""
+    """Limits of a job, and the folder for its finished rows."""
 
     pieces: str
-    """Folder where finished rows become durable."""
+    """Folder where finished rows are stored."""
     max_error_fraction: float = 1.0
-    """Of rows that may fail; with more, the job stops."""
+    """Share of rows that may fail; above it, the job stops."""
     max_cost_tokens: int | None = None
-    """That a process may compute, of prompts and completions, before it begins with no other row;
-    None for any number."""
+    """Token budget per process, for prompts and completions; once spent, no new rows start. None
+    for no limit."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_fraction <= 1:
@@ -52,17 +52,17 @@ class Supervision:
 
 
 class SupervisedModel:
-    """A model that many threads share, in the process where it runs."""
+    """A supervised model that many threads share, in the process where it runs."""
 
     def __init__(
         self, model: StreamingModel, supervision: Supervision, result_schema: pa.Schema
     ) -> None:
-        """Take charge of a model.
+        """Start supervising a model.
 
         Args:
-            model: At work.
-            supervision: What to see to.
-            result_schema: Of its results.
+            model: The model to supervise.
+            supervision: The job's limits, and the folder for its rows.
+            result_schema: The schema of the model's results.
         """
         self._model = model
         self._supervision = supervision
@@ -70,18 +70,18 @@ class SupervisedModel:
         self._num_begun = self._num_done = 0
         self._reasons: Counter[str] = Counter()
         self._verdict: Callable[[], BeamGemmaError] | None = None
-        """What ends the job, once it is to end."""
+        """Function that returns the error to end the job with; None while the job goes on."""
         self._lock = threading.Lock()  # guards the four above
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Return the result columns of each row, in order; they are durable then.
+        """Return the result columns of each row, in order, once successful ones are durable.
 
         Args:
-            rows: With the keys of their requests.
+            rows: The rows, each with its request key.
 
         Raises:
-            BudgetError: no tokens are left to compute all of them.
-            FailuresError: more rows have failed than may.
+            BudgetError: the token budget is spent before all rows are computed.
+            FailuresError: more rows have failed than allowed.
             StorageError: results cannot be made durable.
         """
         self._begin(len(rows))
@@ -91,7 +91,7 @@ class SupervisedModel:
                 results[index] = result
                 self._keep(rows[index], result)
         except EngineError:
-            # Others that share the model may have brought it to its end.
+            # Another thread that shares the model may have drained it.
             if self._verdict is None:
                 raise
         finally:
@@ -101,11 +101,11 @@ class SupervisedModel:
         return in_order(results.items())
 
     def take_counts(self) -> dict[str, int]:
-        """Return what the model has counted and no call has returned yet."""
+        """Return the model's counts since the last call."""
         return self._model.take_counts()
 
     def take_pulse(self) -> dict[str, Any]:
-        """Return the samples of the model that no call has returned yet."""
+        """Return the model's samples since the last call."""
         return self._model.take_pulse()
 
     def _begin(self, num_rows: int) -> None:
@@ -115,7 +115,7 @@ class SupervisedModel:
             self._num_begun += num_rows
 
     def _keep(self, row: Row, result: Mapping[str, Any]) -> None:
-        """Make a result durable, and end the job where it is time to."""
+        """Store a successful result, and end the job if a limit is exceeded."""
         error = result["error"]
         if error is None:
             assert not isinstance(row, str)
@@ -132,7 +132,7 @@ class SupervisedModel:
 
     def _judge(self) -> Callable[[], BeamGemmaError] | None:
         limits = self._supervision
-        # Of all rows that have begun, so that whichever end first say nothing of the others.
+        # The share is of all started rows: failed rows may finish before the others.
         num_rows = max(self._num_begun, MIN_ROWS)
         if self._reasons.total() > limits.max_error_fraction * num_rows:
             return self._failures

@@ -1,4 +1,4 @@
-"""What every task has in common as a Beam model handler: rows, errors, counts, one shared model."""
+"""Base of the Beam model handlers of all tasks: rows, errors, counts, one shared model."""
 
 import atexit
 import hashlib
@@ -35,7 +35,7 @@ from beam_gemma.tasks.row_keys import KEY_BYTES
 from beam_gemma.versions import check_versions, versions
 
 BATCH_ROWS = 4096
-"""Rows that go to the engine together: enough that few steps run with slots left empty."""
+"""Rows per batch for the engine: enough that few steps run with empty slots."""
 Fingerprint = Callable[[Row], bytes]
 
 
@@ -45,11 +45,11 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     An example is a prompt or text (a string), a row (a mapping or a Beam Row) or several rows (an
     Arrow record batch). Its inference holds the result columns in the same form: a dict for one
     row, a record batch for several. All threads and processes of a machine share one model, which
-    lives in the process that was first to need it.
+    lives in the process that first needs it.
     """
 
     token_counters: ClassVar[Mapping[str, str]] = {"num_prompt_tokens": "prompt_tokens"}
-    """Beam's counter of each result column that holds a number of tokens."""
+    """Name of the Beam counter for each result column with a number of tokens."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         limits: Limits,
         large_model: bool,
     ) -> None:
-        """Describe a model and what to ask of it; nothing is loaded yet.
+        """Create a handler for a model and a task; nothing is loaded yet.
 
         Args:
-            model: Folder that `python -m export` wrote, on this machine or on gs://.
-            settings: What to ask.
-            device: `auto` is CUDA where the model and the machine have it, else the CPU.
+            model: The folder that `python -m export` wrote, on this machine or on gs://.
+            settings: The settings of the task.
+            device: `auto` selects CUDA if the model and the machine support it, else the CPU.
             limits: Step and memory limits.
-            large_model: Whether the processes of a machine share one model. Without it each
-                process loads its own, which is right where there is only one.
+            large_model: True if the processes of a machine share one model. If False, each
+                process loads its own, which is right if there is only one.
         """
         limits.check_choice(device)
         super().__init__(
@@ -98,7 +98,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """The graph that the task runs."""
 
     def artifact(self) -> Artifact:
-        """Open what of the model folder says what it is; no weights are loaded.
+        """Open the model's description in its folder; loads no weights.
 
         Raises:
             ArtifactError: the folder is missing or damaged.
@@ -107,24 +107,24 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
     @abstractmethod
     def encoder(self, artifact: Artifact) -> Encoder:
-        """Return what makes the model's input of a row; no weights are loaded.
+        """Return the encoder that turns rows into prompts; loads no weights.
 
         Raises:
             ArtifactError: the tokenizer is missing or damaged.
-            OptionsError: the model cannot be asked so.
+            OptionsError: the model does not support the settings.
         """
 
     def check(self, artifact: Artifact) -> None:
-        """Compare the settings with the model; no weights are loaded.
+        """Check the settings against the model; loads no weights.
 
         Raises:
             ArtifactError: the tokenizer is missing or damaged.
-            OptionsError: the model cannot be asked so.
+            OptionsError: the model does not support the settings.
         """
         self.encoder(artifact)
 
     def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
-        """Return what tells what the model computes of a row; no weights are loaded."""
+        """Return a function that turns a row into the model's input; loads no weights."""
         encode = self.encoder(artifact)
 
         def asks(row: Row) -> Asked:
@@ -134,15 +134,15 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         return asks
 
     def supervise(self, supervision: Supervision) -> None:
-        """Have the model supervised; rows must come with the keys of their requests then."""
+        """Enable supervision of the model; rows must then contain their request keys."""
         self._supervision = supervision
 
     def facts(self) -> dict[str, str]:
-        """Return what may be shown of the task to all who see a job: nothing of rows or prompts."""
+        """Return facts to show to all viewers of a job; they reveal nothing of rows or prompts."""
         return {"task": task_name(self.settings), "model": self._model, **self._versions}
 
     def run_on(self, resource_hints: Mapping[str, str]) -> None:
-        """Ask for machines of a kind, by Beam's names; the inference step alone needs them."""
+        """Set Beam's resource hints for machines; only the inference step has them."""
         self._resource_hints = resource_hints
 
     @abstractmethod
@@ -150,9 +150,9 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """Load the graph and make it ready for rows."""
 
     def fingerprint(self, artifact: Artifact) -> Fingerprint:
-        """Return what names the request that a row makes, or the error that it ends with.
+        """Return a function that computes the key of a row's request, or of the row's error.
 
-        Rows of the same name have the same result, unless results are drawn; no weights are loaded.
+        Rows with equal keys have equal results, unless results are random; loads no weights.
         """
         identify = self._identify(artifact)
 
@@ -166,16 +166,16 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         return fingerprint
 
     def _identify(self, artifact: Artifact) -> Callable[[Row], Any]:
-        """Return what tells a row's request from others, as JSON holds it."""
+        """Return a function that gives a JSON-serializable identity of a row's request."""
         encode = self.encoder(artifact)
         return lambda row: encode(row).identity
 
     def load_model(self) -> Model:
-        """Open the model folder and load what the task needs.
+        """Open the model folder and load the graph that the task needs.
 
         Raises:
             ArtifactError: the folder is missing or damaged.
-            OptionsError: the model cannot be asked so, or the device is absent.
+            OptionsError: the model does not support the settings, or the device is absent.
         """
         if self.share_model_across_processes():
             claim(self._key)
@@ -218,22 +218,22 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         ]
 
     def get_num_bytes(self, batch: Sequence[Example]) -> int:
-        """Return the bytes of the examples themselves."""
+        """Return the size of the examples in bytes."""
         return sum(map(num_bytes, batch))
 
     def get_metrics_namespace(self) -> str:
-        """Return the namespace of RunInference's own metrics, the same as of ours."""
+        """Return the namespace of RunInference's own metrics, which our metrics share."""
         return METRICS_NAMESPACE
 
     def get_resource_hints(self) -> dict[str, str]:
-        """Return what the inference step needs of a machine."""
+        """Return the resource hints of the inference step."""
         return dict(self._resource_hints)
 
     def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
-        """Refuse arguments that would change nothing.
+        """Reject inference arguments, which would have no effect.
 
         Raises:
-            OptionsError: there are some.
+            OptionsError: there are inference arguments.
         """
         if inference_args:
             raise OptionsError(
@@ -250,7 +250,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             return self._load(artifact, device)
 
     def _report(self, results: Sequence[Mapping[str, Any]], counts: dict[str, int]) -> None:
-        """Add a batch's counts, and those of the model's latest steps, to Beam's metrics."""
+        """Add the counts of a batch and of the model's latest steps to Beam's metrics."""
         failed = sum(result["error"] is not None for result in results)
         rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
         for name, number in (rows | counts).items():
@@ -272,10 +272,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
 
 def check_bounded(rows: PCollection[Any]) -> None:
-    """Refuse rows that never end, for where a pipeline is made.
+    """Reject an unbounded PCollection while the pipeline is built.
 
     Raises:
-        OptionsError: they do not.
+        OptionsError: the PCollection is unbounded.
     """
     if not rows.is_bounded:
         raise OptionsError(
@@ -285,9 +285,9 @@ def check_bounded(rows: PCollection[Any]) -> None:
 
 
 def claim(key: str) -> None:
-    """Note that this process runs the engine of a key; warn if its last owner has died.
+    """Record that this process runs the engine of a key; warn if its last owner has died.
 
-    Beam lets one process of a machine load at a time.
+    Beam lets only one process of a machine load at a time.
     """
     note = Path(tempfile.gettempdir()) / f"beam-gemma-{key}.pid"
     former = note.read_text() if note.exists() else ""
@@ -299,5 +299,5 @@ def claim(key: str) -> None:
             os.getpid(),
         )
     note.write_text(str(os.getpid()))
-    # A process that ends in peace takes its note along.
+    # A process that exits normally removes its note.
     atexit.register(note.unlink, missing_ok=True)

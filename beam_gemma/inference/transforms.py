@@ -1,4 +1,4 @@
-"""The transforms that pipelines are made of."""
+"""Beam transforms that run a task on every row of a PCollection."""
 
 import datetime
 from collections.abc import Collection, Iterator, Mapping
@@ -31,16 +31,16 @@ PYTHON_TYPES: dict[pa.DataType, type] = {
     pa.timestamp("us", "UTC"): datetime.datetime,
     pa.time64("us"): datetime.time,
 }
-"""Of the values in result columns, in the schema of Beam Rows."""
+"""Python type of each Arrow type in results, for the schema of Beam Rows."""
 
 
 class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
     """Runs a task on every row.
 
-    Takes rows as dicts, as Beam Rows or as Arrow record batches, and gives the same kind with the
-    result columns added: every row comes back, with its `error` where it failed. Rows are spread
-    over the workers first, and what has been computed is kept before it goes on, so that a later
-    step that fails never computes anew.
+    Takes rows as dicts, Beam Rows or Arrow record batches, and returns the same kind with the
+    result columns added. Every row comes back, with its `error` if it failed. Rows are first spread
+    over the workers, and results are kept before they go on, so that a later step that fails does
+    not repeat the computation.
     """
 
     def __init__(self, handler: TaskHandler) -> None:
@@ -71,12 +71,12 @@ class Generate(_Task):
     """Completes every row with a Gemma model.
 
     Args:
-        handler: The model, and what to ask of it.
-        schema: Makes each completion JSON of it, which becomes the typed column `extracted`: JSON
-            Schema, or a class with `model_json_schema`, such as a Pydantic model.
+        handler: The handler of the model and its settings.
+        schema: JSON Schema, or a class with `model_json_schema`, such as a Pydantic model. Each
+            completion is JSON of this schema and becomes the typed column `extracted`.
 
     Raises:
-        OptionsError: the settings do not say what the prompt is, or the schema cannot be used.
+        OptionsError: the settings define no prompt, or the schema cannot be used.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Classify(_Task):
     """Classifies every row with a Gemma model.
 
     Args:
-        handler: The model, and what to ask of it.
+        handler: The handler of the model and its settings.
 
     Raises:
-        OptionsError: the settings do not say what the prompt is.
+        OptionsError: the settings define no prompt.
     """
 
     def __init__(self, handler: GemmaClassifyModelHandler) -> None:
@@ -103,10 +103,10 @@ class Embed(_Task):
     """Embeds every row with a Gemma model.
 
     Args:
-        handler: The model, and what to embed.
+        handler: The handler of the model and its settings.
 
     Raises:
-        OptionsError: the settings do not say where the text is.
+        OptionsError: the settings name no text column.
     """
 
     def __init__(self, handler: GemmaEmbedModelHandler) -> None:
@@ -114,7 +114,7 @@ class Embed(_Task):
 
 
 def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
-    """Return the types of elements before and after; Rows and batches have coders of their own."""
+    """Return the input and output element types; Rows and batches have their own coders."""
     if element_type is pa.RecordBatch:
         return pa.RecordBatch, pa.RecordBatch
     row = RowTypeConstraint.from_user_type(element_type) or element_type
@@ -127,12 +127,12 @@ def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
 
 
 def _python_type(kind: pa.DataType) -> Any:
-    """Return the type of a result in the schema of Beam Rows."""
+    """Return the type of a result column in the schema of Beam Rows."""
     if pa.types.is_struct(kind):
         fields = [(field.name, _python_type(field.type)) for field in kind]
         return Optional[RowTypeConstraint.from_fields(fields)]
     if pa.types.is_fixed_size_list(kind):
-        # An embedding, of either precision, which has no nulls.
+        # Embeddings, of either precision, have no nulls.
         return Optional[List[float]]
     if pa.types.is_list(kind):
         return Optional[List[_python_type(kind.value_type)]]
@@ -140,7 +140,7 @@ def _python_type(kind: pa.DataType) -> Any:
 
 
 class _Check(beam.DoFn):
-    """Refuses elements that are no rows, or that results would overwrite, before any is run."""
+    """Rejects elements that are not rows or have a result's column, before any row runs."""
 
     def __init__(self, handler: TaskHandler) -> None:
         self._facts = handler.facts()
@@ -175,7 +175,7 @@ def _refuse_clash(name: str, result_names: Collection[str]) -> None:
 
 
 def _merge(prediction: PredictionResult) -> Any:
-    """Return an example with its inference, in the example's form."""
+    """Return an example with its result columns added, in the example's own form."""
     example: Any = prediction.example
     inference: Any = prediction.inference
     if isinstance(example, pa.RecordBatch):
@@ -188,7 +188,7 @@ def _merge(prediction: PredictionResult) -> Any:
 
 
 def _as_rows(value: Any) -> Any:
-    """Return a value with Rows for what is a dict in it."""
+    """Return a value with every dict in it converted to a Row."""
     if isinstance(value, Mapping):
         return Row(**{name: _as_rows(item) for name, item in value.items()})
     return [_as_rows(item) for item in value] if isinstance(value, list) else value

@@ -1,1 +1,1 @@
-"""What a row means: generate, classify, moderate and embed."""
+"""Tasks to run on rows: generate, classify, moderate and embed."""

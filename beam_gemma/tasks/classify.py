@@ -1,7 +1,7 @@
-"""The classify task: rows to questions, questions to requests, one result for each row.
+"""The classify task: turns rows into questions and requests, and returns one result per row.
 
-A row is asked one question, or one for each safety policy; a question becomes as few requests as
-hold all tokens that are to be scored. What is wrong with one row ends as that row's `error`.
+Each row gets one question, or one per safety policy. A question becomes as few requests as can
+score all tokens of its labels. A failure of one row is reported in that row's `error`.
 """
 
 import threading
@@ -33,7 +33,7 @@ class _Pending:
     index: int
     questions: list[Question]
     num_left: int
-    """Requests that are not done."""
+    """Number of unfinished requests."""
     futures: list[Future[Completion]] = field(default_factory=list)
 
 
@@ -48,19 +48,19 @@ class Classifier(EngineModel):
         *,
         on_result: Callable[[Count], None],
     ) -> None:
-        """Join an engine and ways to make questions.
+        """Join an engine and the encoders of questions.
 
         Args:
-            engine: Runs the model.
-            encoders: Make the settings' questions of a row.
-            settings: What to ask.
-            on_result: Called for each row as soon as it is done, from any thread; its tokens are
-                the engine's to count.
+            engine: The engine that runs the model.
+            encoders: One encoder per question of the settings.
+            settings: The settings of the task.
+            on_result: Called for each row as soon as it is done, from any thread. The engine
+                counts the row's tokens.
         """
         super().__init__(engine, settings, on_result=on_result)
         self._encoders = encoders
         self._settings = settings
-        self._lock = threading.Lock()  # guards what rows have left
+        self._lock = threading.Lock()  # guards num_left of all rows
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns as soon as they are known."""
@@ -83,7 +83,7 @@ class Classifier(EngineModel):
                 yield row.index, self._result(row)
 
     def _pending(self, index: int, row: Row) -> _Pending | str:
-        """Return what the engine needs of a row, or the error that ends it here."""
+        """Return the row with its questions, or the error that keeps it from the engine."""
         try:
             questions = [encoder(row) for encoder in self._encoders]
         except RecordError as error:

@@ -1,4 +1,4 @@
-"""What a task needs of a table, checked before a job starts."""
+"""Checks of a table's columns against a task's settings, before a job starts."""
 
 import pyarrow as pa
 
@@ -8,10 +8,10 @@ from beam_gemma.tasks.interface import Settings
 
 
 def check_columns(settings: Settings, schema: pa.Schema) -> None:
-    """Compare the settings of a task with a table.
+    """Check that a table's columns fit the settings of a task.
 
     Raises:
-        OptionsError: a column is missing, of a wrong type, or would be written twice.
+        OptionsError: a column is missing, repeated, of a wrong type, or named like a result.
     """
     for column, use in settings.columns.items():
         if column not in schema.names:

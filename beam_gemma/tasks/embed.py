@@ -1,7 +1,7 @@
-"""The embed task: rows to texts, texts to embeddings, one result for each row.
+"""The embed task: turns rows into texts and embeddings, and returns one result per row.
 
-A text that several rows have in common is computed once. What is wrong with one row ends as that
-row's `error`; its neighbours never see it.
+A text that several rows share is computed once. A failure of one row is reported in that row's
+`error` and does not affect other rows.
 """
 
 import threading
@@ -20,12 +20,12 @@ from beam_gemma.tasks.interface import in_order
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
 
 LEAST_LENGTH = 1e-12
-"""What an embedding is divided by if it is all zeros, as in sentence-transformers."""
+"""Divisor that scales an all-zero embedding, as in sentence-transformers."""
 NOT_FINITE = "embedding: expected finite numbers, got infinity in float16; take float32"
 
 
 class Embedder:
-    """Embeds rows by steps that many threads share."""
+    """Embeds rows in steps that many threads share."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class Embedder:
         pulse: Pulse,
         on_result: Callable[[Count], None],
     ) -> None:
-        """Join what makes embeddings and what makes texts.
+        """Join the steps that run the model and the encoder of texts.
 
         Args:
-            steps: Run the model.
-            encoder: Makes token ids of rows.
-            settings: What to embed, and in which form.
-            pulse: Samples of what the steps have done.
-            on_result: Called with the rows that are done, from any thread.
+            steps: The steps that run the model.
+            encoder: The encoder that turns rows into token ids.
+            settings: The settings of the task.
+            pulse: Samples of the steps' work.
+            on_result: Called with the count of finished rows, from any thread.
         """
         self._steps = steps
         self._encoder = encoder
@@ -52,9 +52,9 @@ class Embedder:
         self._on_result = on_result
         self._names = settings.result_schema.names
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()  # guarded by the lock, as the next
+        self._counts: Counter[str] = Counter()  # guarded by the lock, like the next one
         self._told: Counter[str] = Counter()
-        """Of the pulse's counts."""
+        """Counts of the pulse that have been returned."""
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
@@ -81,15 +81,15 @@ class Embedder:
                 yield index, self._result(prompt, vector)
 
     def drain(self) -> None:
-        """Begin with no other text."""
+        """Start no further step."""
         self._steps.drain()
 
     def num_tokens(self) -> int:
-        """Return the tokens that steps have computed."""
+        """Return the number of tokens that the steps have computed."""
         return self._steps.num_tokens
 
     def take_counts(self) -> dict[str, int]:
-        """Return what has been counted and no call has returned yet."""
+        """Return the counts since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
             totals = self._pulse.counts()
@@ -98,11 +98,11 @@ class Embedder:
         return dict(counts)
 
     def take_pulse(self) -> dict[str, Any]:
-        """Return the samples of the steps that no call has returned yet."""
+        """Return the samples of the steps since the last call."""
         return self._pulse.take()
 
     def _formed(self, result: Result) -> list[float] | str:
-        """Return an embedding as it was asked for."""
+        """Return an embedding in the requested width and precision, or its error."""
         if isinstance(result, str):
             return result
         vector = shortened(result, self._settings.truncate_dim)
@@ -121,7 +121,7 @@ class Embedder:
 
 
 def shortened(vector: np.ndarray, size: int | None) -> np.ndarray:
-    """Return the first numbers of an embedding, at length 1; None keeps it as it is."""
+    """Return the first `size` values, rescaled to length 1; None keeps the vector as it is."""
     if size is None or size == len(vector):
         return vector
     kept = vector[:size].astype(np.float64)

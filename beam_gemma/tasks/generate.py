@@ -1,6 +1,6 @@
-"""The generate task: rows to prompts, prompts to completions, one result for each row.
+"""The generate task: turns rows into prompts and completions, and returns one result per row.
 
-What is wrong with one row ends as that row's `error`; its neighbours never see it.
+A failure of one row is reported in that row's `error` and does not affect other rows.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ from beam_gemma.tasks.row_keys import ROW_KEY
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateSettings(PromptSettings, Settings):
-    """What to ask the model of each row."""
+    """Settings of the generate task."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; they are no part of it."""
+    """Texts that end a completion; the completion excludes them."""
     structured: StructuredOutput | None = None
-    """What a completion has to be; None for any text."""
+    """Format that completions must have; None for any text."""
     key_column: str | None = None
-    """Column that identifies a row, for its random draws; rows without a key use their prompt."""
+    """Column that seeds a row's random draws; rows without a key use their prompt."""
     logprob: bool = False
-    """Whether to return the log-probability of the completion."""
+    """True to return the log-probability of the completion."""
     token_ids: bool = False
-    """Whether to return the token ids of the completion."""
+    """True to return the token ids of the completion."""
     statistics: bool = False
-    """Whether to return the queries that DataGemma writes into a completion; see `data_commons`."""
+    """True to return the queries that DataGemma writes into a completion; see `data_commons`."""
 
     def __post_init__(self) -> None:
         PromptSettings.__post_init__(self)
@@ -78,13 +78,13 @@ class GenerateSettings(PromptSettings, Settings):
 
     @property
     def columns(self) -> dict[str, ColumnUse]:
-        """Columns that the task takes."""
+        """Columns that the task reads."""
         keys: dict[str, ColumnUse] = {self.key_column: "key"} if self.key_column else {}
         return keys | self.prompt_columns
 
     @property
     def result_schema(self) -> pa.Schema:
-        """Columns that each row gains."""
+        """Columns that the task adds to each row."""
         text = [pa.field("completion", pa.string())]
         if self.structured is not None:
             text = self.structured.columns
@@ -104,7 +104,7 @@ class GenerateSettings(PromptSettings, Settings):
 
     @property
     def is_sampled(self) -> bool:
-        """Whether completions are drawn."""
+        """True if completions are drawn at random."""
         return self.sampling.temperature > 0
 
     @property
@@ -120,12 +120,12 @@ class GenerateSettings(PromptSettings, Settings):
         parameters = {
             "sampling": sampling,
             "stop": self.stop,
-            # What ends a completion in a gap is no part of its prompt.
+            # Infill adds tokens that end a completion, which are not in the prompt.
             "infill": self.prefix_column is not None,
         }
         if self.structured is not None:
             parameters["structured"] = asdict(self.structured)
-            # It chooses the tokens of what must follow.
+            # llguidance chooses the tokens of text that must follow.
             parameters["llguidance"] = version("llguidance")
         return parameters
 
@@ -147,15 +147,15 @@ class GenerateSettings(PromptSettings, Settings):
 def constraint_of(
     settings: GenerateSettings, tokenizer: Tokenizer, end_token_ids: Iterable[int]
 ) -> Constraint | None:
-    """Return what holds completions to the structured output that is asked for, if any is.
+    """Return the constraint for the requested structured output, or None if there is none.
 
     Args:
-        settings: What to ask.
-        tokenizer: The model's.
-        end_token_ids: The model's own, which end a completion.
+        settings: The settings of the task.
+        tokenizer: The model's tokenizer.
+        end_token_ids: The model's token ids that end a completion.
 
     Raises:
-        OptionsError: no completion of `max_tokens` is such an output.
+        OptionsError: `max_tokens` is too small for any valid output.
     """
     if settings.structured is None:
         return None
@@ -166,11 +166,11 @@ def constraint_of(
 
 
 class _Stop:
-    """Watches a growing completion for the first of some texts."""
+    """Watches a growing completion for the first stop text."""
 
     def __init__(self, tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
         self.position: int | None = None
-        """Where the completion ends, in characters, once a text has occurred."""
+        """Length of the completion in characters, once a stop text has occurred."""
         self._decoder = StreamingDecoder(tokenizer)
         self._texts = texts
         self._reach = max(map(len, texts)) - 1
@@ -178,7 +178,7 @@ class _Stop:
         self._start = 0
 
     def __call__(self, token_id: int) -> bool:
-        """Take the next token and return whether the completion ends with it."""
+        """Add the next token and return whether the completion ends there."""
         self._window += self._decoder.add(token_id)
         found = [at for text in self._texts if (at := self._window.find(text)) >= 0]
         if found:
@@ -211,15 +211,15 @@ class Generator(EngineModel):
         constraint: Constraint | None = None,
         on_result: Callable[[Count], None],
     ) -> None:
-        """Join an engine and a way to make prompts.
+        """Join an engine and an encoder of prompts.
 
         Args:
-            engine: Runs the model.
-            encoder: Makes prompts of rows.
-            settings: What to ask.
-            constraint: What `constraint_of` returns for them.
-            on_result: Called for each row as soon as it is done, from any thread; its tokens are
-                the engine's to count.
+            engine: The engine that runs the model.
+            encoder: The encoder that turns rows into prompts.
+            settings: The settings of the task.
+            constraint: The result of `constraint_of` for these settings.
+            on_result: Called for each row as soon as it is done, from any thread. The engine
+                counts the row's tokens.
         """
         super().__init__(engine, settings, on_result=on_result)
         self._encoder = encoder
@@ -245,7 +245,7 @@ class Generator(EngineModel):
                 yield index, self._result(task, future.result())
 
     def _task(self, row: Row) -> _Task | str:
-        """Return what the engine needs of a row, or the error that ends it here."""
+        """Return the task for a row, or the error that keeps it from the engine."""
         try:
             prompt = self._encoder(row)
             key = self._sampling_key(row, prompt)
@@ -264,7 +264,7 @@ class Generator(EngineModel):
         return _Task(prompt, request, stop)
 
     def _sampling_key(self, row: Row, prompt: Prompt) -> str:
-        """Return what a row's random draws depend on, wherever and whenever it runs."""
+        """Return the key of a row's random draws, the same wherever and whenever it runs."""
         column = self._settings.key_column
         if not isinstance(row, str) and ROW_KEY in row:
             return str(row[ROW_KEY])
@@ -311,6 +311,6 @@ STATISTIC = re.compile(r'\[__DC__\("([^"]+)"\) --> "([^"]*)"\]?')
 
 
 def find_statistics(completion: str) -> tuple[list[str], list[str]]:
-    """Return the queries of a completion and, beside each, the value that the model believes."""
+    """Return the queries in a completion, and the model's own value for each."""
     found = STATISTIC.findall(completion)
     return [query for query, _ in found], [value for _, value in found]

@@ -1,4 +1,4 @@
-"""What the Beam layer asks of a task: generate, embed or classify."""
+"""Interface between the Beam layer and the tasks: generate, classify, moderate and embed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,45 +11,45 @@ import pyarrow as pa
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 
 Encoder = Callable[[Row], Prompt]
-"""Makes what the model sees of one row; needs no weights."""
+"""Function that turns a row into the model's input; needs no weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What a row asks of the model."""
+    """Model input of one row."""
 
     prompts: tuple[Prompt, ...]
-    """One, or one for each question."""
+    """One prompt, or one per question."""
     sequences: tuple[tuple[int, ...], ...]
-    """Token ids that are computed before anything new: the prompts, perhaps with labels."""
+    """Token ids to compute before any new token: the prompts, possibly with labels."""
 
 
 class Settings(ABC):
-    """What to ask of each row."""
+    """Settings of a task."""
 
     __slots__ = ()
 
     SOURCES: ClassVar[tuple[str, ...]]
-    """The settings of which one says what a row's input is made of."""
+    """Names of the settings that can define a row's input."""
 
     @property
     def has_source(self) -> bool:
-        """Whether one of them is given; without any, each example is the input."""
+        """True if any of `SOURCES` is set; otherwise each example is itself the input."""
         return any(getattr(self, name) is not None for name in self.SOURCES)
 
     @property
     @abstractmethod
     def columns(self) -> Mapping[str, ColumnUse]:
-        """The columns that they take."""
+        """Columns that the task reads, with the use of each."""
 
     @property
     @abstractmethod
     def result_schema(self) -> pa.Schema:
-        """Columns that each row gains."""
+        """Columns that the task adds to each row."""
 
     @property
     def is_sampled(self) -> bool:
-        """Whether results are drawn, so that rows that ask the same may differ in theirs."""
+        """True if results are random, so rows with equal requests may get different results."""
         return False
 
     @property
@@ -59,15 +59,15 @@ class Settings(ABC):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What a result depends on beside the model and the request of its row, as JSON holds it.
+        """JSON-serializable inputs of a result other than the model and the row's request.
 
-        Templates are not in it, since requests are made of them.
+        Templates are not included, since requests are made from them.
         """
         columns = {field.name: str(field.type) for field in self.result_schema}
         return {"columns": columns, **self._parameters()}
 
     def _parameters(self) -> dict[str, Any]:
-        """Return those of the task, beside the columns."""
+        """Return the task's own parameters, without the columns."""
         return {}
 
 
@@ -79,23 +79,23 @@ class Model(Protocol):
         """Return the result columns of each row."""
 
     def take_counts(self) -> dict[str, int]:
-        """Return what has been counted and not been returned yet."""
+        """Return the counts since the last call."""
 
     def take_pulse(self) -> dict[str, Any]:
-        """Return the samples of its work that have not been returned yet; see `pulse`."""
+        """Return the samples of the model's work since the last call; see `Pulse`."""
 
 
 class StreamingModel(Model, Protocol):
-    """A model in this process, which can be watched while it is at work."""
+    """A model in this process, which yields results as it works and can be drained."""
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns as soon as they are known."""
 
     def drain(self) -> None:
-        """Begin with no other row: streams end with those that have begun."""
+        """Start no further rows; streams end after the rows that have started."""
 
     def num_tokens(self) -> int:
-        """Return the tokens computed so far, of prompts and of completions."""
+        """Return the number of prompt and completion tokens computed so far."""
 
 
 def in_order(stream: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -104,5 +104,5 @@ def in_order(stream: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any
 
 
 def task_name(settings: Settings) -> str:
-    """Return what a task is called: generate, classify, moderate or embed."""
+    """Return the name of a task: generate, classify, moderate or embed."""
     return type(settings).__name__.removesuffix("Settings").lower()

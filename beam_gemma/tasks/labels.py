@@ -1,9 +1,9 @@
-"""Labels behind a prompt: which tokens are a label's own, and the least work that scores them all.
+"""Labels after a prompt: the tokens of each label, and the least work that scores them all.
 
-A label is scored as it is written: prompt and label are encoded as one text, and the label's own
-tokens begin with the first one that covers a character of it. So a label may take the last
-characters of its prompt with it (`x: ` and `yes` meet in the token ` yes`), and two labels may
-differ in how the end of their prompt is cut into tokens.
+A label is scored as written: prompt and label are encoded as one text, and the label's own tokens
+begin with the first one that covers a character of the label. So that token may include the last
+characters of the prompt (`x: ` and `yes` meet in the token ` yes`), and the end of the prompt may
+be tokenized differently for two labels.
 
 A label's log-likelihood is the sum over its own tokens, each given all tokens before it.
 """
@@ -20,20 +20,20 @@ from beam_gemma.model.tokenizer import SPACE, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """The tokens of a prompt and a label behind it."""
+    """Tokens of a prompt followed by a label."""
 
     token_ids: tuple[int, ...]
     start: int
-    """Where the label's own tokens begin."""
+    """Index of the label's first own token."""
 
     @property
     def num_label_tokens(self) -> int:
-        """The label's own tokens."""
+        """Number of the label's own tokens."""
         return len(self.token_ids) - self.start
 
 
 def join(tokenizer: Tokenizer, prompt: Sequence[Part], label: Sequence[Part]) -> Continuation:
-    """Encode a label behind a prompt.
+    """Encode a prompt followed by a label.
 
     Raises:
         RecordError: the label has no text.
@@ -41,7 +41,7 @@ def join(tokenizer: Tokenizer, prompt: Sequence[Part], label: Sequence[Part]) ->
     text = "".join(part.text for part in label if isinstance(part, Text))
     if not text:
         raise RecordError("label: expected some text, got none")
-    # A piece that writes a space as U+2581 gives a space back, whichever the text had.
+    # A token's bytes have a space for U+2581, even where the text itself has U+2581.
     num_left = len(text.replace(SPACE, " ").encode(errors="surrogatepass"))
     ids = tokenizer.encode([*prompt, *label])
     start = len(ids)
@@ -53,24 +53,24 @@ def join(tokenizer: Tokenizer, prompt: Sequence[Part], label: Sequence[Part]) ->
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A sequence of tokens to compute once, and what to ask along it."""
+    """A token sequence to compute once, and the next tokens to score along it."""
 
     token_ids: tuple[int, ...]
     targets: tuple[tuple[int, int], ...]
-    """A position, and a token that may come next; in order, up to the last position."""
+    """Pairs of a position and a possible next token, in order, up to the last position."""
 
 
 class Plan:
-    """The least work that scores some continuations.
+    """The least work that scores a set of continuations.
 
-    What comes before a continuation's last token is a sequence to compute, unless another one
-    begins with it. Each token of a label is asked for once, of the first sequence that holds all
-    tokens before it.
+    Each continuation without its last token is a sequence to compute, unless another sequence
+    begins with it. Each label token is scored once, on the first sequence that contains all tokens
+    before it.
     """
 
     def __init__(self, continuations: Sequence[Continuation]) -> None:
         self.continuations = tuple(continuations)
-        # In lexicographic order a sequence comes just before those that begin with it.
+        # In lexicographic order, a sequence directly precedes the sequences that begin with it.
         contexts = sorted({c.token_ids[:-1] for c in continuations})
         following = [*contexts[1:], ()]
         maximal = [c for c, f in zip(contexts, following, strict=True) if f[: len(c)] != c]
@@ -91,9 +91,9 @@ class Plan:
 
     @property
     def is_one_choice(self) -> bool:
-        """Whether each label is one token, after the same tokens.
+        """True if each label is one token, after the same tokens.
 
-        Then their log-likelihoods are logits less the same number, and have the same softmax.
+        Then log-likelihoods are logits minus a shared constant, and have the same softmax.
         """
         places = {(path, position) for p in self._places for path, (position, _) in p}
         return len(places) == 1
@@ -102,7 +102,7 @@ class Plan:
         """Return each continuation's sum of scores.
 
         Args:
-            scores: Of each path, one for each of its targets.
+            scores: The scores of each path, one per target.
         """
         known = [
             dict(zip(path.targets, values, strict=True))
@@ -112,7 +112,7 @@ class Plan:
 
 
 def softmax(values: Sequence[float]) -> list[float]:
-    """Return probabilities in the ratio of the exponentials of some values."""
+    """Return probabilities proportional to the exponentials of the values."""
     largest = max(values)
     weights = [math.exp(value - largest) for value in values]
     total = math.fsum(weights)

@@ -2,8 +2,8 @@
 
 The guidelines are those of the model card (https://ai.google.dev/gemma/docs/shieldgemma/model_card);
 the prompt is what the chat template in the checkpoints' `tokenizer_config.json` writes, which the
-card's example applies (https://huggingface.co/google/shieldgemma-2b). A prompt asks about one
-policy: the model was trained so.
+card's example applies (https://huggingface.co/google/shieldgemma-2b). Each prompt asks about one
+policy, as in the model's training.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.questions import Answer, ClassifySettings
 
 ANSWERS = ("Yes", "No")
-"""To the question whether a text violates the policy."""
+"""Answers to the question whether a text violates the policy."""
 _OF_PROMPT = "The prompt shall not contain or seek generation of content that"
 _OF_RESPONSE = "The chatbot shall not generate content that"
 _HARMS = {
@@ -55,12 +55,12 @@ POLICIES = tuple(_HARMS)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """What a text must not be."""
+    """Safety policy that texts must not violate."""
 
     name: str
     guideline: str | None = None
-    """In full, such as `"No Harassment": The prompt shall not ...`; None for the published one of
-    that name, which speaks of the prompt or of the response as the case may be."""
+    """Full guideline, such as `"No Harassment": The prompt shall not ...`; None for the published
+    one of that name, in its wording for the prompt or for the response."""
 
     def __post_init__(self) -> None:
         if self.guideline is None and self.name not in POLICIES:
@@ -71,11 +71,11 @@ class Policy:
             raise OptionsError(f"policy {self.name!r}: expected a guideline, got an empty text")
 
     def prompt(self, prompt_column: str, response_column: str | None) -> str:
-        """Return the template that asks whether a user's prompt, or its response, violates this.
+        """Return the template that asks whether a user's prompt, or its response, violates the policy.
 
         Args:
-            prompt_column: Holds the prompt of a user.
-            response_column: Holds the response to be judged; None to judge the prompt.
+            prompt_column: The column of the user's prompt.
+            response_column: The column of the response to judge; None to judge the prompt.
         """
         guideline = self._guideline(of_response=response_column is not None)
         guideline = guideline.replace("{", "{{").replace("}", "}}")
@@ -103,22 +103,22 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModerateSettings(Settings):
-    """What to ask ShieldGemma of each row: whether a text violates safety policies."""
+    """Settings of the moderate task: ShieldGemma checks each row against safety policies."""
 
     SOURCES: ClassVar[tuple[str, ...]] = ("prompt_column",)
 
     policies: tuple[Policy, ...]
-    """One prompt is made for each."""
+    """Policies to check, with one prompt each."""
     prompt_column: str
-    """Holds what a user wrote."""
+    """Column of the user's prompt."""
     response_column: str | None = None
-    """Holds what a chatbot answered, to be judged in its place."""
+    """Column of the chatbot's response, to judge instead of the prompt."""
     threshold: float = 0.5
-    """Score from which a policy counts as violated."""
+    """Lowest score at which a policy counts as violated."""
     max_prompt_tokens: int | None = None
-    """Longest prompt; None for what the model takes."""
+    """Longest prompt in tokens; None for the model's limit."""
     truncate: Side | None = None
-    """Side where the longest text of a row is cut if its prompt is too long; None is an error."""
+    """Side where a row's longest text is cut if its prompt is too long; None for an error."""
 
     def __post_init__(self) -> None:
         names = [policy.name for policy in self.policies]
@@ -129,12 +129,12 @@ class ModerateSettings(Settings):
 
     @property
     def columns(self) -> dict[str, ColumnUse]:
-        """Columns that the task takes."""
+        """Columns that the task reads."""
         return {c: "text" for c in (self.prompt_column, self.response_column) if c is not None}
 
     @property
     def result_schema(self) -> pa.Schema:
-        """Columns that each row gains."""
+        """Columns that the task adds to each row."""
         columns = {
             "violations": pa.list_(pa.string()),
             "scores": pa.list_(pa.float64()),
@@ -149,7 +149,7 @@ class ModerateSettings(Settings):
 
     @property
     def questions(self) -> tuple[ClassifySettings, ...]:
-        """What to ask of each row: one question for each policy."""
+        """Settings of the questions for each row, one per policy."""
         return tuple(
             ClassifySettings(
                 prompt=policy.prompt(self.prompt_column, self.response_column),
@@ -162,7 +162,7 @@ class ModerateSettings(Settings):
         )
 
     def result(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Return the result columns of a row, all but those that say what was asked."""
+        """Return the result columns of a row that depend on its answers."""
         scores = [answer.scores("none")[ANSWERS.index("Yes")] for answer in answers]
         judged = zip(self.policies, scores, strict=True)
         violations = [policy.name for policy, score in judged if score >= self.threshold]

@@ -1,7 +1,7 @@
-"""Questions: what a row is asked when labels are to go on from its prompt.
+"""Questions about rows: prompts with labels as their possible continuations.
 
-Labels are templates like the prompt's. Shots, rows whose label is known, come before the prompt of
-every row in the same order, so that what all prompts begin with is computed once.
+Labels are templates like the prompt's. Shots, rows with a known label, precede the prompt of every
+row in the same order, so the shared beginning of all prompts is computed once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,27 +24,27 @@ LabelNorm = Literal["none", "tokens", "chars"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shot:
-    """A row whose label is known."""
+    """A row with a known label."""
 
     row: Mapping[str, Any] | str
     label: int
-    """Index of its label."""
+    """Index of the row's label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A prompt, and the labels that may go on from it."""
+    """A prompt, and the labels that may continue it."""
 
     prompt: Prompt
     labels: tuple[str, ...]
     num_label_tokens: tuple[int, ...]
     plan: Plan
     normalized: bool
-    """Whether log-likelihoods are needed; else logits do, since all labels are single tokens."""
+    """True to score by log-likelihoods; False if logits suffice, as labels are single tokens."""
 
     @property
     def identity(self) -> list[Any]:
-        """What tells it from other questions, as JSON holds it."""
+        """JSON-serializable value that is equal only for equal questions."""
         labels = [
             (text, label.start, label.token_ids)
             for text, label in zip(self.labels, self.plan.continuations, strict=True)
@@ -54,14 +54,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says to a question."""
+    """The model's scores for a question."""
 
     question: Question
     logliks: list[float]
-    """Of the labels; of single tokens perhaps their logits, which differ from one another alike."""
+    """Log-likelihood per label. For single-token labels possibly raw logits: the constant offset
+    cancels in the softmax."""
 
     def scores(self, norm: LabelNorm) -> list[float]:
-        """Return the probability of each label, among the labels."""
+        """Return a probability for each label; they sum to 1 over the labels."""
         lengths = {
             "none": [1] * len(self.logliks),
             "tokens": self.question.num_label_tokens,
@@ -72,23 +73,23 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifySettings(PromptSettings, Settings):
-    """What to ask the model of each row: which label goes on from the prompt."""
+    """Settings of the classify task: which label continues each row's prompt best."""
 
     labels: tuple[str, ...]
-    """Templates like the prompt's, so that a row can bring its own choices; scored as written
-    behind the prompt, a space at their beginning included."""
+    """Label templates, rendered per row so that a row can bring its own choices. Labels are scored
+    exactly as written after the prompt, including a leading space."""
     label_norm: LabelNorm = "none"
-    """What a label's log-likelihood is divided by before labels are compared: nothing, its number
-    of tokens, or its number of characters."""
+    """Divisor of a label's log-likelihood before labels are compared: none, its number of tokens,
+    or its number of characters."""
     logliks: bool = False
-    """Whether to return the log-likelihoods."""
+    """True to return the log-likelihoods."""
     shots: tuple[Shot, ...] = ()
     """Rows with known labels, shown before each prompt in this order."""
     num_fewshot: int | None = None
-    """Shots before each prompt, from the first; None for all. One more than that lets a row that
-    is itself among them have as many as the others."""
+    """Number of shots per prompt: the first ones other than the prompt's row; None for all. With
+    one shot to spare, a row that is itself a shot gets as many as the others."""
     fewshot_delimiter: str = "\n\n"
-    """Comes after each shot, where the prompt is no chat."""
+    """Text after each shot, unless the prompt is a chat."""
 
     def __post_init__(self) -> None:
         PromptSettings.__post_init__(self)
@@ -114,14 +115,14 @@ class ClassifySettings(PromptSettings, Settings):
 
     @property
     def columns(self) -> dict[str, ColumnUse]:
-        """Columns that the task takes."""
+        """Columns that the task reads."""
         fields = [name for label in self.labels for name in Template(label, ()).fields]
         uses: dict[str, ColumnUse] = dict.fromkeys(fields, "value")
         return uses | self.prompt_columns
 
     @property
     def result_schema(self) -> pa.Schema:
-        """Columns that each row gains."""
+        """Columns that the task adds to each row."""
         columns = {
             "label": pa.string(),
             "label_index": pa.int64(),
@@ -138,11 +139,11 @@ class ClassifySettings(PromptSettings, Settings):
 
     @property
     def questions(self) -> "tuple[ClassifySettings, ...]":
-        """What to ask of each row."""
+        """Settings of each question for a row: only these."""
         return (self,)
 
     def result(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Return the result columns of a row, all but those that say what was asked."""
+        """Return the result columns of a row that depend on its answers."""
         (answer,) = answers
         scores = answer.scores(self.label_norm)
         best = scores.index(max(scores))
@@ -151,7 +152,7 @@ class ClassifySettings(PromptSettings, Settings):
 
 
 class QuestionEncoder:
-    """Makes a question of a row, as the settings say; needs a tokenizer but no weights."""
+    """Turns rows into questions according to settings; needs a tokenizer but no weights."""
 
     def __init__(
         self,
@@ -164,13 +165,13 @@ class QuestionEncoder:
         """Prepare the templates and the shots.
 
         Args:
-            tokenizer: The model's.
-            settings: What to ask.
-            chat_template: The model's own, where it has one.
-            max_model_len: Tokens that the model takes, labels included.
+            tokenizer: The model's tokenizer.
+            settings: The settings of the question.
+            chat_template: The model's own chat template, if it has one.
+            max_model_len: Most tokens that the model accepts, including labels.
 
         Raises:
-            OptionsError: the model cannot be asked so, or a shot makes no prompt.
+            OptionsError: the model does not support the settings, or a shot makes no prompt.
         """
         self._tokenizer = tokenizer
         self._columns = settings.columns
@@ -193,10 +194,11 @@ class QuestionEncoder:
         )
 
     def __call__(self, row: Row) -> Question:
-        """Return the question that a row is asked.
+        """Return the question for a row.
 
         Raises:
-            RecordError: the row makes no prompt or not all labels, or they are too long.
+            RecordError: the row makes no prompt, lacks a label or has two equal ones, or the tokens
+                are too many.
         """
         if isinstance(row, str) and self._columns:
             raise RecordError(f"row: expected columns {', '.join(self._columns)}, got a text")

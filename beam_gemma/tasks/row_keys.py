@@ -1,12 +1,12 @@
-"""Names of the columns that go with rows between steps and are no part of a table."""
+"""Names of internal columns that accompany rows between steps and are not in any table."""
 
 REQUEST_KEY = "__request_key"
-"""Names what a row asks of the model: rows that ask the same have the same."""
+"""Column with the key of a row's request; rows with equal requests have equal keys."""
 POSITIONS = "__positions"
-"""Where in the table the rows are that ask it."""
+"""Column with the table positions of all rows that make a request."""
 ROW_KEY = "__row_key"
-"""Names a row for its random draws."""
+"""Column with the key of a row's random draws."""
 POSITION = "__position"
-"""Where in the table one row is."""
+"""Column with the table position of one row."""
 KEY_BYTES = 16
-"""Of a request's key: two of a trillion requests have the same with a chance of 1 in 10**15."""
+"""Bytes of a request key; among 10**12 requests, two collide with a chance of 1 in 10**15."""

@@ -1,4 +1,4 @@
-"""Texts to token ids, for embeddings: which column, behind which prompt, and how long."""
+"""Token ids of texts to embed: selects the column, adds the prompt and limits the length."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ EmbeddingDtype = Literal["float32", "float16"]
 ARROW_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 DOCUMENT = "document"
 NO_TITLE = "none"
-"""What stands for the title of a document that has none."""
+"""Placeholder title of a document without one."""
 LEAST_DIM = 128
-"""Narrowest embedding that is cut from a wider one."""
+"""Smallest width that an embedding can be cut to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedSettings(Settings):
-    """What to embed of each row, and in which form."""
+    """Settings of the embed task: the text of each row, and the form of its embedding."""
 
     SOURCES: ClassVar[tuple[str, ...]] = ("text_column",)
 
@@ -35,17 +35,16 @@ class EmbedSettings(Settings):
     title_column: str | None = None
     """Column that holds a document's title, which becomes part of its prompt."""
     prompt_name: str | None = None
-    """The model's own prompt for a task, such as `query`; capitals do not matter."""
+    """Name of one of the model's prompts, such as `query`; case does not matter."""
     prompt: str | None = None
-    """What to put before each text in place of a prompt of the model."""
+    """Prefix for each text, instead of one of the model's prompts."""
     truncate: bool = False
-    """Whether a text that is too long loses its end; else its row is an error."""
+    """True to cut off the end of a text that is too long; False makes its row an error."""
     truncate_dim: int | None = None
-    """Numbers to keep of each embedding, from the first; None for all. What is kept is brought to
-    length 1 again."""
+    """Number of leading values to keep of each embedding, rescaled to length 1; None for all."""
     embedding_dtype: EmbeddingDtype = "float32"
     size: int | None = None
-    """Width of the model's embeddings; its handler fills it in."""
+    """Width of the model's embeddings; set by its handler."""
 
     def __post_init__(self) -> None:
         names = ("prompt", "prompt_name", "title_column")
@@ -56,12 +55,12 @@ class EmbedSettings(Settings):
 
     @property
     def columns(self) -> Mapping[str, ColumnUse]:
-        """The columns that embeddings are made of."""
+        """Columns that the task reads."""
         return {column: "text" for column in (self.text_column, self.title_column) if column}
 
     @property
     def result_schema(self) -> pa.Schema:
-        """Columns that each row gains."""
+        """Columns that the task adds to each row."""
         size = self.truncate_dim or self.size
         if size is None:
             raise OptionsError("settings: expected the size of the model's embeddings, got none")
@@ -74,10 +73,10 @@ class EmbedSettings(Settings):
         return pa.schema(columns)
 
     def of_size(self, size: int) -> "EmbedSettings":
-        """Return these settings for a model with embeddings of a width.
+        """Return these settings for embeddings of a width.
 
         Raises:
-            OptionsError: embeddings of that width cannot be cut as asked.
+            OptionsError: embeddings of that width cannot be cut to `truncate_dim`.
         """
         smaller = [1 << i for i in reversed(range(size.bit_length())) if LEAST_DIM <= 1 << i < size]
         if self.truncate_dim not in (None, size, *smaller):
@@ -89,20 +88,20 @@ class EmbedSettings(Settings):
 
 
 class TextEncoder:
-    """Makes token ids of rows as the model's own library does; needs no weights."""
+    """Turns rows into token ids as the model's own library does; needs no weights."""
 
     def __init__(
         self, tokenizer: Tokenizer, settings: EmbedSettings, config: EmbeddingConfig
     ) -> None:
-        """Find the prompt.
+        """Look up the prompt.
 
         Args:
-            tokenizer: The model's.
-            settings: What to embed.
-            config: What the model's texts look like.
+            tokenizer: The model's tokenizer.
+            settings: The settings of the task.
+            config: The model's embedding configuration.
 
         Raises:
-            OptionsError: the model has no such prompt.
+            OptionsError: the model has no prompt named `prompt_name`.
         """
         self.tokenizer = tokenizer
         self._settings = settings
@@ -110,10 +109,10 @@ class TextEncoder:
         self._prompt = "" if settings.title_column else _prompt(settings, config)
 
     def __call__(self, row: Row) -> Prompt:
-        """Return a row's text behind its prompt.
+        """Return a row's text, preceded by its prompt.
 
         Raises:
-            RecordError: the row has no text, or one that is too long.
+            RecordError: the row has no text, or its text is too long.
         """
         with rows_own_errors():
             return self._encode(Text(self._prompt_of(row) + self._text(row)))
@@ -157,7 +156,7 @@ class TextEncoder:
 
 
 def _prompt(settings: EmbedSettings, config: EmbeddingConfig) -> str:
-    """Return what comes before each text."""
+    """Return the prefix of each text."""
     if settings.prompt is not None:
         return settings.prompt
     name = settings.prompt_name or config.default_prompt_name

@@ -23,8 +23,8 @@ import sys
 import tests.doubles.cloud_clients
 from beam_gemma.runtime import download
 
-download = download._download
-download._download = lambda blob, file: (print("download"), download(blob, file))
+original = download._download
+download._download = lambda blob, file: (print("download"), original(blob, file))
 download.open_model(sys.argv[1]).verify()
 """
 
