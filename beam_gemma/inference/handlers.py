@@ -79,7 +79,7 @@ class GemmaGenerateModelHandler(TaskHandler):
         return open_model.prompt_encoder(artifact, self.settings)
 
     def check(self, artifact: Artifact) -> None:
-        """Check the settings against the model; loads no weights."""
+        """Check the settings against the model; no weights are loaded."""
         open_model.constraint(artifact, self.settings, self.encoder(artifact))
 
     def with_schema(self, schema: Mapping[str, Any] | type) -> "GemmaGenerateModelHandler":

@@ -47,7 +47,7 @@ class GemmaTextEmbeddings(EmbeddingsManager):
             prompt: The prefix for each text, instead of one of the model's prompts.
             truncate: True to cut off the end of a text that is too long.
             truncate_dim: The number of values to keep of each embedding; None for all.
-            device: `auto` selects CUDA if the model and the machine support it, else the CPU.
+            device: `auto` is CUDA if the model and the machine have it, else the CPU.
             max_num_batched_tokens: Most tokens per step; None for the device's default.
         """
         super().__init__(columns=columns, type_adapter=create_text_adapter())

@@ -65,7 +65,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         Args:
             model: The folder that `python -m export` wrote, on this machine or on gs://.
             settings: The settings of the task.
-            device: `auto` selects CUDA if the model and the machine support it, else the CPU.
+            device: `auto` is CUDA if the model and the machine have it, else the CPU.
             limits: Step and memory limits.
             large_model: True if the processes of a machine share one model. If False, each
                 process loads its own, which is right if there is only one.
@@ -98,7 +98,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """The graph that the task runs."""
 
     def artifact(self) -> Artifact:
-        """Open the model's description in its folder; loads no weights.
+        """Open the model's description in its folder; no weights are loaded.
 
         Raises:
             ArtifactError: the folder is missing or damaged.
@@ -107,7 +107,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
     @abstractmethod
     def encoder(self, artifact: Artifact) -> Encoder:
-        """Return the encoder that turns rows into prompts; loads no weights.
+        """Return the encoder of rows; no weights are loaded.
 
         Raises:
             ArtifactError: the tokenizer is missing or damaged.
@@ -115,7 +115,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """
 
     def check(self, artifact: Artifact) -> None:
-        """Check the settings against the model; loads no weights.
+        """Check the settings against the model; no weights are loaded.
 
         Raises:
             ArtifactError: the tokenizer is missing or damaged.
@@ -124,7 +124,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         self.encoder(artifact)
 
     def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
-        """Return a function that turns a row into the model's input; loads no weights."""
+        """Return a function from a row to the token ids to compute; no weights are loaded."""
         encode = self.encoder(artifact)
 
         def asks(row: Row) -> Asked:
@@ -152,7 +152,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def fingerprint(self, artifact: Artifact) -> Fingerprint:
         """Return a function that computes the key of a row's request, or of the row's error.
 
-        Rows with equal keys have equal results, unless results are random; loads no weights.
+        Rows with equal keys have equal results, unless results are random; no weights are loaded.
         """
         identify = self._identify(artifact)
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 
 Encoder = Callable[[Row], Prompt]
-"""Function that turns a row into the model's input; needs no weights."""
+"""Function from a row to its prompt; needs no weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """Model input of one row."""
+    """Token ids to compute for one row."""
 
     prompts: tuple[Prompt, ...]
     """One prompt, or one per question."""

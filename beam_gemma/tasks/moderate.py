@@ -71,7 +71,7 @@ class Policy:
             raise OptionsError(f"policy {self.name!r}: expected a guideline, got an empty text")
 
     def prompt(self, prompt_column: str, response_column: str | None) -> str:
-        """Return the template that asks whether a user's prompt, or its response, violates the policy.
+        """Return the template that asks whether a prompt or its response violates this policy.
 
         Args:
             prompt_column: The column of the user's prompt.
