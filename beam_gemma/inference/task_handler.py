@@ -1,6 +1,7 @@
 """Base of the Beam model handlers of all tasks: rows, errors, counts, one shared model."""
 
 import atexit
+import copy
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import psutil
 import pyarrow as pa
@@ -26,7 +27,7 @@ from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
 from beam_gemma.monitoring.startup_log import log_process, logged
-from beam_gemma.monitoring.timeline import used_mib, with_pulse
+from beam_gemma.monitoring.timeline import used_mib
 from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.runtime.download import open_description, open_model
 from beam_gemma.runtime.limits import Limits
@@ -37,6 +38,14 @@ from beam_gemma.versions import check_versions, versions
 BATCH_ROWS = 4096
 """Rows per batch for the engine: enough that few steps run with empty slots."""
 Fingerprint = Callable[[Row], bytes]
+
+
+class SampledResults(NamedTuple):
+    """The results of a batch of rows, with samples of the engine that computed them."""
+
+    results: pa.RecordBatch
+    pulse: dict[str, Any] | None
+    """New samples; the last batch of a call has them, others have None."""
 
 
 class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
@@ -79,6 +88,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         )
         self._key = uuid.uuid4().hex
         self._supervision: Supervision | None = None
+        self._samples = False
         self._resource_hints: Mapping[str, str] = {}
         self._versions = versions()
         self.settings = settings
@@ -136,6 +146,12 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def supervise(self, supervision: Supervision) -> None:
         """Enable supervision of the model; rows must then contain their request keys."""
         self._supervision = supervision
+
+    def with_samples(self) -> "TaskHandler":
+        """Return a copy whose inferences are `SampledResults`; examples must be record batches."""
+        handler = copy.copy(self)
+        handler._samples = True
+        return handler
 
     def facts(self) -> dict[str, str]:
         """Return facts to show to all viewers of a job; they reveal nothing of rows or prompts."""
@@ -209,9 +225,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         if (memory := used_mib(pulse)) is not None:
             Metrics.distribution(METRICS_NAMESPACE, "gpu_used_mib").update(memory)
         remaining = iter(results)
-        inferences = [self._inference(example, remaining) for example in batch]
-        if inferences and isinstance(inferences[-1], pa.RecordBatch):
-            inferences[-1] = with_pulse(inferences[-1], pulse)
+        inferences: list[Any] = [self._inference(example, remaining) for example in batch]
+        if self._samples:
+            pulses = [None] * (len(batch) - 1) + [pulse]
+            inferences = list(map(SampledResults, inferences, pulses))
         return [
             PredictionResult(example, inference)
             for example, inference in zip(batch, inferences, strict=True)

@@ -20,7 +20,6 @@ from beam_gemma.inference import saved_results
 from beam_gemma.inference.task_handler import TaskHandler, check_bounded
 from beam_gemma.jobs.deduplicate import distinct, key_ranges, keyed, split_durable, spread
 from beam_gemma.monitoring.progress import METER, METRICS_NAMESPACE, Count
-from beam_gemma.monitoring.timeline import pulse_of
 from beam_gemma.tasks.row_keys import POSITIONS, REQUEST_KEY
 
 ROWS, PIECES = 0, 1
@@ -90,7 +89,7 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
         asked = (
             unique["requests"]
             | "Typed" >> beam.Map(lambda batch: batch).with_output_types(pa.RecordBatch)
-            | "Infer" >> RunInference(self._handler)
+            | "Infer" >> RunInference(self._handler.with_samples())
             | "Results" >> beam.ParDo(_answer).with_outputs(LEDGER, main="results")
         )
         ledger = (unique[LEDGER], asked[LEDGER]) | "Ledger" >> beam.Flatten()
@@ -175,10 +174,10 @@ def _counted(known: pa.RecordBatch, left: pa.RecordBatch) -> dict[str, int]:
 def _answer(prediction: PredictionResult) -> Iterator[Any]:
     """Return the results of requests at the positions of their rows."""
     requests: Any = prediction.example
-    results: Any = prediction.inference
-    if (pulse := pulse_of(results)) is not None:
-        yield TaggedOutput(LEDGER, {"pulse": pulse})
-    yield spread(requests, results)
+    sampled: Any = prediction.inference
+    if sampled.pulse is not None:
+        yield TaggedOutput(LEDGER, {"pulse": sampled.pulse})
+    yield spread(requests, sampled.results)
 
 
 def _piece(path: str, num_ranges: int) -> Iterator[Grouped]:

@@ -5,7 +5,6 @@ engines on several machines are merged into one timeline.
 """
 
 import functools
-import json
 import math
 import os
 import platform
@@ -19,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-PULSE = b"beam_gemma.pulse"
-"""Metadata key of the samples in a batch of results."""
 MIN_SECS = 1.0
 """Shortest time between two samples, and shortest step of a timeline, in seconds."""
 SAMPLES_PER_SPAN = 256
@@ -149,18 +145,6 @@ class Pulse:
         figures = (*astuple(self._work), *astuple(self._stats))
         self._samples.append((round(now + self._since_epoch, 3), *figures))
         self._due = now + max(MIN_SECS, (now - self._started) / SAMPLES_PER_SPAN)
-
-
-def with_pulse(results: pa.RecordBatch, pulse: Mapping[str, Any]) -> pa.RecordBatch:
-    """Return the batch with a pulse in its schema metadata."""
-    metadata = results.schema.metadata or {}
-    return results.replace_schema_metadata({**metadata, PULSE: json.dumps(pulse)})
-
-
-def pulse_of(results: pa.RecordBatch) -> dict[str, Any] | None:
-    """Return the pulse in a batch's schema metadata, or None."""
-    carried = (results.schema.metadata or {}).get(PULSE)
-    return None if carried is None else json.loads(carried)
 
 
 def used_mib(pulse: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,6 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.rows import num_rows, rows_of
 from beam_gemma.inference.task_handler import BATCH_ROWS
-from beam_gemma.monitoring.timeline import pulse_of
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.tasks.generate import GenerateSettings
 from tests.doubles.fake_models import FakeHandler, completion_of, local_pipeline
@@ -43,12 +42,17 @@ def test_results_have_the_form_of_their_examples():
     assert empty.num_rows == 0
 
 
-def test_the_last_batch_carries_the_samples_of_the_engine():
+def test_samples_of_the_engine_come_beside_the_results_of_the_last_batch():
     handler = FakeHandler(SETTINGS)
-    first, last = handler.run_inference([batch_of("a"), batch_of("b")], handler.load_model())
-    assert pulse_of(first.inference) is None
+    sampled = handler.with_samples()
+    batches = [batch_of("a"), batch_of("b")]
+    first, last = (p.inference for p in sampled.run_inference(batches, handler.load_model()))
+    assert first.pulse is None
     # Each row's first token comes with its prompt.
-    assert pulse_of(last.inference)["samples"][-1][3] == 2 * 3
+    assert last.pulse["samples"][-1][3] == 2 * 3
+    plain = [p.inference for p in handler.run_inference(batches, handler.load_model())]
+    assert [first.results, last.results] == plain
+    assert (sampled._key, repr(sampled)) == (handler._key, repr(handler))
 
 
 def test_one_bad_row_of_a_hundred():

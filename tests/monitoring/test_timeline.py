@@ -1,10 +1,8 @@
 """Pulse: totals over time, thin for a long job, and one timeline of all engines."""
 
 import itertools
-import json
 import random
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +15,8 @@ from beam_gemma.monitoring.timeline import (
     Pulse,
     Work,
     processor_of,
-    pulse_of,
     timeline,
     used_mib,
-    with_pulse,
 )
 
 STEP = Work(
@@ -150,16 +146,6 @@ def test_no_samples():
 def test_an_instant():
     line = timeline([engine("a", (1.0, 5, 0, 0, 0, 0))])
     assert line["prompt_tokens"] == [5, 5]
-
-
-def test_samples_travel_with_a_batch(clock):
-    pulse = Pulse("cpu", clock=clock)
-    taken = json.loads(json.dumps(pulse.take()))
-    plain = pa.RecordBatch.from_pydict({"a": [1]}, metadata={"b": "c"})
-    batch = with_pulse(plain, taken)
-    assert pulse_of(batch) == taken
-    assert batch.schema.metadata[b"b"] == b"c"
-    assert pulse_of(plain) is None
 
 
 def test_names_of_processors():
