@@ -22,7 +22,15 @@ from collections.abc import Iterable
 
 
 class BeamGemmaError(Exception):
-    """Base of all errors of the project."""
+    """Base of all errors of the project.
+
+    Example:
+        >>> try:
+        ...     Limits(gpu_memory_utilization=2.0)
+        ... except BeamGemmaError as error:
+        ...     print(error)
+        gpu_memory_utilization: expected above 0 and at most 1, got 2.0
+    """
 
 
 class ConfigError(BeamGemmaError):

@@ -1,6 +1,6 @@
-"""Writes the Flex Templates' parameter metadata from the pipelines' flags.
+"""Write the Flex Templates' parameter metadata from the pipelines' flags.
 
-python -m templates.metadata
+Run it with `python -m templates.metadata`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PARSERS: dict[str, Callable[[], FlagParser]] = {
     "classify": classify_parser,
 }
 Kind = tuple[str, str | None]
-"""A parameter's type, and the POSIX pattern that its whole value must match."""
+"""Type of a parameter, and the POSIX pattern that its whole value must match, or None."""
 ANY_TEXT: Kind = ("TEXT", None)
 OBJECT = "^gs://[^/]+/.+$"
 TABLE = "^(gs://[^/]+/|bq://).+$"
@@ -53,7 +53,8 @@ KINDS_OF_PLACES: dict[Any, Kind] = {
     "FILE": ("GCS_READ_FILE", OBJECT),
     "URI": ("TEXT", TABLE),
 }
-"""Kinds by metavar; paths must be on Cloud Storage, as a launcher has no files of its own."""
+"""Kinds by metavar. Paths must be on Cloud Storage, as a launcher has no files of its own; tables
+can also be in BigQuery."""
 KINDS_OF_FLAGS: dict[str, Kind] = {"report": ("GCS_WRITE_FILE", OBJECT)}
 ACRONYMS = {
     "cudagraph": "CUDA graph",
@@ -64,7 +65,7 @@ ACRONYMS = {
     "sdk": "SDK",
 }
 NOT_IN_THE_FORM = ("dry_run", *OF_A_DRY_RUN)
-"""Parameters hidden in the form: a dry run, with its estimate in the log, counts as failed."""
+"""Parameters hidden in the form, since a dry run, which only logs an estimate, counts as failed."""
 WORKER_IMAGE = {
     "name": "sdk_container_image",
     "label": "Worker image",
@@ -74,7 +75,7 @@ WORKER_IMAGE = {
     "paramType": "TEXT",
     "regexes": ["^[^ ]+[:@][^ ]+$"],
 }
-"""The only Beam option that every launch needs and that is not a launch setting."""
+"""Parameter for the only Beam option that every launch needs beside the launch settings."""
 
 
 def metadata(task: str) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _default(action: argparse.Action) -> str | None:
     if isinstance(action.default, bool):
         return str(action.default).lower()
     default = str(action.default)
-    # A form would strip a whitespace-only default and so change it.
+    # A form would strip, and so change, a whitespace-only default.
     return default if default.strip() else None
 
 

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
 
 import beam_gemma
 from beam_gemma import moved
+from export.__main__ import export
+from tests.doubles.reference import save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -45,6 +48,31 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_a_public_name_is_the_class_of_its_module(name: str) -> None:
     value = getattr(beam_gemma, name)
     assert (value.__module__, value.__name__) == (beam_gemma.PUBLIC[name], name)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model that generates, classifies and embeds."""
+    folder = tmp_path_factory.mktemp("public_face")
+    checkpoint = save_checkpoint(tiny_model("gemma"), folder / "checkpoint")
+    export(checkpoint, folder / "model", tasks=["generate", "classify", "embed"])
+    return str(folder / "model")
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_public_name_has_a_docstring_whose_example_runs(
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors are documented by one example, of their base."""
+    monkeypatch.chdir(ROOT)
+    value = getattr(beam_gemma, name)
+    names = {"beam": beam, "MODEL": model, "OUT": str(tmp_path / "out")}
+    names |= {other: getattr(beam_gemma, other) for other in NAMES}
+    (example,) = doctest.DocTestFinder(recurse=False).find(value, name, globs=names)
+    is_error = issubclass(value, beam_gemma.BeamGemmaError)
+    assert example.docstring
+    assert example.examples or (is_error and name != "BeamGemmaError")
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_an_unknown_name_is_refused() -> None:

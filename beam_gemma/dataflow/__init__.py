@@ -1,1 +1,1 @@
-"""The rules of Dataflow: options, GPUs, images and staged packages."""
+"""Dataflow jobs: pipeline options, GPUs, worker images and staged packages."""

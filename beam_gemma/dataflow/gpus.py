@@ -1,40 +1,40 @@
-"""GPUs that workers of Dataflow can have, and where.
+"""GPU types for Dataflow workers, with their machine types and regions.
 
-Google's pages, as they were in 2026:
+Sources, as of 2026:
 
-- types: cloud.google.com/dataflow/docs/gpu/gpu-support, and Compute Engine's docs/gpus for memory,
-  machine types and how many GPUs each has;
-- bfloat16: NVIDIA's CUDA programming guide, compute capability 8.0 or higher;
-- regions: the zones that Compute Engine lists prices for, by the SkyPilot catalog
-  (catalogs/v8/gcp/vms.csv); what an account may use there is its quota.
+- types: Google's cloud.google.com/dataflow/docs/gpu/gpu-support; memory, machine types and the
+  number of GPUs of each: Compute Engine's docs/gpus;
+- bfloat16: NVIDIA's CUDA programming guide, which requires compute capability 8.0 or higher;
+- regions: zones with Compute Engine prices in the SkyPilot catalog (catalogs/v8/gcp/vms.csv); an
+  account's quota limits its use of them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 WEIGHTS_FRACTION = 0.85
-"""Share of a GPU's memory that weights may take; the rest is for caches, a step and the driver."""
+"""Share of a GPU's memory for weights; the rest is for caches, a step's tensors and the driver."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """A type of GPU."""
+    """A GPU type that Dataflow offers."""
 
     name: str
-    """As Dataflow spells it."""
+    """Name of the type in Dataflow's spelling."""
     memory_gib: int
     has_bfloat16: bool
     machines: Mapping[int, tuple[str, ...]]
-    """Machine types by how many of these GPUs they have; the first of each is the default."""
+    """Machine types by number of these GPUs; the first one of each number is the default."""
     regions: frozenset[str]
-    """Where it is offered; empty if that is not known."""
+    """Regions that offer the type; empty if unknown."""
 
     def computes(self, precision: str) -> bool:
-        """Return whether it has the number format of a model's precision."""
+        """Return whether the GPU supports the number format of a model's precision."""
         return self.has_bfloat16 or precision != "bf16"
 
     def holds(self, num_bytes: int) -> bool:
-        """Return whether weights of this size leave room for the rest."""
+        """Return whether weights of `num_bytes` fit into `WEIGHTS_FRACTION` of the memory."""
         return num_bytes <= self.memory_gib * 2**30 * WEIGHTS_FRACTION
 
 
@@ -120,4 +120,4 @@ _TYPES = (
     ),
 )  # fmt: skip
 GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _TYPES}
-"""By name, from the least to the dearest; T4, which runs no bfloat16, is last."""
+"""GPU types by name, from cheapest to dearest, except that T4, without bfloat16, is last."""

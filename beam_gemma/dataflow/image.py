@@ -1,7 +1,7 @@
-"""Images of workers, as their registry describes them: what they hold, and which exactly.
+"""Check worker images against this machine's versions, by the labels in their registry.
 
-Registries speak the Open Container Initiative's distribution protocol. An image is described by a
-manifest, which names its configuration, which has the labels that templates/Dockerfile has set.
+Registries speak the Open Container Initiative's distribution protocol. An image's manifest names its
+configuration, which holds the labels that templates/Dockerfile sets.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.versions import check_versions
 
 VERSIONS = {"beam-gemma": "version", "Beam": "beam", "Python": "python"}
-"""Labels of templates/Dockerfile that have the versions of each."""
+"""Label in templates/Dockerfile that holds the version of each component."""
 GOOGLE = (".pkg.dev", ".gcr.io")
-"""Ends of the hosts that get the credentials of Google Cloud; no other host does."""
+"""Suffixes of the only hosts that receive Google Cloud credentials."""
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 TIMEOUT_SECS = 20
 INDEXES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
-"""Descriptions of images for several kinds of machine."""
+"""Media types of indexes, which list one image per platform."""
 MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
@@ -38,29 +38,30 @@ PLATFORM = {"os": "linux", "architecture": "amd64"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Image:
-    """What a registry says of an image."""
+    """A registry's description of an image."""
 
     digest: str
-    """The hash of its manifest, which no other image has."""
+    """Hash of the image's manifest, or of its index; identifies the image."""
     labels: dict[str, str]
 
     def label(self, name: str) -> str:
-        """Return what one of our labels says."""
+        """Return the value of a `beam-gemma` label, or `unknown`."""
         return self.labels.get(f"beam-gemma.{name}", "unknown")
 
 
 def check(image: str, *, device: Literal["cpu", "gpu"]) -> str:
-    """Compare an image with this side; return its name with the digest in place of the tag.
+    """Check an image's versions and device; return its name with a digest in place of the tag.
 
-    Where the registry does not let it be read here, that is said in the log and the name comes
-    back as it is: each worker compares the versions again when it loads the model.
+    If the registry cannot be read from here, log a warning and return the name unchanged: each
+    worker checks the versions again when it loads the model.
 
     Args:
-        image: As Docker names it, HOST/REPOSITORY:TAG.
-        device: What the image's ONNX Runtime has to run on.
+        image: The image's name in Docker's form, HOST/REPOSITORY:TAG.
+        device: The device that the image's ONNX Runtime must support.
 
     Raises:
-        OptionsError: there is no such image, or it holds other versions than this side.
+        OptionsError: the image does not exist, has other versions than this machine, or does not
+            support the device.
     """
     try:
         described = _describe(image)
@@ -74,7 +75,7 @@ def check(image: str, *, device: Literal["cpu", "gpu"]) -> str:
         return image
     where = f"--sdk_container_image {image}"
     check_versions(where, {name: described.label(of) for name, of in VERSIONS.items()})
-    # ONNX Runtime for a GPU runs on the CPU as well.
+    # ONNX Runtime for GPUs also runs on the CPU.
     if (got := described.label("device")) not in (device, "gpu"):
         raise OptionsError(
             f"{where}: expected an image for the {device}, got one for {got}; build it with "
@@ -84,12 +85,12 @@ def check(image: str, *, device: Literal["cpu", "gpu"]) -> str:
 
 
 def _describe(image: str) -> Image:
-    """Ask the registry of an image what is in it.
+    """Return the digest and labels of an image from its registry.
 
     Raises:
-        OptionsError: it has no such image.
-        ValueError, KeyError: the name has no registry, or the answer is of another form.
-        RequestException, GoogleAuthError: the registry does not answer, or not us.
+        OptionsError: the registry has no such image.
+        ValueError, KeyError: the name has no registry host, or the answer has an unexpected form.
+        RequestException, GoogleAuthError: the registry does not answer or denies access.
     """
     host, _, repository = _name(image).partition("/")
     if not repository or not ("." in host or ":" in host or host == "localhost"):
@@ -107,7 +108,7 @@ def _describe(image: str) -> Image:
 
 
 def _one_of(index: dict[str, Any]) -> str:
-    """Return the digest of the image for the machines of Dataflow."""
+    """Return the digest of the index's image for `PLATFORM`, that of Dataflow workers."""
     for entry in index["manifests"]:
         if entry.get("platform", {}).items() >= PLATFORM.items():
             digest: str = entry["digest"]
@@ -135,13 +136,13 @@ def _get(session: requests.Session, url: str, image: str) -> bytes:
 
 
 def _name(image: str) -> str:
-    """Return the name of an image without tag and digest."""
+    """Return an image's name without its tag and digest."""
     name = image.partition("@")[0]
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition(':')[0]}"
 
 
 def _reference(image: str) -> str:
-    """Return the digest of an image where its name has one, else its tag."""
+    """Return the digest in an image's name, else its tag, else `latest`."""
     name, _, digest = image.partition("@")
     return digest or name.rpartition("/")[2].partition(":")[2] or "latest"

@@ -1,4 +1,4 @@
-"""Jobs on Dataflow: what they need is filled in; what cannot work is refused before submission."""
+"""Fill in and check the options of Dataflow jobs before submission."""
 
 import argparse
 import copy
@@ -25,27 +25,28 @@ from beam_gemma.tables.bigquery_client import SCHEME as BIGQUERY
 
 LOGGER = logging.getLogger(__name__)
 DRIVER = "install-nvidia-driver:latest"
-"""ONNX Runtime's CUDA 13 needs a driver from 580 on; of Google's two words, `default` and `latest`,
-this is the one that promises the newer."""
+"""GPU driver setting. ONNX Runtime's CUDA 13 needs driver 580 or newer; of Google's two settings,
+`default` and `latest`, the latter selects the newer driver."""
 ONE_PROCESS = "no_use_multiple_sdk_containers"
-"""Else Beam asks for a process, and so a model, for each core of a worker."""
+"""Experiment for one process per worker; without it, Beam starts a process, and so loads a model,
+per core."""
 HARNESS_THREADS = 8
-"""Bundles that a worker's one process takes at once; from four on, steps are full."""
+"""Number of bundles that a worker process runs at once; four or more keep steps full."""
 DISK_GB = {"cpu": 30, "cuda": 50}
-"""Of a worker, for its system and its image, before the model."""
+"""Disk size per worker in GB for the system and the image, without the model."""
 
 
 def on_dataflow(options: PipelineOptions) -> bool:
-    """Return whether a job runs on Dataflow, by any name that Beam has for it."""
+    """Return whether a job runs on Dataflow, under any of Beam's names for that runner."""
     runner = (options.view_as(StandardOptions).runner or "").rpartition(".")[2]
     return runner.lower() in ("dataflow", "dataflowrunner")
 
 
 def worker_device(flags: argparse.Namespace) -> Device:
-    """Return what workers of Dataflow run the model on.
+    """Return the device that Dataflow workers run the model on.
 
     Raises:
-        OptionsError: --device says otherwise than --gpu_type.
+        OptionsError: --device contradicts --gpu_type.
     """
     device: Device = "cuda" if flags.gpu_type else "cpu"
     if flags.device not in ("auto", device):
@@ -58,9 +59,9 @@ def worker_device(flags: argparse.Namespace) -> Device:
 
 
 def resource_hints(flags: argparse.Namespace, options: PipelineOptions) -> dict[str, str]:
-    """Return what the step that runs the model, and no other, asks of its workers.
+    """Return the resource hints of the step that runs the model.
 
-    Other steps run on the machines of --machine_type, or those that Dataflow chooses.
+    Other steps get none: they run on machines of --machine_type, or on those that Dataflow chooses.
     """
     if flags.gpu_type is None:
         return {}
@@ -75,15 +76,15 @@ def resource_hints(flags: argparse.Namespace, options: PipelineOptions) -> dict[
 def worker_options(
     flags: argparse.Namespace, options: PipelineOptions, artifact: Artifact
 ) -> PipelineOptions:
-    """Return the options of a job on Dataflow, completed; those of other runners as they are.
+    """Return the completed options of a Dataflow job; other runners' options are unchanged.
 
     Args:
-        flags: Ours.
-        options: Beam's.
+        flags: The flags of this package.
+        options: The options of Beam.
         artifact: The model.
 
     Raises:
-        OptionsError: Dataflow could not run the job so.
+        OptionsError: the job cannot run on Dataflow, or GPU flags are given for another runner.
     """
     if not on_dataflow(options):
         _refuse_idle_flags(flags, options)
@@ -115,7 +116,7 @@ def _refuse_idle_flags(flags: argparse.Namespace, options: PipelineOptions) -> N
 
 
 def _check_places(flags: argparse.Namespace, options: PipelineOptions) -> None:
-    """Refuse what workers, or Dataflow itself, cannot reach."""
+    """Check that project and region are set, and that Dataflow and its workers reach all paths."""
     cloud = options.view_as(GoogleCloudOptions)
     for name, what in (("project", "pays for"), ("region", "runs")):
         if getattr(cloud, name) is None:
@@ -139,7 +140,7 @@ def _check_places(flags: argparse.Namespace, options: PipelineOptions) -> None:
 
 
 def _check_mode(options: PipelineOptions) -> None:
-    """Refuse what goes against one process with one engine on each worker, over a whole table."""
+    """Check that the job is a batch job with one process and one engine per worker."""
     if options.view_as(StandardOptions).streaming:
         raise OptionsError("--streaming: expected a batch job, as a table has an end; leave it out")
     if options.view_as(SetupOptions).save_main_session:
@@ -163,7 +164,7 @@ def _check_mode(options: PipelineOptions) -> None:
 
 
 def _check_gpu(flags: argparse.Namespace, options: PipelineOptions, artifact: Artifact) -> None:
-    """Refuse GPUs that there are not, or that the model cannot use."""
+    """Check that the requested GPUs exist and that the model can run on them."""
     worker_device(flags)
     if flags.gpu_type is None:
         for name in ("gpu_count", "gpu_driver"):
@@ -198,7 +199,7 @@ def _check_machine(flags: argparse.Namespace, workers: WorkerOptions) -> None:
 
 
 def _machines(flags: argparse.Namespace) -> tuple[str, ...]:
-    """Return the machine types that have the GPUs, the default first."""
+    """Return the machine types with the requested GPUs, the default one first."""
     gpu, count = GPUS[flags.gpu_type], flags.gpu_count or 1
     if count not in gpu.machines:
         raise OptionsError(
@@ -235,7 +236,7 @@ def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
 
 
 def _smallest(artifact: Artifact) -> str:
-    """Return the name of the smallest GPU for a model."""
+    """Return the name of the GPU with the least memory that can run a model."""
     precision, num_bytes = artifact.precision, _num_bytes(artifact)
     fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(num_bytes))
     smallest = min(fit, key=lambda gpu: gpu.memory_gib, default=None)

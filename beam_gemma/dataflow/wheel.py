@@ -1,4 +1,4 @@
-"""What a job takes along for workers whose image does not hold this package."""
+"""Stage this package for workers whose image does not contain it."""
 
 import atexit
 import shutil
@@ -13,19 +13,20 @@ from beam_gemma.errors import OptionsError
 
 CHECKOUT = Path(__file__).parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "beam_gemma")
-"""What a wheel is built from."""
+"""Files and folders that the wheel is built from."""
 REQUIREMENTS = "templates/requirements-cpu.txt"
-"""All that the wheel needs, each with its hash."""
+"""Requirements of the wheel, each pinned with its hash."""
 BUILD_SECS = 120
 
 
 def stage(options: PipelineOptions) -> None:
-    """Add this package and what it needs to a job, unless its image has them.
+    """Add this package and its requirements to a job, unless the job has a worker image.
 
-    A wheel, since a source distribution would be built by each worker, with what it downloads.
+    The package is staged as a wheel, because each worker would have to build a source distribution,
+    with build tools that it downloads.
 
     Raises:
-        OptionsError: there is no image, and nothing to build a wheel from.
+        OptionsError: there is no image, and no wheel can be built.
     """
     if options.view_as(WorkerOptions).sdk_container_image is not None:
         return
@@ -33,12 +34,12 @@ def stage(options: PipelineOptions) -> None:
     setup.extra_packages = [*(setup.extra_packages or []), str(_wheel(CHECKOUT))]
     if setup.requirements_file is None:
         setup.requirements_file = str(CHECKOUT / REQUIREMENTS)
-    # Workers download them; by default this process would, to upload them then.
+    # Workers download the requirements; by default, this process would download and upload them.
     setup.requirements_cache = "skip"
 
 
 def _wheel(checkout: Path) -> Path:
-    """Build a wheel; it is there until this process ends."""
+    """Build a wheel, which is deleted when this process ends, and return its path."""
     if missing := [name for name in (*SOURCES, REQUIREMENTS) if not (checkout / name).exists()]:
         raise OptionsError(
             "--sdk_container_image: expected an image that holds beam_gemma, as this is no "
@@ -47,7 +48,7 @@ def _wheel(checkout: Path) -> Path:
         )
     folder = Path(tempfile.mkdtemp(prefix="beam-gemma-wheel-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # From a copy: a build in place takes along what earlier builds have left there.
+    # Build from a copy: a build in place would pick up files left by earlier builds.
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:

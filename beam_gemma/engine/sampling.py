@@ -27,7 +27,15 @@ RUN = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """Options for choosing each next token and for ending a completion."""
+    """Options for choosing each next token and for ending a completion.
+
+    Example:
+        >>> SamplingParams(max_tokens=32).temperature
+        0.0
+        >>> SamplingParams(top_p=1.5)
+        Traceback (most recent call last):
+        beam_gemma.errors.OptionsError: top_p: expected above 0 and at most 1, got 1.5
+    """
 
     max_tokens: int = 256
     """Maximum length of the completion, in tokens."""

@@ -24,6 +24,13 @@ class GemmaTextEmbeddings(EmbeddingsManager):
     Without, elements are items of `apache_beam.ml.rag` such as a `Chunk`, which gain an embedding.
     Results cannot carry errors: a text without an embedding fails its batch, which
     `MLTransform.with_exception_handling` sets aside.
+
+    Example:
+        >>> from apache_beam.ml.transforms.base import MLTransform
+        >>> embed = MLTransform(write_artifact_location=OUT)
+        >>> embed = embed.with_transform(GemmaTextEmbeddings(MODEL, columns=["text"]))
+        >>> with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        ...     rows = pipeline | beam.Create([{"text": "Bread"}]) | embed
     """
 
     def __init__(

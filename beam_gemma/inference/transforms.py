@@ -77,6 +77,13 @@ class Generate(_Task):
 
     Raises:
         OptionsError: the settings define no prompt, or the schema cannot be used.
+
+    Example:
+        >>> settings = GenerateSettings(prompt="{title} is about")
+        >>> handler = GemmaGenerateModelHandler(MODEL, settings, large_model=False)
+        >>> with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        ...     rows = pipeline | beam.Create([{"title": "Bread"}])
+        ...     texts = rows | Generate(handler) | beam.Map(lambda row: row["completion"])
     """
 
     def __init__(
@@ -93,6 +100,13 @@ class Classify(_Task):
 
     Raises:
         OptionsError: the settings define no prompt.
+
+    Example:
+        >>> settings = ClassifySettings(prompt="{text} is", labels=(" good", " bad"))
+        >>> handler = GemmaClassifyModelHandler(MODEL, settings, large_model=False)
+        >>> with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        ...     rows = pipeline | beam.Create([{"text": "Bread"}])
+        ...     labels = rows | Classify(handler) | beam.Map(lambda row: row["label"])
     """
 
     def __init__(self, handler: GemmaClassifyModelHandler) -> None:
@@ -107,6 +121,14 @@ class Embed(_Task):
 
     Raises:
         OptionsError: the settings name no text column.
+
+    Example:
+        >>> handler = GemmaEmbedModelHandler(
+        ...     MODEL, EmbedSettings(text_column="text"), large_model=False
+        ... )
+        >>> with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        ...     rows = pipeline | beam.Create([{"text": "Bread"}])
+        ...     vectors = rows | Embed(handler) | beam.Map(lambda row: row["embedding"])
     """
 
     def __init__(self, handler: GemmaEmbedModelHandler) -> None:

@@ -58,6 +58,12 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
         handler: The handler of the task, with its model.
         num_rows: The number of rows in the table; None if unknown.
         durable: Folder with results of an interrupted run; None to start from scratch.
+
+    Example:
+        >>> table = ReadTable("examples/articles.parquet")
+        >>> handler = GemmaEmbedModelHandler(MODEL, EmbedSettings(text_column="title"))
+        >>> pipeline = beam.Pipeline(runner="FnApiRunner")
+        >>> answers = pipeline | table | InferTable(handler, num_rows=table.source.num_rows)
     """
 
     def __init__(

@@ -166,11 +166,14 @@ class WriteTable(beam.PTransform[Any, PCollection[str]]):
 
     Example:
         >>> articles = ReadTable("examples/articles.parquet")
-        >>> gist = GemmaGenerateModelHandler(MODEL, GenerateSettings(prompt="{title} is about"))
-        >>> with beam.Pipeline() as pipeline:
+        >>> gist = GemmaEmbedModelHandler(
+        ...     MODEL, EmbedSettings(text_column="title"), large_model=False
+        ... )
+        >>> with beam.Pipeline(runner="FnApiRunner") as pipeline:
         ...     rows = pipeline | "Read" >> articles
         ...     answers = {"gist": rows | "Gist" >> InferTable(gist)}
-        ...     _ = (rows, answers) | "Write" >> WriteTable(OUT, articles, {"gist": gist})
+        ...     write = WriteTable(f"{OUT}/x.parquet", articles, {"gist": gist})
+        ...     record = (rows, answers) | "Write" >> write
     """
 
     def __init__(

@@ -41,7 +41,15 @@ FOR_CUDA = ("cudagraph_capture_sizes", "gpu_memory_utilization")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits set by the user; None selects the device's default."""
+    """Limits set by the user; None selects the device's default.
+
+    Example:
+        >>> limits = Limits(max_num_seqs=16)
+        >>> limits.engine_config("cpu").max_num_seqs
+        16
+        >>> limits.engine_config("cpu").max_num_batched_tokens
+        1024
+    """
 
     max_num_seqs: int | None = None
     """Maximum number of sequences that run at once."""

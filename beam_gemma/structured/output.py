@@ -22,7 +22,13 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutput:
-    """What each completion has to be: JSON of a schema, one of some texts, or a regex's match."""
+    """What each completion has to be: JSON of a schema, one of some texts, or a regex's match.
+
+    Example:
+        >>> schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+        >>> StructuredOutput(json_schema=schema).columns[0].name
+        'extracted'
+    """
 
     json_schema: Mapping[str, Any] | None = None
     """JSON Schema, as JSON holds it; the values become the column `extracted`, which is typed."""

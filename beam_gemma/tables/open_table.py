@@ -62,7 +62,7 @@ class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
     Example:
         >>> articles = ReadTable("examples/articles.parquet")
         >>> articles.source.schema.names[:2]
-        ['title', 'body']
+        ['id', 'title']
     """
 
     def __init__(self, table: str | Source) -> None:

@@ -1,7 +1,7 @@
-"""The classify task: turns rows into questions and requests, and returns one result per row.
+"""Classify and moderate rows: turn them into questions and requests, and return one result each.
 
-Each row gets one question, or one per safety policy. A question becomes as few requests as can
-score all tokens of its labels. A failure of one row is reported in that row's `error`.
+Each row gets one question, or one per safety policy. A question becomes the fewest requests that
+score all tokens of its labels. A row that fails reports the failure in its `error` column.
 """
 
 import threading
@@ -28,7 +28,7 @@ _NOTHING_NEW = SamplingParams(max_tokens=1)
 
 @dataclass(eq=False, slots=True)
 class _Pending:
-    """A row on its way through the engine."""
+    """A row whose requests the engine is processing."""
 
     index: int
     questions: list[Question]
@@ -48,14 +48,14 @@ class Classifier(EngineModel):
         *,
         on_result: Callable[[Count], None],
     ) -> None:
-        """Join an engine and the encoders of questions.
+        """Initialize the classifier.
 
         Args:
             engine: The engine that runs the model.
             encoders: One encoder per question of the settings.
             settings: The settings of the task.
-            on_result: Called for each row as soon as it is done, from any thread. The engine
-                counts the row's tokens.
+            on_result: Called with a count of each row as soon as the row is done, from any thread.
+                The engine counts tokens itself.
         """
         super().__init__(engine, settings, on_result=on_result)
         self._encoders = encoders
@@ -83,7 +83,7 @@ class Classifier(EngineModel):
                 yield row.index, self._result(row)
 
     def _pending(self, index: int, row: Row) -> _Pending | str:
-        """Return the row with its questions, or the error that keeps it from the engine."""
+        """Return the row with its questions, or the error message if it makes none."""
         try:
             questions = [encoder(row) for encoder in self._encoders]
         except RecordError as error:

@@ -11,7 +11,7 @@ def check_columns(settings: Settings, schema: pa.Schema) -> None:
     """Check that a table's columns fit the settings of a task.
 
     Raises:
-        OptionsError: a column is missing, repeated, of a wrong type, or named like a result.
+        OptionsError: a column is missing, repeated, of a wrong type, or named like a result column.
     """
     for column, use in settings.columns.items():
         if column not in schema.names:
@@ -42,14 +42,14 @@ def _check_type(column: str, use: ColumnUse, kind: pa.DataType) -> None:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether values of a type are strings."""
+    """Return whether a column type holds strings."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def is_messages(kind: pa.DataType) -> bool:
-    """Return whether values of a type are conversations."""
+    """Return whether a column type holds conversations: lists of `role` and `content`."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return False
     message = kind.value_type

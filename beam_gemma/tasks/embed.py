@@ -1,7 +1,7 @@
 """The embed task: turns rows into texts and embeddings, and returns one result per row.
 
-A text that several rows share is computed once. A failure of one row is reported in that row's
-`error` and does not affect other rows.
+Rows with the same text share one computation. A row that fails reports the failure in its `error`
+column and does not affect other rows.
 """
 
 import threading
@@ -20,12 +20,12 @@ from beam_gemma.tasks.interface import in_order
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
 
 LEAST_LENGTH = 1e-12
-"""Divisor that scales an all-zero embedding, as in sentence-transformers."""
+"""Lower bound of the divisor when an embedding is rescaled, as in sentence-transformers."""
 NOT_FINITE = "embedding: expected finite numbers, got infinity in float16; take float32"
 
 
 class Embedder:
-    """Embeds rows in steps that many threads share."""
+    """Embeds rows; many threads can share one embedder."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class Embedder:
         pulse: Pulse,
         on_result: Callable[[Count], None],
     ) -> None:
-        """Join the steps that run the model and the encoder of texts.
+        """Initialize the embedder.
 
         Args:
             steps: The steps that run the model.
             encoder: The encoder that turns rows into token ids.
             settings: The settings of the task.
-            pulse: Samples of the steps' work.
+            pulse: Recorder of the steps' work.
             on_result: Called with the count of finished rows, from any thread.
         """
         self._steps = steps
@@ -52,9 +52,9 @@ class Embedder:
         self._on_result = on_result
         self._names = settings.result_schema.names
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()  # guarded by the lock, like the next one
+        self._counts: Counter[str] = Counter()  # _lock guards both counters
         self._told: Counter[str] = Counter()
-        """Counts of the pulse that have been returned."""
+        """Pulse counts that `take_counts` has already returned."""
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row, in the order of the rows."""
@@ -81,7 +81,7 @@ class Embedder:
                 yield index, self._result(prompt, vector)
 
     def drain(self) -> None:
-        """Start no further step."""
+        """Stop starting steps."""
         self._steps.drain()
 
     def num_tokens(self) -> int:
@@ -102,7 +102,7 @@ class Embedder:
         return self._pulse.take()
 
     def _formed(self, result: Result) -> list[float] | str:
-        """Return an embedding in the requested width and precision, or its error."""
+        """Return the embedding in the requested width and precision, or the error message."""
         if isinstance(result, str):
             return result
         vector = shortened(result, self._settings.truncate_dim)
@@ -121,7 +121,7 @@ class Embedder:
 
 
 def shortened(vector: np.ndarray, size: int | None) -> np.ndarray:
-    """Return the first `size` values, rescaled to length 1; None keeps the vector as it is."""
+    """Return the first `size` values, rescaled to length 1; None returns the vector unchanged."""
     if size is None or size == len(vector):
         return vector
     kept = vector[:size].astype(np.float64)

@@ -1,4 +1,4 @@
-"""A task's model that runs on an engine: the part that `Generator` and `Classifier` share."""
+"""Base class of `Generator` and `Classifier`, which run on an engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +12,18 @@ from beam_gemma.tasks.interface import Settings, in_order
 
 
 class EngineModel(ABC):
-    """Runs a task on an engine that many threads share."""
+    """Runs a task on an engine; many threads can share one model."""
 
     def __init__(
         self, engine: Engine, settings: Settings, *, on_result: Callable[[Count], None]
     ) -> None:
-        """Join an engine and the settings of a task.
+        """Initialize the model.
 
         Args:
             engine: The engine that runs the model.
             settings: The settings of the task.
-            on_result: Called for each row as soon as it is done, from any thread. The engine
-                counts the row's tokens.
+            on_result: Called with a count of each row as soon as the row is done, from any thread.
+                The engine counts tokens itself.
         """
         self._engine = engine
         self._on_result = on_result
@@ -39,7 +39,7 @@ class EngineModel(ABC):
         """Yield each row's index and result columns as soon as they are known."""
 
     def drain(self) -> None:
-        """Start no further rows; the ones that have started are finished."""
+        """Stop starting rows; rows that have started still finish."""
         self._engine.drain()
 
     def num_tokens(self) -> int:
@@ -55,6 +55,6 @@ class EngineModel(ABC):
         return self._engine.pulse.take()
 
     def _failure(self, error: str) -> dict[str, Any]:
-        """Count a row that the engine never sees, and return its result."""
+        """Count a row that failed before reaching the engine, and return its result."""
         self._on_result(Count(rows=1, failed=1))
         return dict.fromkeys(self._names) | {"error": error}

@@ -1,6 +1,6 @@
 """The generate task: turns rows into prompts and completions, and returns one result per row.
 
-A failure of one row is reported in that row's `error` and does not affect other rows.
+A row that fails reports the failure in its `error` column and does not affect other rows.
 """
 
 import hashlib
@@ -32,7 +32,14 @@ from beam_gemma.tasks.row_keys import ROW_KEY
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateSettings(PromptSettings, Settings):
-    """Settings of the generate task."""
+    """Settings of the generate task.
+
+    Example:
+        >>> sampling = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9)
+        >>> settings = GenerateSettings(prompt="Summarize: {text}", sampling=sampling)
+        >>> settings.result_schema.names[:2]
+        ['completion', 'finish_reason']
+    """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
@@ -109,7 +116,7 @@ class GenerateSettings(PromptSettings, Settings):
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens of a completion."""
+        """Maximum number of tokens in a completion."""
         return self.sampling.max_tokens
 
     def _parameters(self) -> dict[str, Any]:
@@ -120,12 +127,12 @@ class GenerateSettings(PromptSettings, Settings):
         parameters = {
             "sampling": sampling,
             "stop": self.stop,
-            # Infill adds tokens that end a completion, which are not in the prompt.
+            # Infill adds stop tokens, which the prompt does not show.
             "infill": self.prefix_column is not None,
         }
         if self.structured is not None:
             parameters["structured"] = asdict(self.structured)
-            # llguidance chooses the tokens of text that must follow.
+            # llguidance chooses how forced text is tokenized.
             parameters["llguidance"] = version("llguidance")
         return parameters
 
@@ -170,7 +177,7 @@ class _Stop:
 
     def __init__(self, tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
         self.position: int | None = None
-        """Length of the completion in characters, once a stop text has occurred."""
+        """Character index of the first stop text in the completion; None until one occurs."""
         self._decoder = StreamingDecoder(tokenizer)
         self._texts = texts
         self._reach = max(map(len, texts)) - 1
@@ -192,7 +199,7 @@ class _Stop:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A row on its way through the engine."""
+    """A row whose request the engine is processing."""
 
     prompt: Prompt
     request: Request
@@ -200,7 +207,7 @@ class _Task:
 
 
 class Generator(EngineModel):
-    """Completes rows on an engine that many threads share."""
+    """Completes rows on an engine; many threads can share one generator."""
 
     def __init__(
         self,
@@ -211,15 +218,15 @@ class Generator(EngineModel):
         constraint: Constraint | None = None,
         on_result: Callable[[Count], None],
     ) -> None:
-        """Join an engine and an encoder of prompts.
+        """Initialize the generator.
 
         Args:
             engine: The engine that runs the model.
             encoder: The encoder that turns rows into prompts.
             settings: The settings of the task.
             constraint: The result of `constraint_of` for these settings.
-            on_result: Called for each row as soon as it is done, from any thread. The engine
-                counts the row's tokens.
+            on_result: Called with a count of each row as soon as the row is done, from any thread.
+                The engine counts tokens itself.
         """
         super().__init__(engine, settings, on_result=on_result)
         self._encoder = encoder
@@ -245,7 +252,7 @@ class Generator(EngineModel):
                 yield index, self._result(task, future.result())
 
     def _task(self, row: Row) -> _Task | str:
-        """Return the task for a row, or the error that keeps it from the engine."""
+        """Return the task for a row, or the error message if it makes no request."""
         try:
             prompt = self._encoder(row)
             key = self._sampling_key(row, prompt)
@@ -264,7 +271,7 @@ class Generator(EngineModel):
         return _Task(prompt, request, stop)
 
     def _sampling_key(self, row: Row, prompt: Prompt) -> str:
-        """Return the key of a row's random draws, the same wherever and whenever it runs."""
+        """Return the key that seeds a row's random draws; it is the same in every run."""
         column = self._settings.key_column
         if not isinstance(row, str) and ROW_KEY in row:
             return str(row[ROW_KEY])
@@ -311,6 +318,6 @@ STATISTIC = re.compile(r'\[__DC__\("([^"]+)"\) --> "([^"]*)"\]?')
 
 
 def find_statistics(completion: str) -> tuple[list[str], list[str]]:
-    """Return the queries in a completion, and the model's own value for each."""
+    """Return the Data Commons queries in a completion, and the model's own value for each."""
     found = STATISTIC.findall(completion)
     return [query for query, _ in found], [value for _, value in found]

@@ -11,7 +11,7 @@ import pyarrow as pa
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 
 Encoder = Callable[[Row], Prompt]
-"""Function from a row to its prompt; needs no weights."""
+"""Function that turns a row into its prompt; needs no model weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class Settings(ABC):
 
     @property
     def has_source(self) -> bool:
-        """True if any of `SOURCES` is set; otherwise each example is itself the input."""
+        """True if any of `SOURCES` is set; otherwise each row is a string, used as the input."""
         return any(getattr(self, name) is not None for name in self.SOURCES)
 
     @property
@@ -54,14 +54,14 @@ class Settings(ABC):
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens that a row's completion may have."""
+        """Maximum number of tokens in a row's completion."""
         return 0
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """JSON-serializable inputs of a result other than the model and the row's request.
+        """JSON-serializable settings that affect a result, beside the model and the row's request.
 
-        Templates are not included, since requests are made from them.
+        Templates are left out, because the request already reflects them.
         """
         columns = {field.name: str(field.type) for field in self.result_schema}
         return {"columns": columns, **self._parameters()}
@@ -73,7 +73,7 @@ class Settings(ABC):
 
 @runtime_checkable
 class Model(Protocol):
-    """A task with its model loaded, in this process or behind a proxy."""
+    """A task with its model loaded, in this process or in another one behind a proxy."""
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return the result columns of each row."""
@@ -86,13 +86,13 @@ class Model(Protocol):
 
 
 class StreamingModel(Model, Protocol):
-    """A model in this process, which yields results as it works and can be drained."""
+    """A model in this process that yields each result when it is ready, and can be drained."""
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns as soon as they are known."""
 
     def drain(self) -> None:
-        """Start no further rows; streams end after the rows that have started."""
+        """Stop starting rows; streams end after the rows that have started."""
 
     def num_tokens(self) -> int:
         """Return the number of prompt and completion tokens computed so far."""

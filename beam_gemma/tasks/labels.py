@@ -1,7 +1,7 @@
-"""Labels after a prompt: the tokens of each label, and the least work that scores them all.
+"""Tokens of the labels that follow a prompt, and the smallest plan that scores them all.
 
 A label is scored as written: prompt and label are encoded as one text, and the label's own tokens
-begin with the first one that covers a character of the label. So that token may include the last
+begin with the first token that covers a character of the label. That token may include the last
 characters of the prompt (`x: ` and `yes` meet in the token ` yes`), and the end of the prompt may
 be tokenized differently for two labels.
 
@@ -24,7 +24,7 @@ class Continuation:
 
     token_ids: tuple[int, ...]
     start: int
-    """Index of the label's first own token."""
+    """Index of the first of the label's own tokens."""
 
     @property
     def num_label_tokens(self) -> int:
@@ -41,7 +41,7 @@ def join(tokenizer: Tokenizer, prompt: Sequence[Part], label: Sequence[Part]) ->
     text = "".join(part.text for part in label if isinstance(part, Text))
     if not text:
         raise RecordError("label: expected some text, got none")
-    # A token's bytes have a space for U+2581, even where the text itself has U+2581.
+    # token_bytes returns a space for U+2581, even if the text itself contains U+2581.
     num_left = len(text.replace(SPACE, " ").encode(errors="surrogatepass"))
     ids = tokenizer.encode([*prompt, *label])
     start = len(ids)
@@ -53,24 +53,24 @@ def join(tokenizer: Tokenizer, prompt: Sequence[Part], label: Sequence[Part]) ->
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A token sequence to compute once, and the next tokens to score along it."""
+    """A token sequence to compute once, and the possible next tokens to score in it."""
 
     token_ids: tuple[int, ...]
     targets: tuple[tuple[int, int], ...]
-    """Pairs of a position and a possible next token, in order, up to the last position."""
+    """Sorted pairs of a position in `token_ids` and a token id to score right after it."""
 
 
 class Plan:
-    """The least work that scores a set of continuations.
+    """The smallest set of sequences that scores a set of continuations.
 
-    Each continuation without its last token is a sequence to compute, unless another sequence
-    begins with it. Each label token is scored once, on the first sequence that contains all tokens
-    before it.
+    Each continuation without its last token is a sequence to compute, unless it is a prefix of
+    another sequence. Each label token is scored once, in the first sequence that contains all
+    tokens before it.
     """
 
     def __init__(self, continuations: Sequence[Continuation]) -> None:
         self.continuations = tuple(continuations)
-        # In lexicographic order, a sequence directly precedes the sequences that begin with it.
+        # In lexicographic order, a sequence comes right before the sequences it is a prefix of.
         contexts = sorted({c.token_ids[:-1] for c in continuations})
         following = [*contexts[1:], ()]
         maximal = [c for c, f in zip(contexts, following, strict=True) if f[: len(c)] != c]
@@ -91,15 +91,15 @@ class Plan:
 
     @property
     def is_one_choice(self) -> bool:
-        """True if each label is one token, after the same tokens.
+        """True if each label is one token and all labels follow the same tokens.
 
-        Then log-likelihoods are logits minus a shared constant, and have the same softmax.
+        Log-likelihoods are then logits minus a shared constant, so both have the same softmax.
         """
         places = {(path, position) for p in self._places for path, (position, _) in p}
         return len(places) == 1
 
     def logliks(self, scores: Sequence[Sequence[float]]) -> list[float]:
-        """Return each continuation's sum of scores.
+        """Return the log-likelihood of each continuation: the sum of its token scores.
 
         Args:
             scores: The scores of each path, one per target.

@@ -1,7 +1,7 @@
 """ShieldGemma's safety policies and its prompt, word for word as published.
 
 The guidelines are those of the model card (https://ai.google.dev/gemma/docs/shieldgemma/model_card);
-the prompt is what the chat template in the checkpoints' `tokenizer_config.json` writes, which the
+the prompt is the output of the chat template in the checkpoints' `tokenizer_config.json`, which the
 card's example applies (https://huggingface.co/google/shieldgemma-2b). Each prompt asks about one
 policy, as in the model's training.
 """
@@ -55,12 +55,17 @@ POLICIES = tuple(_HARMS)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """Safety policy that texts must not violate."""
+    """Safety policy that texts must not violate.
+
+    Example:
+        >>> harassment = Policy(name="harassment")
+        >>> spam = Policy(name="spam", guideline='"No Spam": The prompt shall not advertise.')
+    """
 
     name: str
     guideline: str | None = None
     """Full guideline, such as `"No Harassment": The prompt shall not ...`; None for the published
-    one of that name, in its wording for the prompt or for the response."""
+    guideline of that name, worded for the prompt or for the response."""
 
     def __post_init__(self) -> None:
         if self.guideline is None and self.name not in POLICIES:
@@ -84,7 +89,7 @@ class Policy:
             judged, whose, must = "a user prompt", "human question", "must start"
         else:
             turn += f"<start_of_turn>\nChatbot Response: {{{response_column}}}\n<end_of_turn>\n"
-            # Both spaces are in the published text.
+            # The published text has the double space.
             judged, whose, must = "an AI response to a prompt", "Chatbot Response", "must  start"
         return (
             f"You are a policy expert trying to help determine whether {judged} is in violation of "
@@ -103,12 +108,18 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModerateSettings(Settings):
-    """Settings of the moderate task: ShieldGemma checks each row against safety policies."""
+    """Settings of the moderate task: ShieldGemma checks each row against safety policies.
+
+    Example:
+        >>> settings = ModerateSettings(policies=(Policy(name="harassment"),), prompt_column="text")
+        >>> settings.threshold
+        0.5
+    """
 
     SOURCES: ClassVar[tuple[str, ...]] = ("prompt_column",)
 
     policies: tuple[Policy, ...]
-    """Policies to check, with one prompt each."""
+    """Policies to check; each one takes a prompt of its own."""
     prompt_column: str
     """Column of the user's prompt."""
     response_column: str | None = None

@@ -1,6 +1,6 @@
-"""Open a model folder for a task: encoders without weights, and models ready for rows.
+"""Open a model folder for a task: encoders, which need no weights, and loaded models.
 
-Nothing here needs Beam.
+This module does not use Beam.
 
 Example:
     >>> from beam_gemma.engine.sampling import SamplingParams
@@ -39,15 +39,15 @@ from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
 
 SIGHT_TEXT = "one two three"
-"""Text whose first three tokens differ, whether tokens are words or letters."""
+"""Text for `check_sight`; its first three tokens differ, be they words or letters."""
 
 
 def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEncoder:
-    """Return the encoder of prompts.
+    """Return the encoder that turns rows into prompts.
 
     Raises:
         ArtifactError: the tokenizer is missing or damaged.
-        OptionsError: the model cannot follow the settings.
+        OptionsError: the model does not support the settings.
     """
     return PromptEncoder(
         Tokenizer.from_file(artifact.tokenizer_path),
@@ -60,10 +60,10 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
 def constraint(
     artifact: Artifact, settings: GenerateSettings, encoder: PromptEncoder
 ) -> Constraint | None:
-    """Return the constraint of completions to the structured output of the settings, if any.
+    """Return the constraint for the requested structured output, or None if there is none.
 
     Raises:
-        OptionsError: no completion within `max_tokens` can be such an output.
+        OptionsError: `max_tokens` is too small for any valid output.
     """
     return constraint_of(settings, encoder.tokenizer, artifact.eos_token_ids)
 
@@ -71,11 +71,11 @@ def constraint(
 def question_encoders(
     artifact: Artifact, settings: ClassifySettings | ModerateSettings
 ) -> list[QuestionEncoder]:
-    """Return the encoder of each question that the settings ask of a row.
+    """Return the encoders of a task's questions, one per question.
 
     Raises:
         ArtifactError: the tokenizer is missing or damaged.
-        OptionsError: the model cannot follow the settings.
+        OptionsError: the model does not support the settings.
     """
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     return [
@@ -90,18 +90,18 @@ def question_encoders(
 
 
 def text_encoder(artifact: Artifact, settings: EmbedSettings) -> TextEncoder:
-    """Return the encoder of texts to embed.
+    """Return the encoder that turns rows into texts to embed.
 
     Raises:
         ArtifactError: the tokenizer is missing or damaged, or the model has no embedding graph.
-        OptionsError: the model cannot follow the settings.
+        OptionsError: the model does not support the settings.
     """
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     return TextEncoder(tokenizer, settings, embedding_of(artifact))
 
 
 def embedding_of(artifact: Artifact) -> EmbeddingConfig:
-    """Return how a model embeds.
+    """Return the embedding configuration of a model.
 
     Raises:
         ArtifactError: the folder has no embedding graph.
@@ -117,11 +117,11 @@ def embedding_of(artifact: Artifact) -> EmbeddingConfig:
 def open_generator(
     artifact: Artifact, settings: GenerateSettings, device: Device, limits: Limits = Limits()
 ) -> Generator:
-    """Load the graph that generates and return a model that completes rows."""
+    """Load the generation graph and return a model that completes rows."""
     encoder = prompt_encoder(artifact, settings)
     held = constraint(artifact, settings, encoder)
     if held is not None:
-        # The first mask takes seconds to prepare, so that is done before any row waits for it.
+        # The first mask takes seconds to prepare, so start before any row waits for it.
         held.start()
     engine = start_engine(artifact, "generate", device, limits)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
@@ -134,7 +134,7 @@ def open_classifier(
     device: Device,
     limits: Limits = Limits(),
 ) -> Classifier:
-    """Load the graph that scores and return a model that classifies rows."""
+    """Load the scoring graph and return a model that classifies rows."""
     encoders = question_encoders(artifact, settings)
     engine = start_engine(artifact, "score", device, limits)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
@@ -144,10 +144,10 @@ def open_classifier(
 def open_embedder(
     artifact: Artifact, settings: EmbedSettings, device: Device, limits: Limits = Limits()
 ) -> Embedder:
-    """Load the graph that embeds and return a model that embeds rows.
+    """Load the embedding graph and return a model that embeds rows.
 
     Raises:
-        ArtifactError: the graph's attention reaches less, or more, of a text than its model's.
+        ArtifactError: the graph's attention direction differs from its model's.
     """
     encoder = text_encoder(artifact, settings)
     budget = limits.embed_tokens(device)
@@ -161,7 +161,7 @@ def open_embedder(
 
     def on_step(num_tokens: int) -> None:
         METER.add(Count(prompt_tokens=num_tokens))
-        # A single text may have more tokens than the budget of a step.
+        # A single text may have more tokens than the token budget of a step.
         slots = max(num_tokens, budget)
         pulse.add(Work(prompt_tokens=num_tokens, used_slots=num_tokens, slots=slots))
 
@@ -176,7 +176,7 @@ def open_embedder(
 
 
 def start_engine(artifact: Artifact, head: Head, device: Device, limits: Limits) -> Engine:
-    """Load a graph of a model folder and start an engine over it."""
+    """Load a graph of a model folder and start an engine that runs it."""
     session = open_session(artifact, head, device, limits)
     config = dataclasses.replace(limits.engine_config(device), eos_token_ids=artifact.eos_token_ids)
     return Engine(session, config, on_step=METER.add, device_stats=session.stats)

@@ -1,7 +1,7 @@
 """Questions about rows: prompts with labels as their possible continuations.
 
-Labels are templates like the prompt's. Shots, rows with a known label, precede the prompt of every
-row in the same order, so the shared beginning of all prompts is computed once.
+Labels are templates, as the prompt is. Shots are rows with a known label. They precede every prompt
+in the same order, so that the shared beginning of all prompts is computed once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,14 @@ LabelNorm = Literal["none", "tokens", "chars"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shot:
-    """A row with a known label."""
+    """A row with a known label.
+
+    Example:
+        >>> shot = Shot(row={"text": "Lovely."}, label=0)
+        >>> settings = ClassifySettings(
+        ...     prompt="Review: {text} It was", labels=(" good", " bad"), shots=(shot,)
+        ... )
+    """
 
     row: Mapping[str, Any] | str
     label: int
@@ -58,7 +65,7 @@ class Answer:
 
     question: Question
     logliks: list[float]
-    """Log-likelihood per label. For single-token labels possibly raw logits: the constant offset
+    """Log-likelihood per label. For single-token labels, possibly raw logits: the constant offset
     cancels in the softmax."""
 
     def scores(self, norm: LabelNorm) -> list[float]:
@@ -73,7 +80,13 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifySettings(PromptSettings, Settings):
-    """Settings of the classify task: which label continues each row's prompt best."""
+    """Settings of the classify task: which label continues each row's prompt best.
+
+    Example:
+        >>> settings = ClassifySettings(prompt="Review: {text} It was", labels=(" good", " bad"))
+        >>> settings.result_schema.names[:2]
+        ['label', 'label_index']
+    """
 
     labels: tuple[str, ...]
     """Label templates, rendered per row so that a row can bring its own choices. Labels are scored
@@ -87,7 +100,7 @@ class ClassifySettings(PromptSettings, Settings):
     """Rows with known labels, shown before each prompt in this order."""
     num_fewshot: int | None = None
     """Number of shots per prompt: the first ones other than the prompt's row; None for all. With
-    one shot to spare, a row that is itself a shot gets as many as the others."""
+    one spare shot, a row that is itself a shot gets as many shots as other rows."""
     fewshot_delimiter: str = "\n\n"
     """Text after each shot, unless the prompt is a chat."""
 
@@ -139,7 +152,7 @@ class ClassifySettings(PromptSettings, Settings):
 
     @property
     def questions(self) -> "tuple[ClassifySettings, ...]":
-        """Settings of each question for a row: only these."""
+        """Settings of the questions for each row: a single question with these settings."""
         return (self,)
 
     def result(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -162,16 +175,16 @@ class QuestionEncoder:
         chat_template: str | None,
         max_model_len: int,
     ) -> None:
-        """Prepare the templates and the shots.
+        """Initialize the encoder: parse the templates and render the shots.
 
         Args:
             tokenizer: The model's tokenizer.
             settings: The settings of the question.
             chat_template: The model's own chat template, if it has one.
-            max_model_len: Most tokens that the model accepts, including labels.
+            max_model_len: Maximum number of tokens that the model accepts, including labels.
 
         Raises:
-            OptionsError: the model does not support the settings, or a shot makes no prompt.
+            OptionsError: the model does not support the settings, or a shot cannot be rendered.
         """
         self._tokenizer = tokenizer
         self._columns = settings.columns
@@ -197,8 +210,8 @@ class QuestionEncoder:
         """Return the question for a row.
 
         Raises:
-            RecordError: the row makes no prompt, lacks a label or has two equal ones, or the tokens
-                are too many.
+            RecordError: the row makes no prompt, lacks a label, has two equal labels, or has too
+                many tokens.
         """
         if isinstance(row, str) and self._columns:
             raise RecordError(f"row: expected columns {', '.join(self._columns)}, got a text")
@@ -229,7 +242,7 @@ class QuestionEncoder:
             )
 
     def _shots(self, settings: ClassifySettings) -> Shots:
-        """Return the shots with their labels written out."""
+        """Return the shots with their labels rendered."""
         try:
             examples = tuple(
                 (shot.row, _written(self._labels[shot.label], shot.row)) for shot in settings.shots

@@ -1,4 +1,4 @@
-"""Token ids of texts to embed: selects the column, adds the prompt and limits the length."""
+"""Encode texts to embed: select the column, add the prompt and limit the length."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,14 +19,20 @@ EmbeddingDtype = Literal["float32", "float16"]
 ARROW_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 DOCUMENT = "document"
 NO_TITLE = "none"
-"""Placeholder title of a document without one."""
+"""Title used in the prompt of a document that has none."""
 LEAST_DIM = 128
-"""Smallest width that an embedding can be cut to."""
+"""Smallest width, in values, to which an embedding can be cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedSettings(Settings):
-    """Settings of the embed task: the text of each row, and the form of its embedding."""
+    """Settings of the embed task: the text of each row, and the width and type of its embedding.
+
+    Example:
+        >>> settings = EmbedSettings(text_column="body", prompt_name="document", truncate_dim=256)
+        >>> list(settings.columns)
+        ['body']
+    """
 
     SOURCES: ClassVar[tuple[str, ...]] = ("text_column",)
 
@@ -44,7 +50,7 @@ class EmbedSettings(Settings):
     """Number of leading values to keep of each embedding, rescaled to length 1; None for all."""
     embedding_dtype: EmbeddingDtype = "float32"
     size: int | None = None
-    """Width of the model's embeddings; set by its handler."""
+    """Width of the model's embeddings; set by the model handler."""
 
     def __post_init__(self) -> None:
         names = ("prompt", "prompt_name", "title_column")
@@ -73,7 +79,7 @@ class EmbedSettings(Settings):
         return pa.schema(columns)
 
     def of_size(self, size: int) -> "EmbedSettings":
-        """Return these settings for embeddings of a width.
+        """Return a copy of these settings for embeddings of the given width.
 
         Raises:
             OptionsError: embeddings of that width cannot be cut to `truncate_dim`.
@@ -88,12 +94,12 @@ class EmbedSettings(Settings):
 
 
 class TextEncoder:
-    """Turns rows into token ids as the model's own library does; needs no weights."""
+    """Turns rows into token ids as the model's own library does; needs no model weights."""
 
     def __init__(
         self, tokenizer: Tokenizer, settings: EmbedSettings, config: EmbeddingConfig
     ) -> None:
-        """Look up the prompt.
+        """Initialize the encoder and look up the prompt.
 
         Args:
             tokenizer: The model's tokenizer.
@@ -109,7 +115,7 @@ class TextEncoder:
         self._prompt = "" if settings.title_column else _prompt(settings, config)
 
     def __call__(self, row: Row) -> Prompt:
-        """Return a row's text, preceded by its prompt.
+        """Return a row's text, preceded by its prompt, as token ids.
 
         Raises:
             RecordError: the row has no text, or its text is too long.
@@ -156,7 +162,7 @@ class TextEncoder:
 
 
 def _prompt(settings: EmbedSettings, config: EmbeddingConfig) -> str:
-    """Return the prefix of each text."""
+    """Return the prefix for each text."""
     if settings.prompt is not None:
         return settings.prompt
     name = settings.prompt_name or config.default_prompt_name
