@@ -1,7 +1,7 @@
 """Check worker images against this machine's versions, by the labels in their registry.
 
-Registries speak the Open Container Initiative's distribution protocol. An image's manifest names its
-configuration, which holds the labels that templates/Dockerfile sets.
+Registries speak the Open Container Initiative's distribution protocol. An image's manifest names
+its configuration, which holds the labels that templates/Dockerfile sets.
 """
 
 import hashlib

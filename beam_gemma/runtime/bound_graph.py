@@ -19,11 +19,11 @@ from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS, onnxruntime
 Binding: TypeAlias = Any
 """ONNX Runtime's `IOBinding`, which has no type annotations."""
 UNCAPTURED = -1
-"""CUDA graph number that means: run without capture."""
+"""CUDA graph number for runs without capture."""
 BFLOAT16 = 16
 """ONNX's number for bfloat16, which numpy lacks."""
 NO_ROOM = ("failed to allocate memory", "out of memory", "alloc_failed", "bad_alloc")
-"""Phrases by which an error of any library shows that memory has run out."""
+"""Lowercase phrases in libraries' errors that mean memory has run out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _load(graph_path: str, memory: DeviceMemory) -> onnxruntime.InferenceSession
     options.log_severity_level = 3
     provider = PROVIDERS["cuda" if memory.kind == "cuda" else "cpu"]
     if memory.kind == "cuda":
-        # CUDA libraries installed as Python packages, as outside the workers' image, are not on the
+        # Outside the workers' image, CUDA libraries are Python packages, which are not on the
         # system's library path.
         onnxruntime.preload_dlls()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -19,7 +19,7 @@ from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS, onnxruntime
 from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
 
 CACHE_FRACTION = 0.4
-"""Share of the memory left after loading the weights; caches may use this much."""
+"""Share of the memory left after loading the weights that caches may use."""
 LOGITS = "logits"
 
 
@@ -133,7 +133,7 @@ class Session:
         return {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
-        """Overwrite cache blocks with zeros, so that no NaN outlives its row in them."""
+        """Overwrite cache blocks with zeros, so that a finished row leaves no NaN in them."""
         state = next(s for s in self.signature.paged_states if s.group == group)
         for layer in state.layers:
             for name in (f"key_cache.{layer}", f"value_cache.{layer}"):

@@ -25,7 +25,7 @@ SCHEME = "gs://"
 BAKED = Path("/opt/beam-gemma/models")
 """Folder of copies in the workers' image."""
 DOWNLOADS = 8
-"""Parts of a file that are downloaded at once."""
+"""Number of a file's parts that are downloaded at once."""
 PART_BYTES = 32 << 20
 ATTEMPTS = 2
 """Download attempts per file."""

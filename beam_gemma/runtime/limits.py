@@ -90,7 +90,7 @@ class Limits:
             )
 
     def check_choice(self, device: Literal["auto", "cpu", "cuda"]) -> None:
-        """Check limits for a device that may still be open, as `auto` is until a worker has it.
+        """Check the limits; with `auto`, as for the CPU, or not yet if a limit for CUDA is set.
 
         Raises:
             OptionsError: the device cannot have such limits, or they contradict each other.
@@ -104,7 +104,7 @@ class Limits:
         """Check limits for steps over whole texts.
 
         Raises:
-            OptionsError: a limit is set that such steps do not know.
+            OptionsError: a limit is set that does not apply to such steps.
         """
         for name in ("max_num_seqs", "cudagraph_capture_sizes"):
             if getattr(self, name) is not None:

@@ -23,11 +23,11 @@ from beam_gemma.model.graph_tensors import Tensor
 from beam_gemma.model.signature import PREFILL_ROWS, Signature, blocks_for
 
 METADATA = "attention_metadata"
-"""Input that lies on the host and is the same in all steps of a shape."""
+"""Name of the input that lies on the host and is the same in all steps of a shape."""
 MIN_CONTEXT = 1024
-"""Tokens that the narrowest block table holds; below, another graph costs more than it saves."""
+"""Tokens that the narrowest block table covers; a narrower one's graph costs more than it saves."""
 TOKENS_PER_TEXT = 16
-"""Smallest share of a text in a step that embeds, in tokens; shorter texts count as this many."""
+"""Minimum average text length of an embedding step, in tokens; limits its number of texts."""
 _FILL = {"token_slots": -1, "slot_mapping": -1, "token_rows": -1, "top_ps": 1}
 _SLOTS = ("logit_slots", "state_slots")
 
@@ -56,7 +56,7 @@ class StepShape:
         return tuple(dim if isinstance(dim, int) else self._size(dim) for dim in tensor.shape)
 
     def metadata(self, block_size: int) -> Int32[np.ndarray, " 3"]:
-        """Return the most new tokens and context of a sequence, then 0 for an unknown minimum."""
+        """Return a sequence's maximum new tokens and context, then 0 for an unknown minimum."""
         longest = 1 if self.is_decode else self.num_tokens
         return np.array([longest, self.num_blocks * block_size, 0], np.int32)
 
@@ -221,7 +221,7 @@ def power_of_two(number: int) -> int:
 
 
 def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepShape:
-    """Return the shape of an embedding step, with a token for each padding text: none may be empty.
+    """Return an embedding step's shape; each padding text has a token, since none may be empty.
 
     If texts lie side by side, padding texts have no places and their embeddings are zeros.
     """

@@ -6,5 +6,5 @@ from beam_gemma import moved
 
 
 def __getattr__(name: str) -> Any:
-    """Find a class that version 0.7 kept in a module of this name."""
+    """Return a class that version 0.7 had in a module of this name."""
     return moved.attribute(__name__, name)

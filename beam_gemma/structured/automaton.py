@@ -1,9 +1,9 @@
-"""Where a text stands in its language, byte by byte, and how many tokens it needs to end.
+"""Track a text's state in its language, byte by byte, and the tokens that it needs to end.
 
-Ways to the end are looked for among brief texts only: nothing in them is repeated more often than
-it must, and two characters stand for a wide choice. So a way is always a real one, whatever was
-written before it, and a shorter one can exist only where further repetitions, or rare characters,
-make fewer tokens. Brief texts are finite in number, so places are measured backwards, each once.
+The search for a way to the end considers brief texts only: they repeat nothing more often than
+required, and use only two characters of a wide set. So each way found is real, whatever was written
+before it, and a shorter one exists only where further repetitions, or rare characters, take fewer
+tokens. Brief texts are finite in number, so each place is measured once, backwards.
 """
 
 import sys
@@ -18,24 +18,24 @@ from beam_gemma.structured.grammar import Chars, Concat, Language, Literal, OneO
 from beam_gemma.structured.nfa import Place, Places
 
 UNREACHABLE = sys.maxsize
-"""The distance from which no tokens lead to an end."""
+"""Distance of a state from which no tokens lead to an end."""
 MAX_BRIEF_LENGTH = 20_000
-"""Characters of a brief text, each of which is measured."""
+"""Maximum characters of a brief text; each of them is measured."""
 MAX_STATES = 50_000
-"""States that are remembered. Beyond, all are forgotten but those that texts are in."""
+"""Number of cached states; at this limit, all are dropped except those that texts are in."""
 FEW, MANY = 10, 1000
-"""Two characters stand for more than a few; they are chosen among no more than many."""
+"""Two characters stand for a set of more than FEW, chosen among its first MANY characters."""
 
 
 class Vocabulary:
-    """The bytes of tokens, in order: tokens that begin with the same bytes lie together."""
+    """Tokens sorted by their bytes, so that tokens with a common prefix are adjacent."""
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
         """Sort tokens.
 
         Args:
-            tokens: By token id; no text has one without bytes. Where tokens have the same bytes,
-                ways to the end take the last one.
+            tokens: The bytes of each token, by token id; a token without bytes is never in a text.
+                Of tokens with the same bytes, ways to the end use the last one.
         """
         self.tokens = tokens
         self._ids = {data: token_id for token_id, data in enumerate(tokens) if data}
@@ -43,24 +43,24 @@ class Vocabulary:
         self._narrow: dict[Chars, Chars] = {}
 
     def find(self, prefix: bytes, start: int = 0) -> int | None:
-        """Return where the tokens begin that begin with some bytes; None if there are none.
+        """Return the index of the first token that begins with `prefix`; None if there is none.
 
         Args:
-            prefix: The bytes.
-            start: Where the tokens begin that begin with the first few of them.
+            prefix: The first bytes of the token.
+            start: The index at which to begin: that of a shorter prefix of the same bytes.
         """
         at = bisect_left(self._sorted, prefix, start)
         found = at < len(self._sorted) and self._sorted[at].startswith(prefix)
         return at if found else None
 
     def token_id(self, data: bytes) -> int | None:
-        """Return the token of just these bytes."""
+        """Return the id of the token with exactly these bytes; None if there is none."""
         return self._ids.get(data)
 
     def narrow(self, wide: Chars) -> Chars:
-        """Return some characters; of many, the two that a single token repeats most often.
+        """Return a small set as it is; of a large one, the two that one token repeats most often.
 
-        They are of ASCII if any are: a digit that stands for others is better none of Bengali.
+        ASCII characters are preferred: "0" represents digits better than a Bengali digit does.
         """
         if sum(last - first + 1 for first, last in wide.ranges) <= FEW:
             return wide
@@ -80,11 +80,11 @@ class Vocabulary:
 
 
 class _Way(NamedTuple):
-    """A way to the end; of two with as many tokens the smaller first token comes first."""
+    """A way to the end. Ways sort by number of tokens, then by the id of the first token."""
 
     num_tokens: int
     token_id: int
-    """The first of them; -1 if there is none."""
+    """Id of the first token; -1 if there is none."""
 
 
 NO_WAY = _Way(UNREACHABLE, -1)
@@ -92,27 +92,27 @@ NO_WAY = _Way(UNREACHABLE, -1)
 
 @dataclass(eq=False, slots=True)
 class State:
-    """Where a text may be in its language."""
+    """The places at which a text may be in its language."""
 
     heads: frozenset[Place]
     edges: "dict[int, State]" = field(default_factory=dict, init=False)
-    """States behind a byte, as far as they were asked for."""
+    """States after each next byte that was requested so far."""
     way: _Way | None = field(default=None, init=False)
-    """None until asked for."""
+    """Way to the end; None until requested."""
 
 
 DEAD = State(frozenset())
-"""The state of bytes that no text of the language begins with."""
+"""State after bytes that no text of the language begins with."""
 
 
 class Automaton:
     """A language as a deterministic automaton over UTF-8, for one thread at a time."""
 
     def __init__(self, language: Language, vocabulary: Vocabulary) -> None:
-        """Measure the way to the end.
+        """Measure the way from the start to the end.
 
         Raises:
-            OptionsError: the shortest text is too long, or the tokens cannot write any.
+            OptionsError: the shortest texts are too long, or the tokens cannot write any text.
         """
         _check_length(language)
         self._vocabulary = vocabulary
@@ -126,30 +126,30 @@ class Automaton:
             )
 
     def advance(self, state: State, data: bytes) -> State:
-        """Return the state behind some more bytes."""
+        """Return the state after `data`."""
         for byte in data:
             state = state.edges.get(byte) or self._follow(state, byte)
         return state
 
     def step(self, state: State, token_id: int) -> State:
-        """Return the state behind a token; one without bytes leads nowhere."""
+        """Return the state after a token; `DEAD` for a token without bytes."""
         data = self._vocabulary.tokens[token_id]
         return self.advance(state, data) if data else DEAD
 
     def is_accepting(self, state: State) -> bool:
-        """Whether the text may end here."""
+        """Return whether the text may end here."""
         return self._places.end in state.heads
 
     def is_final(self, state: State) -> bool:
-        """Whether the text must end here."""
+        """Return whether the text must end here."""
         return state.heads == {self._places.end}
 
     def distance(self, state: State) -> int:
-        """Return how many tokens lead to an end; UNREACHABLE if none do."""
+        """Return the number of tokens on the way to an end; `UNREACHABLE` if there is none."""
         return self._way(state).num_tokens
 
     def next_token(self, state: State) -> int:
-        """Return the first of these tokens; the state behind it is nearer to an end."""
+        """Return the first token on the way to an end; the state after it is nearer to the end."""
         return self._way(state).token_id
 
     def _follow(self, state: State, byte: int) -> State:
@@ -174,7 +174,7 @@ class Automaton:
         return state.way
 
     def _measure(self, briefs: Iterable[Place]) -> None:
-        """Find the ways of places that begin with a byte, and of all behind them."""
+        """Compute the ways of some brief heads, and of all heads after them."""
         moves: dict[Place, list[tuple[int, State]]] = {}
         waiting = list(briefs)
         while waiting:
@@ -183,7 +183,7 @@ class Automaton:
                 self._ways[place] = self._shortest(moves.pop(place))
             elif place not in self._ways:
                 moves[place] = self._moves(place)
-                # It comes again once all behind it are measured.
+                # The place is popped again once all heads after it are measured.
                 waiting.append(place)
                 waiting += [head for _, state in moves[place] for head in state.heads]
 
@@ -195,7 +195,7 @@ class Automaton:
         return min([*ways, NO_WAY])
 
     def _moves(self, place: Place) -> list[tuple[int, State]]:
-        """Return tokens that go on from a brief place, and the states behind them."""
+        """Return the tokens that may follow at a brief place, and the states after them."""
         moves = []
         waiting = [(self._state(frozenset([place])), b"", 0)]
         while waiting:
@@ -223,11 +223,11 @@ def _check_length(language: Language) -> None:
 
 
 def _brief_length(language: Language, known: dict[int, int]) -> int:
-    """Return the length of a longest text in which nothing is repeated more often than it must.
+    """Return the length of a longest text that repeats nothing more often than required.
 
     Args:
         language: The language.
-        known: Lengths of parts, by their identity: parts of a tree may be the same object.
+        known: The lengths of parts by `id`, as a tree may contain the same object repeatedly.
     """
     if id(language) not in known:
         match language:

@@ -1,11 +1,11 @@
-"""What may come next in a completion whose text must be of a language; the only user of llguidance.
+"""Constrain completions to a language, token by token; the only module that uses llguidance.
 
-Two things know the language. llguidance tells which tokens of the vocabulary may follow, as a mask,
-and which must. The automaton tells of one token whether it may follow, and how many tokens the end
-is away then. A token is taken only if the end is within reach after it, so a completion that begins
-with enough tokens left ends as a text of the language.
+Two components know the language. llguidance returns the tokens of the vocabulary that may follow,
+as a mask, and those that must. The automaton says whether one token may follow, and how many tokens
+the end is away after it. A token is taken only if the end remains within reach, so a completion
+that begins with enough tokens left ends as a text of the language.
 
-Dimensions: W words of 32 tokens each, C tokens.
+Dimensions: W words of a mask, each of 32 tokens; C allowed tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,22 +27,22 @@ Mask = Int32[np.ndarray, " W"]
 
 
 class Constraint:
-    """A language that completions must be of, over the vocabulary of a tokenizer."""
+    """A language that completions must belong to, over the vocabulary of a tokenizer."""
 
     def __init__(
         self, language: Language, tokenizer: Tokenizer, end_token_ids: Iterable[int]
     ) -> None:
-        """Measure the language; what only a running model needs is made when it is asked for.
+        """Measure the language; the matcher, which only a running model needs, is built on use.
 
         All guides of a constraint belong to one thread.
 
         Args:
-            language: Of the whole completion.
-            tokenizer: Whose tokens make it up.
-            end_token_ids: Tokens that end a completion, and are no part of its text.
+            language: The language of whole completions.
+            tokenizer: The tokenizer of the model.
+            end_token_ids: The tokens that end a completion; they are not part of its text.
 
         Raises:
-            OptionsError: the language is beyond what can be measured, or what llguidance takes.
+            OptionsError: the language is too large to be measured, or llguidance refuses it.
         """
         self.end_token_ids = frozenset(end_token_ids)
         self._grammar = LLMatcher.grammar_from_regex(to_regex(language))
@@ -56,10 +56,10 @@ class Constraint:
         self.vocab_size = len(self._vocabulary)
         self.automaton = Automaton(language, Vocabulary(self._vocabulary))
         self.num_shortest = self.automaton.distance(self.automaton.start)
-        """Tokens of a shortest text."""
+        """Number of tokens of a shortest text."""
 
     def shortage(self, max_tokens: int) -> str | None:
-        """Return why no text has so few tokens, or None."""
+        """Return an error message if `max_tokens` is too few for any text, else None."""
         if max_tokens >= self.num_shortest:
             return None
         return (
@@ -68,24 +68,24 @@ class Constraint:
         )
 
     def start(self) -> "Guide":
-        """Return the guide of a completion that has no token yet."""
+        """Return the guide of a new completion."""
         return Guide(self, self.matcher.deep_copy())
 
     @cached_property
     def matcher(self) -> LLMatcher:
-        """What a guide begins with; takes a second or two to make for a large vocabulary."""
+        """Matcher that guides copy; takes a second or two to build for a large vocabulary."""
         tokenizer = LLTokenizer(
             TokenizerWrapper(_TokenizerFace(self._tokenizer, self._vocabulary)),
             n_vocab=self.vocab_size,
             eos_token=sorted(self.end_token_ids),
         )
-        # Errors become those of rows, which are no place for its own state.
+        # Errors are reported per row; verbose ones would include the state of llguidance.
         limits = LLParserLimits(verbose_errors=False)
         return LLMatcher(tokenizer, self._grammar, log_level=0, limits=limits)
 
 
 class Guide:
-    """The way of one completion through the language of its constraint."""
+    """The state of one completion in the language of its constraint."""
 
     __slots__ = ("_constraint", "_state", "matcher")
 
@@ -96,16 +96,16 @@ class Guide:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that a mask tells of."""
+        """Number of tokens that a mask covers."""
         return self._constraint.vocab_size
 
     @property
     def is_final(self) -> bool:
-        """Whether the text is whole and nothing may follow."""
+        """True if the text is complete and nothing may follow."""
         return self._constraint.automaton.is_final(self._state)
 
     def fits(self, token_id: int, num_left: int) -> bool:
-        """Return whether the text can be whole with this token and so many more."""
+        """Return whether the text can end within `num_left` tokens after this one."""
         automaton = self._constraint.automaton
         if token_id in self._constraint.end_token_ids:
             return automaton.is_accepting(self._state)
@@ -114,32 +114,32 @@ class Guide:
         return automaton.distance(automaton.step(self._state, token_id)) <= num_left
 
     def next_of_shortest(self) -> int:
-        """Return the next token of a shortest way to the end."""
+        """Return the first token of the way to the end; an end token if the text may end here."""
         automaton = self._constraint.automaton
         if automaton.is_accepting(self._state):
             return min(self._constraint.end_token_ids)
         return automaton.next_token(self._state)
 
     def take(self, token_id: int) -> None:
-        """Go on by a token that is part of the text.
+        """Append a token to the text.
 
         Raises:
-            RecordError: llguidance gives up on the text.
+            RecordError: llguidance refuses the token.
         """
         self._state = self._constraint.automaton.step(self._state, token_id)
         if not self.matcher.consume_token(token_id):
             raise RecordError(f"constraint: {self.matcher.get_error().splitlines()[0]}")
 
     def take_forced(self, num_left: int, *, limit: int | None = None) -> list[int]:
-        """Go on by tokens that must follow, and return them.
+        """Append the tokens that must follow, and return them.
 
         Args:
-            num_left: Tokens by which the completion may still grow.
-            limit: How many to take at most.
+            num_left: The number of tokens by which the completion may still grow.
+            limit: The maximum number of tokens to append; None means no limit.
         """
         taken: list[int] = []
         for token_id in self.matcher.compute_ff_tokens()[:limit]:
-            # The text may be certain and yet its tokens not, where fewer, longer ones would do.
+            # The text is forced, but its tokens are not: fewer, longer ones may be needed to fit.
             if not self.fits(token_id, num_left - len(taken) - 1):
                 break
             self.take(token_id)
@@ -151,7 +151,7 @@ MaskOf = Callable[[Guide], Mask]
 
 
 class MaskMaker:
-    """Makes the masks of many guides at once, while the caller goes on."""
+    """Compute the masks of many guides at once, in a background thread."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="beam-gemma-masks")
@@ -161,10 +161,11 @@ class MaskMaker:
         return LLExecutor()
 
     def begin(self, guides: Sequence[Guide]) -> MaskOf:
-        """Begin with the masks of some guides of one vocabulary.
+        """Start to compute the masks of guides that share a vocabulary.
 
         Returns:
-            What waits for the mask of a guide; of one that was not begun with, it makes it then.
+            A function that waits for the mask of a guide. For a guide that is not among `guides`,
+            it computes the mask when called.
         """
         begun = self._thread.submit(self._make, guides) if guides else None
 
@@ -183,18 +184,18 @@ class MaskMaker:
 
 
 def allowed_ids(mask: Mask) -> Int64[np.ndarray, " C"]:
-    """Return all tokens that a mask allows, in order."""
+    """Return the ids of all tokens that a mask allows, in ascending order."""
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 
 class _TokenizerFace:
-    """What llguidance asks of a tokenizer."""
+    """The interface of a tokenizer that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: Sequence[bytes]) -> None:
         self.eos_token_id = tokenizer.eos_token_id
         self.bos_token_id = tokenizer.bos_token_id
         self.special_token_ids = sorted(tokenizer.control_pieces.values())
-        # It tells special tokens apart by their names.
+        # llguidance tells special tokens apart by their names.
         self.tokens = list(vocabulary)
         for name, token_id in tokenizer.control_pieces.items():
             self.tokens[token_id] = name.encode()

@@ -1,9 +1,9 @@
 """Regular languages: sets of texts, as small trees.
 
-What a constrained row may say is such a tree. It is written out once as a regular expression, for
-the library that masks tokens, and read once as an automaton, which knows the way to the end.
+Such a tree defines the valid texts of a constrained row. It is used twice: as a regular expression
+for llguidance, which masks tokens, and as an automaton, which finds the way to the end.
 
-Every language holds at least one text; `Literal("")` holds the empty one alone.
+Every language contains at least one text; `Literal("")` contains only the empty one.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ MAX_CODE_POINT = 0x10FFFF
 SURROGATES = (0xD800, 0xDFFF)
 
 Range = tuple[int, int]
-"""The first and the last of some neighbouring code points."""
+"""First and last of consecutive code points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Chars:
-    """The texts of one character, of some; `chars` makes one of any ranges."""
+    """Texts of a single character from a set; `chars` builds one from any ranges."""
 
     ranges: tuple[Range, ...]
-    """Sorted, apart from each other, without surrogates."""
+    """Code points: sorted ranges that neither overlap nor touch, without surrogates."""
 
     def __post_init__(self) -> None:
         assert self.ranges, "no character"
@@ -37,14 +37,14 @@ class Chars:
 
 @dataclass(frozen=True, slots=True)
 class Concat:
-    """A text of each part, one behind the other."""
+    """Concatenations of one text of each part."""
 
     parts: tuple["Language", ...]
 
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """The texts of all options."""
+    """Texts of any option."""
 
     options: tuple["Language", ...]
 
@@ -54,12 +54,12 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """So many texts of the body, one behind the other."""
+    """Concatenations of `min` to `max` texts of the body."""
 
     body: "Language"
     min: int
     max: int | None
-    """None is any number."""
+    """None means no limit."""
 
     def __post_init__(self) -> None:
         assert self.min >= 0, self.min
@@ -72,7 +72,7 @@ EMPTY = Literal("")
 
 
 def optional(language: Language) -> Repeat:
-    """Return the texts of a language, and the empty one."""
+    """Return a language together with the empty text."""
     return Repeat(language, 0, 1)
 
 
@@ -82,12 +82,12 @@ def chars(*ranges: Range) -> Chars:
 
 
 def except_for(some: Chars, excluded: Chars) -> Chars:
-    """Return the characters of the first that the second lacks; there must be one."""
+    """Return the characters of `some` that `excluded` lacks; at least one must remain."""
     return chars(*without(some.ranges, excluded.ranges))
 
 
 def _normal(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """Sort ranges, join those that touch, and cut surrogates out."""
+    """Return sorted ranges, with those that touch joined and surrogates removed."""
     joined: list[Range] = []
     for first, last in sorted(without(ranges, [SURROGATES])):
         if joined and first <= joined[-1][1] + 1:
@@ -98,7 +98,7 @@ def _normal(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def without(ranges: Iterable[Range], excluded: Iterable[Range]) -> list[Range]:
-    """Return what some ranges hold that others lack."""
+    """Return the parts of `ranges` that no excluded range covers."""
     left = []
     holes = sorted(excluded)
     for first, last in ranges:
@@ -117,9 +117,9 @@ ANY_CHAR = chars((0, MAX_CODE_POINT))
 
 
 def to_regex(language: Language) -> str:
-    """Return a regular expression that matches, as a whole, the texts of a language.
+    """Return a regular expression whose full matches are the texts of a language.
 
-    It means the same to Rust's regex crate, which `llguidance` uses, and to Python's `re`.
+    Rust's regex crate, which `llguidance` uses, and Python's `re` read it alike.
     """
     match language:
         case Literal(text):
@@ -160,7 +160,7 @@ def _class_range(ends: Range) -> str:
 
 
 def _escaped(char: str) -> str:
-    """Write a character so that it stands for itself, within brackets and without."""
+    """Return a character escaped so that it is literal, inside and outside brackets."""
     if char < " " or char == "\x7f":
         return f"\\x{ord(char):02x}"
     return f"\\{char}" if char in r"\.+*?()|[]{}^$-&~#" else char

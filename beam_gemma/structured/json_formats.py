@@ -1,8 +1,8 @@
-"""Texts of the formats of JSON Schema as regular languages, and their Arrow types.
+"""String formats of JSON Schema as regular languages, and their Arrow types.
 
-Days are real ones, leap years included. A time of day is in UTC, since Arrow's has no zone. A point
-in time may be in any zone; its year is one of 1000 to 8999, which no zone takes out of the years
-that Python and BigQuery have.
+Dates exist in the calendar, leap years included. A `time` is in UTC, since Arrow's type has no
+zone. A `date-time` may be in any zone; its year is 1000 to 8999, so that no zone offset moves it
+out of the years that Python and BigQuery support.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TIMESTAMP = pa.timestamp("us", "UTC")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a string of some format may be."""
+    """The valid strings of a format, and their Arrow type."""
 
     language: Language
     type: pa.DataType
@@ -57,4 +57,4 @@ FORMATS = {
         ("ipv4", rf"({BYTE}\.){{3}}{BYTE}", pa.string()),
     )
 }
-"""None holds a character that JSON writes in another way."""
+"""Formats by name. Their texts need no escapes in JSON."""

@@ -1,10 +1,10 @@
-"""Texts of the numbers within bounds, exactly, as regular languages.
+"""Regular languages of exactly the numbers within bounds.
 
-A whole number fits 64 bits. A decimal has at most 15 digits in all, and no exponent: each of these
-is a float of its own, in the order of the numbers, so bounds hold for the texts and for their
-floats. Neither begins with a zero that says nothing; zero has no sign.
+A whole number fits 64 bits. A decimal has at most 15 digits in all, and no exponent: such decimals
+map to distinct floats in the same order, so bounds hold for the texts and for their floats. Neither
+has superfluous leading zeros; zero has no sign.
 
-What is the same in two places is the same object, so that an automaton has it once.
+Equal parts are the same object, so that an automaton contains them once.
 """
 
 import math
@@ -27,42 +27,42 @@ from beam_gemma.structured.grammar import (
 
 INT64_DIGITS = 19
 MAX_DIGITS = 15
-"""Of a decimal: before the point and behind it."""
+"""Maximum digits of a decimal, those before and after the point together."""
 
 POINT, MINUS = Literal("."), Literal("-")
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Where numbers begin or end."""
+    """A lower or an upper bound."""
 
     value: Fraction
     is_open: bool
-    """Whether the value itself is out of bounds."""
+    """True if the bound excludes the value itself."""
 
     def lowest(self, unit: int) -> int:
-        """Return the lowest n for which n / unit is not below the bound."""
+        """Return the lowest n for which n / unit satisfies this lower bound."""
         scaled = self.value * unit
         return math.floor(scaled) + 1 if self.is_open else math.ceil(scaled)
 
     def highest(self, unit: int) -> int:
-        """Return the highest n for which n / unit is not above the bound."""
+        """Return the highest n for which n / unit satisfies this upper bound."""
         scaled = self.value * unit
         return math.ceil(scaled) - 1 if self.is_open else math.floor(scaled)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Numbers without a sign, of so many digits before the point and at most so many behind it."""
+    """Unsigned numbers of `num_whole` digits before the point and at most `places` after it."""
 
     num_whole: int
     places: int
     low: str
-    """The digits of the least."""
+    """Digits of the lowest number, without the point."""
     high: str
-    """The digits of the greatest."""
+    """Digits of the highest number, without the point."""
     is_full: bool
-    """Whether there are all numbers of so many digits."""
+    """True if the span contains all numbers with as many digits."""
 
 
 def integers(lows: Sequence[Bound], highs: Sequence[Bound]) -> Language | None:
@@ -77,9 +77,9 @@ def decimals(
     """Return the decimals within bounds; None if there are none.
 
     Args:
-        lows: None of which a number is below.
-        highs: None of which a number is above.
-        max_places: Digits behind the point.
+        lows: The lower bounds, all of which hold.
+        highs: The upper bounds, all of which hold.
+        max_places: The maximum number of digits after the point.
     """
     return _numbers(lows, highs, MAX_DIGITS, max_places)
 
@@ -87,7 +87,7 @@ def decimals(
 def _numbers(
     lows: Sequence[Bound], highs: Sequence[Bound], max_digits: int, max_places: int
 ) -> Language | None:
-    """Return numbers by their digits before the point, which leave the others for behind it."""
+    """Return the numbers within bounds; digits not used before the point may come after it."""
     positive: list[Span] = []
     negative: list[Span] = []
     for num_whole in range(1, max_digits + 1):
@@ -105,7 +105,7 @@ def _numbers(
 
 
 def _span(low: int, high: int, num_whole: int, places: int) -> list[Span]:
-    """Return the one span of numbers within bounds, in units of the last place, if there is any."""
+    """Return the span of numbers from `low` to `high`, in units of the last place, if any."""
     num_digits = num_whole + places
     least = 10 ** (num_digits - 1) if num_whole > 1 else 0
     most = 10**num_digits - 1
@@ -118,7 +118,7 @@ def _span(low: int, high: int, num_whole: int, places: int) -> list[Span]:
 
 
 def _unsigned(spans: Sequence[Span]) -> list[Language]:
-    """Return the numbers of spans; of those that are full, which follow each other, all at once."""
+    """Return languages of the spans' numbers; full spans, which are consecutive, are combined."""
     options = [_digits(s.low, s.high, s.num_whole) for s in spans if not s.is_full]
     full = [span for span in spans if span.is_full]
     if full:
@@ -127,11 +127,11 @@ def _unsigned(spans: Sequence[Span]) -> list[Language]:
 
 
 def _all(places: Sequence[int], num_whole: int) -> list[Language]:
-    """Return all numbers of as many digits before the point, and of one more for each of `places`.
+    """Return all numbers with `num_whole` or up to `len(places) - 1` more digits before the point.
 
     Args:
-        places: The most digits behind the point, by those before it.
-        num_whole: The fewest digits before the point.
+        places: The maximum digits after the point, for each number of digits before it.
+        num_whole: The minimum digits before the point.
     """
     tail = _fraction(places[-1])
     for most in reversed(places[:-1]):
@@ -143,12 +143,12 @@ def _all(places: Sequence[int], num_whole: int) -> list[Language]:
 
 
 def _digits(low: str, high: str, num_whole: int) -> Language:
-    """Return digits from `low` to `high`; behind the point, zeros at the end may be missing.
+    """Return digits from `low` to `high`; trailing zeros after the point may be missing.
 
     Args:
-        low: Digits.
-        high: As many, none or more of them behind the point.
-        num_whole: Digits before the point; negative behind it.
+        low: The lowest digits, without the point.
+        high: The highest digits, as many as in `low`.
+        num_whole: The number of these digits before the point; negative after the point.
     """
     first, last = int(low[0]), int(high[0])
     if first == last:
@@ -167,7 +167,7 @@ def _digits(low: str, high: str, num_whole: int) -> Language:
 
 
 def _rest(low: str, high: str, num_whole: int) -> Language:
-    """Return what follows a digit."""
+    """Return what follows a digit: the point, if it is due, and the digits `low` to `high`."""
     num_digits = len(low)
     zeros, nines = "0" * num_digits, "9" * num_digits
     if not num_digits:

@@ -1,4 +1,4 @@
-"""Strings, numbers, constants: what a schema says of values that hold no others."""
+"""Compile the schemas of scalar values: strings, numbers and constants."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -28,12 +28,12 @@ KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", st
 PLAIN = chars((ord(" "), ord("!")), (ord("#"), ord("[")), (ord("]"), MAX_CODE_POINT))
 ESCAPED = Concat((Literal("\\"), chars(*((ord(char), ord(char)) for char in '"\\/bfnrt'))))
 CHARACTER = OneOf((PLAIN, ESCAPED))
-"""As JSON writes it within a string; of control characters only those with a short name."""
+"""Character within a JSON string; control characters only if they have a short escape."""
 QUOTE = Literal('"')
 
 
 def string(schema: Subschema) -> Values:
-    """Return strings of a format, of a pattern, or of some length."""
+    """Return the strings of a format, a pattern or a range of lengths."""
     keywords = schema.keywords & OF_TYPE["string"]
     if "format" in keywords:
         schema.alone("format", keywords)
@@ -61,13 +61,13 @@ def _format(schema: Subschema) -> Values:
 
 
 def integer(schema: Subschema) -> Values:
-    """Return whole numbers of 64 bits."""
+    """Return the whole numbers of 64 bits within the bounds."""
     _places(schema)
     return _numbers(schema, integers(*_bounds(schema)), pa.int64(), "whole number of 64 bits")
 
 
 def number(schema: Subschema) -> Values:
-    """Return decimals that are floats."""
+    """Return the decimals within the bounds, as floats in Arrow."""
     expected = f"number of at most {MAX_DIGITS} digits"
     return _numbers(schema, decimals(*_bounds(schema), _places(schema)), pa.float64(), expected)
 
@@ -81,7 +81,7 @@ def _numbers(
 
 
 def _bounds(schema: Subschema) -> tuple[list[Bound], list[Bound]]:
-    """Return where numbers begin, and where they end."""
+    """Return the lower and the upper bounds."""
 
     def given(closed: str, opened: str) -> list[Bound]:
         return [
@@ -94,7 +94,7 @@ def _bounds(schema: Subschema) -> tuple[list[Bound], list[Bound]]:
 
 
 def _places(schema: Subschema) -> int:
-    """Return the digits after the point that `multipleOf` leaves."""
+    """Return the number of digits after the point that `multipleOf` allows."""
     if "multipleOf" not in schema.keywords:
         return MAX_DIGITS
     step = _exact(schema["multipleOf"])
@@ -105,12 +105,12 @@ def _places(schema: Subschema) -> int:
 
 
 def _exact(number: int | float) -> Fraction:
-    """Return a number as it is written, not as a float holds it."""
+    """Return a number exactly as it is written, not as a float rounds it."""
     return Fraction(str(number))
 
 
 def constants(schema: Subschema) -> list[Values]:
-    """Return each value of `enum`, or the one of `const`, that the other keywords accept."""
+    """Return the values of `enum`, or that of `const`, that the other keywords accept."""
     keyword = "enum" if "enum" in schema.keywords else "const"
     place = schema.inner(keyword)
     listed = place.schema if keyword == "enum" else [place.schema]

@@ -1,8 +1,8 @@
-"""JSON Schemas: the texts that are valid as a regular language, and their Arrow type.
+"""Compile a JSON Schema to the regular language of its valid texts, and to an Arrow type.
 
 The texts of a schema are compact JSON, `{"a":1,"b":[1,2]}`, with the properties in the order of
-the schema and none beside them. Not all that is valid has such a text, but each such text is valid.
-What decoding cannot keep to, or what has no single Arrow type, is refused with its place.
+the schema and no others. Each such text is valid, but some valid values have no such text. A schema
+that decoding cannot enforce, or that has no single Arrow type, is refused with the faulty place.
 """
 
 import json
@@ -25,33 +25,33 @@ ALL_KINDS = frozenset(OF_TYPE) - {"integer"}
 
 @dataclass(frozen=True, slots=True)
 class JsonSchema:
-    """What a JSON Schema asks for."""
+    """A compiled JSON Schema."""
 
     language: Language
-    """Of the texts."""
+    """Language of the texts."""
     type: pa.DataType
-    """Of the values in Arrow."""
+    """Arrow type of the values."""
 
     def parse(self, text: str) -> Any:
-        """Return what `pa.array` takes for a text of the language."""
+        """Return the value of a text of the language, in the form that `pa.array` takes."""
         return arrow_value(json.loads(text), self.type)
 
 
 def compile_schema(schema: Mapping[str, Any] | type) -> JsonSchema:
-    """Return what a JSON Schema, or a class with `model_json_schema()` like Pydantic's, asks for.
+    """Compile a JSON Schema, or a class with `model_json_schema()` like Pydantic's.
 
     Raises:
-        OptionsError: it is no JSON Schema, or cannot be kept to; with the place.
+        OptionsError: the schema is invalid or cannot be enforced; the message names the place.
     """
     values = _column(checked(json_schema_of(schema)))
     return JsonSchema(values.language, values.type)
 
 
 def json_schema_of(schema: Mapping[str, Any] | type) -> Mapping[str, Any]:
-    """Return a JSON Schema as it is, or that of a class.
+    """Return a JSON Schema unchanged, or the JSON Schema of a class.
 
     Raises:
-        OptionsError: the class has none.
+        OptionsError: the class has no `model_json_schema()`.
     """
     if not isinstance(schema, type):
         return schema
@@ -94,7 +94,7 @@ def _union(options: Sequence[Values], schema: Subschema) -> Values:
 
 
 def _alternatives(schema: Subschema, keyword: str) -> Values:
-    """Return `anyOf`; or `oneOf`, whose options must have no value in common."""
+    """Return the values of `anyOf`, or of `oneOf`, whose options must not share any value."""
     schema.alone(keyword, schema.keywords, f"; move it into {keyword}")
     places = [schema.inner(keyword, index) for index in range(len(schema[keyword]))]
     options = [_values(place) for place in places]
@@ -128,7 +128,7 @@ def _items(item: Language, least: int, most: int | None) -> Language:
 
 
 def _tuple(schema: Subschema, least: int, most: int | None) -> Values:
-    """Return arrays of all of `prefixItems` and nothing behind them."""
+    """Return arrays of one item per schema in `prefixItems`, and no further items."""
     num_items = len(schema["prefixItems"])
     if schema.get("items"):
         raise schema.inner("items").error("no items beside prefixItems", "some", "; leave them out")
@@ -152,7 +152,7 @@ def _list(items: Language, item_type: pa.DataType) -> Values:
 
 
 def _joined(parts: Sequence[Subschema], schema: Subschema) -> Values:
-    """Return objects that hold the properties of several schemas."""
+    """Return objects with the properties of several schemas."""
     for part in parts:
         if part.keywords - OF_TYPE["object"] - {"type"} or part.types() != ["object"]:
             raise part.error(
@@ -186,7 +186,7 @@ def _object(parts: Sequence[Subschema]) -> Values:
 
 
 def _check_additional(schema: Subschema, properties: Mapping[str, Values]) -> None:
-    """Refuse what asks for other properties, or forbids those of what it is joined with."""
+    """Refuse a schema for additional properties, or `false` where joined schemas have others."""
     additional = schema.get("additionalProperties", True)
     own = schema.get("properties", {})
     if not isinstance(additional, bool):
@@ -214,7 +214,7 @@ def _member(name: str, values: Values) -> Language:
 
 
 def _members(members: Sequence[tuple[Language, bool]]) -> Language:
-    """Return members with commas between them; those that are not required may be missing."""
+    """Return members separated by commas; those that are not required may be missing."""
     anchor = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
     if anchor is None:
         return optional(_some([(member, _behind(member, False)) for member, _ in members]))
@@ -224,16 +224,16 @@ def _members(members: Sequence[tuple[Language, bool]]) -> Language:
 
 
 def _behind(member: Language, is_required: bool) -> Language:
-    """Return a member behind others."""
+    """Return a member as it follows others, after a comma."""
     behind = Concat((COMMA, member))
     return behind if is_required else optional(behind)
 
 
 def _some(members: Sequence[tuple[Language, Language]]) -> Language:
-    """Return at least one of some members: a tree of n log n of them, not of n squared.
+    """Return sequences of at least one member, as a tree of n log n members, not n squared.
 
     Args:
-        members: Each as it comes first, and as it may come behind others.
+        members: Each member in two forms: as the first one, and as one that may follow others.
     """
     if len(members) == 1:
         return members[0][0]

@@ -1,4 +1,4 @@
-"""Values of JSON: their texts, their Arrow types, and what Arrow takes for them."""
+"""JSON values: their texts, their Arrow types and their conversion for `pa.array`."""
 
 import datetime as dt
 import json
@@ -14,24 +14,24 @@ from beam_gemma.structured.json_formats import TIME, TIMESTAMP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Values:
-    """The values that one place in a schema may hold."""
+    """The valid values at one place in a schema."""
 
     language: Language
-    """Of their texts."""
+    """Language of their texts."""
     type: pa.DataType
     kinds: frozenset[str]
-    """Of JSON; a whole number is a number."""
+    """JSON types of the values; a whole number is a `number`."""
     listed: frozenset[Any] | None = None
-    """All of them, where they are few."""
+    """All values, if they are constants, booleans or null; else None."""
     required: Mapping[str, "Values"] = field(default_factory=dict)
-    """Of the properties that objects always have."""
+    """Values of the properties that objects always have, by name."""
 
 
 def union(options: Sequence[Values]) -> Values:
-    """Return the values of all options: a null fits any, objects keep all their properties.
+    """Return the values of all options; null fits any type, and objects combine their properties.
 
     Raises:
-        pa.ArrowTypeError: they have no type in common.
+        pa.ArrowTypeError: the options have no common type.
     """
     if len(options) == 1:
         return options[0]
@@ -46,7 +46,7 @@ def union(options: Sequence[Values]) -> Values:
 
 
 def may_share(one: Values, other: Values) -> bool:
-    """Return whether a value may be among both; False is certain."""
+    """Return whether both may contain the same value; only False is certain."""
     if not one.kinds & other.kinds:
         return False
     if one.listed is not None and other.listed is not None:
@@ -56,12 +56,12 @@ def may_share(one: Values, other: Values) -> bool:
 
 
 def json_text(value: Any) -> str:
-    """Return the one text of a value: no spaces, every character that can stand for itself."""
+    """Return the compact text of a value, which has no spaces and only necessary escapes."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def arrow_value(value: Any, kind: pa.DataType) -> Any:
-    """Return what `pa.array` takes for a value of JSON; fields that an object lacks are null."""
+    """Convert a JSON value to the form that `pa.array` takes; missing fields become null."""
     if value is None:
         return None
     if pa.types.is_struct(kind):

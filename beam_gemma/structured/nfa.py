@@ -1,8 +1,8 @@
-"""A language as a nondeterministic automaton over UTF-8, built as far as texts get.
+"""A language as a nondeterministic automaton over UTF-8, built only as far as texts reach.
 
-A place is what is still to come: a language so many times, then the rest, which is a place again.
-What is asked for twice is the same place: options with the same rest meet again, and a string of up
-to 500 characters costs as many places as are used of it.
+A place is the remainder of a text: repetitions of a language, then the rest, which is another
+place. Equal places are the same object: options with the same rest merge again, and a string of up
+to 500 characters costs only the places that texts use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,44 +14,43 @@ from beam_gemma.structured.grammar import Chars, Concat, Language, Literal, OneO
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Bytes:
-    """The UTF-8 of one character of some, or what is left of it behind its first bytes."""
+    """The UTF-8 of any one character of a set, or the part of it after its first bytes."""
 
     following: "Mapping[int, Bytes | None]"
-    """What is left behind each byte that may come first; None if nothing is."""
+    """Remainder after each possible first byte; None if that byte is the last."""
 
 
 @dataclass(eq=False, slots=True)
 class Place:
-    """A language some times, then the rest. It is a head if it begins with a byte, or is an end."""
+    """A repeated language, then the rest; a head if it begins with a byte or is an end."""
 
     language: Language | Bytes | None
-    """None is an end."""
+    """None for an end."""
     least: int
     most: int | None
     rest: "Place | None"
-    """None behind an end alone."""
+    """Place that follows; None for an end only."""
     following: "Mapping[int, Bytes | None] | None"
-    """Of a head: the bytes that may come first, and what they leave of their character."""
+    """For a head: possible first bytes, and the remainder of their character; else None."""
     heads: "frozenset[Place] | None" = field(default=None, init=False)
-    """See `Places.heads`; None until asked for."""
+    """See `Places.heads`; None until requested."""
     brief: "Place | None" = field(default=None, init=False)
-    """See `Places.brief`; None until asked for."""
+    """See `Places.brief`; None until requested."""
 
 
 class Places:
     """The places of one language.
 
-    A place is brief if only brief texts are still to come: nothing in them is repeated more often
-    than it must, and of wide choices of characters few are left. What may be there once, or not at
-    all, stays open.
+    A place is brief if only brief texts may follow: they repeat nothing more often than required,
+    and use only a few characters of a wide set. Optional parts stay optional.
     """
 
     def __init__(self, language: Language, narrow: Callable[[Chars], Chars]) -> None:
-        """Begin with the whole language.
+        """Create the start, which is the whole language, and the ends.
 
         Args:
             language: The language.
-            narrow: Returns those of some characters that are left to brief texts.
+            narrow: Returns the characters of a set that brief texts may use.
         """
         self._narrow = narrow
         self._places: dict[tuple[int, int, int | None, int], Place] = {}
@@ -63,7 +62,7 @@ class Places:
         self.start = self._before(self.end, language)
 
     def heads(self, place: Place) -> frozenset[Place]:
-        """Return the heads that a place stands for."""
+        """Return the heads that a place expands to."""
         if place.heads is None:
             heads, seen, waiting = [], {place}, [place]
             while waiting:
@@ -78,7 +77,7 @@ class Places:
         return place.heads
 
     def behind(self, head: Place, byte: int) -> frozenset[Place]:
-        """Return the heads behind a byte; none if a head does not begin with it."""
+        """Return the heads after a byte; none if `head` does not begin with it."""
         if not head.following or byte not in head.following:
             return frozenset()
         assert head.rest is not None
@@ -86,7 +85,7 @@ class Places:
         return self.heads(head.rest if left is None else self._before(head.rest, left))
 
     def brief(self, place: Place) -> Place:
-        """Return the place with brief texts alone."""
+        """Return a place reduced to its brief texts."""
         chain = []
         while place.brief is None:
             assert place.rest is not None
@@ -101,7 +100,7 @@ class Places:
     def _before(
         self, rest: Place, language: Language | Bytes, least: int = 1, most: int | None = 1
     ) -> Place:
-        """Return the one place of a language, so many times, before a rest."""
+        """Return the one place for `least` to `most` times `language`, then `rest`."""
         is_brief = rest is rest.brief
         if is_brief and (least, most) != (0, 1):
             most = least
@@ -111,7 +110,7 @@ class Places:
             return self._before(rest, language.body, language.min, language.max)
         if isinstance(language, Chars) and is_brief:
             language = self._narrow(language)
-        # A place keeps its language and its rest, so these ids are of nothing else.
+        # A place keeps its language and its rest alive, so that their ids are not reused.
         key = (id(language), least, most, id(rest))
         place = self._places.get(key)
         if place is None:
@@ -121,7 +120,7 @@ class Places:
         return place
 
     def _unfold(self, place: Place) -> Iterator[Place]:
-        """Yield the places that a place is, looked at more closely."""
+        """Yield the places that a place is the union of, expanded by one level."""
         rest = place.rest
         assert rest is not None
         if (place.least, place.most) != (1, 1):
@@ -150,7 +149,7 @@ class Places:
 
 
 ONE_BYTE = [Bytes({byte: None}) for byte in range(256)]
-# All characters of one of these ranges have as many bytes as it has come in the list.
+# Ranges of the characters with 1, 2, 3 and 4 bytes in UTF-8, in this order.
 LENGTHS = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
 
 
@@ -162,7 +161,7 @@ def _following(language: Language | Bytes) -> "Mapping[int, Bytes | None] | None
 
 @cache
 def _utf8(chars: Chars) -> Bytes:
-    """Return the one object for the UTF-8 of a character of some."""
+    """Return the one object for the UTF-8 of a set of characters."""
     return _bytes(
         tuple(
             sequence
@@ -176,7 +175,7 @@ def _utf8(chars: Chars) -> Bytes:
 
 @cache
 def _bytes(sequences: tuple[tuple[Range, ...], ...]) -> Bytes:
-    """Return the one object for bytes of which each is in its range of one of some sequences."""
+    """Return the one object for the bytes that match one of some sequences of byte ranges."""
     tails: dict[int, list[tuple[Range, ...]]] = {}
     for (first, last), *tail in sequences:
         for byte in range(first, last + 1):
@@ -185,7 +184,7 @@ def _bytes(sequences: tuple[tuple[Range, ...], ...]) -> Bytes:
 
 
 def _sequences(first: bytes, last: bytes) -> Iterator[tuple[Range, ...]]:
-    """Yield ranges, byte by byte, of the characters from one to another of as many bytes."""
+    """Yield byte ranges that match the characters from `first` to `last`, equally long."""
     start, stop, length = first[0], last[0], len(first) - 1
     if length == 0:
         yield ((start, stop),)

@@ -1,4 +1,4 @@
-"""Structured output: what the text of a completion has to be, and the columns that come of it."""
+"""Structured output: the required form of completions, and the columns made from them."""
 
 import functools
 import json
@@ -15,14 +15,14 @@ from beam_gemma.structured.json_schema import JsonSchema, compile_schema
 from beam_gemma.structured.regex import parse_regex
 
 EXTRACTED = "extracted"
-"""The column of typed values."""
+"""Name of the column of typed values."""
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a character that UTF-16 makes of two; no text holds one."""
+"""Half of a UTF-16 surrogate pair; valid text contains none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutput:
-    """What each completion has to be: JSON of a schema, one of some texts, or a regex's match.
+    """The required form of completions: JSON of a schema, one of some texts, or a regex match.
 
     Example:
         >>> schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
@@ -31,15 +31,15 @@ class StructuredOutput:
     """
 
     json_schema: Mapping[str, Any] | None = None
-    """JSON Schema, as JSON holds it; the values become the column `extracted`, which is typed."""
+    """JSON Schema as parsed JSON; the values become the typed column `extracted`."""
     choices: tuple[str, ...] = ()
-    """Texts of which a completion is one."""
+    """Allowed completions."""
     regex: str | None = None
-    """Pattern, in Python's syntax, that a whole completion matches."""
+    """Pattern, in Python's syntax, that each completion matches as a whole."""
     flatten: bool = False
-    """Whether each property of the schema becomes a column, in place of `extracted`."""
+    """If true, each property of the schema becomes a column, instead of `extracted`."""
     completion: bool = False
-    """Whether to return the text too where values are extracted from it."""
+    """If true, the text stays too, as the column `completion`, beside the values of a schema."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("json_schema", "choices", "regex") if self._has(name)]
@@ -78,7 +78,7 @@ class StructuredOutput:
 
     @property
     def language(self) -> Language:
-        """All texts that a completion may be."""
+        """Language of all valid completions."""
         if self.choices:
             return OneOf(tuple(map(Literal, self.choices)))
         if self.regex is not None:
@@ -87,7 +87,7 @@ class StructuredOutput:
 
     @property
     def columns(self) -> list[pa.Field]:
-        """Columns that a completion's text becomes."""
+        """Columns made from a completion's text."""
         text = pa.field("completion", pa.string())
         if self.json_schema is None:
             return [text]
@@ -96,7 +96,7 @@ class StructuredOutput:
         return [*values, text] if self.completion else values
 
     def values_of(self, text: str) -> dict[str, Any]:
-        """Return the values of these columns."""
+        """Return the values of `columns` for a completion's text."""
         if self.json_schema is None:
             return {"completion": text}
         value = self._schema.parse(text)
@@ -105,7 +105,7 @@ class StructuredOutput:
 
     @property
     def _schema(self) -> JsonSchema:
-        # The order of properties is part of a schema: it is that of the text.
+        # The cache key keeps the order of properties, which is their order in texts.
         return _compiled(json.dumps(self.json_schema))
 
 

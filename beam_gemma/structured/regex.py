@@ -1,12 +1,12 @@
-r"""Regular expressions as regular languages: what Python's `re` writes and means.
+r"""Parse regular expressions, in the syntax and with the meaning of Python's `re`, as languages.
 
-`re` judges what is well written. What is read here is what makes a regular language: characters,
-classes, groups, options and repetitions; lazy ones match the same texts as others. `^` and `$` may
-stand at the ends. All else is refused, with its place.
+`re` checks the syntax. The parser reads the parts that form a regular language: characters,
+classes, groups, options and repetitions; lazy ones match the same texts as greedy ones. `^` and `$`
+may stand at the ends. All else is refused with its position.
 
-The characters of `\d`, `\w` and `\s` are Unicode's, as for Python. The regular expressions of JSON
-Schema are ECMAScript's, and Python's validators read them as Python's: a text is in the language if
-it matches for both.
+`\d`, `\w` and `\s` match Unicode characters, as in Python. The regular expressions of JSON Schema
+are ECMAScript's, but Python's validators read them as Python's: the language contains only texts
+that match in both.
 """
 
 import json
@@ -51,16 +51,16 @@ REFUSED = {
     r"\\[bB]": "word boundary",
     r"[\^$]|\\[AZ]": "anchor but at the ends",
 }
-"""What has no regular language, or is not read, by how it begins; the first that fits."""
+"""Names of refused constructs by patterns of their beginning; the first match applies."""
 
 
 class Class(NamedTuple):
-    """A set of characters, of which two dialects may think differently."""
+    """A class of characters, which may differ between two dialects."""
 
     ranges: tuple[Range, ...]
-    """What is in it for both."""
+    """Characters of the class in both dialects."""
     possible: tuple[Range, ...]
-    """What is in it for one of them."""
+    """Characters of the class in at least one dialect."""
 
     def __invert__(self) -> "Class":
         ranges, possible = (tuple(without(ANY_CHAR.ranges, some)) for some in reversed(self))
@@ -71,16 +71,16 @@ class Class(NamedTuple):
 
 
 class Option(NamedTuple):
-    """One of the options of a whole regular expression."""
+    """A top-level option of a regular expression."""
 
     language: Language
     is_start: bool
-    """Whether it matches at the start of a text only."""
+    """True if the option matches only at the start of a text."""
     is_end: bool
 
 
 def parse_regex(pattern: str) -> Language:
-    """Return the texts that match as a whole.
+    """Return the language of the texts that match as a whole.
 
     Raises:
         OptionsError: it is no regular expression, or has no regular language.
@@ -90,11 +90,11 @@ def parse_regex(pattern: str) -> Language:
 
 
 def parse_pattern(pattern: str, place: str) -> Language:
-    """Return the texts of which a part matches, as `pattern` of JSON Schema has it.
+    """Return the language of the texts that contain a match, as JSON Schema's `pattern` does.
 
     Args:
         pattern: The regular expression.
-        place: Where it stands, for errors.
+        place: The place of the pattern, for error messages.
 
     Raises:
         OptionsError: it is no regular expression, or has no regular language.
@@ -109,12 +109,12 @@ class Parser:
     """Reads a regular expression from its start to its end."""
 
     def __init__(self, pattern: str, classes: Mapping[str, Class], place: str) -> None:
-        """Check that it is one.
+        """Check the syntax of a regular expression.
 
         Args:
             pattern: The regular expression.
-            classes: What stands for several characters, as it is written.
-            place: Where it stands, for errors.
+            classes: The character classes by their notation in a pattern.
+            place: The place of the pattern, for error messages.
         """
         self._pattern = pattern
         self._classes = classes
@@ -123,7 +123,7 @@ class Parser:
         self._depth = 0
         try:
             with warnings.catch_warnings():
-                # These are of what later versions of Python may read otherwise.
+                # These warn of syntax whose meaning may change in later versions of Python.
                 warnings.simplefilter("ignore", FutureWarning)
                 re.compile(pattern)
         except re.error as error:
@@ -132,7 +132,7 @@ class Parser:
             raise self._error("a smaller regular expression", str(error), 0) from error
 
     def options(self) -> list[Option]:
-        """Return the options of the whole."""
+        """Return the top-level options."""
         options = [self._option()]
         while self._take("|"):
             options.append(self._option())
@@ -205,14 +205,14 @@ class Parser:
         return _only(first, last)
 
     def _class(self) -> Class | None:
-        """Take what stands for several characters, if it comes next."""
+        """Consume a notation for a class of characters, if one comes next."""
         for written, some in self._classes.items():
             if self._take(written):
                 return some
         return None
 
     def _code_point(self, escape: re.Pattern[str]) -> int:
-        """Take what stands for one character."""
+        """Consume the notation of one character and return its code point."""
         if found := self._match(escape):
             return ord(found[0].encode().decode("unicode_escape"))
         self._take("\\")
@@ -229,7 +229,7 @@ class Parser:
         return found if others or first < last else Literal(chr(first))
 
     def _take(self, *texts: str) -> bool:
-        """Go on behind one of some texts, if it comes next."""
+        """Consume one of some texts, if it comes next; return whether one did."""
         for text in texts:
             if self._sees(text):
                 self._at += len(text)
@@ -245,7 +245,7 @@ class Parser:
         return found
 
     def _check(self) -> None:
-        """Refuse what comes next, if it has no regular language or is not read."""
+        """Refuse the next construct, if it is among `REFUSED`."""
         for begins, name in REFUSED.items():
             if found := re.compile(begins).match(self._pattern, self._at):
                 raise self._error(f"no {name}", found[0], self._at)
@@ -257,7 +257,7 @@ class Parser:
 
 
 def json_string(language: Language) -> Language:
-    """Return texts as JSON writes them, without the quotes around."""
+    """Return a language with its texts escaped as in JSON strings, without the quotes."""
     match language:
         case Literal(text):
             return Literal(_in_json(text))
@@ -298,7 +298,7 @@ def _one_of(languages: Iterable[Language]) -> Language:
 
 
 def _concat(languages: Iterable[Language]) -> Language:
-    """Join languages; texts that meet become one."""
+    """Concatenate languages; adjacent literals are merged."""
     parts: list[Language] = []
     for language in languages:
         if isinstance(language, Literal) and parts and isinstance(parts[-1], Literal):
@@ -317,14 +317,14 @@ def _only(first: int, last: int | None = None) -> Class:
 
 @cache
 def python_classes() -> dict[str, Class]:
-    """Return what stands for several characters in Python."""
+    """Return the character classes of Python by their notation."""
     classes = {rf"\{letter}": Class(*[_unicode(letter)] * 2) for letter in "dws"}
     return _with_opposites(classes, line_ends=Class(*[((10, 10),)] * 2))
 
 
 @cache
 def portable_classes() -> dict[str, Class]:
-    """Return what stands for several characters in Python and in ECMAScript."""
+    """Return the character classes of Python and ECMAScript by their notation."""
     digit, word, space = (_unicode(letter) for letter in "dws")
     ascii_digit, letters = (48, 57), ((65, 90), (95, 95), (97, 122))
     byte_order_mark, separators = (0xFEFF, 0xFEFF), [(0x1C, 0x1F), (0x85, 0x85)]

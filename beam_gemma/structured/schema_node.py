@@ -1,4 +1,4 @@
-"""Schemas within a JSON Schema: their places, their keywords, and where their references lead."""
+"""Schemas within a JSON Schema: their places, keywords and references."""
 
 import json
 from collections.abc import Iterable, Mapping, Set
@@ -20,32 +20,32 @@ OF_TYPE = {
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
 }
-"""The keywords that say which values of a type are valid."""
+"""Keywords that restrict the values of a type, by type."""
 OF_ANY = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
 ANNOTATIONS = {
     "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default",
     "examples", "deprecated", "readOnly", "writeOnly", "discriminator",
 }  # fmt: skip
-"""What says nothing of which values are valid; `discriminator` is OpenAPI's, beside `oneOf`."""
+"""Keywords that restrict no values; `discriminator` is OpenAPI's, beside `oneOf`."""
 KNOWN = OF_ANY.union(ANNOTATIONS, *OF_TYPE.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Subschema:
-    """A schema at its place within another, which is checked to be a JSON Schema."""
+    """A schema at its place within a root schema, which is a valid JSON Schema."""
 
     schema: Any
     root: Mapping[str, Any]
     pointer: str = "#"
     trail: tuple[str, ...] = ("#",)
-    """The references that led here."""
+    """References followed to reach this schema, the root first."""
 
     @property
     def keywords(self) -> frozenset[str]:
-        """Which say what is valid.
+        """Keywords that restrict the valid values.
 
         Raises:
-            OptionsError: there is one that cannot be kept to.
+            OptionsError: decoding cannot enforce one of them.
         """
         if not isinstance(self.schema, Mapping):
             raise self.error("a schema that says what is valid", json.dumps(self.schema))
@@ -62,11 +62,11 @@ class Subschema:
         return self.schema[keyword]
 
     def get(self, keyword: str, default: Any = None) -> Any:
-        """Return what a keyword says."""
+        """Return the value of a keyword."""
         return self.schema.get(keyword, default)
 
     def inner(self, *keys: str | int) -> "Subschema":
-        """Return what is further within."""
+        """Return the part of this schema at a path of keys."""
         pointer, schema = self.pointer, self.schema
         for key in keys:
             pointer += "/" + str(key).replace("~", "~0").replace("/", "~1")
@@ -74,10 +74,10 @@ class Subschema:
         return replace(self, schema=schema, pointer=pointer)
 
     def parts(self) -> list["Subschema"]:
-        """Return the schemas that must hold together, without `$ref` and `allOf`.
+        """Return the schemas that all apply, with `$ref` and `allOf` resolved.
 
         Raises:
-            OptionsError: a reference leads nowhere, or to a schema around it.
+            OptionsError: a reference has no target, or its target contains the reference.
         """
         rest = self.keywords - {"$ref", "allOf"}
         found = []
@@ -90,10 +90,10 @@ class Subschema:
         return found
 
     def types(self) -> list[str]:
-        """Return the types that values may have; keywords of one type imply it.
+        """Return the types of the values; without `type`, keywords of a single type imply it.
 
         Raises:
-            OptionsError: there is no type, or a keyword is of another.
+            OptionsError: there is no type, or a keyword belongs to another type.
         """
         keywords = self.keywords - OF_ANY
         if "type" in self.schema:
@@ -112,16 +112,16 @@ class Subschema:
         """Refuse all keywords but one.
 
         Raises:
-            OptionsError: there is another.
+            OptionsError: there is another keyword.
         """
         for other in sorted(others - {keyword}):
             raise self.inner(other).error(f"nothing beside {keyword}", other, remedy)
 
     def counts(self, least: str, most: str) -> tuple[int, int | None]:
-        """Return what two keywords say of how many there may be.
+        """Return the minimum and maximum count that two keywords give; None means no maximum.
 
         Raises:
-            OptionsError: the first is above the second.
+            OptionsError: the minimum is above the maximum.
         """
         low = int(self.get(least, 0))
         high = None if most not in self.schema else int(self[most])
@@ -130,18 +130,18 @@ class Subschema:
         return low, high
 
     def accepted(self, values: Iterable[Any]) -> list[Any]:
-        """Return which values the keywords but `enum` accept; none may be an object or an array."""
+        """Return the values, all scalars, that the keywords other than `enum` accept."""
         schema = {keyword: said for keyword, said in self.schema.items() if keyword != "enum"}
         checker = Draft202012Validator.FORMAT_CHECKER
         validator = Draft202012Validator(schema, format_checker=checker)
         return [value for value in values if validator.is_valid(value)]
 
     def error(self, expected: str, got: object, remedy: str = "") -> OptionsError:
-        """Return what is wrong at this place."""
+        """Return an error that names this place."""
         return OptionsError(f"json_schema: {self.pointer}: expected {expected}, got {got}{remedy}")
 
     def _target(self) -> "Subschema":
-        """Return what the reference leads to."""
+        """Return the target of `$ref`."""
         reference, place = self["$ref"], self.inner("$ref")
         head, *keys = unquote(reference).split("/")
         if head != "#":
@@ -162,10 +162,10 @@ class Subschema:
 
 
 def checked(schema: Mapping[str, Any]) -> Subschema:
-    """Return a schema that has the shape of one.
+    """Return the root of a schema after checking it against JSON Schema 2020-12.
 
     Raises:
-        OptionsError: it has not; with the place.
+        OptionsError: the schema is invalid; the message names the place.
     """
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
