@@ -32,8 +32,8 @@ def worker_pool(python: Path, folder: Path, *packages: Path) -> Iterator[str]:
         packages: Folders of further packages that the image has.
     """
     plugins = folder / "plugins"
-    plugins.joinpath("tests").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/doubles/cloud_clients.py", plugins / "tests")
+    plugins.joinpath("tests/doubles").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/doubles/cloud_clients.py", plugins / "tests/doubles")
     shutil.copy(ROOT / "tests/doubles/boot.py", folder)
     path = os.pathsep.join(map(str, (plugins, *packages)))
     entry = folder / "entry.sh"
