@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,11 +106,7 @@ def run(model: str, folder: Path) -> None:
     flags = [f"--model={model}", f"--input={folder}/in.parquet", f"--output={folder}/out.parquet"]
     flags += ["--prompt=Echo: {text}", "--max_tokens=8"]
     job = plan(flags, generate_parser(), generate_settings, EchoHandler)
-    pipeline = beam.Pipeline(options=job.options)
-    rows = pipeline | "Read" >> job.read()
-    answers = rows | "Generate" >> job.infer()
-    _ = (rows, (answers,)) | "Write" >> job.write()
-    if cli.run(pipeline, job) != cli.SUCCESS:
+    if cli.run(job, "Generate") != cli.SUCCESS:
         sys.exit(cli.FAILURE)
     secs = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

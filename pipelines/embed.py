@@ -5,25 +5,16 @@ python -m pipelines.embed --help
 
 import sys
 
-import apache_beam as beam
-
 from beam_gemma.cli.embed_flags import embed_parser, embed_settings
 from beam_gemma.cli.plan import plan
-from beam_gemma.cli.run import SUCCESS, exit_code, run
+from beam_gemma.cli.run import exit_code, run
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 
 
 def main() -> int:
     """Run the command line and return the exit code."""
     job = plan(sys.argv[1:], embed_parser(), embed_settings, GemmaEmbedModelHandler)
-    if job.preview is not None:
-        sys.stdout.write(job.preview)
-        return SUCCESS
-    pipeline = beam.Pipeline(options=job.options)
-    rows = pipeline | "Read" >> job.read()
-    answers = rows | "Embed" >> job.infer()
-    _ = (rows, (answers,)) | "Write" >> job.write()
-    return run(pipeline, job)
+    return run(job, "Embed")
 
 
 if __name__ == "__main__":

@@ -5,25 +5,16 @@ python -m pipelines.generate --help
 
 import sys
 
-import apache_beam as beam
-
 from beam_gemma.cli.generate_flags import generate_parser, generate_settings
 from beam_gemma.cli.plan import plan
-from beam_gemma.cli.run import SUCCESS, exit_code, run
+from beam_gemma.cli.run import exit_code, run
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 
 
 def main() -> int:
     """Run the command line and return the exit code."""
     job = plan(sys.argv[1:], generate_parser(), generate_settings, GemmaGenerateModelHandler)
-    if job.preview is not None:
-        sys.stdout.write(job.preview)
-        return SUCCESS
-    pipeline = beam.Pipeline(options=job.options)
-    rows = pipeline | "Read" >> job.read()
-    answers = rows | "Generate" >> job.infer()
-    _ = (rows, (answers,)) | "Write" >> job.write()
-    return run(pipeline, job)
+    return run(job, "Generate")
 
 
 if __name__ == "__main__":

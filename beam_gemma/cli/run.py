@@ -22,7 +22,24 @@ SUCCESS, FAILURE, USAGE, STOPPED = 0, 1, 2, 3
 stopped at its token budget and can be resumed."""
 
 
-def run(pipeline: beam.Pipeline, job: Job[Any]) -> int:
+def run(job: Job[Any], step: str) -> int:
+    """Run a job and return the exit code; print a job's preview in place of a run.
+
+    Args:
+        job: The planned job.
+        step: The name of the inference step in the pipeline, such as `Generate`.
+    """
+    if job.preview is not None:
+        sys.stdout.write(job.preview)
+        return SUCCESS
+    pipeline = beam.Pipeline(options=job.options)
+    rows = pipeline | "Read" >> job.read()
+    answers = rows | step >> job.infer()
+    _ = (rows, (answers,)) | "Write" >> job.write()
+    return run_pipeline(pipeline, job)
+
+
+def run_pipeline(pipeline: beam.Pipeline, job: Job[Any]) -> int:
     """Run a job, show its progress and check that no row was lost; return the exit code.
 
     A Dataflow job is only submitted; its state and counters are in the Dataflow console.

@@ -16,7 +16,7 @@ import pytest
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 
 from beam_gemma.cli.plan import Job
-from beam_gemma.cli.run import FAILURE, counters, run
+from beam_gemma.cli.run import FAILURE, counters, run_pipeline
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
@@ -154,7 +154,7 @@ def test_error_of_loading_in_worker_processes_is_one_sentence(tmp_path, monkeypa
     job = Job(
         source=source, handler=handler, output=object.__new__(Output), options=pipeline.options
     )
-    assert run(pipeline, job) == FAILURE
+    assert run_pipeline(pipeline, job) == FAILURE
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"error: .*missing: expected a model folder.*\n", err)
