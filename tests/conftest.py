@@ -1,6 +1,7 @@
 """Fixtures that several tests share: tiny models, exported once for a test run."""
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,17 @@ def tiny_gemma3(tiny_of: Callable[[str], TinyModel]) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
+def all_tasks_model() -> str:
+    """Folder of a tiny model that generates, classifies and embeds."""
+
+    def make(folder: Path) -> None:
+        checkpoint = save_checkpoint(tiny_model("gemma_mha"), folder / "checkpoint")
+        export(checkpoint, folder / "model", tasks=["generate", "classify", "embed"])
+
+    return str(kept(f"tiny-all-tasks-{exporter_digest()}", make) / "model")
+
+
+@pytest.fixture(scope="session")
 def gcp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     """BigQuery and Cloud Storage on this machine."""
     with emulators(tmp_path_factory.mktemp("gcp")) as cloud:
@@ -97,7 +109,12 @@ def _sentence(name: str, folder: Path) -> "tuple[SentenceTransformer, Artifact]"
     from tests.doubles.sentence_model import sentence_model  # imports take 10 seconds
 
     model = sentence_model(folder / "checkpoint", **SENTENCE_MODELS[name])
-    export(folder / "checkpoint", folder / "artifact")
+
+    def make(kept_folder: Path) -> None:
+        checkpoint = shutil.copytree(folder / "checkpoint", kept_folder / "checkpoint")
+        export(checkpoint, kept_folder / "artifact")
+
+    folder = kept(f"sentence-{name.replace(' ', '-')}-{exporter_digest()}", make)
     return model, Artifact.open(folder / "artifact")
 
 

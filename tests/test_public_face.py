@@ -12,8 +12,6 @@ import pytest
 
 import beam_gemma
 from beam_gemma import moved
-from export.__main__ import export
-from tests.doubles.reference import save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -50,23 +48,14 @@ def test_a_public_name_is_the_class_of_its_module(name: str) -> None:
     assert (value.__module__, value.__name__) == (beam_gemma.PUBLIC[name], name)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model that generates, classifies and embeds."""
-    folder = tmp_path_factory.mktemp("public_face")
-    checkpoint = save_checkpoint(tiny_model("gemma"), folder / "checkpoint")
-    export(checkpoint, folder / "model", tasks=["generate", "classify", "embed"])
-    return str(folder / "model")
-
-
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_public_name_has_a_docstring_whose_example_runs(
-    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, all_tasks_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors are documented by one example, of their base."""
     monkeypatch.chdir(ROOT)
     value = getattr(beam_gemma, name)
-    names = {"beam": beam, "MODEL": model, "OUT": str(tmp_path / "out")}
+    names = {"beam": beam, "MODEL": all_tasks_model, "OUT": str(tmp_path / "out")}
     names |= {other: getattr(beam_gemma, other) for other in NAMES}
     (example,) = doctest.DocTestFinder(recurse=False).find(value, name, globs=names)
     is_error = issubclass(value, beam_gemma.BeamGemmaError)

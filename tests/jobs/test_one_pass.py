@@ -14,8 +14,6 @@ from beam_gemma.inference.handlers import (
 )
 from beam_gemma.tables.open_table import ReadTable
 from examples.one_pass import BODY, GIST, SUBJECT, main
-from export.__main__ import export
-from tests.doubles.reference import save_checkpoint, tiny_model
 
 ROWS = [
     {"id": i, "title": f"t{i % 3}", "body": None if i == 4 else "cat " * (i % 4 + 1)}
@@ -23,12 +21,9 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("all_tasks")
-    checkpoint = save_checkpoint(tiny_model("gemma_mha"), folder / "checkpoint")
-    export(checkpoint, folder / "model", tasks=["generate", "classify", "embed"])
-    return str(folder / "model")
+@pytest.fixture
+def model(all_tasks_model):
+    return all_tasks_model
 
 
 def alone(handler):
