@@ -41,18 +41,6 @@ class RecordBatchCoder(Coder):
 registry.register_coder(pa.RecordBatch, RecordBatchCoder)
 
 
-def send_whole() -> None:
-    """Make workers of Beam's local runner send only whole elements; call when building a pipeline.
-
-    By default, they flush their buffers every second, even while another thread is encoding an
-    element (seen in Beam 2.77, with `--direct_running_mode=multi_threading`), and data added during
-    the flush is lost. Bounded jobs do not need timed flushes; other flushes send whole elements.
-    """
-    from apache_beam.runners.portability.fn_api_runner import worker_handlers
-
-    worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
-
-
 def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """Return a batch cast to a job's schema; files may differ in metadata and list types."""
     columns = [c.cast(f.type) for c, f in zip(batch.columns, schema, strict=True)]

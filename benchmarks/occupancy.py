@@ -32,8 +32,8 @@ from apache_beam.metrics.metric import Metrics, MetricsFilter
 from apache_beam.ml.inference.base import PredictionResult
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
-from beam_gemma.options import NO_PRISM
 
+from beam_gemma.beam_internals import NO_PRISM
 from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler, Model

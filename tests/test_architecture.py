@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CODE = ("beam_gemma", "export", "pipelines", "templates")
 PACKAGES = (*CODE, "examples", "benchmarks")
 # A wing of beam_gemma may import the ground and the wings named with it, nothing else of ours.
-GROUND = ("errors", "moved", "batches", "versions", "storage")
+GROUND = ("errors", "moved", "beam_internals", "batches", "versions", "storage")
 WINGS = {
     "monitoring": "",
     "model": "",
@@ -33,10 +33,10 @@ WINGS = {
 EXPORT_MAY_USE = {"errors", "model"}
 HOMES = {
     "apache_beam": {
-        "storage", "batches", "tables.source", "tables.sink", "tables.parquet_source",
-        "tables.jsonl_source", "tables.bigquery_source", "tables.file_sink",
-        "tables.bigquery_sink", "tables.open_table", "inference.*", "jobs.infer_table",
-        "jobs.write_table", "dataflow.*", "cli.*",
+        "beam_internals", "storage", "batches", "tables.source", "tables.sink",
+        "tables.parquet_source", "tables.jsonl_source", "tables.bigquery_source",
+        "tables.file_sink", "tables.bigquery_sink", "tables.open_table", "inference.*",
+        "jobs.infer_table", "jobs.write_table", "dataflow.*", "cli.*",
     },
     "cuda": {"runtime.device_memory"},
     "jinja2": {"inputs.chat_template"},

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beam_gemma.cli.flag_types import SWITCH, column_names, count, fraction, positive, rising
-from beam_gemma.cli.flags import text_of
+from beam_gemma.cli.flags import ArgumentGroup, text_of
 from beam_gemma.dataflow.gpus import GPUS
 from beam_gemma.dataflow.options import DRIVER
 from beam_gemma.runtime.limits import (
@@ -168,7 +168,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def add_steps(
     parser: argparse.ArgumentParser, max_num_batched_tokens: Mapping[str, int]
-) -> argparse._ArgumentGroup:
+) -> ArgumentGroup:
     """Add the flags for the device, step size and GPU memory, and return their group.
 
     Args:

@@ -5,30 +5,31 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import (
-    DirectOptions,
-    PipelineOptions,
-    StandardOptions,
-    _BeamArgumentParser,
-)
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 
+from beam_gemma.beam_internals import parser_of_all_flags, without_prism
 from beam_gemma.errors import OptionsError, nearest
 
 LOCAL_RUNNER = "DirectRunner"
-NO_PRISM = "--prism_location=/nonexistent"
-"""Without this, DirectRunner downloads Prism at each run, and falls back only if that fails."""
 BEAM_FLAGS = """
 Any other flag goes to Beam, such as --runner NAME (default: DirectRunner, in this process),
 --direct_running_mode multi_threading, --direct_num_workers N, --project NAME or --region NAME.
 """
+ArgumentGroup: TypeAlias = argparse._ArgumentGroup
+"""What `add_argument_group` returns; argparse has no public name for it."""
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser that raises `OptionsError`."""
+    """An argument parser that raises `OptionsError`.
+
+    It uses private parts of argparse as they are in Python 3.11: `_get_values`, `_get_value` and
+    `_option_string_actions`; `ArgumentGroup` names one more. Without one of them, a command ends
+    with an AttributeError. `tests/test_private_parts.py` fails when a part changes.
+    """
 
     def error(self, message: str) -> NoReturn:
         """Raise the parser's message as an `OptionsError`.
@@ -44,9 +45,9 @@ class FlagParser(argparse.ArgumentParser):
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 
-
-class _BeamFlagParser(FlagParser, _BeamArgumentParser):
-    """A parser for all of Beam's flags."""
+    def names(self) -> list[str]:
+        """Return the names of all flags, such as `--input`."""
+        return list(self._option_string_actions)
 
 
 def flag_parser(module: str, description: str, examples: str) -> FlagParser:
@@ -62,10 +63,7 @@ def flag_parser(module: str, description: str, examples: str) -> FlagParser:
 
 def beam_flag_parser() -> FlagParser:
     """Return a parser with all of Beam's flags."""
-    parser = _BeamFlagParser(allow_abbrev=False, add_help=False)
-    for group in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
-        group._add_argparse_args(parser)
-    return parser
+    return parser_of_all_flags(FlagParser)
 
 
 def parse(
@@ -79,7 +77,7 @@ def parse(
     argv = sys.argv[1:] if argv is None else argv
     beam_parser = beam_flag_parser()
     # Check this first, because a flag that seems to be missing may be misspelled.
-    _refuse_unknown(argv, [*parser._option_string_actions, *beam_parser._option_string_actions])
+    _refuse_unknown(argv, [*parser.names(), *beam_parser.names()])
     of_job = [argument for argument in argv if _labels_job(argument)]
     flags, rest = parser.parse_known_args([a for a in argv if a not in of_job])
     rest += of_job
@@ -88,7 +86,7 @@ def parse(
         raise OptionsError(f"{stray[0]!r}: expected a flag before it, got none")
     options = PipelineOptions(rest)
     if is_local(options) and not any(flag.startswith("--prism_location") for flag in rest):
-        options = PipelineOptions([*rest, NO_PRISM])
+        options = without_prism(rest)
     return flags, options
 
 

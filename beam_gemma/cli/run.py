@@ -1,6 +1,5 @@
 """Run a planned job, show its progress, and check that every row came back."""
 
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ import apache_beam as beam
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.runners.runner import PipelineResult
 
+from beam_gemma.beam_internals import sentence_of_worker
 from beam_gemma.cli.flags import in_one_process
 from beam_gemma.cli.plan import Job
 from beam_gemma.dataflow.options import on_dataflow
@@ -128,10 +128,7 @@ def exit_code(main: Callable[[], int]) -> int:
 
 def _sentence(error: Exception) -> str | None:
     """Return the message of our error, also from the text of a worker's traceback, or None."""
-    if isinstance(error, BeamGemmaError):
-        return str(error)
-    sentences = re.findall(r"^beam_gemma\.errors\.\w+: (.*)$", str(error), re.MULTILINE)
-    return sentences[-1] if sentences else None
+    return str(error) if isinstance(error, BeamGemmaError) else sentence_of_worker(error)
 
 
 def _display(job: Job[Any]) -> AbstractContextManager[object]:

@@ -7,8 +7,9 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.ml.rag.embeddings.base import create_text_adapter
 from apache_beam.ml.rag.types import EmbeddableItem
-from apache_beam.ml.transforms.base import EmbeddingsManager, _TextEmbeddingHandler
+from apache_beam.ml.transforms.base import EmbeddingsManager
 
+from beam_gemma.beam_internals import text_embedding_handler
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 from beam_gemma.runtime.devices import DeviceChoice
@@ -80,7 +81,7 @@ class GemmaTextEmbeddings(EmbeddingsManager):
     def get_ptransform_for_processing(self, **kwargs: Any) -> beam.PTransform[Any, Any]:
         """Return the transform that MLTransform applies."""
         del kwargs
-        transform = RunInference(_TextEmbeddingHandler(self))
+        transform = RunInference(text_embedding_handler(self))
         return transform if self.columns else transform.with_output_types(EmbeddableItem)
 
 

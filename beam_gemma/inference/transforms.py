@@ -11,7 +11,7 @@ from apache_beam.pvalue import PCollection, Row
 from apache_beam.typehints import List, Optional
 from apache_beam.typehints.row_type import RowTypeConstraint
 
-from beam_gemma.batches import send_whole
+from beam_gemma.beam_internals import row_fields, send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import (
     GemmaClassifyModelHandler,
@@ -139,12 +139,12 @@ def _types(element_type: Any, results: pa.Schema) -> tuple[Any, Any]:
     """Return the input and output element types; Rows and batches have their own coders."""
     if element_type is pa.RecordBatch:
         return pa.RecordBatch, pa.RecordBatch
-    row = RowTypeConstraint.from_user_type(element_type) or element_type
-    if not isinstance(row, RowTypeConstraint):
+    own = row_fields(element_type)
+    if own is None:
         return Any, Any
-    for name, _ in row._fields:
+    for name, _ in own:
         _refuse_clash(name, results.names)
-    fields = [*row._fields, *((field.name, _python_type(field.type)) for field in results)]
+    fields = [*own, *((field.name, _python_type(field.type)) for field in results)]
     return element_type, RowTypeConstraint.from_fields(fields)
 
 

@@ -22,13 +22,26 @@ except ModuleNotFoundError as error:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMERICS = 1
 """Version of our numerics; incremented when a request may give other bits than before."""
-_STATES = onnxruntime.capi.onnxruntime_pybind11_state
-LOAD_ERRORS = (
-    _STATES.Fail,
-    _STATES.InvalidGraph,
-    _STATES.InvalidProtobuf,
-    _STATES.NoSuchFile,
-)
+ONNXRUNTIME_VERSION = "1.31.1"
+"""The version of ONNX Runtime in which its private parts were read."""
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    # ONNX Runtime has no public names for its exceptions. Without these, a damaged graph would
+    # fail a job with a traceback; `tests/test_private_parts.py` fails when they change.
+    try:
+        states = onnxruntime.capi.onnxruntime_pybind11_state
+        return states.Fail, states.InvalidGraph, states.InvalidProtobuf, states.NoSuchFile
+    except AttributeError as error:
+        raise ImportError(
+            f"onnxruntime {onnxruntime.__version__}: expected the exceptions of "
+            f"onnxruntime_pybind11_state as in version {ONNXRUNTIME_VERSION}, got: {error}; "
+            "install that version, as beam-gemma[cpu] and beam-gemma[gpu] do",
+            name="onnxruntime",
+        ) from error
+
+
+LOAD_ERRORS = _load_errors()
 """Exceptions that ONNX Runtime raises when it cannot create a session."""
 
 

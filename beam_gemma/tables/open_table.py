@@ -9,7 +9,8 @@ import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PBegin, PCollection
 
-from beam_gemma.batches import Located, send_whole
+from beam_gemma.batches import Located
+from beam_gemma.beam_internals import send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
 from beam_gemma.storage import match_files

@@ -33,6 +33,8 @@ DTYPES = {
 }
 EMBEDDING = re.compile(r"(text_token_)?embedder\.")
 IMAGE_PREFIXES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
+TORCH_VERSION = "2.13.0"
+"""The version of torch in which its private parts were read."""
 ROTARY = "freqs_cis"
 SCALER = "_scaler"
 """Suffix of the tensor that holds an int8 weight's row factors."""
@@ -92,13 +94,27 @@ def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
             f"{path}: expected {name} as a contiguous tensor of {', '.join(DTYPES.values())}, "
             f"got {tensor.dtype} with strides {tensor.stride()}"
         )
-    # File offset of the storage, set by torch.load under FakeTensorMode.
-    start = tensor.untyped_storage()._checkpoint_offset
+    start = _checkpoint_offset(tensor)
     if start is None:
         raise CheckpointError(f"{path}: expected the zip format of torch.save, got an older one")
     offset = start + int(tensor.storage_offset()) * tensor.element_size()
     raw = RawBytes(file=path, offset=offset, length=tensor.numel() * tensor.element_size())
     return raw_tensor(name, tuple(tensor.shape), dtype, raw)
+
+
+def _checkpoint_offset(tensor: torch.Tensor) -> int | None:
+    """Return the file offset of a storage, None for the old format of torch.save.
+
+    `torch.load` sets this private attribute under FakeTensorMode, which is private too, in torch
+    2.13. `tests/test_private_parts.py` fails when it changes.
+    """
+    try:
+        return tensor.untyped_storage()._checkpoint_offset
+    except AttributeError as error:
+        raise CheckpointError(
+            f"torch {torch.__version__}: expected the file offset of a tensor as in version "
+            f"{TORCH_VERSION}, got: {error}; install torch=={TORCH_VERSION}"
+        ) from error
 
 
 def _our_name(name: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import pytest
 from apache_beam.options.pipeline_options import (
     DebugOptions,
+    GoogleCloudOptions,
     PipelineOptions,
     WorkerOptions,
 )
@@ -59,7 +60,7 @@ def test_one_process_has_threads_and_room_for_the_model(complete):
     assert with_gpu.view_as(WorkerOptions).disk_size_gb == 53
 
 
-def test_what_a_user_says_stays(complete):
+def test_options_that_the_user_sets_stay(complete):
     asked = [
         "--number_of_worker_harness_threads=24", "--disk_size_gb=400", "--experiments=a",
         "--experiments=no_use_multiple_sdk_containers", "--machine_type=g2-standard-16",
@@ -71,7 +72,7 @@ def test_what_a_user_says_stays(complete):
     assert options.view_as(WorkerOptions).machine_type == "g2-standard-16"
 
 
-def test_options_that_are_completed_are_others(model_of):
+def test_completed_options_are_a_copy(model_of):
     flags, options = parse(generate_parser(), DATAFLOW)
     worker_options(flags, options, model_of())
     assert options.view_as(DebugOptions).experiments is None
@@ -92,7 +93,7 @@ def test_options_of_other_runners_stay_as_they_are(model_of):
         (None, False),
     ],
 )
-def test_names_of_the_runner(runner, is_dataflow):
+def test_dataflow_is_known_by_each_name_of_its_runner(runner, is_dataflow):
     assert on_dataflow(PipelineOptions(runner=runner)) is is_dataflow
 
 
@@ -129,7 +130,7 @@ def test_workers_run_the_model_on_what_they_have(argv, device):
     assert worker_device(parse(generate_parser(), [*DATAFLOW, *argv])[0]) == device
 
 
-def test_idle_gpus_are_told_of(complete, caplog):
+def test_gpus_that_would_be_idle_are_warned_of(complete, caplog):
     with caplog.at_level(logging.WARNING):
         complete(*DATAFLOW, *L4, "--gpu_count=1")
         assert "--gpu_count" not in caplog.text
@@ -149,19 +150,29 @@ def test_images_are_compared_and_named_by_digest(complete, gpu, device):
             complete(*flags)
 
 
-def test_an_image_for_the_cpu_has_no_gpu(complete):
+def test_an_image_for_the_cpu_is_refused_beside_a_gpu(complete):
     with serving() as registry:
         registry.push("1", {**LABELS, "beam-gemma.device": "cpu"})
         with pytest.raises(OptionsError, match="expected an image for the gpu, got one for cpu"):
             complete(*DATAFLOW, L4[0], f"--sdk_container_image={registry.host}/team/worker:1")
 
 
-def test_regions_that_nobody_knows_of_are_left_to_dataflow(complete):
-    zone = ["--region=mars-north1", "--worker_zone=mars-north1-a"]
-    complete(*DATAFLOW, *L4, *zone)
-    complete(*DATAFLOW, *L4, "--region=mars-north1", "--worker_region=us-east4")
-    t4 = ["--gpu_type=nvidia-tesla-t4", "--sdk_container_image=i", "--region=mars-north1"]
-    complete(*DATAFLOW, *t4, precision="fp32")
+@pytest.mark.parametrize(
+    ("argv", "workers", "precision"),
+    [
+        (L4, {"worker_zone": "mars-north1-a"}, "bf16"),
+        (L4, {"worker_region": "us-east4"}, "bf16"),
+        (["--gpu_type=nvidia-tesla-t4", L4[1]], {}, "fp32"),
+    ],
+    ids=["beside a zone", "beside a region of workers", "for a GPU whose regions are unknown"],
+)
+def test_unknown_regions_are_left_to_dataflow(complete, argv, workers, precision):
+    flags = [f"--{name}={place}" for name, place in workers.items()]
+    options = complete(*DATAFLOW, *argv, "--region=mars-north1", *flags, precision=precision)
+    assert options.view_as(GoogleCloudOptions).region == "mars-north1"
+    found = options.view_as(WorkerOptions)
+    assert found.worker_region == workers.get("worker_region")
+    assert found.worker_zone == workers.get("worker_zone")
 
 
 REFUSED = {
@@ -282,7 +293,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(complete, case):
+def test_options_that_cannot_work_are_refused(complete, case):
     argv, sentence = REFUSED[case]
     with pytest.raises(OptionsError) as caught:
         complete(*argv)

@@ -35,7 +35,7 @@ def test_prompts_fill_a_step_and_are_cut_for_it():
     assert steps == [[(90, 90), (60, 10)], [(60, 50), (30, 30)]]
 
 
-def test_a_step_of_prompts_has_rows_for_so_many():
+def test_prefill_step_takes_no_more_prompts_than_it_has_rows():
     scheduler = make(max_num_seqs=100, max_num_batched_tokens=1000)
     scheduler.add([make_sequence(3, 1) for _ in range(100)])
     assert [len(step) for step in run_all(scheduler)] == [PREFILL_ROWS, 100 - PREFILL_ROWS]
@@ -45,7 +45,7 @@ def test_a_step_of_prompts_has_rows_for_so_many():
     ("num_free", "prompt", "is_prefill"),
     [(1, 99, False), (1, 100, True), (2, 3, True), (1, 300, True)],
 )
-def test_completions_wait_only_for_prompts_that_are_worth_it(num_free, prompt, is_prefill):
+def test_decode_waits_for_prefill_of_two_free_slots_or_a_full_step(num_free, prompt, is_prefill):
     """With 32 slots: two free ones, or a full step."""
     scheduler = make(max_num_seqs=32, max_num_batched_tokens=100, max_model_len=400)
     scheduler.add([make_sequence(3, 20, token=4) for _ in range(32 - num_free)])
@@ -64,7 +64,7 @@ def test_prompts_start_once_nothing_decodes():
     assert [len(step) for step in run_all(scheduler)] == [31, 1]
 
 
-def test_what_a_preemption_undid_is_computed_as_before():
+def test_preempted_rows_recompute_prompts_by_prefill_and_completions_by_decode():
     """The prompt by prefill, each token of the completion by decode."""
     scheduler = make(num_blocks=11, max_num_batched_tokens=200, enable_prefix_caching=False)
     scheduler.add([make_sequence(60, 90, token=1), make_sequence(59, 80, token=2)])
@@ -86,7 +86,7 @@ def test_only_blocks_of_prompts_are_found_again():
     assert scheduler.num_cached_tokens == 32
 
 
-def test_ahead_nobody_makes_room_and_nobody_runs_past_its_end():
+def test_scheduling_ahead_preempts_no_row_and_passes_no_end():
     scheduler = make(num_blocks=11, max_num_batched_tokens=200, enable_prefix_caching=False)
     rows = [make_sequence(64, 9, token=1), make_sequence(80, 9, token=2)]
     scheduler.add([*rows, make_sequence(9, 1, token=3)])

@@ -86,7 +86,7 @@ def test_tokens_of_steps_are_counted() -> None:
     assert task.num_tokens == 6
 
 
-def test_what_is_drained_ends_with_its_step() -> None:
+def test_drain_ends_with_the_step_that_runs() -> None:
     session = FakeSession()
     task = EmbeddingSteps(session, max_num_batched_tokens=4, on_step=lambda _: None)
     stream = task([[1], [1, 1], [1, 1], [1, 1]])
@@ -103,7 +103,7 @@ def test_no_texts_need_no_step() -> None:
 
 
 @pytest.mark.parametrize("is_two_sided", [False, True])
-def test_a_graph_must_see_what_its_model_sees(is_two_sided: bool) -> None:
+def test_a_graph_of_the_wrong_attention_is_refused(is_two_sided: bool) -> None:
     session = FakeSession(is_two_sided=is_two_sided)
     check_sight(session, [5, 6, 7], is_two_sided=is_two_sided)
     with pytest.raises(ArtifactError, match=r"graph: expected (causal|two-sided) attention"):

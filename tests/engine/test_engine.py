@@ -369,7 +369,7 @@ def test_occupancy_under_backlog_leaves_out_the_end():
     assert stats.backlog_occupancy == 1
 
 
-def test_nothing_to_do_is_nothing():
+def test_no_requests_have_no_completions():
     assert run(FakeSession(), []) == []
 
 

@@ -85,7 +85,9 @@ def bases(tiny: TinyModel) -> dict[bool, list[Completion]]:
     return {False: greedy, True: sampled}
 
 
-def test_the_rows_are_worth_comparing(bases: dict[bool, list[Completion]]) -> None:
+def test_compared_rows_differ_in_tokens_and_finish_reasons(
+    bases: dict[bool, list[Completion]],
+) -> None:
     for completions in bases.values():
         assert {c.finish_reason for c in completions} == {"stop", "length"}
         assert len({c.token_ids for c in completions}) > NUM_ROWS // 2

@@ -198,7 +198,7 @@ ADMIT = st.tuples(
         max_size=40,
     ),
 )
-def test_books_balance_whatever_happens(window, device, num_blocks, actions):
+def test_free_blocks_and_slots_balance_after_any_actions(window, device, num_blocks, actions):
     books = Books(window=window, device=device, num_blocks=num_blocks)
     for name, *arguments in actions:
         getattr(books, name)(*arguments)
@@ -212,7 +212,7 @@ def test_books_balance_whatever_happens(window, device, num_blocks, actions):
     assert books.cache.num_free_slots == 4
 
 
-def test_the_books_do_share():
+def test_rows_that_the_books_admit_share_prefixes():
     """The property above is of rows that share, not of luck that they never do."""
     books = Books(window=40, device="cpu", num_blocks=100)
     for turn in (150, 150, 33):
@@ -223,7 +223,7 @@ def test_the_books_do_share():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("window", [1, 40, 129, 200])
 @pytest.mark.parametrize("chunk", [1, 17, 300])
-def test_the_peak_is_what_the_worst_run_needs(device, window, chunk):
+def test_shortage_counts_the_peak_of_the_worst_run(device, window, chunk):
     """It is never passed, and met where a preempted sequence is recomputed in full chunks."""
     prompt, max_tokens = 1100, 500
     cache = make_cache(window=window, device=device, max_num_batched_tokens=chunk)

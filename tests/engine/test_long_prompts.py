@@ -53,5 +53,5 @@ def test_on_the_cpu_chunks_shrink_as_the_context_grows():
     assert all(n > QUERY_TILE / 2 for _, n in chunks)
 
 
-def test_on_cuda_they_do_not():
+def test_on_cuda_chunks_do_not_shrink_as_the_context_grows():
     assert min(n for _, n in chunks_of("cuda")) > BUDGET / 2

@@ -33,13 +33,13 @@ def test_a_chain_follows_its_sequence_and_has_no_digest_of_a_part():
     assert chain.digests(0, 2) == [*first, *chain_of([1] * 32).digests(1, 2)]
 
 
-def test_token_ids_are_not_run_together():
+def test_digest_does_not_run_token_ids_together():
     """Ids of more than one byte, and neighbours that share their digits."""
     ids = [[1, 23] * 8, [12, 3] * 8, [256, 0] * 8, [0, 256] * 8, [2**20 + 1] * 16]
     assert len({chain_of(tokens).digests(0, 1)[0] for tokens in ids}) == len(ids)
 
 
-def test_of_equal_blocks_the_first_keeps_the_name():
+def test_of_two_blocks_with_one_digest_the_first_is_found():
     pool = BlockPool(4)
     first, second = pool.allocate(), pool.allocate()
     pool.register(first, b"x")
@@ -52,7 +52,7 @@ def test_of_equal_blocks_the_first_keeps_the_name():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_prefix_is_taken_up_where_it_lies(device):
+def test_a_shared_prefix_uses_the_blocks_it_lies_in(device):
     cache = make_cache(window=40, device=device)
     first = admit(cache, 300, 300, chain=chain_of([7] * 300))
     full, sliding = (cache.block_table(group)[first].tolist() for group in GROUPS)
@@ -81,7 +81,7 @@ def test_a_prefix_is_found_after_its_owner_has_gone_and_eviction_takes_the_oldes
     assert found(cache, [2] * 49) == 48
 
 
-def test_one_token_at_least_is_computed():
+def test_a_prompt_found_whole_computes_one_token_at_least():
     cache = make_cache()
     admit(cache, 64, 64, chain=chain_of([7] * 64))
     assert [found(cache, [7] * n) for n in (16, 17, 32, 33, 64, 65, 99)] == [
@@ -98,7 +98,7 @@ def test_tokens_that_no_step_has_are_not_shared():
     assert found(cache, [7] * 300) == 160
 
 
-def test_a_prefix_needs_every_group():
+def test_a_prefix_is_found_only_if_every_group_holds_it():
     """What the window has left behind may be overwritten while the other group keeps its part."""
     cache = make_cache(window=16, device="cuda", num_blocks={"full": 99, "sliding": 20})
     slot = admit(cache, 200, 200, chain=chain_of([7] * 200))
@@ -150,7 +150,7 @@ def test_a_shared_block_is_clean_once_one_of_its_holders_has_a_token():
     assert cache.take_unclean() == {"full": [2], "sliding": [2]}
 
 
-def test_a_row_that_is_preempted_before_its_first_token_proves_nothing():
+def test_blocks_of_a_row_preempted_before_its_first_token_are_unclean():
     cache = make_cache(num_blocks=4)
     slot = admit(cache, 48, 32, chain=chain_of([7] * 48))
     cache.release(slot, num_computed_tokens=32)
@@ -159,7 +159,7 @@ def test_a_row_that_is_preempted_before_its_first_token_proves_nothing():
     assert sorted(cache.take_unclean()["full"]) == [1, 2]
 
 
-def test_what_the_first_token_does_not_reach_is_zeroed_and_the_rest_is_not():
+def test_blocks_that_the_first_token_does_not_reach_are_zeroed_and_the_rest_are_not():
     cache = make_cache(window=40)
     slot = admit(cache, 200, 200)
     prompt_blocks = cache.block_table("sliding")[slot, :13].tolist()

@@ -97,7 +97,7 @@ def test_the_top_candidates_give_what_the_whole_row_gives(settings, logits, posi
     assert few == draw(params, logits, position=position)
 
 
-def test_draws_are_pinned():
+def test_draws_of_a_key_are_those_of_every_release():
     """The same row must get the same text from every release."""
     drawn = [draw(SAMPLED, np.zeros(100_000), key="a", position=i) for i in range(4)]
     assert drawn == [36394, 66288, 84925, 47824]

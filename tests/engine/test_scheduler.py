@@ -194,7 +194,7 @@ def test_rows_that_share_their_first_block_run_together():
     assert first_steps(scheduler) == [20, 23, 21, 12, 22, 24, 10]
 
 
-def test_what_arrives_late_waits_for_the_next_generation():
+def test_a_row_that_arrives_late_waits_for_the_next_generation():
     scheduler = make_scheduler(max_num_seqs=1)
     scheduler.add([make_sequence(n, 1) for n in (10, 30)])
     apply(scheduler, scheduler.schedule())
@@ -275,7 +275,7 @@ def test_a_prefix_is_not_shared_before_it_is_scheduled():
 
 
 @pytest.mark.parametrize("settings_", [{"enable_prefix_caching": False}, {"states": STATES}])
-def test_nothing_is_shared_where_it_is_not_wanted_or_a_state_cannot_be(settings_):
+def test_no_prefix_is_shared_without_prefix_caching_or_with_recurrent_states(settings_):
     scheduler = make_scheduler(**{"states": PAGED, "max_num_batched_tokens": 1000} | settings_)
     scheduler.add([make_sequence(n, 5) for n in (180, 179)])
     assert [n for _, n in scheduler.schedule()] == [180, 179]
@@ -333,7 +333,7 @@ def test_an_isolated_row_is_alone_until_it_has_its_next_token():
     assert steps == [((rows[1], 2),), ((rows[1], 1),)]
 
 
-def test_what_was_preempted_runs_before_all_that_waits():
+def test_a_preempted_row_runs_before_all_that_wait():
     scheduler = make_scheduler(num_blocks=11, max_num_seqs=2, max_num_batched_tokens=200)
     rows = [make_sequence(*shape) for shape in ((60, 90), (60, 80), (100, 20))]
     scheduler.add(rows)
@@ -352,7 +352,7 @@ def test_a_preempted_row_takes_up_its_own_blocks_again():
     assert scheduler.num_cached_tokens == 64
 
 
-def test_a_long_prompt_is_not_begun_until_it_can_be_gone_through_with():
+def test_a_long_prompt_starts_only_when_the_cache_can_hold_all_of_it():
     """Else it would be cut off in its second chunk and begun again, step after step."""
     scheduler = make_scheduler(num_blocks=17, states=PAGED, enable_prefix_caching=False)
     scheduler.add([make_sequence(100, 20), make_sequence(220, 3)])
@@ -370,13 +370,13 @@ def test_a_long_prompt_is_not_begun_until_it_can_be_gone_through_with():
         (make_request(200, spans=((10, 111),)), RecordError, "span of 101 tokens.*at most 100"),
     ],
 )
-def test_what_could_never_run_is_refused(request_, error, message):
+def test_a_request_that_could_never_run_is_refused(request_, error, message):
     scheduler = make_scheduler(num_blocks=17)
     with pytest.raises(error, match=message):
         scheduler.check(request_)
 
 
-def test_what_just_fits_is_not_refused():
+def test_a_request_that_just_fits_is_not_refused():
     scheduler = make_scheduler(num_blocks=17)
     scheduler.check(make_request(200, 57))
     scheduler.check(make_request(200, spans=((10, 110),)))

@@ -154,7 +154,7 @@ def test_a_row_that_the_host_chooses_for_leaves_the_others_as_they_are():
     assert completions == [alone(request) for request in requests]
 
 
-def test_occupancy_leaves_out_what_nobody_wants():
+def test_occupancy_leaves_out_rows_of_surplus_steps():
     """Two rows end by their first decoded token, which is in the next step as well."""
     token_at = {21: 30, 22: EOS[0]}
     session = AsyncSession(SIGNATURE, next_token=lambda ids: token_at.get(len(ids), 30))

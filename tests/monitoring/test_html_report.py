@@ -107,7 +107,7 @@ def task(name, summary, prefix=""):
     return RECORD["tasks"][0] | changes
 
 
-def test_what_the_page_says():
+def test_page_shows_the_figures_of_a_record():
     text = text_of(RECORD)
     for words in (
         "Generate with gemma-tiny",
@@ -132,7 +132,7 @@ def test_what_the_page_says():
         assert words in text
 
 
-def test_it_needs_nothing_else():
+def test_page_loads_nothing_from_elsewhere():
     page = render(RECORD)
     assert not re.search(r"https?:|src=|href=|url\(|@import", page)
     tags = Page(page).tags
@@ -150,7 +150,7 @@ def test_rows_are_shown_only_if_they_are_given():
     assert "<secret>" not in render(RECORD, rows)
 
 
-def test_several_tasks():
+def test_page_of_several_tasks_shows_each_under_its_prefix():
     tasks = [
         task("generate", SUMMARY, "gist_"),
         task("classify", Summary(rows=1200, labels=Counter({" good": 900, " bad": 300})), "l_"),
@@ -182,7 +182,7 @@ def test_a_run_without_an_engine_has_no_charts_of_time():
 
 
 @pytest.mark.parametrize("seconds", [[0.0, 0.0], [0.0, 1.0]])
-def test_a_moment(seconds):
+def test_chart_over_time_of_a_run_of_at_most_a_second(seconds):
     record = changed(timelines=[{"seconds": seconds, **{name: [3, 5] for name in FIGURES}}])
     assert "tokens computed per second" in text_of(record)
 
@@ -230,7 +230,7 @@ def heights_of(record):
     return found
 
 
-def test_a_gpu_shows_its_figures():
+def test_page_shows_the_figures_of_a_gpu():
     (line,) = RECORD["timelines"]
     record = changed(timelines=[line | GPU_LINE], first_row_secs=[12.5, 70.0])
     text = text_of(record)
@@ -246,7 +246,7 @@ def test_a_gpu_shows_its_figures():
     assert heights["GPU memory in use, percent"] == [50, 75]
 
 
-def test_without_a_gpu_there_is_nothing_of_it():
+def test_page_without_a_gpu_has_no_gpu_figures():
     (line,) = RECORD["timelines"]
     zeros = {name: [0, 0, 0] for name in GPU_LINE}
     cache = {name: GPU_LINE[name] for name in ("used_cache", "cache")}
@@ -256,7 +256,7 @@ def test_without_a_gpu_there_is_nothing_of_it():
     assert "process start to first row 3.1 s" in text
 
 
-def test_each_task_has_its_gpu():
+def test_gpu_figures_name_the_task_they_belong_to():
     (line,) = RECORD["timelines"]
     tasks = [task("generate", SUMMARY, "a_"), task("classify", SUMMARY, "b_")]
     text = text_of(changed(tasks=tasks, timelines=[line, line | GPU_LINE]))

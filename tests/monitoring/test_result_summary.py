@@ -43,7 +43,7 @@ def generated(rows):
     return pa.RecordBatch.from_pylist(rows, schema=GENERATED)
 
 
-def test_counts():
+def test_summary_counts_rows_tokens_and_reasons_of_a_batch():
     assert Summary.of(generated(ROWS)) == Summary(
         rows=5,
         failed=2,
@@ -72,17 +72,17 @@ def test_violations_are_counted_by_policy():
     assert Summary.of(batch).labels == Counter(a=1, b=2)
 
 
-def test_lengths_of_embedded_texts():
+def test_tokens_of_embedded_texts_count_as_prompt_tokens():
     batch = pa.RecordBatch.from_pydict({"num_tokens": [5, 7], "error": pa.nulls(2, pa.string())})
     assert Summary.of(batch).prompt_tokens == 12
 
 
-def test_no_rows():
+def test_summary_of_no_rows_is_empty():
     assert Summary.of(generated([])) == Summary()
 
 
 @given(st.integers(0, 1 << 40))
-def test_a_bin_is_narrow(length):
+def test_bin_of_any_length_is_narrow(length):
     least = length_bin(length)
     assert least <= length
     assert length - least <= (length / 64 if length >= 128 else 0)
@@ -102,7 +102,7 @@ ROW = st.fixed_dictionaries(
 
 
 @given(st.lists(st.lists(ROW, max_size=5), max_size=4))
-def test_a_sum_of_parts_is_that_of_the_whole(parts):
+def test_sum_of_the_summaries_of_parts_is_that_of_the_whole(parts):
     summed = sum((Summary.of(generated(part)) for part in parts), Summary())
     assert summed == Summary.of(generated([row for part in parts for row in part]))
     assert Summary.from_dict(json.loads(json.dumps(summed.as_dict()))) == summed
@@ -151,7 +151,7 @@ def test_a_reason_is_the_same_one_by_one_and_in_a_batch(head, tail):
     assert list(Summary.of(generated([{"error": error}])).reasons) == [reason_of(error)]
 
 
-def test_a_million_rows_take_about_a_second():
+def test_summary_of_a_million_rows_takes_about_a_second():
     number = pa.array([i % 8192 for i in range(1_000_000)])
     batch = pa.RecordBatch.from_pydict(
         {

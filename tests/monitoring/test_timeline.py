@@ -51,7 +51,7 @@ def of_gpu(name, *samples):
     return engine(name, *((now, *padding, *stats) for now, *stats in samples))
 
 
-def test_one_sample_a_second(clock):
+def test_pulse_keeps_one_sample_a_second(clock):
     pulse = Pulse("cpu", clock=clock)
     for _ in range(83):
         clock.now += 0.125
@@ -78,7 +78,7 @@ def test_each_sample_is_given_once(clock):
     assert taken[-1][1] == 50
 
 
-def test_a_day_has_few_samples(clock):
+def test_pulse_of_a_day_keeps_few_samples(clock):
     pulse = Pulse("cpu", clock=clock)
     for _ in range(DAY):
         clock.now += 1
@@ -138,17 +138,17 @@ def test_lost_and_shuffled_samples_leave_the_totals(engines, rng):
         assert line[name] == sorted(line[name])
 
 
-def test_no_samples():
+def test_timeline_of_no_samples_is_empty():
     assert set(timeline([])) == {"seconds", *COLUMNS, GPU_SECS}
     assert timeline([])["seconds"] == []
 
 
-def test_an_instant():
+def test_timeline_of_one_sample_holds_its_totals_at_both_ends():
     line = timeline([engine("a", (1.0, 5, 0, 0, 0, 0))])
     assert line["prompt_tokens"] == [5, 5]
 
 
-def test_names_of_processors():
+def test_processor_has_a_name_on_each_device():
     assert processor_of("cpu").endswith(" cores")
     assert processor_of("cuda")
 
@@ -171,7 +171,7 @@ def test_samples_hold_what_the_device_says(clock):
     }  # fmt: skip
 
 
-def test_memory_is_that_of_the_last_sample():
+def test_used_memory_is_that_of_the_last_sample():
     pulse = of_gpu("a", (10.0, 0, 0, 0, 0, 0, 0), (12.0, 1.5, 20, 10, 2, 30, 80))
     assert used_mib(pulse) == 30
     assert used_mib(engine("c", (10.0, 0))) is None
@@ -194,12 +194,12 @@ def test_gpus_add_up_on_one_timeline():
     assert [line[name][-1] for name in ("graphs", "used_mib", "total_mib")] == [3, 80, 160]
 
 
-def test_without_a_gpu_there_is_no_time_of_gpus():
+def test_timeline_without_a_gpu_has_no_gpu_seconds():
     line = timeline([engine("c", (10.0, 0), (14.0, 9))])
     assert line["gpu_secs"] == [0, 0, 0, 0, 0]
 
 
-def test_the_first_row_is_noted(clock):
+def test_pulse_gives_the_time_of_the_first_row_once_noted(clock):
     pulse = Pulse("cpu", clock=clock)
     assert pulse.take()["first_row_secs"] is None
     pulse.note_first_row(7.5)

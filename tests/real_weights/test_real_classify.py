@@ -17,11 +17,12 @@ from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
 from beam_gemma.tasks.open_model import start_engine
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
-from tests.doubles.real_model import ROOT, real_artifact, real_checkpoint
+from tests.doubles.real_model import real_artifact, real_checkpoint
 
 pytestmark = [pytest.mark.weights, pytest.mark.timeout(600)]
 
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
 # What transformers gives (tests/data/make_classify.py).
 EXPECTED = json.loads((DATA / "classify.json").read_text())
 TOLERANCE = 1e-4
