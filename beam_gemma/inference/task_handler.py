@@ -2,14 +2,13 @@
 
 import atexit
 import copy
-import hashlib
-import json
 import logging
 import os
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +18,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from apache_beam.pvalue import PCollection
 
-from beam_gemma.errors import EngineError, OptionsError, RecordError
+from beam_gemma.errors import EngineError, OptionsError
 from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
 from beam_gemma.inputs.row import Row
@@ -31,13 +30,12 @@ from beam_gemma.monitoring.timeline import used_mib
 from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.runtime.download import open_description, open_model
 from beam_gemma.runtime.limits import Limits
+from beam_gemma.tasks.encoded_rows import request_of
 from beam_gemma.tasks.interface import Asked, Encoder, Model, Settings, StreamingModel, task_name
-from beam_gemma.tasks.row_keys import KEY_BYTES
 from beam_gemma.versions import check_versions, versions
 
 BATCH_ROWS = 4096
 """Rows per batch for the engine: enough that few steps run with empty slots."""
-Fingerprint = Callable[[Row], bytes]
 
 
 class SampledResults(NamedTuple):
@@ -165,21 +163,13 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def _load(self, artifact: Artifact, device: Device) -> StreamingModel:
         """Load the graph and make it ready for rows."""
 
-    def fingerprint(self, artifact: Artifact) -> Fingerprint:
-        """Return a function that computes the key of a row's request, or of the row's error.
+    def request_encoder(self, artifact: Artifact) -> Callable[[Row], bytes]:
+        """Return a function that encodes a row to its request, or to the row's error, as JSON.
 
-        Rows with equal keys have equal results, unless results are random; no weights are loaded.
+        Rows with equal requests have equal results, unless results are random; no weights are
+        loaded.
         """
-        identify = self._identify(artifact)
-
-        def fingerprint(row: Row) -> bytes:
-            try:
-                identity = identify(row)
-            except RecordError as error:
-                identity = {"error": str(error)}
-            return hashlib.blake2b(json.dumps(identity).encode(), digest_size=KEY_BYTES).digest()
-
-        return fingerprint
+        return partial(request_of, identify=self._identify(artifact))
 
     def _identify(self, artifact: Artifact) -> Callable[[Row], Any]:
         """Return a function that gives a JSON-serializable identity of a row's request."""

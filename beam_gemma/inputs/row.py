@@ -34,6 +34,12 @@ class Prompt:
         """JSON-serializable value that is equal only for equal prompts."""
         return [self.token_ids, self.truncated]
 
+    @classmethod
+    def of_identity(cls, identity: list[Any]) -> "Prompt":
+        """Return the prompt of an identity, without its parts."""
+        token_ids, truncated = identity
+        return cls(parts=(), token_ids=tuple(token_ids), truncated=truncated)
+
 
 def as_text(parts: Sequence[Part]) -> str:
     """Return parts as readable text, including control pieces."""

@@ -11,17 +11,25 @@ from beam_gemma.batches import joined
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inputs.row import Row
+from beam_gemma.tasks.encoded_rows import packed
 from beam_gemma.tasks.interface import Settings
-from beam_gemma.tasks.row_keys import KEY_BYTES, POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
+from beam_gemma.tasks.row_keys import (
+    ENCODED,
+    KEY_BYTES,
+    POSITION,
+    POSITIONS,
+    REQUEST_KEY,
+    ROW_KEY,
+)
 
 
 def keyed(
     position: int,
     rows: pa.RecordBatch,
     settings: Settings,
-    fingerprint: Callable[[Row], bytes],
+    encode: Callable[[Row], bytes],
 ) -> pa.RecordBatch:
-    """Return one request per row: its key, its position, and the columns it uses.
+    """Return one request per row: its key, its position, and what the row is encoded to.
 
     With sampling, rows never share a request: the row's own key becomes part of the request key.
 
@@ -29,21 +37,24 @@ def keyed(
         position: The position of the first row.
         rows: The rows, with all columns of the table.
         settings: The settings of the task.
-        fingerprint: Returns a digest of the request that a row makes.
+        encode: Encodes a row to its request, or to its error; equal requests are merged.
     """
     used = rows.select([name for name in rows.schema.names if name in settings.columns])
-    keys = [fingerprint(row) for row in rows_of(used)]
-    names = [REQUEST_KEY, POSITION]
-    columns: list[Any] = [pa.nulls(0), np.arange(position, position + rows.num_rows)]
+    requests = [encode(row) for row in rows_of(used)]
+    keys = [_digest(request) for request in requests]
+    names = [REQUEST_KEY, POSITION, ENCODED]
+    columns: list[Any] = [
+        pa.nulls(0),
+        np.arange(position, position + rows.num_rows),
+        pa.array(map(packed, requests), pa.binary()),
+    ]
     if settings.is_sampled:
         row_keys = _row_keys(rows, settings)
         keys = [_digest(key + own.encode()) for key, own in zip(keys, row_keys, strict=True)]
         names.append(ROW_KEY)
         columns.append(pa.array(row_keys, pa.string()))
     columns[0] = pa.array(keys, pa.binary(KEY_BYTES))
-    return pa.RecordBatch.from_arrays(
-        [*map(pa.array, columns), *used.columns], [*names, *used.schema.names]
-    )
+    return pa.RecordBatch.from_arrays([*map(pa.array, columns)], names)
 
 
 def key_ranges(requests: pa.RecordBatch, num_ranges: int) -> np.ndarray:

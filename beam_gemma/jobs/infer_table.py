@@ -1,7 +1,7 @@
 """Turn rows into results: equal requests are computed once, durable results are reused.
 
-Only the columns that a task uses are sent. Rows are grouped by ranges of their request keys, so
-that equal requests meet on one worker wherever their rows are in the table.
+Each row is encoded once, and its request is sent to the model. Requests are grouped by ranges of
+their keys, so that equal ones meet on one worker wherever their rows are in the table.
 """
 
 from collections import defaultdict
@@ -103,7 +103,7 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
 
 
 class _Key(beam.DoFn):
-    """Computes the request key of each row and groups rows by key range."""
+    """Encodes each row to its request, once, and groups requests by ranges of their keys."""
 
     def __init__(self, handler: TaskHandler, num_ranges: int) -> None:
         self._handler = handler
@@ -114,10 +114,10 @@ class _Key(beam.DoFn):
         return self._handler.facts()
 
     def setup(self) -> None:
-        self._fingerprint = self._handler.fingerprint(self._handler.artifact())
+        self._encode = self._handler.request_encoder(self._handler.artifact())
 
     def process(self, located: Located) -> Iterator[Grouped]:
-        requests = keyed(*located, self._handler.settings, self._fingerprint)
+        requests = keyed(*located, self._handler.settings, self._encode)
         for group, some in by_group(key_ranges(requests, self._num_ranges), requests):
             yield group, (ROWS, 0, some)
 

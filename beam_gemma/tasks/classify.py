@@ -19,6 +19,7 @@ from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row
 from beam_gemma.monitoring.progress import Count
+from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import Answer, ClassifySettings, Question, QuestionEncoder
@@ -85,10 +86,19 @@ class Classifier(EngineModel):
     def _pending(self, index: int, row: Row) -> _Pending | str:
         """Return the row with its questions, or the error message if it makes none."""
         try:
-            questions = [encoder(row) for encoder in self._encoders]
+            questions = request_in(row, self._asked, self._restored)
         except RecordError as error:
             return str(error)
         return _Pending(index, questions, sum(len(question.plan.paths) for question in questions))
+
+    def _asked(self, row: Row) -> list[Question]:
+        return [encoder(row) for encoder in self._encoders]
+
+    def _restored(self, identities: list[Any]) -> list[Question]:
+        return [
+            encoder.restore(identity)
+            for encoder, identity in zip(self._encoders, identities, strict=True)
+        ]
 
     def _requests(self, row: _Pending) -> list[Request]:
         return [

@@ -16,6 +16,7 @@ from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Prompt, Row
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.monitoring.timeline import Pulse
+from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.interface import in_order
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
 
@@ -65,7 +66,7 @@ class Embedder:
         owners: dict[tuple[int, ...], list[tuple[int, Prompt]]] = {}
         for index, row in enumerate(rows):
             try:
-                prompt = self._encoder(row)
+                prompt = request_in(row, self._encoder, Prompt.of_identity)
             except RecordError as error:
                 self._on_result(Count(rows=1, failed=1))
                 yield index, dict.fromkeys(self._names) | {"error": str(error)}

@@ -25,9 +25,10 @@ from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import StructuredOutput
+from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.interface import Settings
-from beam_gemma.tasks.row_keys import ROW_KEY
+from beam_gemma.tasks.row_keys import ENCODED, ROW_KEY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +255,7 @@ class Generator(EngineModel):
     def _task(self, row: Row) -> _Task | str:
         """Return the task for a row, or the error message if it makes no request."""
         try:
-            prompt = self._encoder(row)
+            prompt = request_in(row, self._encoder, Prompt.of_identity)
             key = self._sampling_key(row, prompt)
         except RecordError as error:
             return str(error)
@@ -275,7 +276,8 @@ class Generator(EngineModel):
         column = self._settings.key_column
         if not isinstance(row, str) and ROW_KEY in row:
             return str(row[ROW_KEY])
-        if column is not None and not isinstance(row, str):
+        # An encoded row without a row key is not sampled, so any key will do.
+        if column is not None and not isinstance(row, str) and ENCODED not in row:
             if column not in row:
                 raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
             if row[column] is not None:

@@ -17,7 +17,7 @@ from beam_gemma.inputs.template import Template
 from beam_gemma.model.markup import Part
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.interface import Settings
-from beam_gemma.tasks.labels import Plan, join, softmax
+from beam_gemma.tasks.labels import Continuation, Plan, join, softmax
 
 LabelNorm = Literal["none", "tokens", "chars"]
 
@@ -44,10 +44,14 @@ class Question:
 
     prompt: Prompt
     labels: tuple[str, ...]
-    num_label_tokens: tuple[int, ...]
     plan: Plan
     normalized: bool
     """True to score by log-likelihoods; False if logits suffice, as labels are single tokens."""
+
+    @property
+    def num_label_tokens(self) -> list[int]:
+        """Number of each label's own tokens."""
+        return [continuation.num_label_tokens for continuation in self.plan.continuations]
 
     @property
     def identity(self) -> list[Any]:
@@ -225,14 +229,21 @@ class QuestionEncoder:
         prompt = self._encoder(row, num_answer_tokens=room)
         joined = [join(self._tokenizer, prompt.parts, label) for label in labels]
         self._check_length(max(len(continuation.token_ids) for continuation in joined))
+        return self._question(prompt, texts, joined)
+
+    def restore(self, identity: list[Any]) -> Question:
+        """Return the question of an identity; its prompt has no parts."""
+        prompt, labels = identity
+        texts = tuple(text for text, _, _ in labels)
+        joined = [Continuation(tuple(token_ids), start) for _, start, token_ids in labels]
+        return self._question(Prompt.of_identity(prompt), texts, joined)
+
+    def _question(
+        self, prompt: Prompt, labels: tuple[str, ...], joined: Sequence[Continuation]
+    ) -> Question:
         plan = Plan(joined)
-        return Question(
-            prompt=prompt,
-            labels=texts,
-            num_label_tokens=tuple(continuation.num_label_tokens for continuation in joined),
-            plan=plan,
-            normalized=self._needs_logliks or not plan.is_one_choice,
-        )
+        normalized = self._needs_logliks or not plan.is_one_choice
+        return Question(prompt=prompt, labels=labels, plan=plan, normalized=normalized)
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self._max_model_len:

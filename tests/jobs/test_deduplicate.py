@@ -1,6 +1,7 @@
 """Requests: rows that ask the same meet, rows that draw do not, and results find all their rows."""
 
 import hashlib
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.jobs.deduplicate import distinct, key_ranges, keyed, split_durable, spread
 from beam_gemma.tasks.generate import GenerateSettings
-from beam_gemma.tasks.row_keys import POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
+from beam_gemma.tasks.row_keys import ENCODED, POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
 
 GREEDY = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=4))
 DRAWN = GenerateSettings(
@@ -22,8 +23,16 @@ KEYED = GenerateSettings(
 )
 
 
-def fingerprint(row):
-    return hashlib.blake2b(str(row["text"]).encode(), digest_size=16).digest()
+def encode(row):
+    return row["text"].encode()
+
+
+def key(text):
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def text_of(request):
+    return zlib.decompress(request[ENCODED]).decode()
 
 
 def requests_of(rows, settings=GREEDY, *, batches=1, order=None):
@@ -32,19 +41,24 @@ def requests_of(rows, settings=GREEDY, *, batches=1, order=None):
     size = -(-table.num_rows // batches)
     parts = [(i, table.slice(i, size)) for i in range(0, table.num_rows, size)]
     found = [
-        keyed(start, part.combine_chunks().to_batches()[0], settings, fingerprint)
+        keyed(start, part.combine_chunks().to_batches()[0], settings, encode)
         for start, part in parts
     ]
     return distinct([found[i] for i in order or range(len(found))])
 
 
-def test_only_what_a_task_uses_goes_along():
+def test_a_request_holds_what_its_row_was_encoded_to_and_no_column():
     rows = pa.RecordBatch.from_pylist([{"id": 1, "text": "a", "wide": "x" * 1000}])
-    found = keyed(7, rows, GREEDY, fingerprint)
-    assert found.schema.names == [REQUEST_KEY, POSITION, "text"]
-    assert found.to_pylist() == [
-        {REQUEST_KEY: fingerprint({"text": "a"}), POSITION: 7, "text": "a"}
-    ]
+    (found,) = keyed(7, rows, GREEDY, encode).to_pylist()
+    assert found == {REQUEST_KEY: key("a"), POSITION: 7, ENCODED: found[ENCODED]}
+    assert text_of(found) == "a"
+
+
+def test_a_row_is_encoded_from_the_columns_of_its_task_alone():
+    rows = pa.RecordBatch.from_pylist([{"id": 1, "text": "a", "wide": "x" * 1000}])
+    seen = []
+    keyed(7, rows, GREEDY, lambda row: seen.append(dict(row)) or b"")
+    assert seen == [{"text": "a"}]
 
 
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=60), st.integers(1, 5), st.randoms())
@@ -55,7 +69,7 @@ def test_every_row_is_in_one_request_with_all_that_ask_the_same(texts, batches, 
     random.shuffle(order)
     found = requests_of(rows, batches=batches, order=order).to_pylist()
     wanted = {text: [i for i, t in enumerate(texts) if t == text] for text in texts}
-    assert {row["text"]: row[POSITIONS] for row in found} == wanted
+    assert {text_of(row): row[POSITIONS] for row in found} == wanted
     assert len(found) == len(wanted)
 
 
@@ -72,7 +86,7 @@ def test_ranges_are_of_keys_alone_and_in_their_order(keys, num_ranges):
 
 def test_results_reach_all_rows_that_ask():
     requests = requests_of([{"text": text} for text in "abacab"])
-    results = pa.record_batch({"completion": [row["text"] * 2 for row in requests.to_pylist()]})
+    results = pa.record_batch({"completion": [text_of(row) * 2 for row in requests.to_pylist()]})
     found = sorted(spread(requests, results).to_pylist(), key=lambda row: row[POSITION])
     assert [row["completion"] for row in found] == ["aa", "bb", "aa", "cc", "aa", "bb"]
     assert [row[POSITION] for row in found] == list(range(6))
@@ -80,10 +94,10 @@ def test_results_reach_all_rows_that_ask():
 
 def test_what_is_durable_is_not_asked():
     requests = requests_of([{"text": text} for text in "abacab"])
-    durable = {fingerprint({"text": "a"}): {}, fingerprint({"text": "z"}): {}}
+    durable = {key("a"): {}, key("z"): {}}
     known, left = split_durable(requests, durable)
-    assert known.column("text").to_pylist() == ["a"]
-    assert sorted(left.column("text").to_pylist()) == ["b", "c"]
+    assert [text_of(row) for row in known.to_pylist()] == ["a"]
+    assert sorted(text_of(row) for row in left.to_pylist()) == ["b", "c"]
 
 
 @pytest.mark.parametrize("settings", [DRAWN, KEYED])

@@ -10,6 +10,7 @@ import pytest
 from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import BalanceError, FailuresError
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.jobs import infer_table
 from beam_gemma.jobs.infer_table import InferTable, num_ranges
 from beam_gemma.jobs.shards import Layout
@@ -221,7 +222,24 @@ def test_what_a_task_does_not_use_goes_around_it(tmp_path):
     write_parquet(tmp_path / "in.parquet", rich_table(range(40)))
     source, output = job(tmp_path)
     run(source, output, Watching(SETTINGS))
-    assert set(SEEN) == {("__request_key", "__positions", "text")}
+    assert set(SEEN) == {("__request_key", "__positions", "__encoded")}
+
+
+def test_each_row_is_encoded_once(tmp_path, monkeypatch):
+    encode, encoded = PromptEncoder.__call__, []
+
+    def counting(encoder, row, **options):
+        encoded.append(row["text"])
+        return encode(encoder, row, **options)
+
+    monkeypatch.setattr(PromptEncoder, "__call__", counting)
+    table = rich_table(range(40))
+    write_parquet(tmp_path / "in.parquet", table)
+    source, output = job(tmp_path)
+    _, written = run(source, output, FakeHandler(SETTINGS))
+    assert sorted(encoded) == sorted(table["text"].to_pylist())
+    assert written.num_rows == 40
+    assert written["completion"].null_count < 40
 
 
 @pytest.mark.parametrize(

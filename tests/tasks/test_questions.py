@@ -27,7 +27,7 @@ def test_a_question_has_a_prompt_and_its_labels():
     question = encoder_of()({"text": "the"})
     assert question.prompt.text == "the: "
     assert question.labels == ("no", "yes")
-    assert question.num_label_tokens == (2, 3)
+    assert question.num_label_tokens == [2, 3]
     assert [TOKENIZER.decode(path.token_ids) for path in question.plan.paths] == [
         "the: n", "the: ye"
     ]  # fmt: skip
@@ -189,7 +189,7 @@ def test_columns_and_results():
 )
 def test_norms(norm, means):
     question = encoder_of(labels=("hen", "yes"), prompt="{text}")({"text": "x"})
-    assert question.num_label_tokens == (2, 3)
+    assert question.num_label_tokens == [2, 3]
     scores = Answer(question, [-12.0, -6.0]).scores(norm)
     assert scores[0] / scores[1] == pytest.approx(math.exp(means[0] - means[1]), rel=1e-12)
     assert sum(scores) == pytest.approx(1.0, rel=1e-12)

@@ -25,17 +25,15 @@ GENERATE = GenerateSettings(prompt="Say {text}", max_prompt_tokens=30, truncate=
 CLASSIFY = ClassifySettings(prompt="{text}", labels=(" yes", " {other}"))
 
 
-def keys(handler, artifact, *rows):
-    fingerprint = handler.fingerprint(artifact)
-    found = [fingerprint(row) for row in rows]
-    assert all(len(key) == 16 for key in found)
-    return found
+def requests(handler, artifact, *rows):
+    encode = handler.request_encoder(artifact)
+    return [encode(row) for row in rows]
 
 
 def test_a_prompt_is_what_names_its_row(tiny_gemma3: TinyModel) -> None:
     artifact = tiny_gemma3.artifact
     handler = GemmaGenerateModelHandler(str(artifact.path), GENERATE)
-    a, same, other, null, null_again = keys(
+    a, same, other, null, null_again = requests(
         handler,
         artifact,
         {"text": "a", "unused": 1},
@@ -49,7 +47,7 @@ def test_a_prompt_is_what_names_its_row(tiny_gemma3: TinyModel) -> None:
     assert len({a, other, null}) == 3
     # The template is known by what it renders.
     written = GemmaGenerateModelHandler(str(artifact.path), replace(GENERATE, prompt="Say a"))
-    assert keys(written, artifact, {}) == [a]
+    assert requests(written, artifact, {}) == [a]
 
 
 def test_a_cut_prompt_is_not_the_short_one(tiny_gemma3: TinyModel) -> None:
@@ -58,7 +56,7 @@ def test_a_cut_prompt_is_not_the_short_one(tiny_gemma3: TinyModel) -> None:
     encode = handler.encoder(artifact)
     cut = encode({"text": "a" * 100})
     kept = "a" * next(n for n in range(100) if encode({"text": "a" * n}).token_ids == cut.token_ids)
-    long, short = keys(handler, artifact, {"text": "a" * 100}, {"text": kept})
+    long, short = requests(handler, artifact, {"text": "a" * 100}, {"text": kept})
     assert long != short
 
 
@@ -66,10 +64,12 @@ def test_labels_are_part_of_a_question(tiny_gemma3: TinyModel) -> None:
     artifact = tiny_gemma3.artifact
     rows = [{"text": "a", "other": "no"}, {"text": "a", "other": "maybe"}, {"text": "a"}]
     handler = GemmaClassifyModelHandler(str(artifact.path), CLASSIFY)
-    no, maybe, missing = keys(handler, artifact, *rows)
+    no, maybe, missing = requests(handler, artifact, *rows)
     assert len({no, maybe, missing}) == 3
     swapped = replace(CLASSIFY, labels=CLASSIFY.labels[::-1])
-    assert keys(GemmaClassifyModelHandler(str(artifact.path), swapped), artifact, rows[0]) != [no]
+    assert requests(GemmaClassifyModelHandler(str(artifact.path), swapped), artifact, rows[0]) != [
+        no
+    ]
 
 
 def test_the_place_of_a_label_in_its_tokens_is_part_of_a_question(tiny_gemma3: TinyModel) -> None:
@@ -78,7 +78,7 @@ def test_the_place_of_a_label_in_its_tokens_is_part_of_a_question(tiny_gemma3: T
     one = ClassifySettings(prompt="{text}x", labels=("y", "z"))
     two = ClassifySettings(prompt="{text}", labels=("xy", "xz"))
     first, second = (
-        keys(GemmaClassifyModelHandler(str(artifact.path), settings), artifact, {"text": "a"})
+        requests(GemmaClassifyModelHandler(str(artifact.path), settings), artifact, {"text": "a"})
         for settings in (one, two)
     )
     assert first != second
@@ -89,7 +89,7 @@ def test_every_policy_is_part_of_a_request(tiny_gemma3: TinyModel) -> None:
     policies = (Policy(name="a", guideline="No."), Policy(name="b", guideline="Never."))
     settings = ModerateSettings(policies=policies, prompt_column="text")
     both, one = (
-        keys(GemmaClassifyModelHandler(str(artifact.path), s), artifact, {"text": "x"})
+        requests(GemmaClassifyModelHandler(str(artifact.path), s), artifact, {"text": "x"})
         for s in (settings, replace(settings, policies=policies[:1]))
     )
     assert both != one
@@ -98,7 +98,7 @@ def test_every_policy_is_part_of_a_request(tiny_gemma3: TinyModel) -> None:
 def test_texts_to_embed(two_sided) -> None:
     artifact: Artifact = two_sided[1]
     handler = GemmaEmbedModelHandler(str(artifact.path), EmbedSettings(text_column="text"))
-    a, same, b = keys(handler, artifact, {"text": "a", "n": 1}, {"text": "a"}, {"text": "b"})
+    a, same, b = requests(handler, artifact, {"text": "a", "n": 1}, {"text": "a"}, {"text": "b"})
     assert a == same != b
 
 

@@ -1,0 +1,56 @@
+"""Encoded rows: the request of a row as bytes, carried to the model in a column of its own.
+
+A job over a table needs a row's request before the model does, for the key by which it merges equal
+requests. It encodes the row then, and the model reads the carried request instead of encoding the
+row again.
+"""
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from beam_gemma.errors import RecordError
+from beam_gemma.inputs.row import Row
+from beam_gemma.tasks.row_keys import ENCODED
+
+T = TypeVar("T")
+
+
+def request_of(row: Row, identify: Callable[[Row], Any]) -> bytes:
+    """Return a row's request as JSON, or its error if it makes none.
+
+    Args:
+        row: The row.
+        identify: Encodes a row and returns the identity of its request, as JSON values.
+    """
+    try:
+        identity = identify(row)
+    except RecordError as error:
+        identity = {"error": str(error)}
+    return json.dumps(identity).encode()
+
+
+def packed(request: bytes) -> bytes:
+    """Return a request in the form in which its row carries it."""
+    # Each label repeats its prompt: with four labels, a request shrinks to a seventh.
+    return zlib.compress(request, level=1)
+
+
+def request_in(row: Row, encode: Callable[[Row], T], restore: Callable[[Any], T]) -> T:
+    """Return a row's request: the one that it carries, or else the one it is encoded to.
+
+    Args:
+        row: The row.
+        encode: Encodes a row.
+        restore: Returns the request of an identity.
+
+    Raises:
+        RecordError: the row makes no request.
+    """
+    if isinstance(row, str) or ENCODED not in row:
+        return encode(row)
+    identity = json.loads(zlib.decompress(row[ENCODED]))
+    if isinstance(identity, dict):
+        raise RecordError(identity["error"])
+    return restore(identity)
