@@ -68,7 +68,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["beam_gemma*"]),
-    package_data={"beam_gemma": ["py.typed"], "beam_gemma.jobs": ["profiles.json"]},
+    package_data={
+        "beam_gemma": ["py.typed"],
+        "beam_gemma.jobs": ["profiles.json"],
+        "beam_gemma.monitoring": ["report.html.jinja"],
+    },
     install_requires=WORKER,
     extras_require={
         **ONNXRUNTIME,

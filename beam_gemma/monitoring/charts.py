@@ -1,8 +1,7 @@
-"""Charts as SVG and HTML text, styled by the page alone, without scripts or network access."""
+"""Shapes and numbers of charts, in SVG units; the report's template draws them."""
 
-import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 WIDTH, HEIGHT = 330, 150
@@ -10,6 +9,8 @@ LEFT, RIGHT, TOP, BOTTOM = 42, 8, 10, 26
 """Margins in SVG units; they hold the numbers of the axes."""
 NUM_LABELS = 5
 """Approximate count of numbers on an axis."""
+BASE = HEIGHT - BOTTOM
+"""The y coordinate of zero."""
 GAP = 1.5
 """Space between two bars, in SVG units."""
 Number: TypeAlias = int | float
@@ -24,8 +25,22 @@ class Bin(NamedTuple):
     number: int
 
 
-def histogram(bins: Sequence[Bin], *, unit: str, counted: str) -> str:
-    """Return an SVG histogram with one bar per bin, all equally wide, from left to right.
+class Chart(NamedTuple):
+    """Histogram, or chart of a value over time."""
+
+    title: str
+    grid: list[tuple[float, str]]
+    """The y coordinate of each grid line, and its number."""
+    below: list[tuple[float, str]]
+    """The x coordinate of each number of the horizontal axis, and the number."""
+    bars: Sequence[tuple[str, float, float, float]] = ()
+    """Title, left edge, upper edge and width of each bar; its lower edge is `BASE`."""
+    line: str = ""
+    """Points of a line as SVG writes them, such as `42.0,124.0 322.0,10.0`."""
+
+
+def histogram(bins: Sequence[Bin], *, unit: str, counted: str) -> Chart:
+    """Return a histogram with one bar per bin, all equally wide, from left to right.
 
     Args:
         bins: Adjoining bins of one width, except that the last may be open-ended.
@@ -35,25 +50,21 @@ def histogram(bins: Sequence[Bin], *, unit: str, counted: str) -> str:
     top = ticks(max(NUM_LABELS, *(b.number for b in bins)))[-1]
     is_exact = bins[0].end == bins[0].first + 1
     step = (WIDTH - LEFT - RIGHT) / len(bins)
-    parts = [_grid(top, amount)]
+    bars = []
     for i, each in enumerate(bins):
-        x, y = LEFT + i * step, _y(each.number, top)
-        parts.append(
-            f"<g><title>{_span(each)} {unit}: {each.number:,} {counted}</title>"
-            f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{max(1, step - GAP):.1f}" '
-            f'height="{_y(0, top) - y:.1f}"/></g>'
-        )
-    parts += [
-        _below(LEFT + (i + is_exact / 2) * step, f"{bins[i].first:,}")
+        title = f"{_span(each)} {unit}: {each.number:,} {counted}"
+        bars.append((title, LEFT + i * step, _y(each.number, top), max(1, step - GAP)))
+    below = [
+        (LEFT + (i + is_exact / 2) * step, f"{bins[i].first:,}")
         for i in range(0, len(bins), -(-len(bins) // NUM_LABELS))
     ]
-    return _svg(parts, f"{counted} by {unit}")
+    return Chart(f"{counted} by {unit}", _grid(top), below, bars=bars)
 
 
 def over_time(
     seconds: Sequence[Number], values: Sequence[Number], *, unit: str, top: Number
-) -> str:
-    """Return an SVG area chart of a value per time step.
+) -> Chart:
+    """Return a chart of a value per time step.
 
     Args:
         seconds: Bounds of the time steps; one more than there are values.
@@ -71,32 +82,8 @@ def over_time(
     for i, value in enumerate(values):
         corners += [(x(seconds[i]), _y(value, top)), (x(seconds[i + 1]), _y(value, top))]
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
-    base = f"{_y(0, top):.1f}"
-    parts = [
-        _grid(top, amount),
-        f'<polygon class="area" points="{x(0):.1f},{base} {line} {x(end):.1f},{base}"/>',
-        f'<polyline class="line" points="{line}"/>',
-    ]
-    parts += [_below(x(secs), duration(secs)) for secs in ticks(end, whole=True) if secs <= end]
-    return _svg(parts, f"{unit} over time")
-
-
-def bars(items: Iterable[tuple[str, int]], total: int, *, kind: str = "") -> str:
-    """Return an HTML table of names, with a bar, a count and a percentage of the total each.
-
-    Args:
-        items: Pairs of name and count.
-        total: Count that a full bar stands for.
-        kind: Additional CSS class of the table.
-    """
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th>"
-        f'<td class="share"><i style="width:{100 * count / max(1, total):.2f}%"></i></td>'
-        f'<td class="number">{count:,}</td>'
-        f'<td class="number">{100 * count / max(1, total):.1f} %</td></tr>'
-        for name, count in items
-    )
-    return f'<table class="bars {kind}">{rows}</table>'
+    below = [(x(secs), duration(secs)) for secs in ticks(end, whole=True) if secs <= end]
+    return Chart(f"{unit} over time", _grid(top), below, line=line)
 
 
 def ticks(top: Number, *, whole: bool = False) -> list[Number]:
@@ -142,28 +129,10 @@ def _span(each: Bin) -> str:
     return f"{each.first:,}" + (f" to {each.end - 1:,}" if each.end > each.first + 1 else "")
 
 
-def _grid(top: Number, text: Callable[[Number], str]) -> str:
-    """Return the horizontal grid lines, each labeled with its number."""
-    return "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(v, top):.1f}" '
-        f'y2="{_y(v, top):.1f}"/><text x="{LEFT - 6}" y="{_y(v, top) + 3.5:.1f}" '
-        f'text-anchor="end">{text(v)}</text>'
-        for v in ticks(top)
-    )
-
-
-def _below(x: Number, text: str) -> str:
-    """Return a label of the horizontal axis."""
-    return f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>'
+def _grid(top: Number) -> list[tuple[float, str]]:
+    return [(_y(value, top), amount(value)) for value in ticks(top)]
 
 
 def _y(value: Number, top: Number) -> float:
     """Return the SVG y coordinate of a value."""
-    return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
-
-
-def _svg(parts: Iterable[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
+    return BASE - (BASE - TOP) * value / top

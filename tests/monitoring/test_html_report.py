@@ -3,9 +3,11 @@
 import copy
 import itertools
 import re
+import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -219,15 +221,83 @@ GPU_LINE = {
 }
 
 
+def charts_of(record):
+    """The SVG charts of a page, by title."""
+    charts = re.findall(r"<h3>([^<]*)</h3>(<svg.*?</svg>)", render(record), re.DOTALL)
+    return {title: ET.fromstring(svg) for title, svg in charts}
+
+
+def points_of(shape):
+    return [tuple(map(float, point.split(","))) for point in shape.get("points").split()]
+
+
 def heights_of(record):
     """The values of each chart over time, by its title, from the height of its line."""
-    charts = re.findall(r"<h3>([^<]*)</h3>(<svg.*?</svg>)", render(record))
-    found = {}
-    for title, svg in charts:
-        if line := re.search(r'polyline class="line" points="([^"]*)"', svg):
-            points = line[1].split()
-            found[title] = [round(100 * (124 - float(p.split(",")[1])) / 114) for p in points[::2]]
-    return found
+    return {
+        title: [round(100 * (124 - y) / 114) for _, y in points_of(line)[::2]]
+        for title, svg in charts_of(record).items()
+        if (line := svg.find("polyline")) is not None
+    }
+
+
+def test_bars_are_drawn_as_high_as_their_numbers():
+    svg = charts_of(RECORD)["Tokens of prompts"]
+    bars = [(float(rect.get("y")), float(rect.get("height"))) for rect in svg.iter("rect")]
+    assert bars[0][1] == pytest.approx(9 * bars[1][1], abs=0.5)
+    assert [y + height for y, height in bars] == pytest.approx([124, 124])
+    assert [title.text for title in svg.iter("title")] == [
+        "30 tokens: 900 rows",
+        "31 tokens: 100 rows",
+    ]
+
+
+def test_an_area_is_drawn_from_its_line_to_zero():
+    charts = [svg for svg in charts_of(RECORD).values() if svg.find("polyline") is not None]
+    assert len(charts) == 3
+    for svg in charts:
+        line = points_of(svg.find("polyline"))
+        assert points_of(svg.find("polygon")) == [(42, 124), *line, (322, 124)]
+
+
+def test_names_of_bars_are_text():
+    labels = Summary(rows=4, labels=Counter({"<b>a & b</b>": 1, "c": 3}))
+    page = render(changed(tasks=[task("classify", labels)]))
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
+    assert "width:25.00%" in page
+    assert "75.0 %" in page
+
+
+def page_full_of(word):
+    """A page with a word wherever a record or a row has text."""
+    counts = {name: Counter({word: 1}) for name in ("finish_reasons", "labels", "reasons")}
+    settings = {word: word, "prompt": f"{word}\n", "sampling": {word: word}, "stop": [word]}
+    said = task(word, Summary(rows=2, failed=1, **counts), prefix=word)
+    said |= {"model": word, "model_digest": word, "settings": settings}
+    record = changed(
+        tool=word,
+        packages={word: word},
+        command=[word],
+        input=word,
+        output=word,
+        tasks=[said, said],
+        processors=[word],
+        timelines=[RECORD["timelines"][0] | GPU_LINE] * 2,
+    )
+    return Page(render(record, [{word: word}]))
+
+
+def test_markup_in_a_record_is_shown_as_text():
+    markup, plain = '<script>"&amp;', "[plain]"
+    page, same = page_full_of(markup), page_full_of(plain)
+    assert page.tags == same.tags
+    assert "".join(page.text).replace(markup, plain) == "".join(same.text)
+    assert "".join(page.text).count(markup) > 40
+
+
+def test_record_without_a_field_of_the_template_is_refused():
+    record = {name: value for name, value in RECORD.items() if name != "input"}
+    with pytest.raises(jinja2.UndefinedError, match="no attribute 'input'"):
+        render(record)
 
 
 def test_page_shows_the_figures_of_a_gpu():
