@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -23,7 +22,7 @@ from beam_gemma.errors import BeamGemmaError
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.signature import HEADS
-from beam_gemma.monitoring.timeline import processor_of
+from beam_gemma.monitoring.processor import processor_of
 from beam_gemma.runtime.device_memory import (
     BF16_CAPABILITY,
     CudaMemory,
@@ -32,7 +31,7 @@ from beam_gemma.runtime.device_memory import (
     driver_version,
 )
 from beam_gemma.runtime.download import open_model
-from beam_gemma.versions import versions
+from beam_gemma.versions import installed, versions
 
 if TYPE_CHECKING:
     from beam_gemma.inference.task_handler import TaskHandler
@@ -93,12 +92,7 @@ def _packages() -> Iterator[Fact]:
     here = versions() | {"Python": platform.python_version()}
     for name in ("Python", "Beam", "beam-gemma"):
         yield Fact(name=name, text=here[name], values={"version": here[name]})
-    builds = {}
-    for package in ONNXRUNTIMES:
-        try:
-            builds[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    builds = installed(ONNXRUNTIMES)
     text = ", ".join(f"{name} {version}" for name, version in builds.items()) or "none"
     yield Fact(name="ONNX Runtime", text=text, values=builds)
 
@@ -209,16 +203,27 @@ def preflight_parser() -> argparse.ArgumentParser:
     """Return the parser for command-line flags."""
     parser = argparse.ArgumentParser(
         prog="python -m beam_gemma.preflight",
-        description="What a worker has: software, machine, GPU, and one row of a model.",
+        description="Check that a machine can run jobs: software, memory, disk and GPU, and with "
+        "--model also the model. Exit with code 1 at the first problem.",
     )
-    parser.add_argument("--model", help="exported folder, here or on gs:// (default: none)")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Model folder to check, on this machine or on gs://. One row is computed with it. "
+        "(default: none, only the machine is checked)",
+    )
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="where the model is to run (default: auto, CUDA where model and machine have it)",
+        help="Device to check. auto checks the GPU if the machine has one, and computes the row "
+        "on it if the model folder supports CUDA. (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="write JSON (default: text)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="Print the report as JSON, for programs. (default: false)",
+    )
     return parser
 
 

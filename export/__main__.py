@@ -44,9 +44,11 @@ PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "int8", "int4")}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"} | dict.fromkeys(("fp16", *BITS), "float16")
 EPILOG = """examples:
   python -m export --checkpoint gemma-3-270m.gguf --output models/gemma-3-270m
+
   python -m export --checkpoint gemma-3-27b-it --output models/gemma-3-27b-it --device cuda
-  python -m export --checkpoint gemma-3-12b-it-qat-q4_0.gguf --output models/gemma-3-12b-it \
-    --device cuda --precision int4
+
+  python -m export --checkpoint gemma-3-12b-it-qat-q4_0.gguf --output models/gemma-3-12b-it \\
+      --device cuda --precision int4
 """
 
 
@@ -54,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     LOGGER.setLevel(logging.INFO)
-    # Hide the exporter's and optimizer's messages on optional packages and unattached weights.
-    for name in ("torch.onnx", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hide_messages()
     try:
         args = _parse(argv)
         export(
@@ -135,6 +135,12 @@ def export(
     LOGGER.info("%s", _summary(output, linked, time.monotonic() - start))
 
 
+def hide_messages() -> None:
+    """Hide torch's and the optimizer's messages on optional packages and unattached weights."""
+    for name in ("torch.onnx", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _check(output: Path, precision: str, device: Device, *, overwrite: bool) -> None:
     if precision not in (allowed := ("auto", *PRECISIONS[device])):
         raise OptionsError(
@@ -190,48 +196,56 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m export",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Export a Gemma checkpoint to a folder that beam_gemma pipelines run.",
+        description="Export a Gemma checkpoint as a model folder, which the pipelines run.",
         epilog=EPILOG,
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="PATH",
-        help="Folder with config.json and safetensors files, or a .gguf or .ckpt file.",
+        help="Checkpoint to export: a folder with config.json and safetensors files, a .gguf file "
+        "or a .ckpt file. (required)",
     )  # fmt: skip
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR",
-        help="LoRA adapter, as PEFT saves it, to merge into the weights (default: none).",
+        help="Folder of a LoRA adapter, saved by PEFT, to merge into the weights. (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="Model folder to make."
-    )
+        "--output", required=True, type=Path, metavar="DIR",
+        help="Model folder to write. (required)",
+    )  # fmt: skip
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu",
-        help="Device that will run the graph (default: %(default)s).",
+        help="Device that will run the model: the CPU, or NVIDIA GPUs with CUDA. "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--precision", choices=("auto", *DTYPES), default="auto",
-        help="Number format of weights and caches: fp32 on cpu; on cuda bf16, fp16, which a T4 "
-        "has too, or int8 or int4 for weights and fp16 for the rest (default: %(default)s, the "
-        "first of its device).",
+        help="Number format of the weights. The CPU supports fp32. CUDA supports bf16, fp16 (for "
+        "GPUs without bfloat16, such as the T4), int8 and int4 (to save memory). auto is fp32 on "
+        "the CPU and bf16 on CUDA. (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", type=_tasks, metavar="TASK,TASK",
-        help=f"What the folder will be for, of {', '.join(HEADS)}; each adds a graph of a few MB "
-        "(default: embed for a folder of sentence-transformers, else generate,classify).",
+        help=f"Tasks that the model folder is for, separated by commas: {', '.join(HEADS)}. Each "
+        "one adds a graph of a few MB. (default: embed for a folder of sentence-transformers, "
+        "otherwise generate,classify)",
     )  # fmt: skip
     parser.add_argument(
         "--pooling", choices=("mean", "lasttoken"),
-        help="How a decoder embeds: the mean of all tokens' states, or the last one's "
-        "(default: as a folder of sentence-transformers says, else mean).",
+        help="How to make one embedding from the states of a text's tokens: their mean, or the "
+        "state of the last token. Leave it out for a folder of sentence-transformers, which sets "
+        "it. (default: mean)",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",
-        help="later: leave out the checksums of files that are links to the checkpoint, which "
-        "takes reading all of them (default: %(default)s).",
+        help="Whether to compute checksums of files that are linked to the checkpoint. later "
+        "leaves them out: the export is faster, but jobs cannot tell whether these files are "
+        "damaged. (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--overwrite", action="store_true", help="Replace an existing folder (default: refuse)."
-    )
+        "--overwrite", action="store_true",
+        help="Replace an existing model folder. Without this flag, the export is refused. "
+        "(default: false)",
+    )  # fmt: skip
     return parser
 
 

@@ -69,7 +69,7 @@ NOT_IN_THE_FORM = ("dry_run", *OF_A_DRY_RUN)
 WORKER_IMAGE = {
     "name": "sdk_container_image",
     "label": "Worker image",
-    "helpText": "image of the workers, which templates/build.sh made beside this template",
+    "helpText": "Image of the workers, which templates/build.sh makes beside this template. (required)",
     "groupName": "Dataflow",
     "isOptional": False,
     "paramType": "TEXT",
@@ -149,7 +149,7 @@ def _label(name: str) -> str:
 def _help(action: argparse.Action) -> str:
     text = (action.help or "") % vars(action)
     # A launch passes each parameter only once, so notes on repeating flags are dropped.
-    return text.replace("; may be repeated", "").replace("; to be repeated", "")
+    return text.replace("; may be repeated", "")
 
 
 def _default(action: argparse.Action) -> str | None:

@@ -157,55 +157,88 @@ def _policies(name_or_file: str) -> tuple[Policy, ...]:
 def _add_labels(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "labels",
-        "scored as they are written behind the prompt; one of the first three, or a policy",
+        "Texts that are scored after each prompt, exactly as they are written. Set one\n"
+        "of --labels, --label and --labels_file, or set --policy.",
     )
     add = group.add_argument
-    add("--labels", metavar="A,B", help="simple words with commas between (default: none)")
+    add(
+        "--labels",
+        metavar="A,B",
+        help="Labels, separated by commas without spaces around them. (default: none)",
+    )
     add(
         "--label",
         action="append",
         default=[],
         metavar="TEMPLATE",
-        help="a label, with column names in braces; to be repeated (default: none)",
+        help="One label, or one template such as '{choice0}' if each row has its own labels; may "
+        "be repeated. (default: none)",
     )
-    add("--labels_file", metavar="FILE", help="one such template in each line (default: none)")
+    add(
+        "--labels_file",
+        metavar="FILE",
+        help="File with one label or template per line. (default: none)",
+    )
     add(
         "--label_norm",
         choices=("none", "tokens", "chars"),
-        help="what a label's log-likelihood is divided by (default: none, nothing)",
+        help="Length that a label's log-likelihood is divided by, in tokens or in characters. Set "
+        "it if labels differ in length. (default: none)",
     )
-    add("--logliks", **SWITCH, help="add the column logliks (default: no)")
+    add(
+        "--logliks",
+        **SWITCH,
+        help="Add the column logliks: the log-likelihood of each label. (default: false)",
+    )
 
 
 def _add_fewshot(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "few-shot", "rows with known labels before each prompt, the same for all rows"
+        "few-shot",
+        "Examples are rows with known labels. They are put before each prompt and are\n"
+        "the same for all rows.",
     )
     add = group.add_argument
     add(
         "--num_fewshot",
         type=count,
         metavar="N",
-        help="rows to draw (default: none, or all of --fewshot_file)",
+        help=f"Number of examples to draw at random from the first {POOL_ROWS:,} rows. "
+        "(default: all rows of --fewshot_file, or 0 without it)",
     )
-    add("--fewshot_seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
-    add("--fewshot_file", metavar="URI", help="table to take them from (default: --input)")
+    add(
+        "--fewshot_seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Seed of the random draw of examples. (default: %(default)s)",
+    )
+    add(
+        "--fewshot_file",
+        metavar="URI",
+        help="Table with the examples: a .parquet or .jsonl file. Required for examples if the "
+        "input is in BigQuery. (default: --input)",
+    )
     add(
         "--label_column",
         metavar="COLUMN",
-        help="holds the label of such a row: its text, or its index from 0 (default: none)",
+        help="Column with the label of an example: its text, or its index from 0. Required with "
+        "--num_fewshot or --fewshot_file. (default: none)",
     )
     add(
         "--fewshot_delimiter",
         default="\n\n",
         metavar="TEXT",
-        help="follows each of them where there is no chat (default: an empty line)",
+        help="Text after each example. It has no effect in a chat, where examples are turns. "
+        "(default: an empty line)",
     )
 
 
 def _add_policies(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "policies", "for ShieldGemma: whether the text in --prompt_column violates them"
+        "policies",
+        "For ShieldGemma, which scores whether the text in --prompt_column violates\n"
+        "safety policies.",
     )
     add = group.add_argument
     add(
@@ -213,17 +246,18 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME_OR_FILE",
-        help=f"{', '.join(POLICIES)}, all of them by all, or a .txt file with a guideline; may be "
-        "repeated (default: none)",
+        help=f"Policy to check: {', '.join(POLICIES)}, all (every one of these), or a .txt file "
+        "with a guideline; may be repeated. (default: none)",
     )
     add(
         "--response_column",
         metavar="COLUMN",
-        help="holds the answer to that text, to be judged in its place (default: none)",
+        help="Column with the response to the text in --prompt_column. Set it to check the "
+        "response in place of that text. (default: none)",
     )
     add(
         "--threshold",
         type=float,
         metavar="P",
-        help="score from which a policy counts as violated (default: 0.5)",
+        help="Lowest score at which a policy counts as violated, from 0 to 1. (default: 0.5)",
     )

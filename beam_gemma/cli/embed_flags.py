@@ -23,7 +23,7 @@ def embed_parser() -> FlagParser:
     """Return the parser of the embed command."""
     parser = flag_parser(
         "pipelines.embed",
-        "Embed a text of every row of a table with a Gemma model.",
+        "Compute an embedding of a text for every row of a table with a Gemma model.",
         EXAMPLES,
     )
     add_files(parser)
@@ -59,27 +59,30 @@ def embed_settings(flags: argparse.Namespace) -> EmbedSettings:
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text").add_argument
-    add("--text_column", metavar="COLUMN", help="holds the text; required")
+    add("--text_column", metavar="COLUMN", help="Column with the text to embed. (required)")
     add(
         "--title_column",
         metavar="COLUMN",
-        help="holds the title of a document, for its prompt; it may be null (default: none)",
+        help="Column with the title of each document, for the model's document prompt. Titles may "
+        "be null. (default: none)",
     )
     add(
         "--prompt_name",
         metavar="NAME",
-        help="the model's prompt for a task, such as query, document, classification or clustering "
-        "(default: the model's own choice, which may be none)",
+        help="Name of the model's prompt that comes before each text, such as query, document, "
+        "classification or clustering. (default: the model's default prompt, if it has one)",
     )
     add(
         "--prompt",
         metavar="TEXT",
-        help="what comes before each text in place of a prompt of the model (default: none)",
+        help="Text that comes before each text, in place of one of the model's prompts. "
+        "(default: none)",
     )
     add(
         "--truncate",
         **SWITCH,
-        help="let a text that is too long lose its end (default: such a row is an error)",
+        help="Cut off the end of a text that is too long. Without this flag, its row gets an "
+        "error. (default: false)",
     )
 
 
@@ -89,11 +92,12 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         "--truncate_dim",
         type=positive,
         metavar="N",
-        help="numbers to keep of each embedding, such as 512, 256 or 128 (default: all)",
+        help="Number of values to keep of each embedding, such as 512, 256 or 128. Set it to save "
+        "space. (default: all values)",
     )
     add(
         "--embedding_dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="type of these numbers (default: %(default)s)",
+        help="Type of an embedding's values. float16 takes half the space. (default: %(default)s)",
     )

@@ -25,35 +25,38 @@ def add_estimate(parser: argparse.ArgumentParser, *, completes: bool) -> None:
         parser: The parser of the task's flags.
         completes: Add the flags for completions too.
     """
-    group = parser.add_argument_group("estimate", "for a --dry_run")
+    group = parser.add_argument_group("estimate", "Figures that the estimate of --dry_run assumes.")
     add = group.add_argument
     add(
         "--prompt_tokens_per_sec",
         type=above_zero,
-        metavar="X",
-        help="prompt tokens that one worker computes in a second (default: as measured with such "
-        "a model on this machine, where docs/benchmarks.md has it)",
+        metavar="RATE",
+        help="Number of prompt tokens that one worker computes per second. Set it if "
+        "docs/benchmarks.md has no figure for the model and machine. "
+        "(default: the measured figure)",
     )
     if completes:
         add(
             "--completion_tokens_per_sec",
             type=above_zero,
-            metavar="X",
-            help="completion tokens that one worker computes in a second, of all rows together "
-            "(default: likewise)",
+            metavar="RATE",
+            help="Number of completion tokens that one worker computes per second, for all of its "
+            "rows together. Set it if docs/benchmarks.md has no figure for the model and machine. "
+            "(default: the measured figure)",
         )
         add(
             "--expected_tokens",
             type=above_zero,
-            metavar="X",
-            help="tokens that a completion has on average (default: --max_tokens)",
+            metavar="N",
+            help="Number of tokens that a completion has on average, at most --max_tokens. "
+            "(default: --max_tokens)",
         )
     add(
         "--worker_price",
         type=above_zero,
         metavar="USD",
-        help="price of an hour of one worker, with its disk and GPU, in US dollars (default: not "
-        "known)",
+        help="Price of one worker for an hour, with its disk and GPU, in US dollars. Without it, "
+        "the estimate has no cost. (default: none)",
     )
 
 

@@ -56,94 +56,118 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
     add = group.add_argument
     add(
-        "--model",
-        required=True,
-        metavar="DIR",
-        help="model folder that python -m export wrote, on this machine or on gs://",
-    )
+        "--model", required=True, metavar="DIR",
+        help="Model folder that python -m export wrote, on this machine or on gs://. (required)",
+    )  # fmt: skip
     read = group.add_mutually_exclusive_group(required=True).add_argument
     read(
-        "--input",
-        metavar="URI",
-        help="table to read: a .parquet or .jsonl file, a pattern, a folder of Parquet files, or "
-        "bq://PROJECT.DATASET.TABLE; this or --query is required (default: none)",
-    )
-    read("--query", metavar="SQL", help="query of BigQuery whose result to read (default: none)")
+        "--input", metavar="URI",
+        help="Table to read: a .parquet or .jsonl file, a pattern such as 'chats/*.jsonl', a "
+        "folder of Parquet files, or bq://PROJECT.DATASET.TABLE. Either --input or --query is "
+        "required. (default: none)",
+    )  # fmt: skip
+    read("--query", metavar="SQL", help="BigQuery query whose result is read. (default: none)")
     add(
-        "--read_method",
-        choices=("DIRECT_READ", "EXPORT"),
-        help="how to read from BigQuery: from its storage, or from files under --temp_location "
-        "that it is exported to (default: DIRECT_READ)",
-    )
+        "--read_method", choices=("DIRECT_READ", "EXPORT"),
+        help="How to read from BigQuery. DIRECT_READ uses the Storage Read API. EXPORT first "
+        "copies the table to files under --temp_location. (default: DIRECT_READ)",
+    )  # fmt: skip
     add(
-        "--output",
-        required=True,
-        metavar="URI",
-        help="table to write: dir/name.parquet becomes dir/name-00000-of-00004.parquet and so on, "
-        "bq://PROJECT.DATASET.TABLE is loaded from --temp_location; all columns are kept",
-    )
+        "--output", required=True, metavar="URI",
+        help="Table to write, with the columns that are read and the results: a .parquet or .jsonl "
+        "file, or bq://PROJECT.DATASET.TABLE, which needs --temp_location. dir/name.parquet is "
+        "written as dir/name-00000-of-00004.parquet and so on. (required)",
+    )  # fmt: skip
     add(
-        "--columns",
-        type=column_names,
-        metavar="A,B",
-        help="columns of the table to read and to keep (default: all)",
-    )
-    add("--overwrite", **SWITCH, help="replace an earlier output (default: refuse)")
-    add("--append", **SWITCH, help="add to a table of BigQuery (default: refuse)")
+        "--columns", type=column_names, metavar="A,B",
+        help="Columns to read and to keep in the output, separated by commas. Include the columns "
+        "that the job uses. (default: all columns)",
+    )  # fmt: skip
     add(
-        "--errors",
-        metavar="URI",
-        help="table to write failed rows to as well (default: they are in the output alone)",
-    )
+        "--overwrite", **SWITCH,
+        help="Replace an existing output or an unfinished job. Without this flag, a job that "
+        "finds either one is refused. (default: false)",
+    )  # fmt: skip
     add(
-        "--num_shards",
-        type=count,
-        default=0,
-        metavar="N",
-        help="files to write, of even size (default: 0, so many that each has about 256 MB)",
-    )
-    add("--limit", type=positive, metavar="N", help="rows to read, from the first (default: all)")
+        "--append", **SWITCH,
+        help="Add the rows to an existing BigQuery table. Without this flag, a job whose table "
+        "has rows is refused. (default: false)",
+    )  # fmt: skip
+    add(
+        "--errors", metavar="URI",
+        help="Table to write copies of the failed rows to, named as in --output. The output "
+        "contains these rows in any case. (default: none)",
+    )  # fmt: skip
+    add(
+        "--num_shards", type=count, default=0, metavar="N",
+        help="Number of files to write. 0 chooses a number that keeps each file below about "
+        "256 MB. (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--limit", type=positive, metavar="N",
+        help="Number of rows to read: the first rows of files, or any rows of a BigQuery table. "
+        "Use it to try a job. (default: all rows)",
+    )  # fmt: skip
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """Add the flags that turn a row into a prompt."""
-    group = parser.add_argument_group("prompt", "one of the first three is required")
+    group = parser.add_argument_group(
+        "prompt",
+        "What the model reads of each row. Set one of --prompt, --prompt_column and\n"
+        "--messages_column.",
+    )
     add = group.add_argument
-    add("--prompt", metavar="TEMPLATE", help="text with column names in braces (default: none)")
-    add("--prompt_column", metavar="COLUMN", help="holds the whole prompt (default: none)")
+    add(
+        "--prompt",
+        metavar="TEMPLATE",
+        help="Prompt template with column names in braces, such as 'Summarize: {text}'. Write "
+        "{{ and }} for literal braces. (default: none)",
+    )
+    add(
+        "--prompt_column",
+        metavar="COLUMN",
+        help="Column with the whole prompt. (default: none)",
+    )
     add(
         "--messages_column",
         metavar="COLUMN",
-        help="holds a conversation, a list of role and content (default: none)",
+        help="Column with a conversation: a list of messages, each with role and content. "
+        "(default: none)",
     )
-    add("--system", metavar="TEXT", help="system prompt of every row (default: none)")
+    add("--system", metavar="TEXT", help="System prompt for all rows. (default: none)")
     add(
         "--prompt_format",
         choices=("auto", "raw", "chat"),
         default="auto",
-        help="raw takes the prompt as it stands, chat makes it a user's turn (default: auto, "
-        "which is chat where there is a chat template)",
+        help="How to pass a prompt to the model. raw passes it unchanged. chat makes it a user "
+        "turn of the chat template. auto is chat if there is a chat template, otherwise raw. "
+        "(default: %(default)s)",
     )
     add(
         "--chat_template",
         metavar="NAME_OR_FILE",
-        help="gemma, or a file with a Jinja template (default: the model's own)",
+        help="Chat template: gemma for the built-in one, or a file with a Jinja template. Set it "
+        "if the model folder has none. (default: the template of the model folder)",
     )
     add(
         "--allow_special_tokens",
         **SWITCH,
-        help="let text of rows become control tokens (default: no, it stays text)",
+        help="Turn control pieces in the values of rows, such as <end_of_turn>, into control "
+        "tokens. Without this flag, they stay plain text. (default: false)",
     )
     add(
         "--max_prompt_tokens",
         type=positive,
         metavar="N",
-        help="longest prompt, in tokens (default: what the model takes beside its answer)",
+        help="Maximum number of tokens in a prompt. A row with a longer prompt gets an error, "
+        "unless --truncate is set. (default: as many as the model takes besides its answer)",
     )
     add(
         "--truncate",
         choices=("left", "right"),
-        help="side on which a longer prompt loses text (default: such a row is an error)",
+        help="Side on which a row's longest text is cut if the prompt has too many tokens. "
+        "(default: none, such a row gets an error)",
     )
 
 
@@ -154,15 +178,16 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--max_num_seqs",
         type=int,
         metavar="N",
-        help=f"rows that run at once (default: {_by_device(MAX_NUM_SEQS)} rows)",
+        help="Maximum number of rows that run at once. Lower it if their caches do not fit into "
+        f"memory. (default: {_by_device(MAX_NUM_SEQS)})",
     )
     add(
         "--cudagraph_capture_sizes",
         type=rising,
         metavar="N,N",
-        help="CUDA: what the rows of a decode step are padded to, up to --max_num_seqs; with "
-        "several, steps of few rows cost less, and a row's last bits may depend on the others "
-        "(default: --max_num_seqs alone)",
+        help="CUDA only: numbers of rows that decode steps are padded to, in rising order up to "
+        "--max_num_seqs. With several numbers, steps of few rows are faster, but a row's last "
+        "bits may depend on the other rows. (default: --max_num_seqs alone)",
     )
 
 
@@ -180,26 +205,29 @@ def add_steps(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where the model runs (default: auto, CUDA where model and machine have it)",
+        help="Device that runs the model. auto is CUDA if the model folder and the machine support "
+        "it, otherwise the CPU; on Dataflow, it is CUDA if --gpu_type is set. "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--max_num_batched_tokens",
         type=positive,
         metavar="N",
-        help=f"new tokens of one step (default: {_by_device(max_num_batched_tokens)} tokens)",
+        help="Maximum number of new tokens in one step of the model. Lower it if a step does not "
+        f"fit into memory. (default: {_by_device(max_num_batched_tokens)})",
     )
     group.add_argument(
         "--gpu_memory_utilization",
         type=fraction,
-        metavar="X",
-        help="CUDA: share of the GPU's memory to use, the rest is for others "
-        f"(default: {GPU_MEMORY_UTILIZATION})",
+        metavar="FRACTION",
+        help="CUDA only: share of the GPU's memory to use, above 0 and at most 1. Lower it if "
+        f"other programs use the GPU too. (default: {GPU_MEMORY_UTILIZATION})",
     )
     return group
 
 
 def _by_device(defaults: Mapping[str, int]) -> str:
-    return f"{defaults['cpu']}, on CUDA {defaults['cuda']}"
+    return f"{defaults['cpu']} on the CPU, {defaults['cuda']} on CUDA"
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
@@ -210,66 +238,75 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="text",
         choices=("text", "json"),
-        help="read a sample, show its prompts and say what all rows take, and do not load the "
-        "model; text where no form is named (default: run)",
+        help="Print sample prompts and an estimate of tokens, hours and cost for all rows, and do "
+        "not run the job. The value is text if none is given; json prints only the estimate, for "
+        "programs. (default: none, the job runs)",
     )
     add(
         "--resume",
         **SWITCH,
-        help="go on with a job that was broken off; what it has finished is not computed again "
-        "(default: refuse where there is such a job)",
+        help="Continue an interrupted job with the same --output, without computing its finished "
+        "rows again. Without this flag, a job that finds an unfinished one is refused. "
+        "(default: false)",
     )
     add(
         "--max_error_fraction",
         type=fraction,
         default=1.0,
-        metavar="X",
-        help="rows that may fail, as a share of all; with more, the job stops early "
-        "(default: %(default)s, all)",
+        metavar="FRACTION",
+        help="Maximum share of rows that may fail, from 0 to 1. Above it, the job stops early and "
+        "fails. (default: %(default)s, all rows)",
     )
     add(
         "--max_cost_tokens",
         type=positive,
         metavar="N",
-        help="prompt and completion tokens to compute; then the job stops, and --resume goes on "
-        "(default: no limit)",
+        help="Maximum number of tokens, of prompts and completions, that each worker computes. "
+        "When it is reached, the job stops, and --resume continues it. (default: no maximum)",
     )
     add(
         "--report",
         metavar="FILE",
-        help="page to write about the run, as HTML with charts: lengths, tokens per second, "
-        "errors; it holds nothing of the rows (default: none)",
+        help="HTML page to write with charts of the run: lengths, tokens per second, errors. It "
+        "shows nothing from the rows, unless --report_rows is set. (default: none)",
     )
     add(
         "--report_rows",
         type=count,
         default=0,
         metavar="N",
-        help="rows of the output to show in the report (default: %(default)s rows)",
+        help="Number of output rows to show in the --report. (default: %(default)s)",
     )
-    add("--verbose", **SWITCH, help="log what the job does (default: warnings only)")
+    add(
+        "--verbose",
+        **SWITCH,
+        help="Log informational messages as well as warnings. (default: false)",
+    )
 
 
 def add_dataflow(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the GPUs of Dataflow workers."""
     add = parser.add_argument_group(
         "Dataflow",
-        "with --runner DataflowRunner; Beam's own flags, such as --sdk_container_image and "
-        "--machine_type, say the rest",
+        "For jobs with --runner DataflowRunner. Beam's own flags, such as\n"
+        "--machine_type and --sdk_container_image, set everything else.",
     ).add_argument
     add(
         "--gpu_type",
         choices=tuple(GPUS),
-        help="GPU of the workers that run the model (default: none, they run it on the CPU)",
+        help="Type of GPU in the workers that run the model. (default: none, the model runs on "
+        "the CPU)",
     )
     add(
         "--gpu_count",
         type=positive,
         metavar="N",
-        help="GPUs of each of these workers, of which the model uses one (default: 1)",
+        help="Number of GPUs in each worker that runs the model. The model uses only one of them. "
+        "(default: 1)",
     )
     add(
         "--gpu_driver",
-        metavar="WORDS",
-        help=f"how Dataflow gets the driver, passed on as it stands (default: {DRIVER})",
+        metavar="SETTING",
+        help="Dataflow's setting for the GPU driver, passed on unchanged. Set it if the workers "
+        f"need another driver. (default: {DRIVER})",
     )

@@ -16,8 +16,11 @@ from beam_gemma.errors import OptionsError, nearest
 
 LOCAL_RUNNER = "DirectRunner"
 BEAM_FLAGS = """
-Any other flag goes to Beam, such as --runner NAME (default: DirectRunner, in this process),
---direct_running_mode multi_threading, --direct_num_workers N, --project NAME or --region NAME.
+Any other flag is passed to Beam, such as --runner NAME (default: DirectRunner,
+in this process), --direct_running_mode multi_threading, --direct_num_workers N,
+--project NAME or --region NAME.
+
+BOOL is true or false. A flag with [BOOL] and no value is true.
 """
 ArgumentGroup: TypeAlias = argparse._ArgumentGroup
 """What `add_argument_group` returns; argparse has no public name for it."""

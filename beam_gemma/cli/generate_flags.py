@@ -155,87 +155,128 @@ def _choices(flags: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _add_infill(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("fill in the middle", "in place of a prompt, for CodeGemma")
+    group = parser.add_argument_group(
+        "fill in the middle",
+        "For CodeGemma, which fills the gap between two texts. Set both columns, in\n"
+        "place of a prompt.",
+    )
     add = group.add_argument
-    add("--prefix_column", metavar="COLUMN", help="holds the text before the gap (default: none)")
-    add("--suffix_column", metavar="COLUMN", help="holds the text after the gap (default: none)")
+    add(
+        "--prefix_column",
+        metavar="COLUMN",
+        help="Column with the text before the gap. (default: none)",
+    )
+    add(
+        "--suffix_column",
+        metavar="COLUMN",
+        help="Column with the text after the gap. (default: none)",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     defaults = SamplingParams()
-    add = parser.add_argument_group("sampling").add_argument
+    add = parser.add_argument_group(
+        "sampling",
+        "How completions are drawn. --top_k, --top_p and --seed have an effect only if\n"
+        "--temperature is above 0.",
+    ).add_argument
     add(
         "--max_tokens",
         type=int,
         default=defaults.max_tokens,
         metavar="N",
-        help="longest completion (default: %(default)s tokens)",
+        help="Maximum number of tokens in a completion. (default: %(default)s)",
     )
     add(
         "--temperature",
         type=float,
         default=defaults.temperature,
         metavar="X",
-        help="divides the logits (default: %(default)s, which takes the most likely token)",
+        help="Number, at least 0, that divides the logits. Higher numbers give more varied "
+        "completions; 0 always takes the most likely token. (default: %(default)s)",
     )
     add(
         "--top_k",
         type=int,
         default=defaults.top_k,
         metavar="K",
-        help="draw among the K most likely tokens (default: %(default)s, all)",
+        help="Number of most likely tokens that each token is drawn from. 0 draws from all tokens. "
+        "(default: %(default)s)",
     )
     add(
         "--top_p",
         type=float,
         default=defaults.top_p,
         metavar="P",
-        help="draw among the fewest tokens of this probability (default: %(default)s, all)",
+        help="Total probability of the most likely tokens that each token is drawn from, above 0 "
+        "and at most 1. 1 draws from all tokens. (default: %(default)s)",
     )
     add(
         "--seed",
         type=int,
         default=defaults.seed,
-        metavar="S",
-        help="of all draws (default: %(default)s)",
+        metavar="N",
+        help="Seed of the random draws. Another seed gives other completions. "
+        "(default: %(default)s)",
     )
     add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="ends a completion and is no part of it; may be repeated (default: none)",
+        help="Text that ends a completion and is left out of it; may be repeated. (default: none)",
     )
     add(
         "--ignore_eos",
         **SWITCH,
-        help="go on where the model would end (default: no)",
+        help="Continue a completion after the model's end token. Use it to measure the speed of "
+        "completions of a fixed length. (default: false)",
     )
 
 
 def _add_structured(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "structured output", "what each completion has to be; one of the first four"
+        "structured output",
+        "The form that every completion has. Set at most one of --json_schema,\n"
+        "--choices, --choices_file and --regex.",
     )
     add = group.add_argument
     add(
         "--json_schema",
         metavar="FILE",
-        help="JSON of this schema, whose values become the typed column extracted; see "
-        "docs/structured.md (default: none, any text)",
+        help="File with a JSON Schema. Every completion is valid JSON of this schema, and its "
+        "values become the typed column extracted. docs/structured.md lists the supported "
+        "schemas. (default: none)",
     )
-    add("--choices", metavar="A,B", help="one of some words (default: none)")
-    add("--choices_file", metavar="FILE", help="one of the file's lines (default: none)")
-    add("--regex", metavar="PATTERN", help="a match of the whole text (default: none)")
+    add(
+        "--choices",
+        metavar="A,B",
+        help="Texts, separated by commas without spaces around them. Every completion is one of "
+        "these texts. (default: none)",
+    )
+    add(
+        "--choices_file",
+        metavar="FILE",
+        help="File with one text per line. Every completion is one of these texts. Use it for "
+        "texts that contain commas. (default: none)",
+    )
+    add(
+        "--regex",
+        metavar="PATTERN",
+        help="Regular expression, in Python's syntax. Every completion matches it as a whole. "
+        "(default: none)",
+    )
     add(
         "--flatten",
         **SWITCH,
-        help="make a column of each property of the schema, in place of extracted (default: no)",
+        help="Write each property of the --json_schema as a column of its own, in place of the "
+        "column extracted. (default: false)",
     )
     add(
         "--completion",
         **SWITCH,
-        help="keep the text too that values are extracted from (default: no)",
+        help="Write the column completion too, with the JSON text that the values are read from. "
+        "Only with --json_schema. (default: false)",
     )
 
 
@@ -244,13 +285,23 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     add(
         "--key_column",
         metavar="COLUMN",
-        help="identifies a row for its random draws (default: its prompt does)",
+        help="Column that identifies a row for its random draws. Set it if a row's completion must "
+        "stay the same when its other columns change. (default: none, all columns identify a row)",
     )
-    add("--logprob", **SWITCH, help="add the column logprob (default: no)")
-    add("--token_ids", **SWITCH, help="add completion_token_ids (default: no)")
+    add(
+        "--logprob",
+        **SWITCH,
+        help="Add the column logprob: the log-probability of the completion. (default: false)",
+    )
+    add(
+        "--token_ids",
+        **SWITCH,
+        help="Add the column completion_token_ids: the token ids of the completion. "
+        "(default: false)",
+    )
     add(
         "--statistics",
         **SWITCH,
-        help="add statistic_queries and statistic_values, which DataGemma RIG writes into "
-        "completions (default: no)",
+        help="Add the columns statistic_queries and statistic_values: the statistics that "
+        "DataGemma RIG marks in a completion. (default: false)",
     )

@@ -14,7 +14,7 @@ from beam_gemma.beam_internals import sentence_of_worker
 from beam_gemma.cli.flags import in_one_process
 from beam_gemma.cli.plan import Job
 from beam_gemma.dataflow.options import on_dataflow
-from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError
+from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError, one_line
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE, Display
 
 SUCCESS, FAILURE, USAGE, STOPPED = 0, 1, 2, 3
@@ -52,7 +52,8 @@ def run_pipeline(pipeline: beam.Pipeline, job: Job[Any]) -> int:
             result = pipeline.run()
             result.wait_until_finish()
     except (BeamGemmaError, RuntimeError) as error:
-        if (sentence := _sentence(error)) is None:
+        sentence = str(error) if isinstance(error, BeamGemmaError) else sentence_of_worker(error)
+        if sentence is None:
             raise
         sys.stderr.write(f"error: {sentence}\n")
         return STOPPED if BudgetError.__name__ in repr(error) else FAILURE
@@ -63,9 +64,8 @@ def _submit(pipeline: beam.Pipeline) -> int:
     try:
         result: Any = pipeline.run()
     except Exception as error:  # service clients raise many types, with one remedy
-        reason = " ".join(str(error).split())
         raise OptionsError(
-            f"Dataflow: expected the job to be taken, got {type(error).__name__}: {reason}; "
+            f"Dataflow: expected the job to be taken, got {one_line(error)}; "
             "docs/dataflow.md names the roles and settings that it takes"
         ) from error
     if result.has_job:
@@ -124,11 +124,6 @@ def exit_code(main: Callable[[], int]) -> int:
     except BeamGemmaError as error:
         sys.stderr.write(f"error: {error}\n")
         return USAGE
-
-
-def _sentence(error: Exception) -> str | None:
-    """Return the message of our error, also from the text of a worker's traceback, or None."""
-    return str(error) if isinstance(error, BeamGemmaError) else sentence_of_worker(error)
 
 
 def _display(job: Job[Any]) -> AbstractContextManager[object]:

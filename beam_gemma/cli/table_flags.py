@@ -6,6 +6,7 @@ import re
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.storage import CLOUD_STORAGE
 from beam_gemma.tables.bigquery_client import SCHEME
 from beam_gemma.tables.bigquery_sink import BigQuerySink, Disposition
 from beam_gemma.tables.bigquery_source import BigQuerySource
@@ -48,9 +49,9 @@ def source_of(flags: argparse.Namespace, options: PipelineOptions) -> Source:
             flags.input, limit=flags.limit, columns=flags.columns, dry_run=flags.dry_run is not None
         )
     export_to = cloud.temp_location if flags.read_method == "EXPORT" else None
-    if flags.read_method == "EXPORT" and not (export_to or "").startswith("gs://"):
+    if flags.read_method == "EXPORT" and not (export_to or "").startswith(CLOUD_STORAGE):
         raise OptionsError(
-            "--read_method EXPORT: expected a folder on gs:// to export to, got "
+            f"--read_method EXPORT: expected a folder on {CLOUD_STORAGE} to export to, got "
             f"{export_to or 'none'}; pass --temp_location"
         )
     what = {"limit": flags.limit, "columns": flags.columns, "export_to": export_to}

@@ -48,7 +48,8 @@ class GenerateSettings(PromptSettings, Settings):
     structured: StructuredOutput | None = None
     """Format that completions must have; None for any text."""
     key_column: str | None = None
-    """Column that seeds a row's random draws; rows without a key use their prompt."""
+    """Column that seeds a row's random draws. Without a key, the prompt seeds them, or all columns of
+    the row in a job over a table."""
     logprob: bool = False
     """True to return the log-probability of the completion."""
     token_ids: bool = False
