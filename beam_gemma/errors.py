@@ -81,6 +81,11 @@ class PromptTooLongError(RecordError):
     """The prompt of one row exceeds the model's or the requested limit."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the type and message of another library's error, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the known name nearest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1)

@@ -16,6 +16,9 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.errors import OptionsError, StorageError
 
+CLOUD_STORAGE = "gs://"
+"""Scheme of paths on Cloud Storage."""
+
 
 def write_once(path: str, content: bytes) -> None:
     """Write a file atomically; all writers of a path must write the same content.
@@ -56,8 +59,7 @@ def _write_local(path: str, content: bytes) -> None:
 def _write_object(path: str, content: bytes) -> None:
     from google.api_core.exceptions import PreconditionFailed
 
-    bucket, _, name = path.removeprefix("gs://").partition("/")
-    blob = storage_client().bucket(bucket).blob(name)
+    blob = blob_at(path)
     # A failed precondition means that the file already exists, which is fine.
     with contextlib.suppress(PreconditionFailed):
         blob.upload_from_string(content, if_generation_match=0)
@@ -73,12 +75,18 @@ def _write_and_rename(path: str, content: bytes) -> None:
 
 
 @functools.cache
-def storage_client() -> Any:
+def _client() -> Any:
     """Return a Cloud Storage client, created the way Beam creates its own."""
     from apache_beam.io.gcp.gcsio import create_storage_client
     from apache_beam.options.pipeline_options import PipelineOptions
 
     return create_storage_client(PipelineOptions())
+
+
+def blob_at(path: str) -> Any:
+    """Return the object of Cloud Storage at a path."""
+    bucket, _, name = path.removeprefix(CLOUD_STORAGE).partition("/")
+    return _client().bucket(bucket).blob(name)
 
 
 def match_files(pattern: str) -> list[str]:

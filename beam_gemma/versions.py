@@ -1,20 +1,31 @@
-"""Software versions that must match between the submitting machine and the workers."""
+"""Software versions on this machine, some of which must match those of the workers."""
 
 import sys
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 
 import beam_gemma
 from beam_gemma.errors import OptionsError
 
 
 def versions() -> dict[str, str]:
-    """Return the versions on this machine, by name."""
+    """Return the versions that must match on all machines of a job, by name."""
     return {
         "beam-gemma": beam_gemma.__version__,
         "Beam": version("apache-beam"),
         "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
     }
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by package."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def check_versions(where: str, there: Mapping[str, str]) -> None:

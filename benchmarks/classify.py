@@ -29,10 +29,11 @@ from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.labels import join
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from benchmarks.comparison import Bar, bar_lines
+from benchmarks.padding import padded
+from benchmarks.reviews import SAMPLE, first_rows
 from benchmarks.table import table
 from benchmarks.weights import transformers_folder
 
-SAMPLE = Path(__file__).parent.parent / "tests/data/sst2_sample.parquet"
 NUM_FEWSHOT, SEED = 8, 0
 LABELS = ("negative", "positive")
 BATCH_SIZES = (4, 16, 64)
@@ -74,15 +75,11 @@ class Loop:
     @torch.inference_mode()
     def _batch(self, prompts: list[tuple[int, ...]]) -> list[int]:
         """Return label indices; prompts are padded on the left to end at the last position."""
-        padding = [len(prompts[0]) - len(prompt) for prompt in prompts]
+        ids, mask = padded(prompts)
         logits = self._model(
-            torch.tensor([[0] * n + [*ids] for n, ids in zip(padding, prompts, strict=True)]),
-            attention_mask=torch.tensor(
-                [[0] * n + [1] * len(ids) for n, ids in zip(padding, prompts, strict=True)]
-            ),
-            position_ids=torch.tensor(
-                [[0] * n + [*range(len(ids))] for n, ids in zip(padding, prompts, strict=True)]
-            ),
+            ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             logits_to_keep=1,
             use_cache=False,
         ).logits[:, -1]
@@ -150,8 +147,7 @@ def main() -> int:
         chat_template=None,
         max_model_len=artifact.config.max_position_embeddings,
     )
-    batches = open_source(flags.input).head(flags.rows)
-    table_rows = [row for batch in batches for row in batch.to_pylist()]
+    table_rows = first_rows(flags.input, flags.rows)
     questions = [encode(row) for row in table_rows]
     parts = questions[0].prompt.parts
     label_ids = [join(tokenizer, parts, [Text(label)]).token_ids[-1] for label in LABELS]

@@ -23,7 +23,7 @@ from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.runtime.limits import EMBED_TOKENS, Limits
 from beam_gemma.tasks.text_encoder import EmbedSettings
-from benchmarks.rate import Operations, matrix_rate
+from benchmarks.rate import Operations, matrix_rate, pair_operations
 from export.__main__ import export
 from export.modules.encoder import reach
 
@@ -72,7 +72,7 @@ def operations(config: GemmaConfig, lengths: list[int]) -> int:
             pairs += int((np.minimum(at + ahead, n - 1) - np.maximum(at - back, 0) + 1).sum())
     widths = (config.hidden_size, *DENSE_SIZES)
     dense = sum(2 * a * b for a, b in pairwise(widths))
-    attention = 4 * config.num_attention_heads * config.head_dim * pairs
+    attention = pair_operations(config) * pairs
     return Operations.of(config).layers * sum(lengths) + attention + dense * len(lengths)
 
 

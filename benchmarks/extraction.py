@@ -29,13 +29,12 @@ from beam_gemma.monitoring.progress import METER
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import EXTRACTED, StructuredOutput
-from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.generate import GenerateSettings, Generator
 from beam_gemma.tasks.open_model import start_engine
+from benchmarks.reviews import SAMPLE, first_rows
 from benchmarks.table import table
 
 TESTS = Path(__file__).parent.parent / "tests/data"
-SAMPLE = TESTS / "sst2_sample.parquet"
 MAX_TOKENS = 160
 PRESSURE = (0, 1, 2, 5, 10, 20)
 """Spare tokens beyond the length of the shortest valid output."""
@@ -180,8 +179,7 @@ def main() -> int:
     add("--pressed_rows", type=int, default=20, help="of these with little room (default: 20)")
     add("--temperature", type=float, default=0.0, help="of all draws (default: 0, none)")
     flags = parser.parse_args()
-    batches = open_source(flags.input).head(flags.rows)
-    rows = [row for batch in batches for row in batch.to_pylist()]
+    rows = first_rows(flags.input, flags.rows)
     extraction = Extraction(Artifact.open(flags.model), flags.prompt, rows)
     sampling = {"temperature": flags.temperature}
     turns = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from beam_gemma.model.config import GemmaConfig
 from benchmarks.gpu import machines
-from benchmarks.rate import Operations
+from benchmarks.rate import Operations, pair_operations
 
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.5, "int4": 4.5}
 """Bits per weight by precision; if quantized, including a 16-bit scale per 32 weights."""
@@ -64,7 +64,7 @@ def attention_operations(config: GemmaConfig, start: int, end: int) -> int:
     for kind in config.layer_types:
         window = config.window(kind)
         pairs += _sum_of_reach(end, window) - _sum_of_reach(start, window)
-    return 4 * config.num_attention_heads * config.head_dim * pairs
+    return pair_operations(config) * pairs
 
 
 def num_decode_steps(new_tokens: Sequence[int], slots: int) -> int:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.monitoring.processor import cpu_name
 from benchmarks.conditions import CONDITIONS, Outcome, base_of
 from benchmarks.table import table
 
@@ -117,12 +118,10 @@ def run_condition(name: str, model: str, num_rows: int, sample: int) -> dict[str
 
 def facts_of(model: str, num_rows: int) -> dict[str, Any]:
     """Return the facts that the bits may depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
         "model": Artifact.open(model).digest,
         "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "processor": names[0] if names else platform.machine(),
+        "processor": cpu_name() or platform.machine(),
         "rows": num_rows,
     }
 

@@ -10,7 +10,6 @@ process.
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from beam_gemma.model.config import FULL, SLIDING
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.limits import EngineConfig
+from benchmarks.runs import peak_bytes
 from benchmarks.table import table
 from export.__main__ import export
 from export.checkpoints.released_sizes import Size
@@ -99,8 +99,8 @@ def last_step(model: Path, num_tokens: int) -> list[float]:
     start = time.monotonic()
     session.run(feeds)
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return [num_tokens, chunk, *held, sum(held) * block_bytes / 1e9, (peak - before) / 1e9, seconds]
+    grown = peak_bytes() - before
+    return [num_tokens, chunk, *held, sum(held) * block_bytes / 1e9, grown / 1e9, seconds]
 
 
 def main() -> None:

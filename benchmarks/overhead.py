@@ -4,7 +4,7 @@
 
 Tables of small rows go through the command line's own job, from Parquet to Parquet: they are read,
 encoded by the model's tokenizer, grouped by request, made durable, joined and written. Only the
-model is replaced, by one that answers each row at once with its last words. Each job has its own
+model is replaced, by one that answers each row at once with its last tokens. Each job has its own
 process; its memory is the process's peak.
 """
 
@@ -27,21 +27,25 @@ from beam_gemma.cli import run as cli
 from beam_gemma.cli.generate_flags import generate_parser, generate_settings
 from beam_gemma.cli.plan import plan
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
-from beam_gemma.inputs.row import Row
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.row import Prompt, Row
 from beam_gemma.monitoring.timeline import Pulse
+from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.interface import in_order
 from benchmarks.table import table
 
 WORDS = ("river", "market", "window", "paper", "engine", "garden", "winter", "doctor")
 WORDS_PER_TEXT = 8
+ECHOED_TOKENS = 3
 ROWS_PER_GROUP = 100_000
 MIB = 1 << 20
 
 
 class Echo:
-    """A model that answers each row with its last words at once."""
+    """A model that answers each row with its last tokens at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self._encoder = encoder
         self._num_tokens = 0
         self._pulse = Pulse("cpu")
 
@@ -52,15 +56,16 @@ class Echo:
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns, in order."""
         for index, row in enumerate(rows):
-            words = row["text"].split()[-3:]
-            self._num_tokens += WORDS_PER_TEXT + len(words)
+            ids = request_in(row, self._encoder, Prompt.of_identity).token_ids
+            last = ids[-ECHOED_TOKENS:]
+            self._num_tokens += len(ids) + len(last)
             yield (
                 index,
                 {
-                    "completion": " ".join(words),
+                    "completion": self._encoder.tokenizer.decode(last),
                     "finish_reason": "stop",
-                    "num_prompt_tokens": WORDS_PER_TEXT,
-                    "num_completion_tokens": len(words),
+                    "num_prompt_tokens": len(ids),
+                    "num_completion_tokens": len(last),
                     "error": None,
                 },
             )
@@ -69,7 +74,7 @@ class Echo:
         """Do nothing: no results are pending."""
 
     def num_tokens(self) -> int:
-        """Return the number of words read and written."""
+        """Return the number of tokens read and written."""
         return self._num_tokens
 
     def take_counts(self) -> dict[str, int]:
@@ -85,7 +90,7 @@ class EchoHandler(GemmaGenerateModelHandler):
     """Model handler that loads `Echo` in place of a model."""
 
     def _start(self) -> Echo:
-        return Echo()
+        return Echo(self.encoder(self.artifact()))
 
 
 def write_rows(path: Path, num_rows: int) -> None:

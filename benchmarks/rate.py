@@ -33,6 +33,11 @@ class Operations:
         )
 
 
+def pair_operations(config: GemmaConfig) -> int:
+    """Return the floating-point operations of a query-key pair in all heads of one layer."""
+    return 4 * config.num_attention_heads * config.head_dim
+
+
 def matrix_rate() -> float:
     """Return the float32 operations per second of a large product in ONNX Runtime, best of 20."""
     session = onnxruntime.InferenceSession(_product(), providers=["CPUExecutionProvider"])

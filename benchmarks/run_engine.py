@@ -4,9 +4,10 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.monitoring.startup_log import process_age
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.limits import EngineConfig
-from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
+from benchmarks.runs import Job, Run, Timeline, peak_bytes, serve
 
 WARM_UP = Request(
     request_id="warm-up",
@@ -26,7 +27,7 @@ def run(job: Job) -> Run:
     timeline = Timeline()
     engine = Engine(session, config, on_step=timeline.add)
     engine.generate([WARM_UP])
-    startup_secs = secs_since_process_start()
+    startup_secs = process_age()
     timeline.restart()
     completions = engine.generate(
         Request(

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.monitoring.progress import METER, Count
+from beam_gemma.monitoring.startup_log import process_age
 from beam_gemma.tasks.generate import Generator
-from benchmarks.runs import Job, Run, Timeline, peak_bytes, secs_since_process_start, serve
+from benchmarks.runs import Job, Run, Timeline, peak_bytes, serve
 from pipelines import generate
 
 
@@ -42,7 +43,7 @@ def run(job: Job) -> Run:
             "--max_tokens", str(counts.pop()), "--ignore_eos", "--token_ids",
             "--max_num_seqs", str(job.batch_size),
         ]  # fmt: skip
-        age = secs_since_process_start() - time.perf_counter()
+        age = process_age() - time.perf_counter()
         report = io.StringIO()
         with contextlib.redirect_stdout(report):
             exit_code = generate.main()

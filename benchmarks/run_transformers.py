@@ -10,10 +10,9 @@ import time
 import torch
 import transformers
 
+from benchmarks.padding import padded
 from benchmarks.runs import Job, Run, Step, serve, timed_run
 from benchmarks.workload import Row
-
-PAD = 0
 
 
 class Clock(transformers.StoppingCriteria):
@@ -33,7 +32,7 @@ def run(job: Job) -> Run:
     """Complete all rows, one batch after another."""
     model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
+    model.generation_config.pad_token_id = 0
     return timed_run(job, lambda rows: complete(model, rows, job))
 
 
@@ -63,19 +62,13 @@ def _generate(
     model: transformers.PreTrainedModel, rows: list[Row]
 ) -> tuple[list[list[int]], list[Step]]:
     """Return the new tokens of each row of a batch, and its steps."""
-    width = max(len(row.prompt_token_ids) for row in rows)
-    longest = max(row.max_tokens for row in rows)
-    padding = [width - len(row.prompt_token_ids) for row in rows]
+    ids, mask = padded([row.prompt_token_ids for row in rows], model.device)
+    width = ids.shape[1]
     clock = Clock()
     output = model.generate(
-        torch.tensor(
-            [[PAD] * n + list(r.prompt_token_ids) for n, r in zip(padding, rows, strict=True)],
-            device=model.device,
-        ),
-        attention_mask=torch.tensor(
-            [[0] * n + [1] * (width - n) for n in padding], device=model.device
-        ),
-        max_new_tokens=longest,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max(row.max_tokens for row in rows),
         do_sample=False,
         stopping_criteria=transformers.StoppingCriteriaList([clock]),
     )
@@ -85,7 +78,8 @@ def _generate(
         new_tokens = sum(row.max_tokens > step for row in rows)
         steps.append(Step(now - before, prompt_tokens, new_tokens))
     completions = [
-        ids[width : width + row.max_tokens] for row, ids in zip(rows, output.tolist(), strict=True)
+        line[width : width + row.max_tokens]
+        for row, line in zip(rows, output.tolist(), strict=True)
     ]
     return completions, steps
 

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from beam_gemma.monitoring.progress import Count
+from beam_gemma.monitoring.startup_log import process_age
 from benchmarks.rate import Operations
 from benchmarks.workload import Row
 
@@ -173,7 +172,7 @@ def timed_run(job: Job, complete: Callable[[list[Row]], tuple[list[list[int]], l
         complete: Function that returns the new tokens of each row, and the steps.
     """
     complete([Row(text="", prompt_token_ids=(2, 5, 6, 7), max_tokens=2)])
-    startup_secs = secs_since_process_start()
+    startup_secs = process_age()
     start = time.perf_counter()
     token_ids, steps = complete(job.rows)
     return Run(
@@ -187,9 +186,9 @@ def timed_run(job: Job, complete: Callable[[list[Row]], tuple[list[list[int]], l
     )
 
 
-def secs_since_process_start() -> float:
-    """Return the age of this process in seconds, including the interpreter's start."""
-    return time.time() - psutil.Process().create_time()
+def last_words(process: subprocess.CompletedProcess[str]) -> str:
+    """Return the last line that a failed process wrote to standard error."""
+    return (process.stderr.strip() or "no error").splitlines()[-1]
 
 
 def peak_bytes() -> int:

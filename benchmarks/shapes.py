@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from beam_gemma.model.artifact import graph_name
 from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
 from export.checkpoints.released_sizes import SIZES, Size
+from export.graph.weights import safetensors_header
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
@@ -70,14 +70,11 @@ def make_checkpoint(size: Size, folder: Path) -> None:
 
 def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
     """Write a sparse safetensors file: only the header takes space on disk."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    sizes = {name: ITEM_BYTES[dtype] * math.prod(shape) for name, shape in shapes.items()}
+    header = safetensors_header((n, dtype, shape, sizes[n]) for n, shape in shapes.items())
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
+        stream.write(header)
+        stream.truncate(len(header) + sum(sizes.values()))
 
 
 def make_modules(folder: Path, width: int) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import transformers
 from llguidance.numpy import apply_token_bitmask_inplace, fill_next_token_bitmask
@@ -37,10 +36,11 @@ from beam_gemma.structured.grammar import ANY_CHAR, Repeat
 from beam_gemma.structured.json_schema import compile_schema
 from beam_gemma.tasks.open_model import start_engine
 from benchmarks.comparison import Bar, bar_lines
+from benchmarks.padding import padded
+from benchmarks.reviews import SAMPLE, first_rows
 from benchmarks.table import table
 from benchmarks.weights import transformers_folder
 
-SAMPLE = Path(__file__).parent.parent / "tests/data/sst2_sample.parquet"
 MAX_NUM_SEQS = 64
 MAX_TOKENS = 96
 MIN_CHARACTERS = 400
@@ -126,18 +126,18 @@ def run_theirs(
     start = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        width = max(map(len, batch))
-        padding = [width - len(prompt) for prompt in batch]
+        ids, mask = padded(batch)
+        width = ids.shape[1]
         guides = [constraint.start() for _ in batch]
         output = model.generate(
-            torch.tensor([[0] * n + [*ids] for n, ids in zip(padding, batch, strict=True)]),
-            attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding]),
+            ids,
+            attention_mask=mask,
             max_new_tokens=MAX_TOKENS,
             do_sample=False,
             eos_token_id=end_token_id,
             logits_processor=[Processor(guides, width, end_token_id)],
         )
-        completions += [_until(end_token_id, ids) for ids in output[:, width:].tolist()]
+        completions += [_until(end_token_id, new) for new in output[:, width:].tolist()]
     secs = time.perf_counter() - start
     system = f"transformers, objects, {batch_size} at once"
     return Turn(system=system, secs=secs, completions=completions)
@@ -158,7 +158,7 @@ def requests_of(prompts: Sequence[tuple[int, ...]], constraint: Constraint | Non
 
 def prompts_of(tokenizer: Tokenizer, path: str, number: int) -> list[tuple[int, ...]]:
     """Return prompts about reviews, the longest first."""
-    texts = pq.read_table(path)["sentence"].to_pylist()[:number]
+    texts = [row["sentence"] for row in first_rows(path, number)]
     prompts = [
         tuple(tokenizer.encode([Text(f"Review: {text}\nThe review as JSON:\n")])) for text in texts
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from benchmarks.runs import last_words
 from benchmarks.table import table
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def outcome(python: str, task: str, model: str, folder: Path) -> str:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if run.returncode:
-        return (run.stderr.strip() or "no error").splitlines()[-1]
+        return last_words(run)
     [shard] = folder.glob(f"{task}-*.parquet")
     rows = pq.read_table(shard).to_pylist()
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

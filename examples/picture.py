@@ -54,7 +54,7 @@ def draw_completions(table: pa.Table, path: Path) -> None:
         "Three keywords for each article, by Gemma 3 270M",
         f"{_balance(rows)}; {old:,} prompt tokens, {new:,} new tokens",
         LEGEND.format(left="prompt tokens", right="new tokens")
-        + _table("title", "tokens", "completion", lines),
+        + _table(["row", "title", "tokens", "completion"], lines),
     )
 
 
@@ -76,7 +76,7 @@ def draw_scores(table: pa.Table, truth: str, path: Path) -> None:
         "Sentiment of each review, by Gemma 3 270M",
         f"{_balance(rows)}; {right} of {len(rows)} as a person labelled them",
         LEGEND.format(left="negative", right="positive")
-        + _table("review", "probability", "label", lines),
+        + _table(["row", "review", "probability", "label"], lines),
     )
 
 
@@ -95,14 +95,13 @@ def draw_values(table: pa.Table, truth: str, path: Path) -> None:
         f"<tr><td>{row['id']}</td><td>{html.escape(row['text'])}</td>{_values(row, truth)}</tr>"
         for row in rows
     )
-    heads = "".join(f"<th>{name}<br>{table.schema.field(name).type}</th>" for name in names)
-    head = f"<tr><th>row</th><th>note</th>{heads}</tr>"
+    columns = [f"{name}<br>{table.schema.field(name).type}" for name in names]
     _write(
         path,
         "Sales from notes, as typed columns, by Gemma 3 270M",
         f"{_balance(rows)}; of {len(rows)} right: "
         + ", ".join(f"{name} {count}" for name, count in right.items()),
-        "<table>" + "\n".join([head, *lines]) + "</table>",
+        _table(["row", "note", *columns], lines),
     )
 
 
@@ -165,9 +164,9 @@ def _line(row: dict[str, Any], text: str, widths: Sequence[float], result: str) 
     )
 
 
-def _table(text: str, bars: str, result: str, lines: Iterable[str]) -> str:
-    head = f"<tr><th>row</th><th>{text}</th><th>{bars}</th><th>{result}</th></tr>"
-    return "<table>" + "\n".join([head, *lines]) + "</table>"
+def _table(heads: Iterable[str], lines: Iterable[str]) -> str:
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    return "<table>" + "\n".join([f"<tr>{head}</tr>", *lines]) + "</table>"
 
 
 def _balance(rows: Sequence[dict[str, Any]]) -> str:

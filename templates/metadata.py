@@ -69,7 +69,8 @@ NOT_IN_THE_FORM = ("dry_run", *OF_A_DRY_RUN)
 WORKER_IMAGE = {
     "name": "sdk_container_image",
     "label": "Worker image",
-    "helpText": "Image of the workers, which templates/build.sh makes beside this template. (required)",
+    "helpText": "Image of the workers, which templates/build.sh makes beside this template. "
+    "(required)",
     "groupName": "Dataflow",
     "isOptional": False,
     "paramType": "TEXT",

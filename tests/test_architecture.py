@@ -27,7 +27,7 @@ WINGS = {
     "tables": "monitoring",
     "inference": "monitoring model inputs structured runtime engine tasks",
     "jobs": "monitoring model inputs tasks tables inference",
-    "dataflow": "model runtime tables",
+    "dataflow": "model tables",
     "cli": "monitoring model inputs structured runtime engine tasks tables inference jobs dataflow",
 }
 EXPORT_MAY_USE = {"errors", "model"}

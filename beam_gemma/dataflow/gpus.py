@@ -121,3 +121,9 @@ _TYPES = (
 )  # fmt: skip
 GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _TYPES}
 """GPU types by name, from cheapest to dearest, except that T4, without bfloat16, is last."""
+
+
+def smallest_gpu(precision: str, num_bytes: int) -> Gpu | None:
+    """Return the GPU with the least memory that computes in a precision and holds the weights."""
+    fit = (gpu for gpu in GPUS.values() if gpu.computes(precision) and gpu.holds(num_bytes))
+    return min(fit, key=lambda gpu: gpu.memory_gib, default=None)

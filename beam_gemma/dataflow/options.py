@@ -16,11 +16,11 @@ from apache_beam.options.pipeline_options import (
 )
 
 from beam_gemma.dataflow import image
-from beam_gemma.dataflow.gpus import GPUS, Gpu
+from beam_gemma.dataflow.gpus import GPUS, Gpu, smallest_gpu
 from beam_gemma.errors import OptionsError
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device
-from beam_gemma.runtime.download import SCHEME as CLOUD_STORAGE
+from beam_gemma.storage import CLOUD_STORAGE
 from beam_gemma.tables.bigquery_client import SCHEME as BIGQUERY
 
 LOGGER = logging.getLogger(__name__)
@@ -237,9 +237,7 @@ def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
 
 def _smallest(artifact: Artifact) -> str:
     """Return the name of the GPU with the least memory that can run a model."""
-    precision, num_bytes = artifact.precision, _num_bytes(artifact)
-    fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(num_bytes))
-    smallest = min(fit, key=lambda gpu: gpu.memory_gib, default=None)
+    smallest = smallest_gpu(artifact.precision, _num_bytes(artifact))
     return smallest.name if smallest else "a smaller model, no type has as much"
 
 

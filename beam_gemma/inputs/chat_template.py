@@ -91,7 +91,8 @@ class ChatTemplate:
         if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         contents = [self._content_parts(message["content"]) for message in conversation]
-        sentinel = _unused_character([self._source, *(p.text for p in _texts(contents))])
+        texts = (p.text for parts in contents for p in parts if isinstance(p, Text))
+        sentinel = _unused_character([self._source, *texts])
         guarded = [
             {"role": message["role"], "content": self._guarded(parts, sentinel)}
             for message, parts in zip(conversation, contents, strict=True)
@@ -158,10 +159,6 @@ def _checked(messages: Any) -> list[Mapping[str, Any]]:
             f"messages: expected the last one to be the user's, got {messages[-1]['role']!r}"
         )
     return list(messages)
-
-
-def _texts(contents: Iterable[Sequence[Part]]) -> Iterator[Text]:
-    return (part for parts in contents for part in parts if isinstance(part, Text))
 
 
 def _unused_character(texts: Collection[str]) -> str:

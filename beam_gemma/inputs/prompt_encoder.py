@@ -11,7 +11,7 @@ from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
 from beam_gemma.inputs.infill import Infill
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors
-from beam_gemma.inputs.template import Template, format_value
+from beam_gemma.inputs.template import Template, column_text, format_value
 from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 
@@ -218,6 +218,10 @@ class PromptEncoder:
         if self._template and not isinstance(row, str):
             return self._template.render(row)
         text = row if isinstance(row, str) else self._column_text(row)
+        return self._split(text)
+
+    def _split(self, text: str) -> tuple[Part, ...]:
+        """Return a text's parts: with control tokens only where rows may write them."""
         return self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
 
     def _column_text(self, row: Mapping[str, Any]) -> str:
@@ -227,9 +231,7 @@ class PromptEncoder:
                 "settings: expected a prompt, prompt_column or messages_column for rows with "
                 "columns, got none"
             )
-        if column not in row:
-            raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
-        return format_value(column, row[column])
+        return column_text(row, column)
 
     def _cut(self, row: Row, num_tokens: int) -> Row:
         """Return the row with its longest text cut by `num_tokens`; markup stays intact."""
@@ -253,8 +255,7 @@ class PromptEncoder:
         return {**texts, column: self._cut_text(texts[column], num_tokens, far_ends.get(column))}
 
     def _cut_text(self, text: str, num_tokens: int, side: Side | None = None) -> str:
-        parts = self.tokenizer.split(text) if self.settings.allow_special_tokens else (Text(text),)
-        ids = self.tokenizer.encode(parts, add_bos=False)
+        ids = self.tokenizer.encode(self._split(text), add_bos=False)
         # If the cut splits a character of several byte tokens, the rest of it is removed too.
         if (side or self.settings.truncate) == "left":
             return self.tokenizer.decode(ids[num_tokens:]).lstrip("\ufffd")

@@ -83,9 +83,18 @@ def column_text(row: Mapping[str, Any], column: str) -> str:
     Raises:
         RecordError: the column is missing, or its value is null or bytes.
     """
+    return format_value(column, column_value(row, column))
+
+
+def column_value(row: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a row's column.
+
+    Raises:
+        RecordError: the row has no such column.
+    """
     if column not in row:
         raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
-    return format_value(column, row[column])
+    return row[column]
 
 
 def _segments(template: str) -> tuple[tuple[str, str | None], ...]:

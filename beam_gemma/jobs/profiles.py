@@ -13,9 +13,9 @@ from typing import Any
 
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.monitoring.processor import cpu_name
 
 PROFILES = Path(__file__).with_suffix(".json")
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +65,4 @@ def find_profile(
 
 def this_machine() -> str:
     """Return this machine's name in the profiles: the number and model of its cores."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in (CPU_INFO.read_text() if CPU_INFO.exists() else "").splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{os.cpu_count()} cores of {names[0] if names else 'an unknown kind'}"
+    return f"{os.cpu_count()} cores of {cpu_name() or 'an unknown kind'}"

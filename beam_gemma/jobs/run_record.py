@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import beam_gemma
@@ -20,6 +19,7 @@ from beam_gemma.model.artifact import Artifact
 from beam_gemma.monitoring.result_summary import Summary
 from beam_gemma.monitoring.timeline import timeline
 from beam_gemma.tasks.interface import Settings, task_name
+from beam_gemma.versions import installed
 
 FORMAT = 2
 """Version of the record format, raised when readers would misread a new record."""
@@ -48,7 +48,7 @@ def facts_of(
     return {
         "format": FORMAT,
         "tool": f"beam-gemma {beam_gemma.__version__}",
-        "packages": {"python": platform.python_version(), **_versions()},
+        "packages": {"python": platform.python_version(), **installed(PACKAGES)},
         "command": list(command),
         "input": source,
         "output": sink,
@@ -131,17 +131,6 @@ def _results(task: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
     if names := task["settings"].get("labels"):
         results["labels"] = {names[int(i)]: count for i, count in results["labels"].items()}
     return results
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions of those `PACKAGES` that are installed."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _as_json(value: Any) -> Any:

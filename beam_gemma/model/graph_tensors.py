@@ -42,6 +42,11 @@ class PagedState:
         return heads, blocks, block_size, self.head_dim
 
 
+def cache_names(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's key cache and value cache."""
+    return f"key_cache.{layer}", f"value_cache.{layer}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecurrentState:
     """A tensor of fixed size for each sequence, such as an RG-LRU state or a convolution's tail."""

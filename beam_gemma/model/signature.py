@@ -99,6 +99,7 @@ from beam_gemma.model.graph_tensors import (
     Tensor,
     _state_tensor,
     _tensors,
+    cache_names,
 )
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
@@ -284,9 +285,9 @@ class Signature:
             )
         shape = state.shape(self.device, self.block_size)
         return [
-            _state_tensor(f"{prefix}{kind}_cache.{layer}", self.dtype, shape)
+            _state_tensor(prefix + name, self.dtype, shape)
             for layer in state.layers
-            for kind in ("key", "value")
+            for name in cache_names(layer)
         ]
 
 

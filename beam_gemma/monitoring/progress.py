@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
+from beam_gemma.monitoring.charts import duration
+
 METRICS_NAMESPACE = "beam_gemma"
 """Namespace of all Beam metrics of this project."""
 BAR_SECS = 0.2
@@ -157,16 +159,10 @@ def describe(count: Count, total_rows: int | None, elapsed_secs: float) -> str:
     parts.append(f"{rates} tokens/s")
     if total_rows is not None and count.rows:
         left_secs = elapsed_secs * max(total_rows - count.rows, 0) / count.rows
-        parts.append(f"{_duration(left_secs)} left")
+        parts.append(f"{duration(round(left_secs))} left")
     return ", ".join(parts)
 
 
 def _share(rows: int, total_rows: int) -> str:
     percent = 100 * rows // total_rows if total_rows else 100
     return f"{rows:,}/{total_rows:,} rows ({percent} %)"
-
-
-def _duration(secs: float) -> str:
-    minutes, seconds = divmod(round(secs), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -27,6 +27,11 @@ def log_process() -> None:
     )
 
 
+def process_age() -> float:
+    """Return the seconds since this process began, including the interpreter's start."""
+    return time.time() - psutil.Process().create_time()
+
+
 @contextmanager
 def logged(part: str) -> Iterator[None]:
     """Log the duration of the enclosed block under the name of a startup part."""
@@ -55,7 +60,7 @@ class FirstRow:
     def __call__(self, count: Count) -> None:
         """Handle a row: log if it is the first, then call the callback."""
         if self._is_first.acquire(blocking=False):
-            age = time.time() - psutil.Process().create_time()
+            age = process_age()
             LOGGER.info(
                 "start: first row %.1f s after the model was there, %.1f s after the process began",
                 time.monotonic() - self._began,

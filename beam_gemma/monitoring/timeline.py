@@ -4,20 +4,18 @@ A sample contains totals since the engine started, so losing one only loses deta
 engines on several machines are merged into one timeline.
 """
 
-import functools
 import math
-import os
-import platform
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from beam_gemma.monitoring.processor import processor_of
 
 MIN_SECS = 1.0
 """Shortest time between two samples, and shortest step of a timeline, in seconds."""
@@ -187,23 +185,3 @@ def timeline(pulses: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _rounded(name: str, totals: np.ndarray) -> np.ndarray:
     return np.round(totals, 3) if name.endswith("_secs") else np.rint(totals).astype(int)
-
-
-@functools.cache
-def processor_of(device: str) -> str:
-    """Return the name of this machine's GPU, or of its CPU with the number of cores."""
-    if device == "cuda":
-        files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-        return next((name for file in files if (name := _entry(file, "Model"))), "CUDA device")
-    name = _entry(Path("/proc/cpuinfo"), "model name") or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _entry(file: Path, key: str) -> str | None:
-    """Return the value of the first line `key : value` of a file."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    pairs = (line.partition(":") for line in lines)
-    return next((value.strip() for name, _, value in pairs if name.strip() == key), None)

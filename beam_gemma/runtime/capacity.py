@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.graph_tensors import PagedState, StateTensor
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 
@@ -19,6 +19,12 @@ class Capacity:
     """Cache blocks per paged group, including block 0, which is reserved for padding."""
     num_state_slots: int
     """Slots for state of a fixed size, one per sequence."""
+
+    def shape_of(self, tensor: StateTensor) -> tuple[int, ...]:
+        """Return the shape of a state tensor, with a number in place of each letter."""
+        sizes = {"S": self.num_state_slots}
+        sizes |= {f"P_{group}": count for group, count in self.num_blocks.items()}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
 
 
 def plan_capacity(

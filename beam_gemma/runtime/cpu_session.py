@@ -4,14 +4,14 @@ A session owns the loaded graph and the state buffers. Each buffer is bound once
 output of every step, so that a step updates it in place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import psutil
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.graph_tensors import Head, StateTensor
+from beam_gemma.model.graph_tensors import Head, cache_names
 from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.capacity import Capacity, plan_capacity
@@ -52,9 +52,10 @@ class Session:
         self.num_state_slots = capacity.num_state_slots
         self._session = _load(graph_path, num_threads)
         check_names(self._session, signature)
-        sizes = {"S": capacity.num_state_slots}
-        sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
-        self._state = {t.input_name: _zeros(t, sizes) for t in signature.state_tensors()}
+        # The pages of zeros take no memory until they are written.
+        self._state = {
+            t.input_name: np.zeros(capacity.shape_of(t), t.dtype) for t in signature.state_tensors()
+        }
         # A binding keeps every output once bound to it, so each set of outputs has its own binding.
         self._bindings = {with_logits: self._bind() for with_logits in (False, True)}
 
@@ -136,7 +137,7 @@ class Session:
         """Overwrite cache blocks with zeros, so that a finished row leaves no NaN in them."""
         state = next(s for s in self.signature.paged_states if s.group == group)
         for layer in state.layers:
-            for name in (f"key_cache.{layer}", f"value_cache.{layer}"):
+            for name in cache_names(layer):
                 self._state[name][:, list(blocks)] = 0
 
     def _bind(self) -> onnxruntime.IOBinding:
@@ -147,12 +148,6 @@ class Session:
             binding.bind_ortvalue_input(tensor.input_name, value)
             binding.bind_ortvalue_output(tensor.output_name, value)
         return binding
-
-
-def _zeros(tensor: StateTensor, sizes: Mapping[str, int]) -> np.ndarray:
-    """Allocate a zeroed state buffer; its pages take no memory until they are written."""
-    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
-    return np.zeros(shape, tensor.dtype)
 
 
 def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from beam_gemma.model.graph_tensors import PagedState, StateTensor
+from beam_gemma.model.graph_tensors import StateTensor, cache_names
 from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.capacity import Capacity, num_bytes
 from beam_gemma.runtime.device_memory import DeviceMemory
@@ -33,15 +33,13 @@ class DeviceState:
             DeviceError: the memory does not suffice.
         """
         self._memory = memory
-        self._num_blocks = capacity.num_blocks
-        self._sizes = {"S": capacity.num_state_slots}
-        self._sizes |= {f"P_{group}": count for group, count in capacity.num_blocks.items()}
+        self._capacity = capacity
         self._pieces: list[int] = []
         tensors = {tensor.input_name: tensor for tensor in signature.state_tensors()}
         self._placed: list[Placed] = []
         self._groups: dict[str, list[Placed]] = {}
         for state in signature.paged_states:
-            names = _cache_names(state)
+            names = [name for layer in state.layers for name in cache_names(layer)]
             self._groups[state.group] = self._place([tensors.pop(name) for name in names])
         for tensor in tensors.values():
             self._place([tensor])
@@ -54,7 +52,7 @@ class DeviceState:
         """Overwrite cache blocks with zeros in all layers of a group."""
         caches = self._groups[group]
         pitch = num_bytes(caches[0].tensor.dtype, caches[0].shape)
-        size = pitch // self._num_blocks[group]
+        size = pitch // self._capacity.num_blocks[group]
         # Within a run of consecutive blocks, the block number minus the list index is constant.
         for _, run in groupby(enumerate(sorted(set(blocks))), key=lambda item: item[1] - item[0]):
             places = [block for _, block in run]
@@ -69,14 +67,10 @@ class DeviceState:
 
     def _place(self, tensors: Sequence[StateTensor]) -> list[Placed]:
         """Allocate tensors of one shape in one piece, one after another."""
-        shape = tuple(self._sizes[dim] if isinstance(dim, str) else dim for dim in tensors[0].shape)
+        shape = self._capacity.shape_of(tensors[0])
         pitch = num_bytes(tensors[0].dtype, shape)
         address = self._memory.allocate(len(tensors) * pitch)
         self._pieces.append(address)
         placed = [Placed(tensor, shape, address + i * pitch) for i, tensor in enumerate(tensors)]
         self._placed += placed
         return placed
-
-
-def _cache_names(state: PagedState) -> list[str]:
-    return [f"{kind}_cache.{layer}" for layer in state.layers for kind in ("key", "value")]

@@ -19,9 +19,8 @@ from google.cloud.storage import transfer_manager
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import DESCRIPTION, MANIFEST, Artifact, FileEntry, sha256_of
 from beam_gemma.monitoring.startup_log import logged
-from beam_gemma.storage import storage_client
+from beam_gemma.storage import CLOUD_STORAGE, blob_at
 
-SCHEME = "gs://"
 BAKED = Path("/opt/beam-gemma/models")
 """Folder of copies in the workers' image."""
 DOWNLOADS = 8
@@ -39,7 +38,7 @@ def open_model(model: str) -> Artifact:
     Raises:
         ArtifactError: the folder is missing, of another format, or damaged.
     """
-    if model.startswith(SCHEME):
+    if model.startswith(CLOUD_STORAGE):
         with logged(f"copied {model}"):
             return Artifact.open(_copy(model))
     artifact = Artifact.open(model)
@@ -54,7 +53,7 @@ def open_description(model: str) -> Artifact:
     Raises:
         ArtifactError: the folder is missing, of another format, or damaged.
     """
-    if not model.startswith(SCHEME):
+    if not model.startswith(CLOUD_STORAGE):
         return Artifact.open(model)
     return Artifact.open(_copy(model, of_weights=False), of_weights=False)
 
@@ -154,5 +153,4 @@ def _place(file: Path, content: bytes) -> None:
 
 
 def _blob(model: str, name: str) -> Any:
-    bucket, _, folder = model.removeprefix(SCHEME).rstrip("/").partition("/")
-    return storage_client().bucket(bucket).blob(f"{folder}/{name}" if folder else name)
+    return blob_at(f"{model.rstrip('/')}/{name}")

@@ -20,7 +20,7 @@ from google.cloud import bigquery
 
 import beam_gemma
 from beam_gemma.errors import OptionsError
-from beam_gemma.storage import write_once
+from beam_gemma.storage import CLOUD_STORAGE, write_once
 from beam_gemma.tables.bigquery_client import asking, encryption, open_client, table_of
 from beam_gemma.tables.bigquery_schema import conformed, table_schema
 from beam_gemma.tables.sink import Format, Sink
@@ -73,15 +73,14 @@ class BigQuerySink(Sink):
             OptionsError: the URI does not name a table, or `temp_location` is not on gs://.
         """
         table = table_of(uri)
-        if temp_location is None or not temp_location.startswith("gs://"):
+        if temp_location is None or not temp_location.startswith(CLOUD_STORAGE):
             raise OptionsError(
-                f"--temp_location: expected a folder on gs:// to load {uri} from, got "
+                f"--temp_location: expected a folder on {CLOUD_STORAGE} to load {uri} from, got "
                 f"{temp_location or 'none'}"
             )
-        name = f"{table.project}.{table.dataset_id}.{table.table_id}"
         return cls(
             uri=uri,
-            work=f"{temp_location.rstrip('/')}/beam-gemma/{name}.work",
+            work=f"{temp_location.rstrip('/')}/beam-gemma/{table}.work",
             disposition=disposition,
             project=open_client(project).project,
             kms_key=kms_key,

@@ -18,7 +18,14 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.storage import match_files
 from beam_gemma.tables.bigquery_client import asking, encryption, open_client, table_of
 from beam_gemma.tables.bigquery_schema import EXTENSION, arrow_schema
-from beam_gemma.tables.source import BATCH_BYTES, BATCH_ROWS, SAMPLE_PLACES, Source, selected
+from beam_gemma.tables.source import (
+    BATCH_ROWS,
+    SAMPLE_PLACES,
+    Source,
+    batch_rows,
+    sample_places,
+    selected,
+)
 
 ROW_BITS = 40
 """Low bits of a position, which count rows; the bits above hold the stream or file number."""
@@ -193,8 +200,7 @@ class BigQuerySource(Source):
         """Return rows from several places through the row listing API, which scans nothing."""
         if self.num_rows is None or self.limit is not None or self.num_rows <= num_rows:
             return self.head(num_rows)
-        places = [self.num_rows * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
-        return self._list(places, num_rows // SAMPLE_PLACES)
+        return self._list(sample_places(self.num_rows), num_rows // SAMPLE_PLACES)
 
     def _list(self, places: Sequence[int], num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return `num_rows` rows starting at each place."""
@@ -243,10 +249,9 @@ class BigQuerySource(Source):
 
 def _check_type(table: bigquery.Table, uri: str) -> None:
     if table.table_type not in TABLE_TYPES:
-        name = f"{table.project}.{table.dataset_id}.{table.table_id}"
         raise OptionsError(
             f"{uri}: expected a table, got a {table.table_type.lower().replace('_', ' ')}; "
-            f"read it with --query 'SELECT * FROM `{name}`'"
+            f"read it with --query 'SELECT * FROM `{table.reference}`'"
         )
 
 
@@ -287,7 +292,6 @@ def _read_file(path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """Slice a batch into pieces within the pipeline's batch limits."""
-    row_bytes = max(1, batch.nbytes // max(1, batch.num_rows))
-    size = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
+    size = batch_rows(batch.nbytes // max(1, batch.num_rows))
     for start in range(0, batch.num_rows, size):
         yield batch.slice(start, size)

@@ -14,7 +14,7 @@ from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import with_schema
-from beam_gemma.errors import OptionsError
+from beam_gemma.errors import OptionsError, one_line
 from beam_gemma.storage import create, match_files
 from beam_gemma.tables import json_lines
 from beam_gemma.tables.sink import FORMATS, Format, Sink
@@ -119,8 +119,7 @@ def check_writable(flag: str, path: str) -> None:
         is_folder = FileSystems.exists(f"{path}/")
     except Exception as error:  # each file system raises its own errors
         raise OptionsError(
-            f"{flag}: expected a file that can be written, got {type(error).__name__} at {path}: "
-            f"{' '.join(str(error).split())}"
+            f"{flag}: expected a file that can be written, got {one_line(error)} at {path}"
         ) from error
     if is_folder:
         raise OptionsError(f"{flag}: expected a file that can be written, got the folder {path}")

@@ -6,7 +6,7 @@ A dry run parses only a sample from across the table, so it misses types that oc
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -14,7 +14,15 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located
 from beam_gemma.tables import json_lines
-from beam_gemma.tables.source import BATCH_ROWS, SAMPLE_PLACES, SAMPLE_ROWS, Source, selected
+from beam_gemma.tables.source import (
+    BATCH_ROWS,
+    SAMPLE_PLACES,
+    SAMPLE_ROWS,
+    Source,
+    leading_rows,
+    sample_places,
+    selected,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,11 +135,7 @@ class JsonlSource(Source):
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows without reading further lines."""
-        for part in self.lines:
-            rows = min(part.num_rows, num_rows - part.first_row)
-            if rows <= 0:
-                return
-            yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+        return leading_rows(self, num_rows)
 
     def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first known rows; in a dry run, those come from across the table."""
@@ -165,7 +169,7 @@ def _sizes(paths: Sequence[str]) -> list[int]:
 def _sections(paths: Sequence[str]) -> list[list[_Stretch]]:
     """Split the table into `SAMPLE_PLACES` sections of equal size in bytes."""
     sizes = _sizes(paths)
-    starts = [sum(sizes) * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES + 1)]
+    bounds = [*sample_places(sum(sizes)), sum(sizes)]
     files = list(zip(paths, itertools.accumulate(sizes, initial=0), sizes, strict=False))
     return [
         [
@@ -173,7 +177,7 @@ def _sections(paths: Sequence[str]) -> list[list[_Stretch]]:
             for path, first, size in files
             if max(start, first) < min(end, first + size)
         ]
-        for start, end in itertools.pairwise(starts)
+        for start, end in itertools.pairwise(bounds)
     ]
 
 

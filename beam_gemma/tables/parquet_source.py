@@ -13,9 +13,15 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located, with_schema
-from beam_gemma.errors import OptionsError, StorageError
+from beam_gemma.errors import OptionsError, StorageError, one_line
 from beam_gemma.tables.hive_partitions import partitions_of
-from beam_gemma.tables.source import BATCH_BYTES, BATCH_ROWS, SAMPLE_PLACES, Source, selected
+from beam_gemma.tables.source import (
+    Source,
+    batch_rows,
+    leading_rows,
+    sample_places,
+    selected,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,9 +137,8 @@ class ParquetSource(Source):
         with _named(part.path), FileSystems.open(part.path) as stream:
             file = pq.ParquetFile(stream)
             groups = [part.row_group] if part.row_group is not None else _leading(file, part)
-            for batch in file.iter_batches(
-                _batch_rows(file.metadata), row_groups=groups, columns=names
-            ):
+            size = batch_rows(_num_bytes(file.metadata, 1))
+            for batch in file.iter_batches(size, row_groups=groups, columns=names):
                 rows = batch.select(names).slice(0, end - position)
                 yield position, self._whole(rows, part)
                 position += rows.num_rows
@@ -151,18 +156,14 @@ class ParquetSource(Source):
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows without reading further row groups."""
-        for part in self.parts():
-            rows = min(part.num_rows, num_rows - part.first_row)
-            if rows <= 0:
-                return
-            yield from (batch for _, batch in self.read(replace(part, num_rows=rows)))
+        return leading_rows(self, num_rows)
 
     def sample(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Return the first rows of row groups from across the table."""
         if num_rows >= self.num_rows:
             yield from self.head(num_rows)
             return
-        places = [self.num_rows * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
+        places = sample_places(self.num_rows)
         groups = [
             group
             for part in self.parts()
@@ -187,10 +188,9 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
         raise StorageError(
-            f"{path}: expected rows of Parquet, got {type(error).__name__}: {reason}; replace the "
-            "file, then go on with --resume"
+            f"{path}: expected rows of Parquet, got {one_line(error)}; replace the file, "
+            "then go on with --resume"
         ) from error
 
 
@@ -242,12 +242,6 @@ def _num_bytes(metadata: pq.FileMetaData, num_rows: int) -> int:
     groups = range(metadata.num_row_groups)
     total = sum(metadata.row_group(group).total_byte_size for group in groups)
     return total * num_rows // max(1, metadata.num_rows)
-
-
-def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Return the number of rows per batch."""
-    row_bytes = _num_bytes(metadata, 1)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
 
 
 def _leading(file: pq.ParquetFile, part: Part) -> list[int]:

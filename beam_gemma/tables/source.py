@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -60,6 +61,30 @@ class Source(ABC):
     def expected_rows(self) -> int | None:
         """Approximate number of rows; None if there is no estimate."""
         return self.num_rows
+
+
+def leading_rows(source: Source, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Return the first rows of a table by reading the parts that hold them.
+
+    Args:
+        source: The table; its parts are dataclasses with `first_row` and `num_rows`, in order.
+        num_rows: Number of rows to return.
+    """
+    for part in source.parts():
+        rows = min(part.num_rows, num_rows - part.first_row)
+        if rows <= 0:
+            return
+        yield from (batch for _, batch in source.read(replace(part, num_rows=rows)))
+
+
+def batch_rows(row_bytes: int) -> int:
+    """Return the most rows of a batch, for rows of about this size in bytes."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
+
+
+def sample_places(size: int) -> list[int]:
+    """Return `SAMPLE_PLACES` evenly spaced offsets into a table of this size, from 0 on."""
+    return [size * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
 
 
 def selected(schema: pa.Schema, columns: tuple[str, ...] | None, uri: str) -> pa.Schema:

@@ -21,6 +21,7 @@ from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
+from beam_gemma.inputs.template import column_value
 from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.structured.constraint import Constraint
@@ -48,8 +49,8 @@ class GenerateSettings(PromptSettings, Settings):
     structured: StructuredOutput | None = None
     """Format that completions must have; None for any text."""
     key_column: str | None = None
-    """Column that seeds a row's random draws. Without a key, the prompt seeds them, or all columns of
-    the row in a job over a table."""
+    """Column that seeds a row's random draws. Without a key, the prompt seeds them; in a job over a
+    table, all columns of the row do."""
     logprob: bool = False
     """True to return the log-probability of the completion."""
     token_ids: bool = False
@@ -279,10 +280,9 @@ class Generator(EngineModel):
             return str(row[ROW_KEY])
         # An encoded row without a row key is not sampled, so any key will do.
         if column is not None and not isinstance(row, str) and ENCODED not in row:
-            if column not in row:
-                raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
-            if row[column] is not None:
-                return str(row[column])
+            value = column_value(row, column)
+            if value is not None:
+                return str(value)
         ids = array("q", prompt.token_ids).tobytes()
         return hashlib.blake2b(ids, digest_size=16).hexdigest()
 

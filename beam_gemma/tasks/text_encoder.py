@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError, nearest
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors
-from beam_gemma.inputs.template import format_value
+from beam_gemma.inputs.template import column_text, column_value
 from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.markup import Control, Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
@@ -151,13 +151,13 @@ class TextEncoder:
         column = self._settings.text_column
         if column is None:
             raise OptionsError("settings: expected a text_column for rows with columns, got none")
-        return format_value(column, _value(row, column))
+        return column_text(row, column)
 
     def _prompt_of(self, row: Row) -> str:
         column = self._settings.title_column
         if column is None:
             return self._prompt
-        title = None if isinstance(row, str) else _value(row, column)
+        title = None if isinstance(row, str) else column_value(row, column)
         return f"title: {title or NO_TITLE} | text: "
 
 
@@ -175,9 +175,3 @@ def _prompt(settings: EmbedSettings, config: EmbeddingConfig) -> str:
             f"prompt_name: expected one of {known}, got {name!r}{nearest(name, config.prompts)}"
         )
     return prompts[name.lower()]
-
-
-def _value(row: Mapping[str, Any], column: str) -> Any:
-    if column not in row:
-        raise RecordError(f"column {column!r}: expected in every row, got {', '.join(row)}")
-    return row[column]

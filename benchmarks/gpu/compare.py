@@ -24,7 +24,6 @@ part. `benchmarks.gpu.rows` measures row independence and its cost.
 import argparse
 import dataclasses
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,9 @@ from benchmarks.floors import Rates, classify_operations, generate_floor
 from benchmarks.gpu import models, work
 from benchmarks.gpu.systems import is_installed
 from benchmarks.gpu.work import FULL_SCALE, SMOKE, Job, Scale
+from benchmarks.runs import last_words
 from benchmarks.table import table
+from export.__main__ import hide_messages
 from export.checkpoints.released_sizes import SIZES, Size
 
 BUDGET_SECS = 450.0
@@ -220,8 +221,7 @@ class Bench:
             except subprocess.TimeoutExpired:
                 return dataclasses.replace(line, left_out=f"stopped after {left:.0f} s")
             if done.returncode:
-                words = (done.stderr.strip() or "no error").splitlines()[-1]
-                return dataclasses.replace(line, left_out=f"failed: {words[:200]}")
+                return dataclasses.replace(line, left_out=f"failed: {last_words(done)[:200]}")
             return dataclasses.replace(line, answer=json.loads(answered.read_text()))
 
 
@@ -271,9 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all cases and print the table; return 1 if a run failed."""
     began = time.monotonic()
     flags = parse(argv)
-    # Hide the exporter's and optimizer's messages on optional packages and unattached weights.
-    for name in ("torch.onnx", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hide_messages()
     bench = Bench(flags, until=began + flags.budget_secs)
     bench.measure_card()
     lines: list[Line] = []

@@ -10,7 +10,7 @@ window's tokens. Weights and caches together stay within the share of memory all
 
 import math
 
-from beam_gemma.dataflow.gpus import GPUS, WEIGHTS_FRACTION, Gpu
+from beam_gemma.dataflow.gpus import GPUS, WEIGHTS_FRACTION, Gpu, smallest_gpu
 from beam_gemma.jobs.estimate import Estimate, Means, Sample, Throughput
 from beam_gemma.jobs.profiles import profiles
 from beam_gemma.model.config import GemmaConfig
@@ -89,8 +89,8 @@ def precision_table() -> str:
         cells = []
         for precision in ("bf16", "fp16", *BITS):
             weights = weight_bytes(size, precision)
-            fit = (g for g in GPUS.values() if g.computes(precision) and g.holds(weights))
-            smallest = min(fit, key=lambda gpu: gpu.memory_gib)
+            smallest = smallest_gpu(precision, weights)
+            assert smallest is not None
             cells.append(f"{weights / 1e9:.1f}, {smallest.name.removeprefix('nvidia-')}")
         rows.append([size.name, *cells])
     return table(["model", "bf16", "fp16", *BITS], rows)

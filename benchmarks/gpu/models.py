@@ -27,7 +27,7 @@ STRIDE = 4099
 
 def ready(size: Size, folder: Path, *, device: Device, task: str, precision: str) -> Path:
     """Return the exported model folder of a size, made unless it exists."""
-    model = folder / size.name.lower().replace(" ", "-")
+    model = folder / _folder_name(size)
     if not (model / "manifest.json").exists():
         checkpoint = folder / "checkpoint"
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -79,7 +79,7 @@ def header_bytes(file: Path) -> int:
 
 def hf_folder(size: Size, folder: Path) -> Path:
     """Return a folder with a Hugging Face `config.json`, for systems that draw their weights."""
-    home = folder / f"{size.name.lower().replace(' ', '-')}-config"
+    home = folder / f"{_folder_name(size)}-config"
     home.mkdir(parents=True, exist_ok=True)
     config = {
         **size.raw,
@@ -91,3 +91,7 @@ def hf_folder(size: Size, folder: Path) -> Path:
     }
     (home / "config.json").write_text(json.dumps(config))
     return home
+
+
+def _folder_name(size: Size) -> str:
+    return size.name.lower().replace(" ", "-")

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from beam_gemma.monitoring.startup_log import process_age
 from benchmarks.gpu.work import Job
-from benchmarks.runs import secs_since_process_start
 
 Answer = dict[str, Any]
 WARM_ROWS = 2
@@ -27,7 +27,7 @@ def timed(job: Job, work: Callable[[list[list[int]], list[int]], Any]) -> Answer
     """Run the rows with the longest prompts to warm up, then time all rows."""
     few = sorted(range(len(job.prompts)), key=lambda i: -len(job.prompts[i]))[:WARM_ROWS]
     work([job.prompts[i] for i in few], [2] * len(few))
-    startup_secs = secs_since_process_start()
+    startup_secs = process_age()
     start = time.perf_counter()
     work(job.prompts, job.new_tokens)
     return {"startup_secs": startup_secs, "seconds": time.perf_counter() - start}
@@ -149,12 +149,14 @@ def their_classifications(job: Job) -> Answer:
     """Run forward passes of transformers over batches of whole prompts, padded on the left."""
     import torch
 
+    from benchmarks.padding import padded
+
     model = _causal_model(job)
 
     @torch.inference_mode()
     def work(prompts: list[list[int]], _: list[int]) -> None:
         for batch in _batches(prompts, job.scale.their_tokens):
-            ids, mask = _padded(batch, job.device, left=True)
+            ids, mask = padded(batch, job.device)
             logits = model(ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits
             logits[:, -1, job.label_ids].argmax(dim=1).tolist()
 
@@ -166,6 +168,8 @@ def their_embeddings(job: Job) -> Answer:
     import torch
     import transformers
 
+    from benchmarks.padding import padded
+
     config = transformers.AutoConfig.from_pretrained(job.shapes)
     with torch.device(job.device):
         model = transformers.AutoModel.from_config(config, dtype=getattr(torch, job.dtype)).eval()
@@ -173,7 +177,7 @@ def their_embeddings(job: Job) -> Answer:
     @torch.inference_mode()
     def work(texts: list[list[int]], _: list[int]) -> None:
         for batch in _batches(texts, job.scale.their_tokens):
-            ids, mask = _padded(batch, job.device, left=False)
+            ids, mask = padded(batch, job.device, left=False)
             states = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
             means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             torch.nn.functional.normalize(means.float()).cpu()
@@ -204,18 +208,6 @@ def _batches(rows: list[list[int]], limit: int) -> Iterator[list[list[int]]]:
             batch = []
         batch.append(row)
     yield batch
-
-
-def _padded(rows: list[list[int]], device: str, *, left: bool) -> tuple[Any, Any]:
-    import torch
-
-    width = max(map(len, rows))
-    padding = [[0] * (width - len(row)) for row in rows]
-    lines = zip(padding, rows, strict=True)
-    ids = [zeros + row if left else row + zeros for zeros, row in lines]
-    lines = zip(padding, rows, strict=True)
-    mask = [zeros + [1] * len(row) if left else [1] * len(row) + zeros for zeros, row in lines]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 SYSTEMS: dict[str, Callable[[Job], Answer]] = {

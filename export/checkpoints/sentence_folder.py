@@ -12,7 +12,7 @@ from typing import Any
 from beam_gemma.errors import CheckpointError, nearest
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
-from export.checkpoints.sidecar_files import read_json
+from export.checkpoints.sidecar_files import read_json, read_optional_json
 
 MODULES = "modules.json"
 POOLINGS: dict[str, Pooling] = {"mean": "mean", "lasttoken": "lasttoken"}
@@ -105,7 +105,7 @@ def _kind(folder: Path, module: Mapping[str, Any], paths: dict[str, list[Path]])
 
 def _settings(file: Path) -> _Settings:
     """Open a settings file; a missing file means all defaults."""
-    return _Settings(file, read_json(file) if file.exists() else {})
+    return _Settings(file, read_optional_json(file))
 
 
 def _check_normalize(file: Path) -> None:
@@ -170,8 +170,7 @@ def _max_tokens(folder: Path, config: GemmaConfig) -> int:
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    return read_json(file) if file.exists() else {}
+    return read_optional_json(folder / "tokenizer_config.json")
 
 
 def _adds(folder: Path, token: str, *, default: bool) -> bool:
@@ -179,8 +178,7 @@ def _adds(folder: Path, token: str, *, default: bool) -> bool:
     setting = _tokenizer_config(folder).get(f"add_{token}_token")
     if setting is not None:
         return bool(setting)
-    file = folder / "tokenizer.json"
-    processor = (read_json(file) if file.exists() else {}).get("post_processor")
+    processor = read_optional_json(folder / "tokenizer.json").get("post_processor")
     if not processor:
         return default
     template = processor.get("single", ())

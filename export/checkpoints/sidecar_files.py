@@ -22,6 +22,11 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: expected JSON, got {error}") from error
 
 
+def read_optional_json(file: Path) -> dict[str, Any]:
+    """Read a JSON settings file; one that is missing has no settings."""
+    return read_json(file) if file.exists() else {}
+
+
 def tokenizer_bytes(folder: Path) -> bytes:
     """Return the SentencePiece model, with pieces renamed as in `tokenizer_config.json`.
 
@@ -35,9 +40,8 @@ def tokenizer_bytes(folder: Path) -> bytes:
             "it is one of the files published with every Gemma model"
         )
     model = ModelProto.FromString(file.read_bytes())
-    settings = folder / "tokenizer_config.json"
-    added = read_json(settings).get("added_tokens_decoder", {}) if settings.exists() else {}
-    for token_id, token in added.items():
+    settings = read_optional_json(folder / "tokenizer_config.json")
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
         # Ids beyond the model's vocabulary belong to images.
         if int(token_id) < len(model.pieces):
             piece = model.pieces[int(token_id)]
@@ -48,9 +52,8 @@ def tokenizer_bytes(folder: Path) -> bytes:
 
 def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the ids that end a text; generation_config.json overrides config.json."""
-    generation = folder / "generation_config.json"
-    raw = read_json(generation) if generation.exists() else {}
-    ids = raw.get("eos_token_id", config.get("eos_token_id", 1))
+    generation = read_optional_json(folder / "generation_config.json")
+    ids = generation.get("eos_token_id", config.get("eos_token_id", 1))
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
@@ -59,8 +62,7 @@ def chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text()
-    settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.exists() else None
+    template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         return named.get("default")

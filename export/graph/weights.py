@@ -208,20 +208,26 @@ class _Links:
 
 def _write(items: list[Written], file: Path) -> Iterator[tuple[Written, int]]:
     """Write tensors to one safetensors file, slice by slice; yield each with its file offset."""
-    header, position = {}, 0
-    for item in items:
-        end = position + item.num_bytes
-        header[item.name] = {
-            "dtype": SAFETENSORS_NAMES[item.dtype],
-            "shape": list(item.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % 64)  # data starts at a multiple of 64 bytes
+    rows = [(i.name, SAFETENSORS_NAMES[i.dtype], i.shape, i.num_bytes) for i in items]
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(safetensors_header(rows))
         for item in items:
             yield item, stream.tell()
             for chunk in item.chunks():
                 chunk.tofile(stream)
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Return what a safetensors file begins with; its data starts at a multiple of 64 bytes.
+
+    Args:
+        tensors: Name, type as safetensors calls it, shape and size in bytes of each tensor.
+    """
+    header, position = {}, 0
+    for name, dtype, shape, num_bytes in tensors:
+        offsets = [position, position + num_bytes]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        position += num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return struct.pack("<Q", len(text)) + text

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.graph_tensors import cache_names
 from beam_gemma.model.signature import Signature
 from export.modules.heads import Named, generate_head, score_head
 from export.modules.token_choice import choosing_head
@@ -205,7 +206,7 @@ class GemmaDecoder(GemmaLayers):
         """Write the new tokens to a layer's cache and attend over it."""
         config = self.config
         group = config.layer_types[layer]
-        names = (f"key_cache.{layer}", f"value_cache.{layer}")
+        names = cache_names(layer)
         output, *caches = ragged_attention(
             *rows,
             *(state[name] for name in names),

@@ -6,16 +6,17 @@ Beam talks REST, and to a plain HTTP server, where the name of the endpoint has 
 import gzip
 import json
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
+
+from tests.doubles.http_server import Quiet, serving_http
 
 CREATE_JOB = re.compile(r"/v1b3/projects/[^/]+/(locations/[^/]+/)?jobs(\?.*)?")
 LAUNCH_TEMPLATE = re.compile(r"/v1b3/projects/[^/]+/locations/[^/]+/flexTemplates:launch(\?.*)?")
@@ -122,19 +123,12 @@ class Dataflow:
 @contextmanager
 def dataflow_service() -> Iterator[Dataflow]:
     """Run the service until the block ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.service = Dataflow(server.server_address[1])
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving_http(_Handler) as server:
+        server.service = Dataflow(server.server_port)
         yield server.service
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet, BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
@@ -156,6 +150,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""

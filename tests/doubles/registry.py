@@ -1,16 +1,16 @@
 """A registry of images on this machine."""
 
 import hashlib
-import http.server
 import json
 import platform
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from importlib import metadata
 
 import beam_gemma
 from beam_gemma.dataflow.image import INDEXES, MANIFESTS
+from tests.doubles.http_server import Quiet, serving_http
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 LABELS = {
@@ -66,7 +66,7 @@ class Registry:
 def serving() -> Iterator[Registry]:
     """Run the registry until the block ends."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_GET(self):
             registry.tokens.add(self.headers.get("Authorization"))
             content = registry.content.get(self.path)
@@ -77,16 +77,6 @@ def serving() -> Iterator[Registry]:
             if status == 200:
                 self.wfile.write(content)
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    registry = Registry(f"127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with serving_http(Handler) as server:
+        registry = Registry(f"127.0.0.1:{server.server_port}")
         yield registry
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from beam_gemma.jobs import profiles as profiles_module
 from beam_gemma.jobs.profiles import find_profile, profiles, this_machine
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.monitoring import processor
 from export.checkpoints.released_sizes import SIZES
 
 PAGE = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
@@ -63,7 +63,7 @@ def test_a_profile_is_found_for_the_same_in_everything():
 
 def test_a_machine_is_its_cores_and_their_kind(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(profiles_module, "CPU_INFO", info)
+    monkeypatch.setattr(processor, "CPU_INFO", info)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert this_machine() == "2 cores of an unknown kind"
     info.write_text("processor\t: 0\nmodel name\t: AMD EPYC\n\nmodel name\t: AMD EPYC\n")

@@ -38,7 +38,8 @@ def test_line_tells_rows_failures_rate_and_time_left():
     count = Count(rows=1000, failed=2, prompt_tokens=90_000, completion_tokens=5000)
     line = describe(count, 4000, 50.0)
     assert line == (
-        "1,000/4,000 rows (25 %), 2 failed, 1,800 prompt + 100.0 completion tokens/s, 2:30 left"
+        "1,000/4,000 rows (25 %), 2 failed, 1,800 prompt + 100.0 completion tokens/s, "
+        "2 min 30 s left"
     )
 
 
@@ -46,7 +47,7 @@ def test_line_without_a_total_and_before_the_first_row():
     assert describe(Count(), None, 0.0) == "0 rows, 0 tokens/s"
     assert describe(Count(), 0, 1.0) == "0/0 rows (100 %), 0 tokens/s"
     long = describe(Count(rows=1), 7201, 1.0)
-    assert long.endswith("2:00:00 left")
+    assert long.endswith(", 2 h left")
 
 
 def test_terminal_gets_one_line_that_is_overwritten():
@@ -89,4 +90,4 @@ def test_file_gets_plain_lines():
     with Display(2, meter=meter, stream=stream, clock=clock) as display:
         meter.add(Count(rows=2))
         display.show()
-    assert stream.getvalue() == ("2/2 rows (100 %), 0 tokens/s, 0:00 left\n")
+    assert stream.getvalue() == ("2/2 rows (100 %), 0 tokens/s, 0 s left\n")

@@ -14,7 +14,6 @@ from beam_gemma.monitoring.timeline import (
     DeviceStats,
     Pulse,
     Work,
-    processor_of,
     timeline,
     used_mib,
 )
@@ -146,11 +145,6 @@ def test_timeline_of_no_samples_is_empty():
 def test_timeline_of_one_sample_holds_its_totals_at_both_ends():
     line = timeline([engine("a", (1.0, 5, 0, 0, 0, 0))])
     assert line["prompt_tokens"] == [5, 5]
-
-
-def test_processor_has_a_name_on_each_device():
-    assert processor_of("cpu").endswith(" cores")
-    assert processor_of("cuda")
 
 
 def test_samples_hold_what_the_device_says(clock):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from beam_gemma.batches import RecordBatchCoder
 from beam_gemma.errors import OptionsError
-from beam_gemma.tables import json_lines, jsonl_source, parquet_source
+from beam_gemma.tables import json_lines, jsonl_source
+from beam_gemma.tables import source as table_source
 from beam_gemma.tables.open_table import ReadTable, open_source
 from tests.doubles.fake_models import local_pipeline
 from tests.doubles.tables import (
@@ -80,11 +81,11 @@ def test_parquet_rows_and_types_are_read_as_they_are(folder):
 
 
 def test_wide_rows_are_read_a_few_at_a_time(folder, monkeypatch):
-    monkeypatch.setattr(parquet_source, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(table_source, "BATCH_BYTES", 2000)
     batches = read(open_source(str(folder)))
     assert keys_of(batches) == list(range(380))
     assert max(batch.num_rows for batch in batches) < 40
-    monkeypatch.setattr(parquet_source, "BATCH_ROWS", 1)
+    monkeypatch.setattr(table_source, "BATCH_ROWS", 1)
     assert len(read(open_source(str(folder), limit=101))) == 101
 
 
