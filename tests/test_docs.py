@@ -18,7 +18,6 @@ from beam_gemma.cli.flags import FlagParser, beam_flag_parser
 from beam_gemma.cli.generate_flags import generate_parser
 from beam_gemma.preflight import preflight_parser
 from export.__main__ import _parser as export_parser
-from tests.conftest import TinyModel
 
 ROOT = Path(__file__).parent.parent
 PARSERS = (generate_parser, classify_parser, embed_parser, export_parser, preflight_parser)
@@ -32,11 +31,11 @@ def readme_commands() -> list[list[str]]:
 
 
 def test_readme_commands_run(
-    tiny_gemma3: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    all_tasks_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they stand, but with the tiny model's files and a template read from its file."""
     paths = {
-        "gemma-3-270m.gguf": str(tiny_gemma3.checkpoint.path),
+        "gemma-3-270m.gguf": str(Path(all_tasks_model).with_name("checkpoint")),
         "models/gemma-3-270m": str(tmp_path / "model"),
     }
     monkeypatch.chdir(ROOT)

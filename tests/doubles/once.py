@@ -10,6 +10,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
+MAKERS = ("real_model", "reference", "sentence_model", "tiny_tokenizer")
+"""The modules beside this one that make checkpoints."""
 
 
 def alone(name: str) -> FileLock:
@@ -38,6 +40,7 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
 @functools.cache
 def exporter_digest() -> str:
     """Return a digest of all that decides what an export of a test's model holds."""
-    folders = (ROOT / "export", ROOT / "beam_gemma/model", ROOT / "tests/doubles")
+    folders = (ROOT / "export", ROOT / "beam_gemma/model")
     sources = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    sources += [Path(__file__).with_name(f"{name}.py") for name in MAKERS]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]

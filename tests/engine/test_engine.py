@@ -3,17 +3,16 @@
 import functools
 import gc
 import itertools
+import random
 import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
@@ -46,9 +45,15 @@ def run(session, requests, **config):
     return completions
 
 
+@functools.cache
+def right_completion(states, request):
+    """Return what a request completes to over these states, with any cache and on any device."""
+    return expected(fake_signature(states=states), request, eos_token_ids=EOS)
+
+
 def assert_as_expected(completions, requests, signature):
     for completion, request in zip(completions, requests, strict=True):
-        right = expected(signature, request, eos_token_ids=EOS)
+        right = right_completion(tuple(signature.states), request)
         assert replace(completion, logprob=None) == replace(right, logprob=None)
         # Sums of at most 400 terms near -4, each rounded to float32 once on either side.
         assert completion.logprob == pytest.approx(right.logprob, abs=400 * 1e-6)
@@ -92,36 +97,63 @@ def mixed_alone(states):
     return run(session, MIXED, **config)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    order=st.permutations(range(len(MIXED))),
-    cuts=st.lists(st.integers(0, len(MIXED)), max_size=3),
-    max_num_seqs=st.integers(1, 8),
-    budget=st.integers(70, 400),
-    num_blocks=st.integers(31, 200),
-    device=st.sampled_from(["cpu", "cuda"]),
-    states=st.sampled_from([PAGED, PAGED, STATES]),
-    enable_prefix_caching=st.booleans(),
-)
-def test_results_depend_on_the_row_alone(
-    order, cuts, max_num_seqs, budget, num_blocks, device, states, enable_prefix_caching
-):
+@dataclass(frozen=True)
+class Way:
+    """One arrival order, engine and cache; all but the device and the states is drawn."""
+
+    device: str
+    states: tuple[object, ...]
+    order: tuple[int, ...]
+    cuts: tuple[int, ...]
+    num_blocks: int
+    config: EngineConfig
+
+    @classmethod
+    def drawn(cls, device, states, seed):
+        rng = random.Random(seed)
+        return cls(
+            device=device,
+            states=states,
+            order=tuple(rng.sample(range(len(MIXED)), len(MIXED))),
+            cuts=tuple(sorted(rng.choices(range(len(MIXED) + 1), k=seed % 4))),
+            # A small pool every other time; the longest row needs 30 blocks.
+            num_blocks=rng.randint(31, 45) if seed % 2 else rng.randint(46, 200),
+            config=EngineConfig(
+                max_num_seqs=rng.randint(1, 8) if seed else 1,
+                max_num_batched_tokens=rng.randint(70, 400),
+                eos_token_ids=EOS,
+                enable_prefix_caching=seed % 3 > 0,
+            ),
+        )
+
+    def run(self):
+        """Return the completions in the order of `MIXED`, and the engine's stats."""
+        signature = fake_signature(device=self.device, states=self.states)
+        session = FakeSession(signature, num_blocks=self.num_blocks)
+        borders = [0, *self.cuts, len(self.order)]
+        with closing(Engine(session, self.config)) as engine:
+            futures = []
+            for start, end in itertools.pairwise(borders):
+                futures += engine.submit([MIXED[i] for i in self.order[start:end]])
+            completions = dict(zip(self.order, (f.result() for f in futures), strict=True))
+        assert session.faults == []
+        return [completions[i] for i in range(len(MIXED))], engine.stats
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("states", [PAGED, STATES], ids=["paged", "recurrent too"])
+def test_results_depend_on_the_row_alone(device, states):
     """Any arrival order, pools and chunks give the same tokens and the same bits of logprob."""
-    session = FakeSession(fake_signature(device=device, states=states), num_blocks=num_blocks)
-    config = EngineConfig(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        eos_token_ids=EOS,
-        enable_prefix_caching=enable_prefix_caching,
-    )
-    borders = [0, *sorted(cuts), len(order)]
-    with closing(Engine(session, config)) as engine:
-        futures = []
-        for start, end in itertools.pairwise(borders):
-            futures += engine.submit([MIXED[i] for i in order[start:end]])
-        completions = dict(zip(order, (f.result() for f in futures), strict=True))
-    assert [completions[i] for i in range(len(MIXED))] == mixed_alone(states)
-    assert session.faults == []
+    num_preemptions, num_cached_tokens = 0, 0
+    for seed in range(4):
+        way = Way.drawn(device, states, seed)
+        completions, stats = way.run()
+        assert completions == mixed_alone(states), way
+        num_preemptions += stats.num_preemptions
+        num_cached_tokens += stats.num_cached_tokens
+    assert num_preemptions > 0
+    # A recurrent state cannot be taken over from another row.
+    assert (num_cached_tokens > 0) == (states == PAGED)
 
 
 def test_a_small_cache_preempts_and_changes_nothing():

@@ -20,7 +20,7 @@ from benchmarks.conditions import CONDITIONS, Condition
 from tests.conftest import TinyModel
 from tests.doubles.reference import VOCAB
 
-NUM_ROWS = 32
+NUM_ROWS = 20
 SMALL_CACHE = 24
 """Blocks: little more than the longest row needs."""
 ONE_BASE = [name for name in CONDITIONS if name not in ("base", "sampled-base", "two-processes")]

@@ -167,7 +167,7 @@ def tiny_requests() -> list[Request]:
     rng = np.random.default_rng(5)
     shared = rng.integers(3, VOCAB, 70).tolist()
     requests = []
-    for i in range(40):
+    for i in range(24):
         ids = rng.integers(3, VOCAB, rng.integers(1, 120)).tolist()
         ids = shared + ids if i % 2 else ids
         first = int(rng.integers(max(0, len(ids) - 6), len(ids)))
@@ -176,11 +176,23 @@ def tiny_requests() -> list[Request]:
     return requests
 
 
+@pytest.fixture(scope="module")
+def base(tiny: TinyModel) -> list[Completion]:
+    """Return the scores of all requests in one batch that shares prefixes."""
+    with closing(Engine(session_of(tiny), EngineConfig())) as engine:
+        completions = engine.generate(tiny_requests())
+    assert engine.stats.num_cached_tokens > 0
+    assert {completion.error for completion in completions} == {None}
+    return completions
+
+
 @pytest.mark.parametrize(
     "condition",
     ["alone", "shuffled", "small cache", "small steps", "no reuse", "1 thread", "16 threads"],
 )
-def test_scores_are_the_same_bits_in_any_company(tiny: TinyModel, condition: str) -> None:
+def test_scores_are_the_same_bits_in_any_company(
+    tiny: TinyModel, base: list[Completion], condition: str
+) -> None:
     requests = tiny_requests()
     order = list(range(len(requests)))
     if condition == "shuffled":
@@ -195,12 +207,10 @@ def test_scores_are_the_same_bits_in_any_company(tiny: TinyModel, condition: str
         num_blocks=24 if condition == "small cache" else 400,
         num_threads={"1 thread": 1, "16 threads": 16}.get(condition, 2),
     )
-    with closing(Engine(session_of(tiny), EngineConfig())) as engine:
-        base = engine.generate(requests)
     batches = [[i] for i in order] if condition == "alone" else [order]
     done = {}
     with closing(Engine(session, config)) as engine:
         for batch in batches:
             done |= zip(batch, engine.generate([requests[i] for i in batch]), strict=True)
+    assert (engine.stats.num_cached_tokens == 0) == (condition == "no reuse")
     assert [i for i in order if done[i] != base[i]] == []
-    assert {completion.error for completion in base} == {None}

@@ -123,7 +123,7 @@ def test_a_row_is_worth_the_same_however_it_is_run(run, schema, tmp_path):
     ways = {
         "plain": [],
         "alone": ["--max_num_seqs=1", "--max_num_batched_tokens=64"],
-        "processes": ["--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+        "processes": ["--direct_running_mode=multi_processing", "--direct_num_workers=1"],
     }
     for name, more in ways.items():
         assert run(tmp_path / name / "x.parquet", *flags, *more)[0] == 0
