@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,10 +19,7 @@ from pipelines import classify, embed, generate
 
 pytestmark = pytest.mark.timeout(600)
 NUM_ROWS = 50
-MODES = {
-    "in_memory": (),
-    "multi_processing": ("--direct_running_mode=multi_processing", "--direct_num_workers=2"),
-}
+PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
 NAMES = (f"job_{i}" for i in itertools.count())
 
 
@@ -36,6 +36,23 @@ def table(gcp):
         NUM_ROWS,
     )
     return name
+
+
+@pytest.fixture
+def cloud_model(gcp, all_tasks_model, tmp_path, monkeypatch):
+    """The model's folder on Cloud Storage; jobs find no copy that another test has fetched."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = f"{gcp.bucket}/{next(NAMES)}"
+    gcp.upload(Path(all_tasks_model), folder)
+    return folder
+
+
+@pytest.fixture
+def without_torch(tmp_path, monkeypatch):
+    """Workers find no torch, as in their images; Beam takes seconds to import it where it is."""
+    (tmp_path / "torch.py").write_text("raise ImportError('an image of workers has no torch')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
 
 
 @pytest.fixture
@@ -62,14 +79,6 @@ TASKS = {
 }
 
 
-@pytest.fixture(params=TASKS)
-def task(request, tiny_gemma3, two_sided):
-    """A command line's module and flags, and a column of results."""
-    module, column, flags = TASKS[request.param]
-    artifact = two_sided[1] if request.param == "embed" else tiny_gemma3.artifact
-    return module, column, [*flags, f"--model={artifact.path}"]
-
-
 def check_rows(before, after, column):
     """Check that each row came out once, as it was, with its result or an error."""
     assert [{name: row[name] for name in before[0]} for row in after] == before
@@ -78,24 +87,42 @@ def check_rows(before, after, column):
         assert (row[column] not in (None, [])) == (row["text"] is not None)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_table_becomes_a_table(run, gcp, table, task, mode):
-    module, column, flags = task
-    name = next(NAMES)
-    code, stdout, stderr = run(
-        module, *flags, *MODES[mode], f"--input={gcp.table(table)}", f"--output={gcp.table(name)}"
-    )
-    assert (code, stderr) == (0, "")
-    assert "= ok 49 + failed 1 = written 50 rows" in stdout
-    check_rows(rows_of(table), rows_of(name), column)
+def check_table(gcp, before, name, column, label):
+    """Check what a job left: a table, its description and label, and no file."""
+    check_rows(rows_of(before), rows_of(name), column)
     written = bigquery.Client().get_table(f"dataset.{name}")
     assert json.loads(written.description)["rows"] == NUM_ROWS
-    assert written.labels[f"beam_gemma_{module.__name__.rpartition('.')[2]}"]
+    assert written.labels[label]
     assert match_files(f"{gcp.bucket}/tmp/beam-gemma/*{name}*/**") == []
     assert {f.name: f.mode for f in written.schema}["numbers"] == "REPEATED"
 
 
-def test_extracted_values_are_records(run, gcp, table, tiny_gemma3):
+@pytest.mark.parametrize("task", TASKS)
+def test_a_table_becomes_a_table(run, gcp, table, all_tasks_model, task):
+    module, column, flags = TASKS[task]
+    name = next(NAMES)
+    code, stdout, stderr = run(
+        module, *flags, f"--model={all_tasks_model}", f"--input={gcp.table(table)}",
+        f"--output={gcp.table(name)}",
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    assert "= ok 49 + failed 1 = written 50 rows" in stdout
+    check_table(gcp, table, name, column, f"beam_gemma_{task}")
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_processes_fetch_the_model_and_write_a_table(run, gcp, table, cloud_model):
+    name = next(NAMES)
+    code, stdout, stderr = run(
+        generate, *TASKS["generate"][2], *PROCESSES, f"--model={cloud_model}",
+        f"--input={gcp.table(table)}", f"--output={gcp.table(name)}",
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    assert "= ok 49 + failed 1 = written 50 rows" in stdout
+    check_table(gcp, table, name, "completion", "beam_gemma_generate")
+
+
+def test_extracted_values_are_records(run, gcp, table, all_tasks_model):
     """By a schema that lies on Cloud Storage."""
     schema = {
         "type": "object",
@@ -108,18 +135,19 @@ def test_extracted_values_are_records(run, gcp, table, tiny_gemma3):
                     "properties": {"name": {"enum": ["a", "b"]}, "size": {"type": "integer"}},
                     "required": ["name"],
                 },
+                "minItems": 1,
                 "maxItems": 2,
             },
         },
-        "required": ["day"],
+        "required": ["day", "parts"],
     }
     name = next(NAMES)
     with FileSystems.create(f"{gcp.bucket}/{name}.json") as stream:
         stream.write(json.dumps(schema).encode())
     code, stdout, stderr = run(
-        generate, f"--model={tiny_gemma3.artifact.path}", f"--input={gcp.table(table)}",
+        generate, f"--model={all_tasks_model}", f"--input={gcp.table(table)}",
         f"--output={gcp.table(name)}", "--prompt_column=text", "--limit=9", "--completion",
-        f"--json_schema={gcp.bucket}/{name}.json", "--max_tokens=100",
+        f"--json_schema={gcp.bucket}/{name}.json", "--max_tokens=100", "--temperature=3",
     )  # fmt: skip
     assert (code, stderr) == (0, "")
     assert "= ok 8 + failed 1 = written 9 rows" in stdout
@@ -129,24 +157,25 @@ def test_extracted_values_are_records(run, gcp, table, tiny_gemma3):
         "RECORD", "RECORD", "REPEATED"
     ]  # fmt: skip
     assert [field.field_type for field in parts.fields] == ["STRING", "INTEGER"]
+    without_size = set()
     for row in rows_of(name):
         if row["text"] is None:
             assert row["extracted"] is None
             continue
         values = json.loads(row["completion"])
         assert row["extracted"]["day"].isoformat() == values["day"]
-        assert row["extracted"]["parts"] == [{"size": None, **p} for p in values.get("parts", [])]
+        assert row["extracted"]["parts"] == [{"size": None, **part} for part in values["parts"]]
+        without_size |= {"size" not in part for part in values["parts"]}
+    assert without_size == {True, False}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_files_and_the_model_are_on_cloud_storage(run, gcp, tiny_gemma3, mode):
+def test_files_and_the_model_are_on_cloud_storage(run, gcp, cloud_model):
     folder = f"{gcp.bucket}/{next(NAMES)}"
-    gcp.upload(tiny_gemma3.artifact.path, f"{folder}/model")
     rows = pa.table({"id": range(NUM_ROWS), "text": [f"text {i}" for i in range(NUM_ROWS)]})
     with FileSystems.create(f"{folder}/in.parquet") as stream:
         pq.write_table(rows, stream)
     code, stdout, stderr = run(
-        generate, *TASKS["generate"][2], *MODES[mode], f"--model={folder}/model",
+        generate, *TASKS["generate"][2], f"--model={cloud_model}",
         f"--input={folder}/in.parquet", f"--output={folder}/out/x.parquet", "--num_shards=3",
     )  # fmt: skip
     assert (code, stderr) == (0, "")
@@ -161,8 +190,8 @@ def test_files_and_the_model_are_on_cloud_storage(run, gcp, tiny_gemma3, mode):
     assert len(match_files(f"{folder}/out/**")) == 4  # with the record of the run
 
 
-def test_dry_runs_and_limits_read_little(run, gcp, table, tiny_gemma3):
-    shared = [*TASKS["generate"][2], f"--model={tiny_gemma3.artifact.path}"]
+def test_dry_runs_and_limits_read_little(run, gcp, table, all_tasks_model):
+    shared = [*TASKS["generate"][2], f"--model={all_tasks_model}"]
     name = gcp.table(next(NAMES))
     sql = f"SELECT id, text FROM dataset.{table}"
     before = bigquery.Client().get_table(f"dataset.{table}").num_rows
@@ -180,10 +209,10 @@ def test_dry_runs_and_limits_read_little(run, gcp, table, tiny_gemma3):
     assert (code, stdout.partition(";")[0]) == (0, "read 3 = ok 3 + failed 0 = written 3 rows")
 
 
-def test_exported_rows_are_appended_or_replace_others(run, gcp, table, tiny_gemma3):
+def test_exported_rows_are_appended_or_replace_others(run, gcp, table, all_tasks_model):
     name = next(NAMES)
     flags = [
-        *TASKS["generate"][2], f"--model={tiny_gemma3.artifact.path}",
+        *TASKS["generate"][2], f"--model={all_tasks_model}",
         f"--output={gcp.table(name)}",
         f"--input={gcp.table(table)}", "--read_method=EXPORT", "--columns=id,text",
     ]  # fmt: skip
@@ -211,10 +240,10 @@ def test_exported_rows_are_appended_or_replace_others(run, gcp, table, tiny_gemm
         (["--output={input}", "--overwrite"], "expected another table than that of --input"),
     ],
 )
-def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, tiny_gemma3, flags, sentence):
+def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, all_tasks_model, flags, sentence):
     names = {"table": gcp.table(next(NAMES)), "input": gcp.table(table)}
     code, _, stderr = run(
-        generate, f"--model={tiny_gemma3.artifact.path}", "--prompt={text}",
+        generate, f"--model={all_tasks_model}", "--prompt={text}",
         f"--input={gcp.table(table)}", *(flag.format(**names) for flag in flags),
     )  # fmt: skip
     assert code == cli.USAGE
@@ -222,9 +251,9 @@ def test_flags_that_do_not_fit_are_one_sentence(run, gcp, table, tiny_gemma3, fl
 
 
 @pytest.mark.parametrize("source", ["--input={table}", "--query=SELECT 1"])
-def test_examples_for_prompts_come_from_files(run, gcp, table, tiny_gemma3, source):
+def test_examples_for_prompts_come_from_files(run, gcp, table, all_tasks_model, source):
     code, _, stderr = run(
-        classify, f"--model={tiny_gemma3.artifact.path}", *TASKS["classify"][2],
+        classify, f"--model={all_tasks_model}", *TASKS["classify"][2],
         source.format(table=gcp.table(table)), f"--output={gcp.table(next(NAMES))}",
         "--num_fewshot=2", "--label_column=text",
     )  # fmt: skip
