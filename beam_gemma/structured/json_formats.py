@@ -5,6 +5,7 @@ zone. A `date-time` may be in any zone; its year is 1000 to 8999, so that no zon
 out of the years that Python and BigQuery support.
 """
 
+import functools
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,8 +21,17 @@ TIMESTAMP = pa.timestamp("us", "UTC")
 class Format:
     """The valid strings of a format, and their Arrow type."""
 
-    language: Language
+    regex: str
     type: pa.DataType
+
+    @property
+    def language(self) -> Language:
+        """The strings as a language."""
+        return _language(self.regex)
+
+
+# All six take half a second, which only a job whose schema has a format should spend.
+_language = functools.cache(parse_regex)
 
 
 def _days(years: str, leap_years: str) -> str:
@@ -47,7 +57,7 @@ BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 HEX = "[0-9A-Fa-f]"
 
 FORMATS = {
-    name: Format(parse_regex(regex), kind)
+    name: Format(regex, kind)
     for name, regex, kind in (
         ("date", DATE, pa.date32()),
         ("date-time", f"{DATE_OF_ANY_ZONE}T{TIME_OF_DAY}{ZONE}", TIMESTAMP),

@@ -22,12 +22,16 @@ from pipelines.generate import main
 from tests.conftest import TinyModel
 
 ROOT = Path(__file__).parent.parent.parent
-NUM_ROWS = 240
+NO_TORCH = ROOT / "tests/doubles/no_torch"
+PYTHONPATH = f"{NO_TORCH}{os.pathsep}{ROOT}"
+"""Of processes of workers and of jobs: they have no PyTorch."""
+NUM_ROWS = 120
 NUM_OK = NUM_ROWS - 1
 """One row has no text."""
-NUM_ALIKE = 20
+NUM_ALIKE = 10
 """Rows that ask what the one before them asks."""
-LENGTH = 12
+NUM_REQUESTS = NUM_OK - NUM_ALIKE
+LENGTH = 4
 """Tokens of a completion."""
 
 
@@ -72,7 +76,7 @@ class Faulty:
         return subprocess.run(
             [*command, *self.flags(*resume, *more)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=200,
@@ -130,7 +134,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts[11::12] = texts[10::12]
     texts[5] = None
     path = tmp_path_factory.mktemp("faults") / "in.parquet"
-    pq.write_table(pa.table({"id": range(NUM_ROWS), "text": texts}), path, row_group_size=50)
+    pq.write_table(pa.table({"id": range(NUM_ROWS), "text": texts}), path, row_group_size=25)
     return path
 
 

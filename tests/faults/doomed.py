@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.cli.run import exit_code
+from beam_gemma.engine.engine import Engine
 from beam_gemma.inference import saved_results
 from beam_gemma.monitoring.progress import METER
 from beam_gemma.tables import file_sink
@@ -37,8 +39,37 @@ def doom(place: str, report: Path) -> None:
     dooms[kind](report, int(number or 0))
 
 
+def small_pieces() -> None:
+    """Let no piece be larger than it must be, so that a slow disk does not make them few."""
+    saved_results.MAX_ROWS = saved_results.MIN_ROWS
+
+
+def in_step() -> None:
+    """Let the engine wait for the pieces, so that a slow disk does not let it run ahead."""
+    step, add, writers = Engine._step, saved_results.PieceWriter.add, []
+
+    def is_ahead(finished: int) -> bool:
+        if not writers:
+            return finished > 0
+        return writers[0]._num_added < finished or len(writers[0]._rows) >= saved_results.MIN_ROWS
+
+    def waiting(self: Engine) -> None:
+        while is_ahead(self.stats.num_finished):
+            time.sleep(0.001)
+        step(self)
+
+    def known(self: Any, key: bytes, result: Any) -> None:
+        writers[:] = [self]
+        add(self, key, result)
+
+    Engine._step = waiting
+    saved_results.PieceWriter.add = known
+
+
 def _at_piece(report: Path, number: int) -> None:
     """Just before a piece is written."""
+    small_pieces()
+    in_step()
     write, left = saved_results.write_once, [number]
 
     def counted(path: str, content: bytes) -> None:
@@ -91,6 +122,7 @@ def _at_record(report: Path, _: int) -> None:
 
 def _at_clear(report: Path, number: int) -> None:
     """When the output is whole and so many of the pieces are gone."""
+    small_pieces()
     clear = Sink.clear
 
     def partly(sink: Sink) -> None:
@@ -106,6 +138,7 @@ def _at_clear(report: Path, number: int) -> None:
 
 def _disk_full(_: Path, num_bytes: int) -> None:
     """Not a death: no file can become larger, so that larger ones fail halfway."""
+    small_pieces()
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 

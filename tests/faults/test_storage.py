@@ -5,8 +5,9 @@ import os
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
+from beam_gemma.inference import saved_results
 from beam_gemma.tables import file_sink
-from tests.faults.conftest import LENGTH, NUM_ALIKE, NUM_OK, Faulty, assert_whole, resumed
+from tests.faults.conftest import LENGTH, NUM_REQUESTS, Faulty, assert_whole, resumed
 
 
 def no_space(*_: object) -> None:
@@ -24,6 +25,7 @@ def test_no_space_for_pieces(job: Faulty, undisturbed: Faulty, run, monkeypatch)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(saved_results, "MAX_ROWS", saved_results.MIN_ROWS)
     code, out, err = run(job.flags())
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
@@ -33,9 +35,8 @@ def test_no_space_for_pieces(job: Faulty, undisturbed: Faulty, run, monkeypatch)
     assert job.outcome() == {}
     assert not list(job.work.rglob("*.tmp"))
     kept = job.durable()
-    assert kept > 0
-    tokens = resumed(job, run)
-    assert tokens == undisturbed.summary()["completion_tokens"] - (NUM_ALIKE + kept) * LENGTH
+    assert 0 < kept < NUM_REQUESTS
+    assert resumed(job, run) == (NUM_REQUESTS - kept) * LENGTH
     assert_whole(job, undisturbed)
 
 
@@ -47,9 +48,9 @@ def test_a_disk_that_is_full(job: Faulty, undisturbed: Faulty, run, num_bytes: i
     assert "File too large" in ended.stderr
     assert job.outcome() == {}
     kept = job.durable()
-    assert kept == (0 if num_bytes == 500 else NUM_OK - NUM_ALIKE)
+    assert kept == (0 if num_bytes == 500 else NUM_REQUESTS)
     tokens = resumed(job, run)
-    assert tokens == (NUM_OK - NUM_ALIKE - kept) * LENGTH
+    assert tokens == (NUM_REQUESTS - kept) * LENGTH
     assert_whole(job, undisturbed)
 
 
@@ -79,6 +80,7 @@ def test_a_sink_that_fails(job: Faulty, undisturbed: Faulty, run, monkeypatch, p
 
 def test_a_torn_piece_is_named(job: Faulty, undisturbed: Faulty, run) -> None:
     job.kill("piece:4")
+    kept = job.durable()
     torn = next(job.work.rglob("*.arrow"))
     torn.write_bytes(torn.read_bytes()[:-9])
     code, _, err = run(job.flags("--resume"))
@@ -86,5 +88,7 @@ def test_a_torn_piece_is_named(job: Faulty, undisturbed: Faulty, run) -> None:
     assert err.startswith(f"error: {torn}: expected a piece of results")
     assert job.outcome() == {}
     torn.unlink()
-    resumed(job, run)
+    left = job.durable()
+    assert 0 < left < kept
+    assert resumed(job, run) == (NUM_REQUESTS - left) * LENGTH
     assert_whole(job, undisturbed)

@@ -27,6 +27,9 @@ from beam_gemma.tasks.generate import GenerateSettings
 from tests.doubles.fake_models import SLOTS, UnevenHandler, local_pipeline
 
 ROOT = Path(__file__).parents[2]
+NO_TORCH = ROOT / "tests/doubles/no_torch"
+WORKERS_PATH = f"{NO_TORCH}{os.pathsep}{ROOT}"
+"""Where worker processes find modules; they have no PyTorch."""
 SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=40))
 NUM_ROWS = 512
 SMALL = 32
@@ -58,7 +61,7 @@ def occupancy(counts):
 )
 def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, mode, num_workers, batch_rows):
     """Of all steps, those of the end included, where fewer rows are left than slots."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", WORKERS_PATH)
     (tmp_path / "callers").mkdir()
     callers = (tmp_path / "callers", num_workers)
     handler = UnevenHandler(SETTINGS, batch_rows=batch_rows, callers=callers)
@@ -79,11 +82,12 @@ def test_one_thread_waits_for_the_slowest_row_of_each_batch():
 
 
 @pytest.fixture
-def owner():
+def owner(monkeypatch):
     """A process that runs an engine, as Beam has it run; give its handler, tag and process."""
     handler, tag = UnevenHandler(SETTINGS), uuid.uuid4().hex
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
+    monkeypatch.syspath_prepend(NO_TORCH)
     process = spawn.Process(target=own, args=(handler, tag, ready))
     process.start()
     assert ready.wait(60)
@@ -144,7 +148,7 @@ def test_error_of_loading_is_the_callers_own_and_no_server_is_left(tmp_path):
 
 
 def test_error_of_loading_in_worker_processes_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", WORKERS_PATH)
     flags = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     pipeline = local_pipeline(*flags)
     handler = GemmaGenerateModelHandler(f"{tmp_path}/missing", SETTINGS)
