@@ -13,6 +13,7 @@ from benchmarks.floors import Rates
 from benchmarks.gpu import compare, models, rows, systems, work
 from benchmarks.gpu.compare import SMOKE_SIZES, Bench, Line, in_turn, report
 from benchmarks.gpu.work import FULL_SCALE, SMOKE, Job
+from tests.doubles.cuda_models import exported
 
 CARD = {"card": "abacus", "operations_per_sec": 2e12, "bytes_per_sec": 1e12}
 
@@ -96,16 +97,16 @@ def test_a_job_survives_the_way_between_processes(job_of) -> None:
     assert Job.from_json(json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
-def test_models_have_numbers_in_them_and_are_kept(tmp_path: Path) -> None:
+def test_models_have_numbers_in_them_and_are_kept(folder: Path) -> None:
     options = {"device": "cpu", "task": "embed", "precision": "fp32"}
-    model = models.ready(SMOKE_SIZES[1], tmp_path, **options)
+    model = models.ready(SMOKE_SIZES[1], folder / "embed", **options)
     manifest = (model / "manifest.json").stat().st_mtime_ns
     entries = Artifact.open(model).files
     (name,) = [n for n, entry in entries.items() if entry.sha256 is None and "Dense" not in n][:1]
     numbers = np.fromfile(model / name, np.float32, offset=models.header_bytes(model / name))
     assert 0.01 < numbers.std() < 0.03
     (model / name).unlink()
-    again = models.ready(SMOKE_SIZES[1], tmp_path, **options)
+    again = models.ready(SMOKE_SIZES[1], folder / "embed", **options)
     assert (again / "manifest.json").stat().st_mtime_ns == manifest
     numbers = np.fromfile(model / name, np.float32)
     assert 0.01 < numbers.std() < 0.03
@@ -178,13 +179,20 @@ def test_the_floor_of_a_case_is_that_of_its_work(job_of) -> None:
     assert line.tokens == sum(new)
 
 
+@pytest.fixture
+def rows_flags() -> list[str]:
+    """Flags for a model of two layers on the CPU."""
+    model = exported("gemma3_text", "cpu", "fp32", ("generate",))
+    return ["--model", str(model.path), "--device", "cpu"]
+
+
 def test_rows_do_not_differ_with_their_company(
-    tiny_gemma3, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the CPU, with few rows: that the command finds out what it says."""
     output = tmp_path / "rows.json"
-    flags = ["--model", str(tiny_gemma3.artifact.path), "--device", "cpu", "--rows", "24"]
-    assert rows.main([*flags, "--slots", "4", "--output", str(output)]) == 0
+    flags = [*rows_flags, "--rows", "10", "--slots", "10"]
+    assert rows.main([*flags, "--output", str(output)]) == 0
     results = {result["run"]: result for result in json.loads(output.read_text())}
     assert list(results) == ["all at once", "each alone", "shuffled", "pushed out"]
     assert [r["differ"] for r in results.values()] == [0, 0, 0, 0]
@@ -192,10 +200,12 @@ def test_rows_do_not_differ_with_their_company(
     assert "pushed out" in capsys.readouterr().out
 
 
-def test_rows_that_differ_are_counted(tiny_gemma3, tmp_path: Path, monkeypatch) -> None:
+def test_rows_that_differ_are_counted(
+    rows_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bits = iter(range(1000))
     monkeypatch.setattr(rows, "outcome", lambda completion: (completion.token_ids, next(bits)))
-    flags = ["--model", str(tiny_gemma3.artifact.path), "--device", "cpu", "--rows", "3"]
+    flags = [*rows_flags, "--rows", "3", "--slots", "2"]
     output = tmp_path / "rows.json"
-    assert rows.main([*flags, "--slots", "2", "--output", str(output)]) == 1
+    assert rows.main([*flags, "--output", str(output)]) == 1
     assert [r["differ"] for r in json.loads(output.read_text())] == [0, 3, 3, 3]

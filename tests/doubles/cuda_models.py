@@ -7,7 +7,7 @@ columns than that takes.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +20,19 @@ import transformers
 from scipy.special import log_softmax, logsumexp
 
 from beam_gemma.engine.embedding_engine import feeds as packed
+from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
-from beam_gemma.model.signature import Signature
+from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.signature import HEADS, Signature
 from beam_gemma.runtime.step_shapes import side_by_side
+from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
 from export.graph.tasks import graph_module, graph_signature
 from export.graph.to_onnx import trace
 from export.graph.weights import inverse_frequencies
 from tests.doubles.cuda_on_cpu import cuda_on_cpu
+from tests.doubles.once import exporter_digest, kept
 from tests.doubles.ragged import Feeder, Feeds, run_schedule, schedules
 from tests.doubles.reference import (
     CLASSES,
@@ -52,10 +56,11 @@ LAYERS = {
 """Of each model: one of each type is enough for its graph, and soon traced."""
 WIDE_VOCAB = {"gemma2": 8192}
 DTYPES = ("bfloat16", "float16")
+EXPORTED = ("gemma3_text", "bfloat16", ("generate", "classify"))
+"""A model, a dtype and tasks whose graphs are those of `exported`, which engines run too."""
 TWO_SIDED = "embeddinggemma"
 EMBEDDINGS = {
     TWO_SIDED: EmbeddingConfig(pooling="mean", dense_sizes=(96, 160), max_tokens=512),
-    "gemma": EmbeddingConfig(pooling="lasttoken", max_tokens=512),
     "gemma2": EmbeddingConfig(pooling="mean", max_tokens=512),
     "gemma3_text": EmbeddingConfig(pooling="lasttoken", max_tokens=512),
 }
@@ -86,16 +91,32 @@ def reference(name: str) -> torch.nn.Module:
 class Model:
     """A reference, and what its graphs are made of."""
 
+    name: str
     reference: torch.nn.Module
     config: GemmaConfig
     embedding: EmbeddingConfig | None
     weights: Mapping[str, np.ndarray]
 
     def graph(self, task: str, dtype: str) -> tuple[ir.Model, Signature]:
-        """Return a graph for CUDA without its weights, and its signature."""
-        config, embedding = self.config, self.embedding
-        signature = graph_signature(task, config, embedding, "cuda", dtype)
-        return trace(partial(graph_module, config, embedding, signature), signature), signature
+        """Return a graph for CUDA without its weights, and its signature.
+
+        A graph is traced once in a run; each call returns another copy.
+        """
+        signature = graph_signature(task, self.config, self.embedding, "cuda", dtype)
+        name, exported_dtype, tasks = EXPORTED
+        if (self.name, dtype) == (name, exported_dtype) and task in tasks:
+            artifact = exported(name, "cuda", "bf16", tasks)
+            assert artifact.signature(HEADS[task], "cuda") == signature
+            return _load(artifact.graph_path(HEADS[task], "cuda"), signature), signature
+
+        def make(folder: Path) -> None:
+            build = partial(graph_module, self.config, self.embedding, signature)
+            proto = _with_weights_as_inputs(trace(build, signature))
+            folder.mkdir()
+            onnx.save(proto, folder / "graph.onnx")
+
+        folder = kept(f"cuda-graph-{self.name}-{task}-{dtype}-{exporter_digest()}", make)
+        return _load(folder / "graph.onnx", signature), signature
 
     def on_cpu(self, graph: ir.Model) -> bytes:
         """Change a graph for the CPU, and give it float32 weights."""
@@ -114,10 +135,53 @@ class Model:
         )
 
 
+def rounded_reference(name: str) -> torch.nn.Module:
+    """Return a reference in float32 with weights that bfloat16 holds; rotations stay exact."""
+    model = reference(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return model
+
+
+def exported(name: str, device: Device, precision: str, tasks: Sequence[str]) -> Artifact:
+    """Return the export of a rounded reference, made once in a run."""
+
+    def make(folder: Path) -> None:
+        checkpoint = save_checkpoint(rounded_reference(name), folder / "checkpoint")
+        export(checkpoint, folder / "model", device=device, precision=precision, tasks=tasks)
+
+    of = "-".join((name, device, precision, *tasks))
+    return Artifact.open(kept(f"few-layers-{of}-{exporter_digest()}", make) / "model")
+
+
+def _with_weights_as_inputs(graph: ir.Model) -> onnx.ModelProto:
+    """Serialize a graph; ONNX has no initializers without values."""
+    proto = ir.to_proto(graph)
+    for value in graph.graph.initializers.values():
+        if value.const_value is None:
+            proto.graph.input.append(ir.serde.serialize_value(value))
+    return proto
+
+
+def _load(file: Path, signature: Signature) -> ir.Model:
+    """Return the graph of a file whose weights are inputs, or have values, without the values."""
+    model = ir.load(file)
+    graph, names = model.graph, {t.name for t in signature.step_inputs()}
+    names |= {t.input_name for t in signature.state_tensors()}
+    for value in [value for value in graph.inputs if value.name not in names]:
+        graph.inputs.remove(value)
+        graph.initializers.add(value)
+    for value in graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
+
+
 @functools.cache
 def cuda_model(name: str, folder: Path) -> Model:
-    """Return one of `LAYERS`."""
-    model = reference(name)
+    """Return one of `LAYERS`, or the two-sided one, with weights that bfloat16 holds."""
+    model = rounded_reference(name)
     checkpoint = read_checkpoint(save_checkpoint(model, folder / name))
     weights = {
         key: np.concatenate([np.asarray(c, np.float32) for c in stored.chunks()])
@@ -132,15 +196,12 @@ def cuda_model(name: str, folder: Path) -> Model:
     for i, (rows, columns) in enumerate(itertools.pairwise(widths)):
         noise = np.random.default_rng(i).standard_normal((columns, rows))
         weights[f"dense.{i}.weight"] = noise.astype(np.float32)
-    return Model(model, checkpoint.config, embedding, weights)
+    return Model(name, model, checkpoint.config, embedding, weights)
 
 
 def checked(graph: ir.Model) -> onnx.ModelProto:
     """Run ONNX's own checks on a graph for CUDA; its weights count as inputs."""
-    proto = ir.to_proto(graph)
-    for value in graph.graph.initializers.values():
-        if value.const_value is None:
-            proto.graph.input.append(ir.serde.serialize_value(value))
+    proto = _with_weights_as_inputs(graph)
     onnx.checker.check_model(proto)
     return onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
 

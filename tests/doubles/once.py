@@ -10,8 +10,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
-MAKERS = ("real_model", "reference", "sentence_model", "tiny_tokenizer")
-"""The modules beside this one that make checkpoints."""
+MAKERS = ("cuda_models", "real_model", "reference", "sentence_model", "tiny_tokenizer")
+"""The modules beside this one that make checkpoints or trace graphs."""
 
 
 def alone(name: str) -> FileLock:

@@ -17,10 +17,8 @@ from beam_gemma.runtime.cuda_session import CudaSession
 from beam_gemma.runtime.device_memory import CudaMemory, HostMemory
 from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.runtime.step_shapes import StepSizes
-from export.__main__ import export
-from tests.doubles.cuda_models import reference
+from tests.doubles.cuda_models import exported, rounded_reference
 from tests.doubles.cuda_on_cpu import cuda_file_on_cpu
-from tests.doubles.reference import save_checkpoint
 
 HOST_BYTES = 64 << 20
 SLOTS, TOKENS = 8, 160
@@ -72,19 +70,12 @@ def place_of(tmp_path_factory: pytest.TempPathFactory) -> PlaceOf:
     folder = tmp_path_factory.mktemp("places")
 
     @functools.cache
-    def exported(name: str, precision: str) -> tuple[torch.nn.Module, Artifact]:
-        model = reference(name).to(torch.bfloat16).float()
-        checkpoint = save_checkpoint(model, folder / name / "checkpoint")
-        export(checkpoint, folder / name / precision, device="cuda", precision=precision)
-        return model, Artifact.open(folder / name / precision)
-
-    @functools.cache
     def place(kind: str, name: str, precision: str) -> Place:
-        model, artifact = exported(name, precision)
+        artifact = exported(name, "cuda", precision, ("generate", "classify"))
         graph = artifact.graph_path("generate", "cuda")
         if kind == "host":
-            graph = cuda_file_on_cpu(graph, folder / name / f"{precision}.onnx")
-        return Place(kind == "card", model, artifact, str(graph))
+            graph = cuda_file_on_cpu(graph, folder / f"{name}-{precision}.onnx")
+        return Place(kind == "card", rounded_reference(name), artifact, str(graph))
 
     return place
 

@@ -26,11 +26,10 @@ from beam_gemma.runtime.cuda_session import CudaSession
 from beam_gemma.runtime.device_memory import HostMemory
 from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.runtime.step_shapes import StepSizes
-from export.__main__ import export
-from tests.doubles.cuda_models import TWO_SIDED, cuda_model
+from tests.doubles.cuda_models import TWO_SIDED, cuda_model, exported
 from tests.doubles.cuda_on_cpu import cuda_file_on_cpu
 from tests.doubles.ragged import Feeder
-from tests.doubles.reference import VOCAB, save_checkpoint, tiny_model
+from tests.doubles.reference import VOCAB
 
 SLOTS = 4
 TOKENS = 160
@@ -93,13 +92,10 @@ class Model(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda")
     # Weights that bfloat16 holds, so that both graphs have the same.
-    weights = tiny_model("gemma3_text").to(torch.bfloat16).float()
-    checkpoint = save_checkpoint(weights, folder / "checkpoint")
-    for device in ("cpu", "cuda"):
-        export(checkpoint, folder / device, device=device)
-    cpu, cuda = (Artifact.open(folder / device) for device in ("cpu", "cuda"))
+    folder, name = tmp_path_factory.mktemp("cuda"), "gemma3_text"
+    cpu = exported(name, "cpu", "fp32", ("generate",))
+    cuda = exported(name, "cuda", "bf16", ("generate", "classify"))
     heads = ("generate", "score")
     return Model(
         cpu,
@@ -280,7 +276,7 @@ def test_caches_take_what_the_largest_step_leaves(model):
     """But for less than a block of each group."""
     signature = model.signatures["generate"]
     block = max(block_bytes(signature, state) for state in signature.paged_states)
-    for total, share in ((12 << 20, 0.9), (16 << 20, 0.9), (20 << 20, 0.9), (20 << 20, 0.7)):
+    for total, share in ((5 << 20, 0.9), (6 << 20, 0.9), (8 << 20, 0.9), (8 << 20, 0.7)):
         session = model.session(memory=LateMemory(total), memory_utilization=share)
         kept = session._memory.room().free - (1 - share) * total
         # Inputs, outputs, logits, caches of two groups, and next_ids; nothing of the trial is left.
