@@ -2,8 +2,9 @@
 
 `budgets.json` holds the CPU seconds that each file took when it was recorded, child processes
 included, and those of a yardstick, a fixed loop that tells a slow processor from a fast one. CPU
-time is counted, not wall time, so a busy machine breaks no budget. A run fails when a file takes
-more than one and a half times its budget. After a change that is worth its time:
+time is counted, not wall time, so a busy machine breaks no budget. What files share
+(`tests/doubles/once.py`) is counted apart, because it falls to whichever file is first. A run fails
+when a file takes more than one and a half times its budget. After a change that is worth its time:
 
     pytest -m "not gpu" --numprocesses 2 --dist loadfile --record-budgets
 """
@@ -18,11 +19,12 @@ from typing import Any
 
 import pytest
 
+from tests.doubles.once import MAKING
+
 BUDGETS = Path(__file__).with_suffix(".json")
 TOLERANCE = 1.5
 SLACK_SECS = 20.0
-"""CPU seconds any file may take beyond its budget: imports and shared fixtures fall to whichever
-file is first to need them."""
+"""CPU seconds any file may take beyond its budget: imports fall to whichever file is first."""
 STARTED = pytest.StashKey[float]()
 
 
@@ -55,9 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def cpu_secs() -> float:
-    """Return the CPU seconds of this process and of those it has waited for."""
+    """Return the CPU seconds of this process and those it has waited for, without shared work."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    spent = times.user + times.system + times.children_user + times.children_system
+    return spent - MAKING.total()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,6 +75,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     now = cpu_secs()
     report.cpu_secs = now - item.stash[STARTED]
+    report.shared_secs = dict(MAKING)
     item.stash[STARTED] = now
     return report
 
@@ -83,12 +87,14 @@ class Totals:
         self._record = record
         self._cpu: Counter[str] = Counter()
         self._wall: Counter[str] = Counter()
+        self._shared: dict[str, float] = {}
         self._yardstick = yardstick()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         file = file_of(report.nodeid)
         self._cpu[file] += getattr(report, "cpu_secs", 0.0)
         self._wall[file] += report.duration
+        self._shared |= getattr(report, "shared_secs", {})
 
     def over_budget(self) -> list[str]:
         """Return a sentence for each file that took too long."""
@@ -104,6 +110,7 @@ class Totals:
         ]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._yardstick = max(self._yardstick, yardstick())
         if self._record:
             budgets = read_budgets()["cpu_secs"] | {f: round(s, 1) for f, s in self._cpu.items()}
             kept = {file: budgets[file] for file in sorted(budgets) if Path(file).exists()}
@@ -113,8 +120,10 @@ class Totals:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        total = sum(self._cpu.values())
-        terminalreporter.section(f"CPU seconds of test files: {total:.0f} in all")
+        total, shared = sum(self._cpu.values()), sum(self._shared.values())
+        terminalreporter.section(
+            f"CPU seconds of test files: {total:.0f} in all, and {shared:.0f} for what they share"
+        )
         for file, secs in self._cpu.most_common(25):
             terminalreporter.line(f"{secs:7.1f} CPU {self._wall[file]:7.1f} wall  {file}")
         for sentence in [] if self._record else self.over_budget():

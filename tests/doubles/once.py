@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
+MAKING = Counter[str]()
+"""CPU seconds that this process has spent on each folder that it made."""
 MAKERS = ("cuda_models", "real_model", "reference", "sentence_model", "tiny_tokenizer")
 """The modules beside this one that make checkpoints or trace graphs."""
 
@@ -30,10 +34,12 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
     folder = BUILD / name
     with alone(name):
         if not folder.exists():
+            before = time.process_time()
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             make(partial)
             partial.rename(folder)
+            MAKING[name] += time.process_time() - before
     return folder
 
 
