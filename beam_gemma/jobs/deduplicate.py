@@ -11,7 +11,6 @@ from beam_gemma.batches import joined
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inputs.row import Row
-from beam_gemma.tasks.encoded_rows import packed
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import (
     ENCODED,
@@ -42,19 +41,19 @@ def keyed(
     used = rows.select([name for name in rows.schema.names if name in settings.columns])
     requests = [encode(row) for row in rows_of(used)]
     keys = [_digest(request) for request in requests]
-    names = [REQUEST_KEY, POSITION, ENCODED]
-    columns: list[Any] = [
-        pa.nulls(0),
-        np.arange(position, position + rows.num_rows),
-        pa.array(map(packed, requests), pa.binary()),
-    ]
+    own: dict[str, pa.Array] = {}
     if settings.is_sampled:
         row_keys = _row_keys(rows, settings)
-        keys = [_digest(key + own.encode()) for key, own in zip(keys, row_keys, strict=True)]
-        names.append(ROW_KEY)
-        columns.append(pa.array(row_keys, pa.string()))
-    columns[0] = pa.array(keys, pa.binary(KEY_BYTES))
-    return pa.RecordBatch.from_arrays([*map(pa.array, columns)], names)
+        keys = [_digest(key + name.encode()) for key, name in zip(keys, row_keys, strict=True)]
+        own[ROW_KEY] = pa.array(row_keys, pa.string())
+    return pa.record_batch(
+        {
+            REQUEST_KEY: pa.array(keys, pa.binary(KEY_BYTES)),
+            POSITION: pa.array(np.arange(position, position + rows.num_rows)),
+            ENCODED: pa.array(requests, pa.binary()),
+            **own,
+        }
+    )
 
 
 def key_ranges(requests: pa.RecordBatch, num_ranges: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Encoded rows: the request of a row as bytes, carried to the model in a column of its own.
+"""Encoded rows: the request of a row as JSON, carried to the model in a column of its own.
 
 A job over a table needs a row's request before the model does, for the key by which it merges equal
 requests. It encodes the row then, and the model reads the carried request instead of encoding the
@@ -6,7 +6,6 @@ row again.
 """
 
 import json
-import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,12 +30,6 @@ def request_of(row: Row, identify: Callable[[Row], Any]) -> bytes:
     return json.dumps(identity).encode()
 
 
-def packed(request: bytes) -> bytes:
-    """Return a request in the form in which its row carries it."""
-    # Each label repeats its prompt: with four labels, a request shrinks to a seventh.
-    return zlib.compress(request, level=1)
-
-
 def request_in(row: Row, encode: Callable[[Row], T], restore: Callable[[Any], T]) -> T:
     """Return a row's request: the one that it carries, or else the one it is encoded to.
 
@@ -50,7 +43,7 @@ def request_in(row: Row, encode: Callable[[Row], T], restore: Callable[[Any], T]
     """
     if isinstance(row, str) or ENCODED not in row:
         return encode(row)
-    identity = json.loads(zlib.decompress(row[ENCODED]))
+    identity = json.loads(row[ENCODED])
     if isinstance(identity, dict):
         raise RecordError(identity["error"])
     return restore(identity)

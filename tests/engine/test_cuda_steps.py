@@ -56,6 +56,89 @@ def test_decode_waits_for_prefill_of_two_free_slots_or_a_full_step(num_free, pro
     assert step[0][0].is_prefilling == is_prefill
 
 
+@pytest.mark.parametrize(
+    ("num_seqs", "num_free", "prompts", "is_prefill"),
+    [
+        (32, 1, (60, 60), False),  # the second one finds no slot
+        (64, 3, (99, 1), True),
+        (64, 3, (100, 5), True),
+        (64, 3, (60, 39), False),
+    ],
+)
+def test_decode_waits_for_prompts_that_fill_a_step_in_the_slots_that_are_free(
+    num_seqs, num_free, prompts, is_prefill
+):
+    """One slot of 32 and three of 64 are too few to prefill for their own sake."""
+    scheduler = make(max_num_seqs=num_seqs, max_num_batched_tokens=100)
+    scheduler.add([make_sequence(3, 20, token=4) for _ in range(num_seqs - num_free)])
+    while scheduler.num_waiting:
+        apply(scheduler, scheduler.schedule())
+    scheduler.add([make_sequence(n, 3, token=n) for n in prompts])
+    assert scheduler.schedule()[0][0].is_prefilling == is_prefill
+
+
+def test_a_prompt_in_chunks_goes_on_while_it_fills_steps_and_then_waits_for_decode():
+    scheduler = make(max_num_seqs=32, max_num_batched_tokens=100)
+    scheduler.add([make_sequence(3, 20, token=4) for _ in range(31)])
+    apply(scheduler, scheduler.schedule())
+    scheduler.add([make_sequence(250, 3)])
+    steps = []
+    for _ in range(3):
+        steps.append(scheduler.schedule())
+        apply(scheduler, steps[-1])
+    assert [lengths(step) for step in steps] == [[100], [100], [1] * 31]
+
+
+def test_tokens_of_a_prompt_that_are_cached_do_not_fill_a_step():
+    scheduler = make(max_num_seqs=32, max_num_batched_tokens=100)
+    scheduler.add([make_sequence(81, 1, token=7)])
+    run_all(scheduler)
+    scheduler.add([make_sequence(3, 20, token=4) for _ in range(31)])
+    apply(scheduler, scheduler.schedule())
+    scheduler.add([make_sequence(100, 3, token=7)])
+    assert lengths(scheduler.schedule()) == [1] * 31, "80 of 100 tokens are there"
+
+
+def test_a_step_is_filled_to_the_last_token():
+    scheduler = make(max_num_batched_tokens=100)
+    scheduler.add([make_sequence(n, 1, token=n) for n in (99, 5)])
+    assert lengths(scheduler.schedule()) == [99, 1]
+
+
+def scored(num_tokens, first_target):
+    """Return a sequence with a target at each position from one on."""
+    request = Request(
+        request_id="r",
+        prompt_token_ids=(3,) * num_tokens,
+        params=SamplingParams(max_tokens=1),
+        targets=tuple((position, 5) for position in range(first_target, num_tokens)),
+    )
+    return Sequence(request, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "steps"),
+    [
+        ([(300, 100)], [[164], [64], [64], [8]]),  # 200 targets
+        ([(100, 30), (30, 20)], [[94], [6, 30]]),  # 70 and 10
+        ([(30, 20), (100, 10)], [[30, 64], [36]]),  # 10 and 90
+    ],
+)
+def test_a_prefill_step_has_no_more_targets_than_rows(shapes, steps):
+    """PREFILL_ROWS is 64; the tokens before the first target that is too many are computed."""
+    scheduler = make(max_num_batched_tokens=500, head="score", enable_prefix_caching=False)
+    scheduler.add([scored(*shape) for shape in shapes])
+    found = []
+    while scheduler.has_unfinished:
+        step = launch(scheduler.schedule())
+        found.append(lengths(step))
+        for sequence, num_new_tokens in step:
+            sequence.settle(num_new_tokens)
+            if not sequence.is_prefilling:
+                scheduler.finish(sequence)
+    assert found == steps
+
+
 def test_prompts_start_once_nothing_decodes():
     scheduler = make(max_num_seqs=32, max_num_batched_tokens=100)
     scheduler.add([make_sequence(3, 2, token=4) for _ in range(31)])

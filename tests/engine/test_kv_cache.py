@@ -266,6 +266,16 @@ def test_a_prompt_longer_than_a_window_needs_no_more_than_its_peak():
     assert make_cache(window=40, num_blocks=num_blocks).shortage(1100, 1)
 
 
+@pytest.mark.parametrize(("window", "peak"), [(38, 25), (39, 26)])
+def test_the_peak_of_a_window_is_a_step_and_the_window_before_it_with_its_alignment(window, peak):
+    """300 tokens of a step, 37 or 38 before them, and 63 to align: 400 or 401 tokens."""
+    num_blocks = {"full": 400, "sliding": 1 + peak}
+    assert make_cache(window=window, num_blocks=num_blocks).shortage(1100, 1) is None
+    num_blocks["sliding"] = peak
+    message = f"{peak} cache blocks of sliding, the cache has {peak - 1}"
+    assert make_cache(window=window, num_blocks=num_blocks).shortage(1100, 1) == message
+
+
 def test_extend_says_so_when_blocks_are_short_and_changes_nothing():
     cache = make_cache(num_blocks={"full": 4, "sliding": 400})
     slot = admit(cache, 30, 30)
@@ -325,3 +335,41 @@ def test_use_counts_blocks_of_each_layer_that_are_held():
     assert cache.use == (2 * 3 + 3 * 3, 80)
     cache.release(slot, num_computed_tokens=40)
     assert cache.use == (0, 80)
+
+
+def test_wiped_blocks_are_those_after_the_tokens_to_keep_of_every_row():
+    cache = make_cache(num_blocks={"full": 20, "sliding": 40})
+    admit(cache, 3 * BLOCK, 3 * BLOCK)
+    slots = [admit(cache, 4 * BLOCK, 3 * BLOCK + 1) for _ in range(2)]
+    blocks = {group: cache.block_table(group)[slots, 2:4].ravel().tolist() for group in GROUPS}
+    for slot in slots:
+        cache.wipe(slot, 2 * BLOCK)
+    assert cache.take_unclean() == blocks
+    assert cache.take_unclean() == {}
+
+
+@pytest.mark.parametrize(("device", "widths"), [("cpu", (128, 28)), ("cuda", (125, 125))])
+def test_tables_are_as_wide_as_the_longest_row(device, widths):
+    """On the CPU in blocks of whole alignments, and a window no wider than what a step reads."""
+    # 2,000 tokens; 300 new ones, 39 before them and 63 to align: 402, so 448.
+    cache = make_cache(window=40, device=device, max_num_seqs=3)
+    for group, width in zip(GROUPS, widths, strict=True):
+        assert cache.block_table(group).shape == (3, width)
+        assert cache.block_table(group).dtype == np.int32
+        assert cache.context_starts(group).tolist() == [0, 0, 0]
+        assert cache.context_starts(group).dtype == np.int32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_slot_that_is_free_again_has_an_empty_row_and_gets_its_own_first_block(device):
+    cache = make_cache(window=40, device=device)
+    assert all(cache.block_table(group)[admit(cache, 1, 1), 0] for group in GROUPS)
+    slot = admit(cache, 300, 300)
+    cache.extend(slot, 300, 1)
+    cache.release(slot, num_computed_tokens=301)
+    for group in GROUPS:
+        assert not cache.block_table(group)[slot].any()
+        assert cache.context_starts(group)[slot] == 0
+    assert admit(cache, 1, 1) == slot
+    for group in GROUPS:
+        assert np.flatnonzero(cache.block_table(group)[slot]).tolist() == [0]

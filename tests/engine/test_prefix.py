@@ -27,7 +27,7 @@ def test_a_chain_follows_its_sequence_and_has_no_digest_of_a_part():
     token_ids = [1] * 31
     chain = PrefixChain(token_ids, BLOCK)
     first = chain.digests(0, 1)
-    with pytest.raises(AssertionError, match="not full"):
+    with pytest.raises(AssertionError, match=r"^a block that is not full has no digest"):
         chain.digests(1, 2)
     token_ids.append(1)
     assert chain.digests(0, 2) == [*first, *chain_of([1] * 32).digests(1, 2)]
@@ -37,6 +37,15 @@ def test_digest_does_not_run_token_ids_together():
     """Ids of more than one byte, and neighbours that share their digits."""
     ids = [[1, 23] * 8, [12, 3] * 8, [256, 0] * 8, [0, 256] * 8, [2**20 + 1] * 16]
     assert len({chain_of(tokens).digests(0, 1)[0] for tokens in ids}) == len(ids)
+
+
+def test_blocks_of_a_new_pool_are_free():
+    pool = BlockPool(4)
+    assert (pool.num_blocks, pool.num_free) == (3, 3)
+    assert [pool.num_holders(block) for block in range(4)] == [0] * 4
+    assert sorted(pool.allocate() for _ in range(3)) == [1, 2, 3]
+    assert pool.num_free == 0
+    assert pool.take_unclean() == []
 
 
 def test_of_two_blocks_with_one_digest_the_first_is_found():
@@ -56,7 +65,9 @@ def test_a_shared_prefix_uses_the_blocks_it_lies_in(device):
     cache = make_cache(window=40, device=device)
     first = admit(cache, 300, 300, chain=chain_of([7] * 300))
     full, sliding = (cache.block_table(group)[first].tolist() for group in GROUPS)
-    second = admit(cache, 300, 5, chain=chain_of([7] * 290 + [8] * 10))
+    chain = chain_of([7] * 290 + [8] * 10)
+    prefix = cache.find_prefix(chain, 300, num_reusable_tokens=299)
+    second = admit(cache, 300, 5, chain=chain)
     # 288 tokens are equal in full blocks; the next one reaches back to 249.
     assert cache.block_table("full")[second, :20].tolist() == [*full[:18], *[full[18] + 1], 0]
     row = cache.block_table("sliding")[second].tolist()
@@ -67,6 +78,15 @@ def test_a_shared_prefix_uses_the_blocks_it_lies_in(device):
     else:
         expected = [*[0] * 15, *sliding[15:18]]
     assert row[: len(expected) + 2] == [*expected, sliding[18] + 1, 0]
+    assert prefix.num_tokens == 288
+    assert prefix.blocks == {"full": full[:18], "sliding": [b for b in expected if b]}
+
+
+def test_a_sequence_needs_no_free_blocks_for_a_prefix_that_another_one_holds():
+    cache = make_cache(num_blocks=1 + 19 + 1)
+    admit(cache, 300, 300, chain=chain_of([7] * 300))
+    assert admit(cache, 305, 5, chain=chain_of([7] * 290 + [8] * 15)) is None
+    assert admit(cache, 304, 5, chain=chain_of([7] * 290 + [8] * 14)) is not None
 
 
 def test_a_prefix_is_found_after_its_owner_has_gone_and_eviction_takes_the_oldest_first():
@@ -119,6 +139,16 @@ def test_sharers_are_those_who_count_on_blocks_to_come():
     assert cache.sharers(first, 47) == [second, third]
     assert cache.sharers(first, 48) == []
     assert cache.sharers(second, 48) == []
+
+
+def test_sharers_are_found_in_any_group():
+    """With a window of one token, the rows share blocks of the other group alone."""
+    cache = make_cache(window=1, device="cuda")
+    first = admit(cache, 100, 100, chain=chain_of([7] * 100))
+    second = admit(cache, 60, 60 - 48, chain=chain_of([7] * 48 + [8] * 12))
+    shared = [cache.block_table(group)[[first, second], 0].tolist() for group in GROUPS]
+    assert shared == [[1, 1], [1, 0]]
+    assert cache.sharers(first, 0) == [second]
 
 
 def test_blocks_of_a_failed_row_are_zeroed_before_they_are_used_again_and_not_found():

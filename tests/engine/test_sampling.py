@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_gemma.engine.sampling import FIRST_NUCLEUS, SamplingParams, needs_logits, sample
+from beam_gemma.engine import sampling
+from beam_gemma.engine.sampling import (
+    FIRST_NUCLEUS,
+    SamplingParams,
+    needs_logits,
+    sample,
+)
 from beam_gemma.errors import OptionsError
 
 SAMPLED = SamplingParams(temperature=1.0)
@@ -103,6 +109,42 @@ def test_draws_of_a_key_are_those_of_every_release():
     assert drawn == [36394, 66288, 84925, 47824]
 
 
+def test_keys_may_hold_surrogates_which_no_encoding_has():
+    drawn = {draw(SAMPLED, np.zeros(100_000), key=key) for key in ("\ud800", "\ud801", "?", "")}
+    assert len(drawn) == 4
+
+
+def sums_of(logits):
+    """Return each token's probability before it is normalized, in float64, and the running sum."""
+    mass = np.exp(logits - logits.max()).astype(np.float64)
+    return mass, np.cumsum(mass)
+
+
+@pytest.mark.parametrize("size", [500, 5000])
+def test_a_draw_from_a_whole_vocabulary_follows_sums_in_float64(monkeypatch, size):
+    """A millionth of a token's share before its end and after it; sums in float32 lose that."""
+    logits = np.random.default_rng(0).normal(0, 1, size).astype(np.float32)
+    mass, sums = sums_of(logits)
+    for token in range(0, size - 1, size // 500):
+        before, after = sums[token] - 1e-6 * mass[token], sums[token] + 1e-6 * mass[token + 1]
+        for place, drawn in ((before, token), (after, token + 1)):
+            monkeypatch.setattr(sampling, "uniform_at", lambda *_, p=place: p / sums[-1])
+            assert draw(SAMPLED, logits) == drawn
+
+
+def test_a_nucleus_ends_where_sums_in_float64_reach_its_probability(monkeypatch):
+    """Also where it ends with the first guess, or one token after it."""
+    # With these, a sum in float32 over the first guess is rounded up.
+    logits = np.sort(np.random.default_rng(2).normal(0, 1, 5000).astype(np.float32))[::-1]
+    mass, sums = sums_of(logits)
+    monkeypatch.setattr(sampling, "uniform_at", lambda *_: 1 - 2.0**-53)
+    for last in (9, 500, FIRST_NUCLEUS - 1, 2000):
+        within, beyond = sums[last] - 1e-6 * mass[last], sums[last] + 1e-6 * mass[last + 1]
+        for wanted, drawn in ((within, last), (beyond, last + 1)):
+            params = SamplingParams(temperature=1.0, top_p=wanted / sums[-1])
+            assert draw(params, logits) == drawn
+
+
 @pytest.mark.parametrize(
     "other",
     [{"key": "b"}, {"position": 1}, {"params": SamplingParams(temperature=1.0, seed=1)}],
@@ -113,9 +155,21 @@ def test_draws_differ_by_key_position_and_seed(other):
     assert draw(logits=logits, **given_) != draw(logits=logits, **(given_ | other))
 
 
-def test_a_candidate_without_mass_is_never_drawn():
+def test_a_candidate_without_mass_is_never_drawn(monkeypatch):
     logits = [-np.inf, 0.0, -np.inf, 0.0, -np.inf]
     assert {draw(SAMPLED, logits, position=i) for i in range(200)} == {1, 3}
+    for uniform, drawn in ((0.0, 1), (0.5, 3), (1 - 2.0**-53, 3)):
+        monkeypatch.setattr(sampling, "uniform_at", lambda *_, u=uniform: u)
+        assert draw(SAMPLED, logits) == drawn
+
+
+@pytest.mark.parametrize("top_p", [0.99, 1.0])
+def test_draws_depend_on_differences_of_logits_alone(top_p):
+    """Powers of large logits would be infinite."""
+    params = SamplingParams(temperature=1.0, top_p=top_p)
+    for position in range(50):
+        drawn = [draw(params, [a, a + 1], position=position) for a in (-1000, 0, 1000)]
+        assert len(set(drawn)) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,6 +177,7 @@ def test_a_candidate_without_mass_is_never_drawn():
     [
         (SamplingParams(), False),
         (SamplingParams(temperature=1.0), True),
+        (SamplingParams(temperature=1.0, top_k=1), False),
         (SamplingParams(temperature=1.0, top_k=64), False),
         (SamplingParams(temperature=1.0, top_k=65), True),
         (SamplingParams(temperature=0.0, top_k=65), False),

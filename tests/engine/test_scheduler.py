@@ -10,7 +10,6 @@ from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Request, Sequence, Status
-from beam_gemma.errors import PromptTooLongError, RecordError
 from tests.doubles.fakes import STATES, fake_signature
 
 PAGED = STATES[:2]
@@ -189,9 +188,10 @@ def test_the_rows_with_most_steps_run_first():
 def test_rows_that_share_their_first_block_run_together():
     scheduler = make_scheduler(max_num_seqs=1, states=PAGED)
     rows = [(20, 9, 3), (21, 1, 3), (22, 8, 4), (23, 7, 3), (24, 6, 4), (10, 7, 4), (12, 9, 4)]
+    rows.append((16, 2, 3))  # one full block
     scheduler.add([make_sequence(n, m, token=token) for n, m, token in rows])
     # 10 and 12 have no full block, so nothing to share.
-    assert first_steps(scheduler) == [20, 23, 21, 12, 22, 24, 10]
+    assert first_steps(scheduler) == [20, 23, 16, 21, 12, 22, 24, 10]
 
 
 def test_a_row_that_arrives_late_waits_for_the_next_generation():
@@ -201,6 +201,21 @@ def test_a_row_that_arrives_late_waits_for_the_next_generation():
     for batch in ((40, 60), (50,)):
         scheduler.add([make_sequence(n, 1) for n in batch])
     assert first_steps(scheduler) == [10, 60, 50, 40]
+
+
+def test_all_that_wait_are_dropped_and_what_runs_goes_on():
+    scheduler = make_scheduler(max_num_seqs=1)
+    rows = [make_sequence(n, 3) for n in (40, 30, 20, 10)]
+    scheduler.add(rows[:2])
+    apply(scheduler, scheduler.schedule())
+    scheduler.add(rows[2:])
+    assert scheduler.num_waiting == 3
+    assert scheduler.drop_waiting() == rows[1:]
+    assert scheduler.num_waiting == 0
+    assert scheduler.drop_waiting() == []
+    late = make_sequence(50, 1)
+    scheduler.add([late])
+    assert first_steps(scheduler) == [40, 50]
 
 
 def test_prefill_goes_on_until_decode_is_full():
@@ -215,6 +230,10 @@ def test_uneven_prompts_share_a_step_where_tiles_are_full():
     scheduler.add([make_sequence(n) for n in (300, 120, 60, 30, 20)])
     # Tiles of 60: 5, 2, 1, 1 and 1 of them are 600 for 530 tokens.
     assert [n for _, n in scheduler.schedule()] == [300, 120, 60, 30, 20]
+    scheduler = make_scheduler(max_num_seqs=8, max_num_batched_tokens=1000)
+    scheduler.add([make_sequence(n) for n in (65, 33, 33, 33, 33)])
+    # Tiles of 33: two and four of them are 198 for 197 tokens.
+    assert [n for _, n in scheduler.schedule()] == [65, 33, 33, 33, 33]
 
 
 def test_a_step_is_never_mostly_padding():
@@ -258,6 +277,50 @@ def test_a_few_decode_rows_join_a_large_prompt_on_the_cpu():
     assert [n for _, n in scheduler.schedule()] == [320, 1, 1]
 
 
+def test_chunks_shrink_as_the_context_grows_down_to_one_tile(monkeypatch):
+    monkeypatch.setattr("beam_gemma.engine.scheduler.MAX_CHUNK_AREA", 200 * 192)
+    scheduler = make_scheduler(max_num_batched_tokens=200)
+    scheduler.add([make_sequence(600, 1)])
+    # Three tiles are 192 tokens, of which 600 make four chunks; 450 and less are cut by one tile.
+    chunks = [n for ((_, _, n, _),) in run_all(scheduler)]
+    assert chunks == [150, 57, 57, 56, 56, 56, 56, 56, 56]
+
+
+def test_chunks_with_spans_do_not_shrink(monkeypatch):
+    monkeypatch.setattr("beam_gemma.engine.scheduler.MAX_CHUNK_AREA", 1)
+    scheduler = make_scheduler(max_num_batched_tokens=200)
+    scheduler.add([make_sequence(600, 1, spans=((400, 600),))])
+    assert [n for ((_, _, n, _),) in run_all(scheduler)] == [200, 200, 200]
+
+
+@pytest.mark.parametrize(("num_forced", "step"), [(0, [320, 1]), (1, [320]), (17, [320])])
+def test_decode_rows_join_a_prompt_only_if_blocks_are_left_for_them(num_forced, step):
+    """The prompt takes 20 blocks and leaves one, which holds one token or 16 after a full block."""
+    scheduler = make_scheduler(num_blocks=24, max_num_batched_tokens=400)
+    row = make_sequence(30, 40)
+    scheduler.add([row])
+    apply(scheduler, scheduler.schedule())
+    row.token_ids += [7] * num_forced
+    scheduler.add([make_sequence(320, 3)])
+    assert [n for _, n in scheduler.schedule()] == step
+
+
+def test_forced_tokens_are_computed_with_the_one_before_them_while_the_step_has_room():
+    scheduler = make_scheduler(max_num_batched_tokens=20)
+    rows = [make_sequence(5, 40) for _ in range(3)]
+    scheduler.add(rows)
+    apply(scheduler, scheduler.schedule())
+    for row in rows:
+        row.token_ids += [7] * 8
+    assert [n for _, n in scheduler.schedule()] == [9, 9, 2]
+
+
+def test_blocks_of_a_single_group_are_shared():
+    scheduler = make_scheduler(states=PAGED[:1], max_num_batched_tokens=1000)
+    scheduler.add([make_sequence(n, 5) for n in (180, 179)])
+    assert [n for _, n in scheduler.schedule()] == [180, 3]
+
+
 def test_rows_that_share_a_prefix_start_in_the_step_that_computes_it():
     scheduler = make_scheduler(max_num_seqs=4, states=PAGED, max_num_batched_tokens=1000)
     scheduler.add([make_sequence(n, 5) for n in (500, 499, 498, 497)])
@@ -274,11 +337,13 @@ def test_a_prefix_is_not_shared_before_it_is_scheduled():
     assert [(s.num_computed_tokens, n) for s, n in step] == [(0, 150), (144, 46)]
 
 
-@pytest.mark.parametrize("settings_", [{"enable_prefix_caching": False}, {"states": STATES}])
+@pytest.mark.parametrize(
+    "settings_", [{"enable_prefix_caching": False}, {"states": STATES}, {"states": ()}]
+)
 def test_no_prefix_is_shared_without_prefix_caching_or_with_recurrent_states(settings_):
     scheduler = make_scheduler(**{"states": PAGED, "max_num_batched_tokens": 1000} | settings_)
     scheduler.add([make_sequence(n, 5) for n in (180, 179)])
-    assert [n for _, n in scheduler.schedule()] == [180, 179]
+    assert [n for _, _, n, _ in run_all(scheduler)[0]] == [180, 179]
 
 
 def test_rows_with_spans_share_nothing():
@@ -359,39 +424,3 @@ def test_a_long_prompt_starts_only_when_the_cache_can_hold_all_of_it():
     steps = run_all(scheduler)
     assert scheduler.num_preemptions == 0
     assert [n for step in steps for p, _, n, _ in step if p == 220] == [74, 73, 73, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        (make_request(0), RecordError, "at least one token"),
-        (make_request(996, 5), PromptTooLongError, "prompt of 996 tokens.*at most 1,000.*1,001"),
-        (make_request(200, 58), PromptTooLongError, "17 cache blocks of full, the cache has 16"),
-        (make_request(200, spans=((10, 111),)), RecordError, "span of 101 tokens.*at most 100"),
-    ],
-)
-def test_a_request_that_could_never_run_is_refused(request_, error, message):
-    scheduler = make_scheduler(num_blocks=17)
-    with pytest.raises(error, match=message):
-        scheduler.check(request_)
-
-
-def test_a_request_that_just_fits_is_not_refused():
-    scheduler = make_scheduler(num_blocks=17)
-    scheduler.check(make_request(200, 57))
-    scheduler.check(make_request(200, spans=((10, 110),)))
-    make_scheduler().check(make_request(995, 5))
-
-
-@pytest.mark.parametrize("token", [-1, 97])
-def test_a_token_that_the_model_lacks_is_refused(token):
-    request = Request(
-        request_id="r", prompt_token_ids=(3, token), params=SamplingParams(max_tokens=1)
-    )
-    with pytest.raises(RecordError, match=f"ids from 0 to 96, got .*{token}"):
-        make_scheduler().check(request)
-
-
-def test_spans_are_refused_where_the_model_takes_none():
-    with pytest.raises(RecordError, match="one way"):
-        make_scheduler(optional_inputs=()).check(make_request(20, spans=((0, 10),)))

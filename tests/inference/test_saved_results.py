@@ -1,6 +1,7 @@
 """Pieces: what is written is there whole and for good, and says the same however often."""
 
 import os
+import re
 import threading
 import time
 from dataclasses import replace
@@ -66,8 +67,16 @@ def test_the_same_results_are_the_same_piece(tmp_path: Path) -> None:
     for _ in range(2):
         write_piece(str(tmp_path), piece_of(result_of(1)))
     write_piece(str(tmp_path), piece_of(result_of(2), keys=(2,)))
-    assert len(list_pieces(str(tmp_path))) == 2
+    pieces = list_pieces(str(tmp_path))
+    assert [len(Path(path).stem) for path in pieces] == [32, 32]
     assert durable_rows(tmp_path) == {key_of(n): result_of(n) for n in (1, 2)}
+
+
+def test_pieces_are_compressed(tmp_path: Path) -> None:
+    rows = [{"completion": "the same words " * 10, "scores": None}] * 100
+    write_piece(str(tmp_path), piece_of(*rows, keys=tuple(range(100))))
+    (path,) = list_pieces(str(tmp_path))
+    assert Path(path).stat().st_size < 5_000, "15,000 letters"
 
 
 def test_a_folder_that_is_not_there_has_no_pieces(tmp_path: Path) -> None:
@@ -96,7 +105,11 @@ def test_a_torn_or_foreign_file_is_named(tmp_path: Path, damage: str) -> None:
             path.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
         case "renamed":
             path = path.rename(path.with_name("results.arrow"))
-    with pytest.raises(StorageError, match=f"{path.name}: expected a piece .* delete this file"):
+    message = (
+        f"{path}: expected a piece of results whose content has the hash in its name, got another; "
+        "delete this file, and its rows are computed again"
+    )
+    with pytest.raises(StorageError, match=f"^{re.escape(message)}$"):
         read_piece(str(path))
 
 
@@ -139,7 +152,11 @@ def test_other_file_systems_get_a_whole_file_or_none(tmp_path: Path) -> None:
 def test_two_results_of_one_request_are_loud(other: dict[str, object]) -> None:
     one = piece_of(result_of(1))
     assert merge([one, one]) == {key_of(1): result_of(1)}
-    with pytest.raises(StorageError, match=f"one result of the request {key_of(1).hex()}, got two"):
+    message = (
+        f"pieces: expected one result of the request {key_of(1).hex()}, got two that differ, as "
+        "from machines that do not compute alike; run the job without --resume"
+    )
+    with pytest.raises(StorageError, match=f"^{re.escape(message)}$"):
         merge([one, piece_of({**result_of(1), **other})])
 
 
@@ -179,6 +196,22 @@ def test_a_row_does_not_wait_long_for_others(tmp_path: Path) -> None:
     until(lambda: list_pieces(str(tmp_path)))
     assert time.monotonic() - started >= 0.2
     assert durable_rows(tmp_path) == {key_of(1): result_of(1)}
+
+
+def test_a_piece_has_the_types_of_the_job_whatever_its_rows_hold(tmp_path: Path) -> None:
+    writer = PieceWriter(str(tmp_path), SCHEMA)
+    writer.add(key_of(1), {"completion": None, "scores": None})
+    writer.flush()
+    (path,) = list_pieces(str(tmp_path))
+    assert read_piece(path).schema == piece_of(result_of(1)).schema
+
+
+def test_a_writer_does_not_keep_its_process_from_ending(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    PieceWriter(str(tmp_path), SCHEMA)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.name == "beam-gemma-pieces"
+    assert thread.daemon
 
 
 def test_flush_is_for_all_callers(tmp_path: Path) -> None:
@@ -264,10 +297,13 @@ def test_a_run_is_named_by_all_that_results_depend_on(
     monkeypatch.setattr(devices, "NUMERICS", 0)
     others.append(run_digest(artifact, SETTINGS, "cpu"))
     assert len({one, *others}) == 6
+    assert {len(digest) for digest in (one, *others)} == {32}
 
 
 def test_a_result_that_cannot_be_written_is_heard_of(tmp_path: Path) -> None:
     writer = PieceWriter(str(tmp_path), SCHEMA)
     writer.add(key_of(1), {"completion": "\ud800", "scores": None})
-    with pytest.raises(StorageError, match="results that can be written, got UnicodeEncodeError"):
+    match = "^pieces: expected results that can be written, got UnicodeEncodeError: 'utf-8' codec"
+    with pytest.raises(StorageError, match=match) as raised:
         writer.flush()
+    assert isinstance(raised.value.__cause__, UnicodeEncodeError)

@@ -1,7 +1,6 @@
 """Requests: rows that ask the same meet, rows that draw do not, and results find all their rows."""
 
 import hashlib
-import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +31,7 @@ def key(text):
 
 
 def text_of(request):
-    return zlib.decompress(request[ENCODED]).decode()
+    return request[ENCODED].decode()
 
 
 def requests_of(rows, settings=GREEDY, *, batches=1, order=None):
@@ -92,6 +91,22 @@ def test_results_reach_all_rows_that_ask():
     assert [row[POSITION] for row in found] == list(range(6))
 
 
+@pytest.mark.parametrize(("settings", "extra"), [(GREEDY, {}), (DRAWN, {ROW_KEY: pa.string()})])
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_batches_of_requests_have_one_schema_whether_or_not_they_hold_rows(
+    settings, extra, num_rows
+):
+    rows = pa.RecordBatch.from_pylist([{"id": 1, "text": "a"}]).slice(0, num_rows)
+    columns = {REQUEST_KEY: pa.binary(16), POSITION: pa.int64(), ENCODED: pa.binary()}
+    assert keyed(7, rows, settings, encode).schema == pa.schema(columns | extra)
+
+
+def test_no_rows_make_no_requests():
+    none = requests_of([{"text": "a"}]).slice(0, 0)
+    assert key_ranges(none, 9).tolist() == []
+    assert [part.num_rows for part in split_durable(none, {key("a"): {}})] == [0, 0]
+
+
 def test_what_is_durable_is_not_asked():
     requests = requests_of([{"text": text} for text in "abacab"])
     durable = {key("a"): {}, key("z"): {}}
@@ -132,3 +147,25 @@ def test_key_of_a_row_is_that_of_its_column():
     one, two = sorted(requests_of(rows, KEYED).to_pylist(), key=lambda row: row[POSITIONS])
     assert one[ROW_KEY] == "k1"
     assert len(two[ROW_KEY]) == 32
+
+
+def test_rows_that_draw_differ_by_values_that_python_cannot_hold():
+    long = pa.array([1 << 47, 1 << 48], pa.int64()).cast(pa.duration("s"))
+    rows = pa.record_batch({"text": ["a", "a"], "wait": long})
+    one, two = keyed(0, rows, DRAWN, encode).to_pylist()
+    assert one[ROW_KEY] != two[ROW_KEY]
+    assert one[REQUEST_KEY] != two[REQUEST_KEY]
+
+
+def test_of_identical_rows_that_draw_the_later_ones_get_a_number():
+    """Saved results are found again by these keys, so they are those of every release."""
+    rows = [{"id": "k", "text": "a"}] * 3
+    own = hashlib.blake2b(key("a") + b"k", digest_size=16).digest()
+    numbered = [hashlib.blake2b(own + bytes([*[0] * 7, i]), digest_size=16) for i in (1, 2)]
+    found = requests_of(rows, KEYED)
+    assert found.schema.field(REQUEST_KEY).type == pa.binary(16)
+    assert [(row[REQUEST_KEY], row[ROW_KEY]) for row in found.to_pylist()] == [
+        (own, "k"),
+        (numbered[0].digest(), "k-1"),
+        (numbered[1].digest(), "k-2"),
+    ]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,9 +57,24 @@ def test_located_rows_are_cut_where_shards_end(plan, position, num_rows):
         assert set(plan.shards_of(rows["at"].to_numpy()).tolist()) == {shard}
 
 
+def test_runs_of_sparse_positions_are_hashed_by_splitmix64():
+    """The numbers are those of its reference implementation, from seed 0 on."""
+    plan = Layout(num_shards=1 << 62, num_rows=None)
+    runs = np.arange(5) << 10
+    expected = [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+        0xF88BB8A8724C81EC,
+        0x1B39896A51A8749B,
+    ]
+    assert plan.shards_of(runs).tolist() == [number % (1 << 62) for number in expected]
+    assert plan.shards_of(runs + 1023).tolist() == plan.shards_of(runs).tolist()
+
+
 class Table(Source):
-    def __init__(self, num_rows, num_bytes) -> None:
-        self.num_rows, self.num_bytes, self.is_dense = num_rows, num_bytes, True
+    def __init__(self, num_rows, num_bytes, *, is_dense=True) -> None:
+        self.num_rows, self.num_bytes, self.is_dense = num_rows, num_bytes, is_dense
 
     parts = read = head = sample = None
 
@@ -74,3 +90,21 @@ def test_no_shard_is_too_large(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     assert Layout.of(Table(10, 0), text).num_shards == 3
     assert Layout.of(Table(0, 0), text) == Layout(num_shards=1, num_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("column", "num_bytes"),
+    [(pa.float32(), 4), (pa.int64(), 8), (pa.list_(pa.float32(), 25), 100), (pa.string(), 64)],
+)
+def test_result_columns_count_by_the_width_of_their_type(monkeypatch, column, num_bytes):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10 * num_bytes)
+    results = pa.schema([("made", column)])
+    sizes = [len(range(Layout.of(Table(n, 0), results).num_shards)) for n in (10, 11, 20, 21)]
+    assert sizes == [1, 2, 2, 3]
+
+
+def test_layout_knows_the_number_of_rows_only_of_dense_positions():
+    results = pa.schema([("t", pa.string())])
+    assert Layout.of(Table(10, 0), results).num_rows == 10
+    assert Layout.of(Table(10, 0, is_dense=False), results).num_rows is None
+    assert Layout.of(Table(None, 0, is_dense=False), results) == Layout(num_shards=1, num_rows=None)

@@ -9,7 +9,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import RecordError
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inputs.row import Prompt
-from beam_gemma.tasks.encoded_rows import packed, request_in, request_of
+from beam_gemma.tasks.encoded_rows import request_in, request_of
 from beam_gemma.tasks.generate import GenerateSettings
 from beam_gemma.tasks.moderate import ModerateSettings, Policy
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
@@ -22,7 +22,7 @@ ROWS = [{"text": "the cat"}, {"text": None}, {"text": "a" * 90}, {"text": "é"}]
 
 def carried(rows, identify, **columns):
     """Return rows that hold nothing but their requests and some columns."""
-    requests = [packed(request_of(row, identify)) for row in rows]
+    requests = [request_of(row, identify) for row in rows]
     return rows_of(pa.record_batch({ENCODED: pa.array(requests, pa.binary()), **columns}))
 
 
