@@ -43,9 +43,8 @@ def send_whole() -> None:
         OptionsError: Beam lacks the part, so that elements could be lost.
     """
     _part(_WORKERS, "DATA_BUFFER_TIME_LIMIT_MS")
-    from apache_beam.runners.portability.fn_api_runner import worker_handlers
-
-    worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
+    workers: Any = importlib.import_module(_WORKERS)
+    workers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 
 def without_prism(flags: Sequence[str]) -> PipelineOptions:
@@ -59,10 +58,8 @@ def without_prism(flags: Sequence[str]) -> PipelineOptions:
     Raises:
         OptionsError: Beam lacks the flag, which it would ignore and then download Prism.
     """
-    _part(_OPTIONS, "PrismRunnerOptions")
-    from apache_beam.options.pipeline_options import PrismRunnerOptions
-
-    if not hasattr(PipelineOptions([NO_PRISM]).view_as(PrismRunnerOptions), "prism_location"):
+    options = PipelineOptions([NO_PRISM]).view_as(_part(_OPTIONS, "PrismRunnerOptions"))
+    if not hasattr(options, "prism_location"):
         raise _missing(f"{_OPTIONS}.PrismRunnerOptions.prism_location", "no such flag")
     return PipelineOptions([*flags, NO_PRISM])
 

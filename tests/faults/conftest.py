@@ -20,11 +20,9 @@ from beam_gemma.cli import run as cli
 from beam_gemma.tables.file_sink import FileSink, open_sink
 from pipelines.generate import main
 from tests.conftest import TinyModel
+from tests.doubles.workers_path import WORKERS_PATH
 
 ROOT = Path(__file__).parent.parent.parent
-NO_TORCH = ROOT / "tests/doubles/no_torch"
-PYTHONPATH = f"{NO_TORCH}{os.pathsep}{ROOT}"
-"""Of processes of workers and of jobs: they have no PyTorch."""
 NUM_ROWS = 120
 NUM_OK = NUM_ROWS - 1
 """One row has no text."""
@@ -76,7 +74,7 @@ class Faulty:
         return subprocess.run(
             [*command, *self.flags(*resume, *more)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH},
+            env={**os.environ, "PYTHONPATH": WORKERS_PATH},
             capture_output=True,
             text=True,
             timeout=200,

@@ -13,11 +13,11 @@ import pytest
 
 from beam_gemma.inference.saved_results import MIN_ROWS
 from tests.doubles.job_server import WORKER, job_server
+from tests.doubles.workers_path import WORKERS_PATH
 from tests.faults import HOLDER, NUM_HELD
 from tests.faults.conftest import (
     LENGTH,
     NUM_REQUESTS,
-    PYTHONPATH,
     ROOT,
     Faulty,
     assert_whole,
@@ -32,7 +32,7 @@ SECS = 60
 def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[str]]]:
     """A job server, and the flags that lead to it."""
     with job_server(tmp_path) as (process, flags):
-        worker = f"PYTHONPATH={PYTHONPATH} {sys.executable} -m {WORKER}"
+        worker = f"PYTHONPATH={WORKERS_PATH} {sys.executable} -m {WORKER}"
         yield process, [*flags, f"--environment_config={worker}"]
 
 
@@ -43,7 +43,7 @@ def start(job: Faulty, flags: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines.generate", *job.flags(plugin, *flags)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH},
+            env={**os.environ, "PYTHONPATH": WORKERS_PATH},
             stdout=stream,
             stderr=stream,
         )

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 import uuid
-from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
@@ -25,11 +24,8 @@ from beam_gemma.jobs.write_table import Output
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.generate import GenerateSettings
 from tests.doubles.fake_models import SLOTS, UnevenHandler, local_pipeline
+from tests.doubles.workers_path import NO_TORCH, WORKERS_PATH
 
-ROOT = Path(__file__).parents[2]
-NO_TORCH = ROOT / "tests/doubles/no_torch"
-WORKERS_PATH = f"{NO_TORCH}{os.pathsep}{ROOT}"
-"""Where worker processes find modules; they have no PyTorch."""
 SETTINGS = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=40))
 NUM_ROWS = 512
 SMALL = 32

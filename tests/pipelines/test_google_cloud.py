@@ -16,6 +16,7 @@ from google.cloud import bigquery
 from beam_gemma.cli import run as cli
 from beam_gemma.storage import match_files
 from pipelines import classify, embed, generate
+from tests.doubles.workers_path import NO_TORCH
 
 pytestmark = pytest.mark.timeout(600)
 NUM_ROWS = 50
@@ -49,10 +50,9 @@ def cloud_model(gcp, all_tasks_model, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def without_torch(tmp_path, monkeypatch):
+def without_torch(monkeypatch):
     """Workers find no torch, as in their images; Beam takes seconds to import it where it is."""
-    (tmp_path / "torch.py").write_text("raise ImportError('an image of workers has no torch')\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(NO_TORCH), prepend=os.pathsep)
 
 
 @pytest.fixture
