@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from beam_gemma.errors import BeamGemmaError
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device, Head
@@ -31,6 +29,7 @@ from beam_gemma.runtime.device_memory import (
     driver_version,
 )
 from beam_gemma.runtime.download import open_model
+from beam_gemma.runtime.host_memory import host_memory
 from beam_gemma.versions import installed, versions
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def _packages() -> Iterator[Fact]:
 
 def _machine() -> Iterator[Fact]:
     yield Fact(name="processor", text=processor_of("cpu"))
-    memory = psutil.virtual_memory()
+    memory = host_memory()
     yield _amount("memory", memory.available, memory.total)
     folder = tempfile.gettempdir()
     disk = shutil.disk_usage(folder)

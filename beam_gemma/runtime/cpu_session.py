@@ -7,7 +7,6 @@ output of every step, so that a step updates it in place.
 from collections.abc import Sequence
 
 import numpy as np
-import psutil
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import Artifact
@@ -16,6 +15,7 @@ from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.capacity import Capacity, plan_capacity
 from beam_gemma.runtime.devices import LOAD_ERRORS, PROVIDERS, onnxruntime
+from beam_gemma.runtime.host_memory import host_memory
 from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, Finished, ScoreOutput, StepOutput
 
 CACHE_FRACTION = 0.4
@@ -76,7 +76,7 @@ class Session:
             entry.num_bytes for name, entry in artifact.files.items() if name.startswith("weights/")
         )
         # Weights are in memory twice: as file pages, and repacked for the matrix kernels.
-        free = max(psutil.virtual_memory().available - 2 * weights, 0) * CACHE_FRACTION
+        free = max(host_memory().available - 2 * weights, 0) * CACHE_FRACTION
         capacity = plan_capacity(
             signature,
             num_bytes=int(free),
