@@ -10,6 +10,7 @@ transformers. Models are exported by the `export` package of the same repository
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from beam_gemma import moved
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
     from beam_gemma.tasks.questions import ClassifySettings as ClassifySettings
     from beam_gemma.tasks.questions import Shot as Shot
     from beam_gemma.tasks.text_encoder import EmbedSettings as EmbedSettings
+
+# ONNX Runtime's official builds send telemetry unless this is set before they are imported. It is
+# set here so that the exporter and all child processes have it too.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 __version__ = "0.8.0"
 PUBLIC = {

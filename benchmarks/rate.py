@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from beam_gemma.model.config import GemmaConfig
+from beam_gemma.runtime.devices import onnxruntime
 
 ROWS, INNER, COLUMNS = 512, 2048, 2048
 

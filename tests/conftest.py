@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.monitoring import progress
+from beam_gemma.runtime.devices import onnxruntime
 from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.tensors import Checkpoint
