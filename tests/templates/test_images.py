@@ -104,6 +104,15 @@ def test_images_say_the_versions_that_they_hold() -> None:
     assert f"python{python[1].replace('.', '')}-" in defaults["LAUNCHER_IMAGE"]
 
 
+def test_every_image_turns_off_telemetry() -> None:
+    """The stage of packages, which the others are built from, sets what `beam_gemma` sets."""
+    packages = DOCKERFILE.split(" AS packages\n")[1].split("\nFROM ")[0]
+    assert "ENV ORT_DISABLE_TELEMETRY=1\n" in packages
+    bases = {name: base for base, name in re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.M)}
+    assert bases["launcher"] == bases["worker"] == "packages"
+    assert bases["worker-with-model"] == "worker"
+
+
 def test_images_install_by_hash_and_from_wheels() -> None:
     installs = re.findall(r"pip install ((?:.|\\\n)+?[^\\])\n", DOCKERFILE)
     assert len(installs) == 2
