@@ -7,26 +7,50 @@ silently. `tests/test_private_parts.py` fails when a part changes.
 
 import argparse
 import importlib
+import os
 import re
-from collections.abc import Sequence
+import shutil
+import tempfile
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, TypeVar
 
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability import python_urns
 from apache_beam.typehints.row_type import RowTypeConstraint
 
-from beam_gemma.errors import OptionsError
+from beam_gemma.errors import OptionsError, one_line
 
 BEAM_VERSION = "2.77.0"
 """The Beam version in which the parts were read."""
 NO_PRISM = "--prism_location=/nonexistent"
 """A flag that rules out Prism, Beam's engine that DirectRunner otherwise downloads."""
+NO_ATTEMPT = "--allow_unsafe_triggers"
+"""A flag with which DirectRunner does not try Prism. Our pipelines have no triggers."""
+STEP = re.compile(r" \[while running '[^']*'\]")
+"""What Beam adds to the message of an error that a step raises."""
 ERROR_OF_OURS = re.compile(r"^beam_gemma\.errors\.\w+: (.*)$", re.MULTILINE)
 """The last line of a traceback, for an error of this project."""
+ERROR_OF_OTHERS = re.compile(r"^[A-Za-z_][\w.]*(?:: .*)?$", re.MULTILINE)
+"""The last line of a traceback, for any error."""
+WRAPPED = re.compile(r"^RuntimeError: (?=[\w.]+(?:Error|Exception|Interrupt)\b)")
+"""What Beam writes before the name of an error that it has turned into a RuntimeError."""
 _OPTIONS = "apache_beam.options.pipeline_options"
 _TRANSFORMS = "apache_beam.ml.transforms.base"
 _WORKERS = "apache_beam.runners.portability.fn_api_runner.worker_handlers"
+_JOB_SERVICE = "apache_beam.runners.portability.local_job_service"
+_LOCAL_WORKERS = {
+    python_urns.EMBEDDED_PYTHON,
+    python_urns.EMBEDDED_PYTHON_GRPC,
+    python_urns.SUBPROCESS_SDK,
+}
+_MAX_SOCKET_PATH = 107
+"""Longest path of a Unix socket, in bytes."""
 ParserT = TypeVar("ParserT", bound=argparse.ArgumentParser)
 
 
@@ -50,18 +74,112 @@ def send_whole() -> None:
 def without_prism(flags: Sequence[str]) -> PipelineOptions:
     """Return the options of a run on this machine that does not look for Prism.
 
-    Without `NO_PRISM`, DirectRunner downloads Prism at each run, and runs the job in this process
-    only if that fails. With a path that does not exist, it fails at once and nothing is downloaded.
+    Without these flags, DirectRunner downloads Prism at each run, and runs the job in this process
+    only if that fails. The attempt alone opens a port on all interfaces at which anybody can have a
+    worker started, with code of theirs (`portable_runner.start_and_replace_loopback_environments`),
+    and leaves it open. With `NO_ATTEMPT`, DirectRunner does not try. Should it try nevertheless, it
+    finds no Prism at the path of `NO_PRISM` and downloads nothing.
 
-    Relies on this fallback, and uses the flag `--prism_location` of `PrismRunnerOptions`.
+    Uses the flags `--prism_location` of `PrismRunnerOptions`, and `--allow_unsafe_triggers` of
+    `TypeOptions`, which `SwitchingDirectRunner` takes as a reason not to use Prism.
 
     Raises:
-        OptionsError: Beam lacks the flag, which it would ignore and then download Prism.
+        OptionsError: Beam lacks a flag, which it would ignore and then try Prism.
     """
-    options = PipelineOptions([NO_PRISM]).view_as(_part(_OPTIONS, "PrismRunnerOptions"))
-    if not hasattr(options, "prism_location"):
-        raise _missing(f"{_OPTIONS}.PrismRunnerOptions.prism_location", "no such flag")
-    return PipelineOptions([*flags, NO_PRISM])
+    given = PipelineOptions([NO_PRISM, NO_ATTEMPT])
+    for group, name in (
+        ("PrismRunnerOptions", "prism_location"),
+        ("TypeOptions", "allow_unsafe_triggers"),
+    ):
+        if not hasattr(given.view_as(_part(_OPTIONS, group)), name):
+            raise _missing(f"{_OPTIONS}.{group}.{name}", "no such flag")
+    return PipelineOptions([*flags, NO_PRISM, NO_ATTEMPT])
+
+
+def private_ports() -> None:
+    """Make servers of Beam's local runner listen where only this user can connect.
+
+    With `--direct_running_mode=multi_processing` or `multi_threading`, the runner opens ports on
+    all interfaces, without a password. Who connects can read any file that this user can, and send
+    rows that are unpickled. After this call, the servers that workers of this machine use listen on
+    Unix sockets in a folder of mode 0700, and the one for a worker's log on the loopback interface.
+    Workers elsewhere (containers, pools) keep the ports that they need.
+
+    Replaces `worker_handlers.GrpcServer`, `GrpcWorkerHandler.host_from_worker` and the module
+    `grpc` in `local_job_service`. Reads `WorkerHandlerManager._environments`.
+
+    Raises:
+        OptionsError: Beam lacks a part, so that the ports would be open.
+    """
+    workers: Any = importlib.import_module(_WORKERS)
+    server = _part(_WORKERS, "GrpcServer")
+    if getattr(server, "is_private", False):
+        return
+    for name in ("grpc.server", "WorkerHandlerManager"):
+        _part(_WORKERS, name)
+    host = _part(_WORKERS, "GrpcWorkerHandler.host_from_worker")
+    logs: Any = importlib.import_module(_JOB_SERVICE)
+    _part(_JOB_SERVICE, "grpc.server")
+    workers.GrpcServer = _private(server, workers)
+    workers.GrpcWorkerHandler.host_from_worker = lambda handler: (
+        "unix" if handler._grpc_server.is_private else host(handler)
+    )
+    logs.grpc = _Grpc(logs.grpc, lambda bind, _: bind("localhost:0"))
+
+
+def _private(server_class: Any, workers: Any) -> type:
+    """Return a class of servers that listen on Unix sockets if all workers are on this machine."""
+    swap = threading.RLock()
+
+    class PrivateServer(server_class):  # type: ignore[misc]
+        is_private = True
+
+        def __init__(self, state: Any, provision_info: Any, worker_manager: Any) -> None:
+            environments = worker_manager._environments.values()
+            self.is_private = {environment.urn for environment in environments} <= _LOCAL_WORKERS
+            original = workers.grpc
+            with swap:
+                if self.is_private:
+                    # Nobody else can enter the folder, which goes with the server.
+                    self._folder = tempfile.mkdtemp(prefix="beam-gemma-workers-")
+                    weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+                    workers.grpc = _Grpc(original, self._listen)
+                try:
+                    super().__init__(state, provision_info, worker_manager)
+                finally:
+                    workers.grpc = original
+
+        def _listen(self, bind: Callable[[str], int], _: str) -> str:
+            path = f"{self._folder}/{uuid.uuid4().hex[:8]}"
+            if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+                raise OptionsError(
+                    f"TMPDIR: expected a folder whose path leaves room for a socket's, got "
+                    f"{tempfile.gettempdir()!r}; set it to a folder with a shorter path"
+                )
+            bind(f"unix:{path}")
+            return path
+
+    return PrivateServer
+
+
+class _Grpc:
+    """The module `grpc`, whose servers listen where a function says.
+
+    The function takes a server's method that binds an address, and the address that Beam wants. It
+    returns what Beam takes for the port.
+    """
+
+    def __init__(self, grpc: Any, listen: Callable[[Callable[[str], int], str], Any]) -> None:
+        self._grpc = grpc
+        self._listen = listen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grpc, name)
+
+    def server(self, *arguments: Any, **options: Any) -> Any:
+        server = self._grpc.server(*arguments, **options)
+        server.add_insecure_port = partial(self._listen, server.add_insecure_port)
+        return server
 
 
 def parser_of_all_flags(parser_class: type[ParserT]) -> ParserT:
@@ -129,7 +247,25 @@ def sentence_of_worker(error: Exception) -> str | None:
         error: The error that a runner raised.
     """
     sentences: list[str] = ERROR_OF_OURS.findall(str(error))
-    return sentences[-1] if sentences else None
+    return without_step(sentences[-1]) if sentences else None
+
+
+def fault_of_worker(error: Exception) -> str:
+    """Return the type and message of the error that failed a worker, in one line.
+
+    Relies on the same text as `sentence_of_worker`. If it holds no traceback, this returns the type
+    and message of the runner's own error.
+
+    Args:
+        error: The error that a runner raised.
+    """
+    faults: list[str] = ERROR_OF_OTHERS.findall(str(error)) if "Traceback" in str(error) else []
+    return WRAPPED.sub("", without_step(faults[-1] if faults else one_line(error)))
+
+
+def without_step(message: str) -> str:
+    """Return the message of an error without the name of the step that Beam adds to it."""
+    return STEP.sub("", message)
 
 
 def _part(module: str, name: str) -> Any:

@@ -6,45 +6,49 @@ After an upgrade, read each part anew, then change the version in the module tha
 import argparse
 import ast
 import importlib
+import os
 import re
 import string
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import apache_beam as beam
 import onnxruntime
+import psutil
 import pytest
-import torch
 from apache_beam.ml.inference.base import ModelHandler
 from apache_beam.ml.transforms.base import EmbeddingsManager
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
-from apache_beam.runners.portability.prism_runner import PrismJobServer
+from apache_beam.runners.portability.prism_runner import PrismJobServer, PrismRunner
 from apache_beam.runners.worker.data_plane import (
     ClosableOutputStream,
     TimeBasedBufferingClosableOutputStream,
 )
+from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.typehints.row_type import RowTypeConstraint
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beam_gemma import beam_internals
 from beam_gemma.cli.flags import ArgumentGroup, FlagParser, beam_flag_parser
-from beam_gemma.errors import BudgetError, CheckpointError, OptionsError
+from beam_gemma.errors import BudgetError, OptionsError
 from beam_gemma.runtime import devices
 from beam_gemma.runtime.bound_graph import is_lack_of_memory
-from export.checkpoints import ckpt_file
 from tests.doubles.fake_models import local_pipeline
 
 ROOT = Path(__file__).parent.parent
 OF_OTHERS = {
-    "beam_internals": {"_add_argparse_args", "_fields"},
+    "beam_internals": {"_add_argparse_args", "_environments", "_grpc_server"},
     "cli.flags": {"_ArgumentGroup", "_get_value", "_option_string_actions"},
+    "cli.stop": {"_run_exitfuncs"},
 }
 """Private names of others, by module of beam_gemma; a method also overrides `_get_values`."""
-PUBLIC = {"_asdict"}
-"""A name with an underscore that Python documents, of named tuples."""
+PUBLIC = {"_asdict", "_exit"}
+"""Names with an underscore that Python documents, of named tuples and of `os`."""
 SENTENCE = "row 7: expected a text, got a number; cast it"
 
 
@@ -69,7 +73,6 @@ class LengthHandler(ModelHandler):
 def test_versions_are_those_that_the_code_names() -> None:
     assert version("apache-beam") == beam_internals.BEAM_VERSION == "2.77.0"
     assert onnxruntime.__version__ == devices.ONNXRUNTIME_VERSION == "1.31.1"
-    assert torch.__version__.partition("+")[0] == ckpt_file.TORCH_VERSION == "2.13.0"
 
 
 def test_workers_take_their_time_limit_from_the_part(monkeypatch) -> None:
@@ -91,6 +94,69 @@ def test_a_run_on_this_machine_does_not_download_prism(monkeypatch) -> None:
     with_prism = PrismJobServer(PipelineOptions([]))
     monkeypatch.setattr(PrismJobServer, "_prepare_executable", lambda _, url: url, raising=False)
     assert with_prism._resolve_source_path().startswith("https://github.com/apache/beam/")
+
+
+def test_a_run_on_this_machine_does_not_try_prism(monkeypatch) -> None:
+    """An attempt, though it fails, opens a port at which anybody can start a worker."""
+    tried = []
+    monkeypatch.setattr(PrismRunner, "run_pipeline", lambda *_: tried.append(1))
+    pipeline = beam.Pipeline(options=beam_internals.without_prism(["--runner=DirectRunner"]))
+    _ = pipeline | beam.Create([1])
+    pipeline.run().wait_until_finish()
+    assert tried == []
+
+
+def addresses_of(pid: int) -> list[str]:
+    """Return the addresses at which a process listens."""
+    found = psutil.Process(pid).net_connections("inet")
+    return sorted({c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN})
+
+
+@pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
+def test_workers_of_the_local_runner_are_reached_by_this_user_alone(
+    mode, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    beam_internals.private_ports()
+    before = set(Path("/tmp").glob("beam-gemma-workers-*"))
+    runner, folders = os.getpid(), tmp_path / "folders"
+    pipeline = local_pipeline(f"--direct_running_mode={mode}")
+
+    def look(_):
+        made = set(Path("/tmp").glob("beam-gemma-workers-*")) - before
+        folders.write_text("".join(f"{path.stat().st_mode & 0o777:o}" for path in made))
+        return addresses_of(runner)
+
+    logs = {"::1", "::ffff:127.0.0.1", "127.0.0.1"} if mode == "multi_processing" else set()
+    addresses = pipeline | beam.Create([1]) | beam.FlatMap(look) | beam.combiners.ToSet()
+    assert_that(addresses | beam.Map(lambda found: found - logs), equal_to([set()]))
+    pipeline.run().wait_until_finish()
+    assert "700" in folders.read_text()
+
+
+def test_workers_elsewhere_keep_their_ports() -> None:
+    beam_internals.private_ports()
+    beam_internals.private_ports()  # once is enough
+    environments = {"a": beam_runner_api_pb2.Environment(urn=common_urns.environments.DOCKER.urn)}
+    manager = worker_handlers.WorkerHandlerManager(environments, None)
+    server = worker_handlers.GrpcServer(manager.state_servicer, None, manager)
+    try:
+        assert isinstance(server.control_port, int)
+        handler = object.__new__(worker_handlers.GrpcWorkerHandler)
+        handler._grpc_server = server
+        assert handler.host_from_worker() == "localhost"
+    finally:
+        server.close()
+
+
+def test_a_path_too_long_for_a_socket_is_one_sentence(tmp_path, monkeypatch) -> None:
+    beam_internals.private_ports()
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
+    manager = worker_handlers.WorkerHandlerManager({}, None)
+    with pytest.raises(OptionsError, match=r"^TMPDIR: expected .*; set it to .* shorter path$"):
+        worker_handlers.GrpcServer(manager.state_servicer, None, manager)
 
 
 def test_beams_parser_takes_the_flags_of_all_groups() -> None:
@@ -134,7 +200,7 @@ def test_an_error_of_ours_is_found_in_a_workers_failure(mode, monkeypatch) -> No
         found = str(caught.value)
     else:
         found = beam_internals.sentence_of_worker(caught.value)
-    assert found == f"{SENTENCE} [while running 'Fail']"
+    assert beam_internals.without_step(found) == SENTENCE
     assert BudgetError.__name__ in repr(caught.value)
 
 
@@ -154,6 +220,8 @@ def test_the_last_error_of_ours_in_a_text_is_the_one() -> None:
             "PrismRunnerOptions",
             lambda: beam_internals.without_prism([]),
         ),
+        ("options.pipeline_options", "TypeOptions", lambda: beam_internals.without_prism([])),
+        (worker_handlers, "GrpcServer", beam_internals.private_ports),
         ("options.pipeline_options", "_BeamArgumentParser", beam_flag_parser),
         (
             "ml.transforms.base",
@@ -161,7 +229,7 @@ def test_the_last_error_of_ours_in_a_text_is_the_one() -> None:
             lambda: beam_internals.text_embedding_handler(None),
         ),
     ],
-    ids=["time limit", "Prism", "parser", "handler"],
+    ids=["time limit", "Prism", "triggers", "servers", "parser", "handler"],
 )
 def test_a_part_that_is_gone_is_one_sentence(owner, name, use, monkeypatch) -> None:
     module = importlib.import_module(f"apache_beam.{owner}") if isinstance(owner, str) else owner
@@ -215,20 +283,6 @@ def test_onnx_runtime_says_that_memory_has_run_out() -> None:
     assert is_lack_of_memory(caught.value)
 
 
-def test_torch_says_where_a_tensor_lies_in_its_file(tmp_path, monkeypatch) -> None:
-    tensor = torch.arange(5, dtype=torch.int32)
-    torch.save({"a": tensor}, tmp_path / "a.ckpt")
-    with FakeTensorMode():
-        fake = torch.load(tmp_path / "a.ckpt", weights_only=True)["a"]
-    start = ckpt_file._checkpoint_offset(fake)
-    content = (tmp_path / "a.ckpt").read_bytes()
-    assert content[start : start + 20] == tensor.numpy().tobytes()
-    assert ckpt_file._checkpoint_offset(tensor) is None
-    monkeypatch.delattr(torch.storage._StorageBase, "_checkpoint_offset")
-    with pytest.raises(CheckpointError, match=r"torch 2\.13.*: expected the file offset"):
-        ckpt_file._checkpoint_offset(tensor)
-
-
 def trees() -> Iterator[tuple[str, ast.Module]]:
     folder = ROOT / "beam_gemma"
     for path in sorted(folder.rglob("*.py")):
@@ -272,6 +326,8 @@ def test_private_names_of_others_stand_where_they_are_guarded() -> None:
     ("text", "module"),
     [
         ("prism_location=", "beam_internals"),
+        ("allow_unsafe_triggers", "beam_internals"),
+        ("GrpcServer", "beam_internals"),
         ("DATA_BUFFER_TIME_LIMIT_MS", "beam_internals"),
         ("_BeamArgumentParser", "beam_internals"),
         ("_TextEmbeddingHandler", "beam_internals"),

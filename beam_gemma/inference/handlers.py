@@ -11,6 +11,7 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.row import Row
+from beam_gemma.inputs.template import column_value
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.runtime.devices import DeviceChoice
@@ -101,6 +102,13 @@ class GemmaGenerateModelHandler(TaskHandler):
         structured = StructuredOutput(json_schema=json_schema_of(schema))
         handler.settings = dataclasses.replace(self.settings, structured=structured)
         return handler
+
+    def _draw_key(self, row: Row) -> str | None:
+        column = self.settings.key_column
+        if column is None or isinstance(row, str):
+            return None
+        value = column_value(row, column)
+        return None if value is None else str(value)
 
     def _load(self, artifact: Artifact, device: Device) -> Generator:
         return open_model.open_generator(artifact, self.settings, device, self._limits)

@@ -101,7 +101,11 @@ class VectorHandler(GemmaEmbedModelHandler):
         """
         predictions = super().run_inference(batch, model, inference_args)
         results: list[Any] = [prediction.inference for prediction in predictions]
-        for text, result in zip(batch, results, strict=True):
+        for position, result in enumerate(results):
+            # The error ends the job and is logged, so that it quotes no text.
             if error := result["error"]:
-                raise RecordError(f"text {text[:40]!r}: expected an embedding, got: {error}")
+                raise RecordError(
+                    f"text {position} of a batch of {len(batch)} (the first is 0): expected an "
+                    f"embedding, got: {error}"
+                )
         return [result["embedding"] for result in results]

@@ -1,4 +1,4 @@
-"""Examples: the forms of rows that inference accepts, and their transfer between processes."""
+"""Examples: the forms of rows that inference accepts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 from apache_beam.pvalue import Row
 
-from beam_gemma.batches import RecordBatchCoder
+from beam_gemma.batches import python_value
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row as Columns
 
@@ -14,50 +14,39 @@ Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.Record
 """Input of inference; a Beam Row that has passed between two steps is a named tuple."""
 
 
-class PortableBatch:
-    """A record batch that is pickled as an Arrow stream, once for all of its rows."""
-
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self.batch = batch
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _decode, (RecordBatchCoder().encode(self.batch),)
-
-
 class BatchRow(Mapping[str, Any]):
     """One row of a record batch; values become Python objects on access."""
 
-    def __init__(self, portable: PortableBatch, index: int) -> None:
-        self._portable = portable
+    def __init__(self, batch: pa.RecordBatch, index: int) -> None:
+        self._batch = batch
         self._index = index
 
     def __getitem__(self, column: str) -> Any:
-        batch = self._portable.batch
-        position = batch.schema.get_field_index(column)
+        position = self._batch.schema.get_field_index(column)
         if position < 0:
             raise KeyError(column)
         try:
-            return batch.column(position)[self._index].as_py()
+            value = self._batch.column(position)[self._index]
+            return python_value(self._batch.schema.field(position), value)
         except (ValueError, OverflowError) as error:
             raise RecordError(
                 f"column {column!r}: expected a value that Python can hold, got an error: {error}"
             ) from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._portable.batch.schema.names)
+        return iter(self._batch.schema.names)
 
     def __len__(self) -> int:
-        return self._portable.batch.num_columns
+        return self._batch.num_columns
 
     def __contains__(self, column: object) -> bool:
-        return column in self._portable.batch.schema.names
+        return column in self._batch.schema.names
 
 
 def rows_of(example: Example) -> list[Columns]:
-    """Return the rows of an example; rows of a sliced batch are pickled without the rest."""
+    """Return the rows of an example."""
     if isinstance(example, pa.RecordBatch):
-        portable = PortableBatch(example)
-        return [BatchRow(portable, index) for index in range(example.num_rows)]
+        return [BatchRow(example, index) for index in range(example.num_rows)]
     return [as_mapping(example)]
 
 
@@ -92,7 +81,3 @@ def as_mapping(row: Any) -> Any:
     if isinstance(row, Row):
         return row.as_dict()
     return row._asdict() if hasattr(row, "_asdict") else row
-
-
-def _decode(encoded: bytes) -> PortableBatch:
-    return PortableBatch(RecordBatchCoder().decode(encoded))

@@ -19,7 +19,7 @@ from apache_beam.io.filesystems import FileSystems
 from beam_gemma.errors import StorageError
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.runtime.devices import numerics
-from beam_gemma.storage import write_once
+from beam_gemma.storage import literal_pattern, write_once
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import KEY_BYTES, REQUEST_KEY
 
@@ -53,7 +53,7 @@ def run_digest(artifact: Artifact, settings: Settings, device: str) -> str:
 
 def list_pieces(folder: str) -> list[str]:
     """Return the paths of the pieces in a folder, which need not exist."""
-    (found,) = FileSystems.match([f"{folder}/*{SUFFIX}"])
+    (found,) = FileSystems.match([f"{literal_pattern(folder)}/*{SUFFIX}"])
     return sorted(file.path for file in found.metadata_list)
 
 
@@ -94,7 +94,7 @@ def merge(pieces: Iterable[pa.RecordBatch]) -> dict[bytes, dict[str, Any]]:
     """
     results: dict[bytes, dict[str, Any]] = {}
     for piece in pieces:
-        for result in piece.to_pylist():
+        for result in piece.to_pylist(maps_as_pydicts="strict"):
             key = result.pop(REQUEST_KEY)
             # The reprs of two numbers differ if their bits do.
             if repr(results.setdefault(key, result)) != repr(result):

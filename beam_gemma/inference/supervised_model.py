@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import pyarrow as pa
 
@@ -28,6 +29,18 @@ from beam_gemma.tasks.row_keys import REQUEST_KEY
 MIN_ROWS = 100
 """Least number of rows that the share of failed rows is taken of."""
 SHOWN_REASONS = 3
+_WRITERS: WeakSet[PieceWriter] = WeakSet()
+"""Those of all supervised models of this process."""
+
+
+def save_finished() -> None:
+    """Make all rows durable that the models of this process have finished.
+
+    Raises:
+        StorageError: results cannot be made durable.
+    """
+    for writer in list(_WRITERS):
+        writer.flush()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +80,7 @@ class SupervisedModel:
         self._model = model
         self._supervision = supervision
         self._pieces = PieceWriter(supervision.pieces, result_schema)
+        _WRITERS.add(self._pieces)
         self._num_begun = self._num_done = 0
         self._reasons: Counter[str] = Counter()
         self._verdict: Callable[[], BeamGemmaError] | None = None

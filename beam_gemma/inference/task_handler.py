@@ -1,25 +1,21 @@
 """Base of the Beam model handlers of all tasks: rows, errors, counts, one shared model."""
 
-import atexit
 import copy
-import logging
-import os
-import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import psutil
 import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from apache_beam.pvalue import PCollection
 
-from beam_gemma.errors import EngineError, OptionsError
+from beam_gemma.errors import OptionsError
+from beam_gemma.inference.carried_rows import RowCarrier
 from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of
+from beam_gemma.inference.shared_model import SharedModel
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
 from beam_gemma.inputs.row import Row
 from beam_gemma.model.artifact import Artifact
@@ -82,8 +78,8 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             min_batch_size=BATCH_ROWS,
             max_batch_size=BATCH_ROWS,
             element_size_fn=num_rows,
-            large_model=large_model,
         )
+        self._is_shared = large_model
         self._key = uuid.uuid4().hex
         self._supervision: Supervision | None = None
         self._samples = False
@@ -179,16 +175,25 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
     def load_model(self) -> Model:
         """Open the model folder and load the graph that the task needs.
 
+        If the processes of the machine share the model, only the first of them loads it.
+
         Raises:
             ArtifactError: the folder is missing or damaged.
+            EngineError: the process that runs the engine for this machine is silent.
             OptionsError: the model does not support the settings, or the device is absent.
+            StorageError: the folder in which the processes meet is not this user's alone.
         """
-        if self.share_model_across_processes():
-            claim(self._key)
-        model = self._start()
-        if self._supervision is None:
-            return model
-        return SupervisedModel(model, self._supervision, self.settings.result_schema)
+        if not self._is_shared:
+            return self._load_here()
+        schema = self.settings.result_schema
+        return SharedModel(self._key, self._load_here, self._carrier, schema)
+
+    def share_model_across_processes(self) -> bool:
+        """Return False, so that Beam opens no server; this class shares the model itself.
+
+        Beam's server unpickles what any user of the machine sends to it.
+        """
+        return False
 
     def run_inference(
         self,
@@ -199,18 +204,11 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """Return one result for each example, in order.
 
         Raises:
-            EngineError: the engine stopped, or the process that runs it has died.
+            EngineError: the engine stopped, or the process that runs it has died or is silent.
         """
         self.validate_inference_args(inference_args)
         rows = [row for example in batch for row in rows_of(example)]
-        try:
-            results, counts, pulse = model(rows), model.take_counts(), model.take_pulse()
-        except (ConnectionError, EOFError) as error:
-            raise EngineError(
-                "engine: expected an answer from the process that runs it for this machine, got "
-                f"{type(error).__name__}, so it has died, for want of memory perhaps; these rows "
-                "are lost unless the runner retries their bundle"
-            ) from error
+        results, counts, pulse = model(rows), model.take_counts(), model.take_pulse()
         self._report(results, counts)
         if (memory := used_mib(pulse)) is not None:
             Metrics.distribution(METRICS_NAMESPACE, "gpu_used_mib").update(memory)
@@ -247,6 +245,22 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
                 f"inference_args: expected none, got {', '.join(inference_args)}; "
                 f"use {type(self.settings).__name__}"
             )
+
+    def _carrier(self) -> RowCarrier:
+        """Return what makes rows ready to cross to another process; no weights are loaded."""
+        return RowCarrier(self._identify(self.artifact()), self._draw_key)
+
+    def _draw_key(self, row: Row) -> str | None:
+        """Return the key that seeds a row's random draws, or None if its request seeds them."""
+        del row
+        return None
+
+    def _load_here(self) -> Model:
+        """Load the model into this process."""
+        model = self._start()
+        if self._supervision is None:
+            return model
+        return SupervisedModel(model, self._supervision, self.settings.result_schema)
 
     def _start(self) -> StreamingModel:
         check_versions("the side that submitted the job", self._versions)
@@ -289,22 +303,3 @@ def check_bounded(rows: PCollection[Any]) -> None:
             f"rows: expected a PCollection that ends, got the stream {rows}; have it written to a "
             "table, and read that"
         )
-
-
-def claim(key: str) -> None:
-    """Record that this process runs the engine of a key; warn if its last owner has died.
-
-    Beam lets only one process of a machine load at a time.
-    """
-    note = Path(tempfile.gettempdir()) / f"beam-gemma-{key}.pid"
-    former = note.read_text() if note.exists() else ""
-    if former and not psutil.pid_exists(int(former)):
-        logging.getLogger(__name__).warning(
-            "engine: process %s, which ran it for this machine, has died; process %d loads the "
-            "model anew",
-            former,
-            os.getpid(),
-        )
-    note.write_text(str(os.getpid()))
-    # A process that exits normally removes its note.
-    atexit.register(note.unlink, missing_ok=True)

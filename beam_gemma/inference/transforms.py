@@ -8,10 +8,10 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.ml.inference.base import PredictionResult, RunInference
 from apache_beam.pvalue import PCollection, Row
-from apache_beam.typehints import List, Optional
+from apache_beam.typehints import Dict, List, Optional
 from apache_beam.typehints.row_type import RowTypeConstraint
 
-from beam_gemma.beam_internals import row_fields, send_whole
+from beam_gemma.beam_internals import private_ports, row_fields, send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import (
     GemmaClassifyModelHandler,
@@ -55,6 +55,7 @@ class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
         """Apply the transform."""
         check_bounded(rows)
         send_whole()
+        private_ports()
         schema = self._handler.settings.result_schema
         input_type, output_type = _types(rows.element_type, schema)
         return (
@@ -62,7 +63,7 @@ class _Task(beam.PTransform[PCollection[Any], PCollection[Any]]):
             | "Check" >> beam.ParDo(_Check(self._handler)).with_output_types(input_type)
             | "Spread" >> beam.Reshuffle()
             | "Infer" >> RunInference(self._handler)
-            | "Merge" >> beam.Map(_merge).with_output_types(output_type)
+            | "Merge" >> beam.Map(_merge, schema).with_output_types(output_type)
             | "Keep" >> beam.Reshuffle()
         )
 
@@ -158,6 +159,8 @@ def _python_type(kind: pa.DataType) -> Any:
         return Optional[List[float]]
     if pa.types.is_list(kind):
         return Optional[List[_python_type(kind.value_type)]]
+    if pa.types.is_map(kind):
+        return Optional[Dict[_python_type(kind.key_type), _python_type(kind.item_type)]]
     return Optional[PYTHON_TYPES[kind]]
 
 
@@ -196,7 +199,7 @@ def _refuse_clash(name: str, result_names: Collection[str]) -> None:
         )
 
 
-def _merge(prediction: PredictionResult) -> Any:
+def _merge(prediction: PredictionResult, results: pa.Schema) -> Any:
     """Return an example with its result columns added, in the example's own form."""
     example: Any = prediction.example
     inference: Any = prediction.inference
@@ -205,12 +208,18 @@ def _merge(prediction: PredictionResult) -> Any:
         return pa.RecordBatch.from_arrays([*example.columns, *inference.columns], schema=schema)
     if isinstance(example, Mapping):
         return {**example, **inference}
-    results = {name: _as_rows(value) for name, value in inference.items()}
-    return Row(**as_mapping(example), **results)
+    own = {name: _as_rows(value, results.field(name).type) for name, value in inference.items()}
+    return Row(**as_mapping(example), **own)
 
 
-def _as_rows(value: Any) -> Any:
-    """Return a value with every dict in it converted to a Row."""
-    if isinstance(value, Mapping):
-        return Row(**{name: _as_rows(item) for name, item in value.items()})
-    return [_as_rows(item) for item in value] if isinstance(value, list) else value
+def _as_rows(value: Any, kind: pa.DataType) -> Any:
+    """Return a value of an Arrow type with every struct in it as a Row; maps stay dicts."""
+    if value is None:
+        return None
+    if pa.types.is_struct(kind):
+        return Row(**{field.name: _as_rows(value[field.name], field.type) for field in kind})
+    if pa.types.is_map(kind):
+        return {name: _as_rows(item, kind.item_type) for name, item in value.items()}
+    if pa.types.is_list(kind):
+        return [_as_rows(item, kind.value_type) for item in value]
+    return value

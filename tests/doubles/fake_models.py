@@ -3,10 +3,11 @@
 import os
 import threading
 import time
+import uuid
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 
+from beam_gemma.beam_internals import without_prism
 from beam_gemma.engine.engine import Engine
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.task_handler import BATCH_ROWS
@@ -99,11 +100,19 @@ class SlowSession(FakeSession):
 class UnevenHandler(FakeHandler):
     """Completes prompts that end with a newline, each to a length of its own, slowly."""
 
-    def __init__(self, settings, *, batch_rows=BATCH_ROWS, callers=None) -> None:
-        """Describe the batches; `callers` is a folder and how many threads meet there to begin."""
+    def __init__(self, settings, *, batch_rows=BATCH_ROWS, callers=None, loads=None) -> None:
+        """Describe the batches.
+
+        Args:
+            settings: Of the task.
+            batch_rows: Rows per Beam batch.
+            callers: A folder and how many threads meet there to begin.
+            loads: A folder that gets a file each time a model is loaded.
+        """
         super().__init__(settings, limits=Limits(max_num_seqs=SLOTS))
         self._batch_rows = batch_rows
         self._callers = callers
+        self._loads = loads
 
     def batch_elements_kwargs(self):
         sizes = {"min_batch_size": self._batch_rows, "max_batch_size": self._batch_rows}
@@ -115,6 +124,8 @@ class UnevenHandler(FakeHandler):
         return super().run_inference(batch, model, inference_args)
 
     def _start(self) -> Generator:
+        if self._loads is not None:
+            (self._loads / uuid.uuid4().hex).touch()
         session = SlowSession(SIGNATURE, num_blocks=2000, next_token=uneven_letter)
         return fake_generator(self.settings, session=session, max_num_seqs=SLOTS)
 
@@ -128,5 +139,4 @@ def meet(folder, num_callers):
 
 def local_pipeline(*flags):
     """Return a pipeline for the in-process runner; no other engine is looked for."""
-    options = PipelineOptions(["--runner=DirectRunner", "--prism_location=none", *flags])
-    return beam.Pipeline(options=options)
+    return beam.Pipeline(options=without_prism(["--runner=DirectRunner", *flags]))

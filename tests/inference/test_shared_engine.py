@@ -4,15 +4,14 @@ import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
-import uuid
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.utils.multi_process_shared import MultiProcessShared
 
 from beam_gemma.cli.plan import Job
 from beam_gemma.cli.run import FAILURE, counters, run_pipeline
@@ -20,7 +19,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import ArtifactError, EngineError
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.transforms import Generate
-from beam_gemma.jobs.write_table import Output
+from beam_gemma.jobs.publish import Output
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.generate import GenerateSettings
 from tests.doubles.fake_models import SLOTS, UnevenHandler, local_pipeline
@@ -33,17 +32,14 @@ SMALL = 32
 
 
 def run_job(handler, *flags):
-    """Complete some rows; return the job's counters and how often a model was loaded."""
+    """Complete some rows; return the job's counters."""
     texts = [f"row {i}\n" for i in range(NUM_ROWS)]
     batches = pa.table({"text": texts}).to_batches(max_chunksize=16)
     pipeline = local_pipeline(*flags)
     _ = pipeline | beam.Create(batches).with_output_types(pa.RecordBatch) | Generate(handler)
     result = pipeline.run()
     result.wait_until_finish()
-    (load,) = result.metrics().query(
-        beam.metrics.MetricsFilter().with_name("load_model_latency_milli_secs")
-    )["distributions"]
-    return counters(result), load.result.count
+    return counters(result)
 
 
 def occupancy(counts):
@@ -59,12 +55,15 @@ def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, mode, num_wo
     """Of all steps, those of the end included, where fewer rows are left than slots."""
     monkeypatch.setenv("PYTHONPATH", WORKERS_PATH)
     (tmp_path / "callers").mkdir()
+    (tmp_path / "loads").mkdir()
     callers = (tmp_path / "callers", num_workers)
-    handler = UnevenHandler(SETTINGS, batch_rows=batch_rows, callers=callers)
+    handler = UnevenHandler(
+        SETTINGS, batch_rows=batch_rows, callers=callers, loads=tmp_path / "loads"
+    )
     flags = [f"--direct_running_mode={mode}", f"--direct_num_workers={num_workers}"]
-    counts, num_loads = run_job(handler, *flags)
+    counts = run_job(handler, *flags)
     assert counts["rows_ok"] == NUM_ROWS
-    assert num_loads == 1
+    assert len(list((tmp_path / "loads").iterdir())) == 1
     assert counts["decode_slots"] % SLOTS == 0
     assert counts["decode_rows"] == counts["completion_tokens"]
     assert occupancy(counts) >= 0.9
@@ -72,36 +71,31 @@ def test_steps_are_full_whatever_the_bundles(tmp_path, monkeypatch, mode, num_wo
 
 def test_one_thread_waits_for_the_slowest_row_of_each_batch():
     """What the two ways above are for; it also shows that the bar is not met by chance."""
-    counts, _ = run_job(UnevenHandler(SETTINGS, batch_rows=SMALL))
+    counts = run_job(UnevenHandler(SETTINGS, batch_rows=SMALL))
     assert counts["decode_rows"] == counts["completion_tokens"]
     assert occupancy(counts) < 0.8
 
 
 @pytest.fixture
 def owner(monkeypatch):
-    """A process that runs an engine, as Beam has it run; give its handler, tag and process."""
-    handler, tag = UnevenHandler(SETTINGS), uuid.uuid4().hex
+    """A process that runs an engine; give its handler and process."""
+    handler = UnevenHandler(SETTINGS)
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
     monkeypatch.syspath_prepend(NO_TORCH)
-    process = spawn.Process(target=own, args=(handler, tag, ready))
+    process = spawn.Process(target=own, args=(handler, ready))
     process.start()
     assert ready.wait(60)
-    yield handler, tag, process
+    yield handler, process
     process.kill()
     process.join()
 
 
-def own(handler, tag, ready):
+def own(handler, ready):
     """Load a model for this machine, and serve it until this process is killed."""
-    _model = acquire(handler, tag)
+    _model = handler.load_model()
     ready.set()
     signal.pause()
-
-
-def acquire(handler, tag):
-    """Return the model that processes of this machine share, as RunInference acquires it."""
-    return MultiProcessShared(handler.load_model, tag, always_proxy=True).acquire()
 
 
 def batch_of(num_rows):
@@ -114,33 +108,42 @@ def complete(handler, model, num_rows):
 
 
 def test_death_of_the_owner_is_heard_at_once_and_the_next_engine_is_announced(owner, caplog):
-    handler, tag, process = owner
-    model = acquire(handler, tag)
+    handler, process = owner
+    model = handler.load_model()
     before = complete(handler, model, 3)
     assert [row["error"] for row in before] == [None] * 3
-    killer = threading.Timer(0.3, process.kill)
+    killed = []
+    killer = threading.Timer(0.3, lambda: (killed.append(time.monotonic()), process.kill()))
     killer.start()
     with pytest.raises(EngineError, match=r"the process that runs it .* has died"):
         complete(handler, model, 1000)  # takes much longer than 0.3 s
-    killer.join()
+    assert time.monotonic() - killed[0] < 1
     process.join()
-    killed = time.monotonic()
-    with pytest.raises(EngineError, match="has died"):
-        complete(handler, model, 3)
-    assert time.monotonic() - killed < 1
     caplog.clear()
-    model = acquire(handler, tag)
+    # As Beam keeps it for the next bundle.
+    assert complete(handler, model, 3) == before
     (warning,) = (message for message in caplog.messages if message.startswith("engine: "))
     assert f"process {process.pid}, which ran it for this machine, has died" in warning
     assert f"process {os.getpid()} loads the model anew" in warning
+
+
+def test_death_of_the_owner_between_two_calls_loses_nothing(owner):
+    handler, process = owner
+    model = handler.load_model()
+    before = complete(handler, model, 3)
+    process.kill()
+    process.join()
     assert complete(handler, model, 3) == before
 
 
-def test_error_of_loading_is_the_callers_own_and_no_server_is_left(tmp_path):
-    handler, tag = GemmaGenerateModelHandler(f"{tmp_path}/missing"), uuid.uuid4().hex
+def test_error_of_loading_is_the_callers_own_and_no_seat_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handler = GemmaGenerateModelHandler(f"{tmp_path}/missing")
     for _ in range(2):
         with pytest.raises(ArtifactError, match="missing"):
-            acquire(handler, tag)
+            handler.load_model()
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.iterdir()) == []
 
 
 def test_error_of_loading_in_worker_processes_is_one_sentence(tmp_path, monkeypatch, capsys):

@@ -89,8 +89,12 @@ SCHEMA = {
             "items": {"type": "object", "properties": {"name": {"enum": ["a", "b"]}}},
             "maxItems": 2,
         },
+        "by_name": {
+            "propertyNames": {"enum": ["a", "b"]},
+            "additionalProperties": {"type": "object", "properties": {"n": {"type": "integer"}}},
+        },
     },
-    "required": ["day", "at", "sizes"],
+    "required": ["day", "at", "sizes", "by_name"],
 }
 EXTRACTING = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=100))
 
@@ -105,7 +109,9 @@ def plain(value):
     if isinstance(value, list):
         return [plain(item) for item in value]
     if hasattr(value, "_asdict"):
-        return {name: plain(item) for name, item in value._asdict().items()}
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return value
 
 
@@ -126,7 +132,8 @@ def test_values_of_a_schema_are_dicts_in_dicts_rows_in_rows_and_typed_in_batches
     (of_batch,) = EXTRACTED["b"]
     assert sorted(of_dicts) == texts
     assert of_rows == of_dicts
-    assert of_batch.column("extracted").to_pylist() == [*(of_dicts[text] for text in texts), None]
+    values = of_batch.column("extracted").to_pylist(maps_as_pydicts="strict")
+    assert values == [*(of_dicts[text] for text in texts), None]
     kind = of_batch.schema.field("extracted").type
     assert kind.field("day").type == pa.date32()
     assert kind.field("at").type == pa.timestamp("us", "UTC")
