@@ -4,9 +4,14 @@ Files of results are named after their content, so existing ones need not be wri
 """
 
 import contextlib
+import errno
 import functools
 import os
+import re
+import shutil
+import stat
 import uuid
+from collections.abc import Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,8 @@ from beam_gemma.errors import OptionsError, StorageError
 
 CLOUD_STORAGE = "gs://"
 """Scheme of paths on Cloud Storage."""
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system without hard links answers."""
 
 
 def write_once(path: str, content: bytes) -> None:
@@ -74,6 +81,62 @@ def _write_and_rename(path: str, content: bytes) -> None:
     FileSystems.rename([temporary], [path])
 
 
+def create_once(path: str, content: bytes) -> bool:
+    """Create a file that nobody has created yet; return False if there is one.
+
+    Of several writers, one gets True: on local file systems (NFS too) and on
+    `gs://` (by a condition). Elsewhere, two writers that come within a moment may both get True.
+    """
+    writers = {None: _create_local, "gs": _create_object}
+    return writers.get(FileSystems.get_scheme(path), _create_if_missing)(path, content)
+
+
+def _create_local(path: str, content: bytes) -> bool:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.link(temporary, file)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_local_without_link(file, content)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_local_without_link(file: Path, content: bytes) -> bool:
+    try:
+        with file.open("xb") as stream:
+            stream.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _create_object(path: str, content: bytes) -> bool:
+    from google.api_core.exceptions import PreconditionFailed
+
+    blob = blob_at(path)
+    try:
+        blob.upload_from_string(content, if_generation_match=0)
+    except PreconditionFailed:
+        # The client may have tried twice: the object may be ours.
+        return bool(blob.download_as_bytes() == content)
+    return True
+
+
+def _create_if_missing(path: str, content: bytes) -> bool:
+    if FileSystems.exists(path):
+        return False
+    _write_and_rename(path, content)
+    return True
+
+
 @functools.cache
 def _client() -> Any:
     """Return a Cloud Storage client, created the way Beam creates its own."""
@@ -89,34 +152,114 @@ def blob_at(path: str) -> Any:
     return _client().bucket(bucket).blob(name)
 
 
+def literal_pattern(path: str) -> str:
+    """Return the pattern of Beam's file systems that one path alone matches."""
+    signs = {"*": "[*]", "?": "[?]", "[": r"[\[]"}
+    return re.sub(r"[*?\[]", lambda sign: signs[sign[0]], path)
+
+
 def match_files(pattern: str) -> list[str]:
     """Return the sorted paths of files that match a pattern.
 
     Raises:
         OptionsError: the file system is unknown or cannot be listed.
     """
+    # Beam's local file system finds nothing by a pattern without a folder.
+    is_bare = "/" not in pattern
     try:
-        (result,) = FileSystems.match([pattern])
+        (result,) = FileSystems.match([f"./{pattern}" if is_bare else pattern])
     except (BeamIOError, ValueError) as error:
         raise OptionsError(f"{pattern}: expected files that can be listed, got: {error}") from error
-    return sorted(file.path for file in result.metadata_list)
+    paths = (file.path for file in result.metadata_list)
+    return sorted(path.removeprefix("./") if is_bare else path for path in paths)
+
+
+def read_file(path: str) -> bytes | None:
+    """Return the content of a file, or None if there is none."""
+    if not FileSystems.exists(path):
+        return None
+    with FileSystems.open(path) as stream:
+        content: bytes = stream.read()
+    return content
+
+
+def is_file(path: str) -> bool:
+    """Return whether there is a file at a path."""
+    return bool(FileSystems.exists(path))
+
+
+def move(pairs: Sequence[tuple[str, str]]) -> None:
+    """Rename files, each from the first path of a pair to the second, in order.
+
+    Local files are renamed one by one up to the first that fails. On `gs://`, up to 100 files at
+    once are copied and then deleted.
+    """
+    if not pairs:
+        return
+    if FileSystems.get_scheme(pairs[0][0]) is not None:
+        FileSystems.rename(*map(list, zip(*pairs, strict=True)))
+        return
+    for source, target in pairs:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(source).rename(target)
+
+
+def remove(paths: Sequence[str]) -> None:
+    """Delete files."""
+    for path in paths:
+        if FileSystems.get_scheme(path) is None:
+            Path(path).unlink()
+        else:
+            FileSystems.delete([literal_pattern(path)])
+
+
+def make_private(folder: str) -> None:
+    """Make a local folder one that only its owner can enter; create it if it is missing.
+
+    A folder of another user stays as it is. Elsewhere than on a local file system, the access to
+    the bucket or server decides.
+    """
+    if FileSystems.get_scheme(folder) is not None:
+        return
+    path = Path(folder)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != 0o700:
+        path.chmod(0o700)
+
+
+def has_files(folder: str, *, besides: str) -> bool:
+    """Return whether a folder holds files that are not in one of its subfolders.
+
+    Args:
+        folder: The folder, which need not exist.
+        besides: The name of the subfolder, which holds few files.
+    """
+    passed = set(match_files(f"{literal_pattern(folder)}/{besides}/*"))
+    (found,) = FileSystems.match([f"{literal_pattern(folder)}/**"], limits=[len(passed) + 1])
+    return any(file.path not in passed for file in found.metadata_list)
 
 
 def delete_folder(folder: str) -> None:
     """Delete a folder and its contents, if it exists."""
-    if _is_there(folder):
-        # Beam needs a trailing slash for an object prefix, but none for a local folder.
-        FileSystems.delete([f"{folder}/" if "://" in folder else folder])
-
-
-def _is_there(folder: str) -> bool:
-    # In an object store, a folder exists only if it contains objects.
-    (files,) = FileSystems.match([f"{folder}/**"], limits=[1])
-    return FileSystems.exists(folder) or bool(files.metadata_list)
+    if FileSystems.get_scheme(folder) is None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        return
+    # In an object store, a folder exists only if it contains objects, and Beam needs a slash.
+    pattern = literal_pattern(folder)
+    (files,) = FileSystems.match([f"{pattern}/**"], limits=[1])
+    if FileSystems.exists(folder) or files.metadata_list:
+        FileSystems.delete([f"{pattern}/"])
 
 
 def create(path: str) -> BufferedIOBase:
-    """Create a file, and its folder if necessary, and return the open stream."""
+    """Create a file, and its folder if necessary, and return the open stream.
+
+    Raises:
+        ValueError: the path has a scheme that Beam does not know.
+    """
+    FileSystems.get_filesystem(path)  # raises before the scheme could become a local folder
     folder = path.rpartition("/")[0]
     if folder and not FileSystems.exists(folder):
         try:
@@ -128,3 +271,30 @@ def create(path: str) -> BufferedIOBase:
                 raise
     stream: Any = FileSystems.create(path)  # only Beam's annotation says BinaryIO
     return stream
+
+
+def owned_folder(path: str | Path) -> Path:
+    """Return a folder that only this user can enter; create it with mode 0700 if it is missing.
+
+    Raises:
+        StorageError: the path is a link or no folder, belongs to another user, is open to others,
+            or cannot be created.
+    """
+    folder = Path(path)
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: expected to create a folder, got {type(error).__name__}: {error}; set "
+            "TMPDIR to a folder that can be written"
+        ) from error
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_own or stat.S_IMODE(found.st_mode) & 0o077:
+        raise StorageError(
+            f"{folder}: expected a folder of user {os.geteuid()} with mode 700, got "
+            f"{stat.filemode(found.st_mode)} of user {found.st_uid}; remove it, or set TMPDIR to "
+            "another folder"
+        )
+    return folder

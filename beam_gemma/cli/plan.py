@@ -13,6 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from beam_gemma.cli.estimate_flags import check_estimate, means_of
 from beam_gemma.cli.flag_groups import limits_of
 from beam_gemma.cli.flags import FlagParser, in_one_process, is_local, parse
+from beam_gemma.cli.output_places import is_done, make_room
 from beam_gemma.cli.table_flags import refuse_streams, sink_of, source_of
 from beam_gemma.dataflow.options import on_dataflow, resource_hints, worker_device, worker_options
 from beam_gemma.dataflow.wheel import stage
@@ -22,18 +23,21 @@ from beam_gemma.inference.supervised_model import Supervision
 from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.jobs.dry_run import preview
 from beam_gemma.jobs.infer_table import InferTable
+from beam_gemma.jobs.publish import Columns, Output, Page
 from beam_gemma.jobs.run_record import facts_of, marks_of
 from beam_gemma.jobs.shards import Layout
-from beam_gemma.jobs.write_table import Columns, Output, Page, WriteOutput
+from beam_gemma.jobs.write_table import WriteOutput
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.tables.file_sink import check_writable
+from beam_gemma.tables.lease import new_job
 from beam_gemma.tables.open_table import ReadTable
-from beam_gemma.tables.sink import Sink
+from beam_gemma.tables.sink import PIECES
 from beam_gemma.tables.source import Source
 from beam_gemma.tasks.columns import check_columns
 from beam_gemma.tasks.interface import Settings
 
+WHOLE = "the output is whole, so there is nothing to go on with"
 SettingsT = TypeVar("SettingsT", bound=Settings)
 HandlerT = TypeVar("HandlerT", bound=TaskHandler)
 
@@ -103,12 +107,12 @@ def plan(
         sink=flags.output,
         tasks=[(flags.model, artifact, handler.settings)],
     )
-    output = _output(flags, options, source, handler.settings, facts)
+    output = _output(flags, options, source, handler.settings, {**facts, "job": new_job()})
     job = Job(source=source, handler=handler, output=output, options=options)
     if flags.dry_run:
         means = means_of(flags, options, handler, artifact, device)
         return replace(job, preview=preview(source, handler, artifact, means, flags.dry_run))
-    pieces = f"{output.sink.work}/pieces/{run_digest(artifact, handler.settings, device)}"
+    pieces = f"{output.sink.work}/{PIECES}/{run_digest(artifact, handler.settings, device)}"
     handler.supervise(
         Supervision(
             pieces=pieces,
@@ -118,12 +122,12 @@ def plan(
     )
     if output.page is not None:
         check_writable("--report", output.page.path)
-    if output.errors is not None:
-        _make_room("--errors", output.errors, source, flags)
-    done = _make_room("--output", output.sink, source, flags)
+    if flags.resume and is_done(output.sink, facts, source.num_rows):
+        return replace(job, preview=f"{flags.output}: {WHOLE}\n")
+    make_room(output, source, flags, is_remote=not is_local(options))
     if on_dataflow(options):
-        stage(options)
-    return replace(job, preview=done, durable=pieces if flags.resume else None)
+        _stage(output, options)
+    return replace(job, durable=pieces if flags.resume else None)
 
 
 def _open(
@@ -171,6 +175,15 @@ def _output(
     )
 
 
+def _stage(output: Output, options: PipelineOptions) -> None:
+    """Prepare what Dataflow's workers install; a job that is not submitted holds no lease."""
+    try:
+        stage(options)
+    except BaseException:  # also Ctrl-C
+        output.release()
+        raise
+
+
 def _page(flags: argparse.Namespace) -> Page | None:
     if flags.report is None:
         if flags.report_rows:
@@ -179,36 +192,6 @@ def _page(flags: argparse.Namespace) -> Page | None:
             )
         return None
     return Page(flags.report, flags.report_rows)
-
-
-def _make_room(flag: str, sink: Sink, source: Source, flags: argparse.Namespace) -> str | None:
-    """Prepare the place of an output; return a message if a resumed output is complete already.
-
-    Raises:
-        OptionsError: an output or unfinished job exists that the flags do not allow for.
-    """
-    earlier, is_unfinished = sink.earlier(), sink.is_unfinished()
-    if both := [name for name in earlier if name in (*source.files, source.uri)]:
-        raise OptionsError(
-            f"{flag}: expected another table than that of --input, got {both[0]} in both"
-        )
-    if flags.resume:
-        if earlier and not is_unfinished:
-            return f"{sink.uri}: the output is whole, so there is nothing to go on with\n"
-        return None
-    if is_unfinished and not flags.overwrite:
-        raise OptionsError(
-            f"{flag}: expected no unfinished job, got {sink.work}; go on with it by --resume or "
-            "begin anew by --overwrite"
-        )
-    if earlier and not (flags.overwrite or flags.append):
-        remedy = "--append or --overwrite" if sink.can_append else "--overwrite"
-        raise OptionsError(
-            f"{flag}: expected no earlier output, got {earlier[0]}; choose another name or pass "
-            f"{remedy}"
-        )
-    sink.clear()
-    return None
 
 
 def _set_up_logs(*, verbose: bool) -> None:

@@ -4,29 +4,31 @@ import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import AsIter, AsSingleton, PCollection
+from apache_beam.runners.direct.direct_runner import SwitchingDirectRunner
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.typehints.decorators import no_annotations
 
 from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
-from beam_gemma.errors import BalanceError, FailuresError, OptionsError
+from beam_gemma.errors import OptionsError
 from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.jobs.infer_table import Answers
-from beam_gemma.jobs.run_record import facts_of, record_of
+from beam_gemma.jobs.publish import Columns, Output, Staged, publish
+from beam_gemma.jobs.run_record import facts_of
 from beam_gemma.jobs.shards import Layout, assembled
-from beam_gemma.monitoring.html_report import render
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
 from beam_gemma.monitoring.result_summary import Summary
-from beam_gemma.storage import create, delete_folder
 from beam_gemma.tables import json_lines
 from beam_gemma.tables.file_sink import ShardFile, open_sink, stage
+from beam_gemma.tables.lease import Lease, Standing, new_job
 from beam_gemma.tables.open_table import ReadTable
 from beam_gemma.tables.sink import Sink
 from beam_gemma.tasks.columns import check_columns
@@ -36,64 +38,6 @@ HELD_RESULTS = 8192
 """Number of results to collect before sorting them by shard, so that batches are not tiny."""
 TABLE, NOTHING = -1, -2
 """Tags of non-result batches: rows of the table, and an empty one so that each shard exists."""
-
-
-class Page(NamedTuple):
-    """An HTML report to write."""
-
-    path: str
-    num_rows: int
-    """Number of output rows to show."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Output:
-    """Outputs of a job and their destinations."""
-
-    sink: Sink
-    layout: Layout
-    schema: pa.Schema
-    """All columns, and the metadata of the table."""
-    tasks: tuple["Columns", ...]
-    """Result columns of each task, in the order of the tags."""
-    facts: Mapping[str, Any]
-    """Part of the run record that is known before the run."""
-    errors: Sink | None = None
-    """Table that failed rows are also written to."""
-    max_error_fraction: float = 1.0
-    """Maximum fraction of failed rows; above it, nothing is published."""
-    page: Page | None = None
-    """Report on the run to write, if any."""
-    copies: str | None = None
-    """Folder of temporary input copies, deleted once the output is published."""
-
-
-class Columns(NamedTuple):
-    """The result columns of one task."""
-
-    prefix: str
-    """Prefix of each column name in the output."""
-    schema: pa.Schema
-    """Columns under their names without the prefix."""
-
-    @property
-    def in_files(self) -> pa.Schema:
-        """Schema of the columns as written to files."""
-        return pa.schema(
-            [_in_files(field.with_name(self.prefix + field.name)) for field in self.schema]
-        )
-
-
-class Staged(NamedTuple):
-    """A complete staged shard."""
-
-    shard: int
-    path: str
-    errors_path: str | None
-    summaries: list[Summary]
-    """Result summary of each task."""
-    shown: bytes
-    """Rows for the report, as JSON lines."""
 
 
 class WriteOutput(beam.PTransform[Any, PCollection[str]]):
@@ -191,13 +135,14 @@ class WriteTable(beam.PTransform[Any, PCollection[str]]):
         tasks = {n: Columns(f"{n}_", h.settings.result_schema) for n, h in handlers.items()}
         results = pa.schema([field for task in tasks.values() for field in task.in_files])
         sink = open_sink(uri)
-        if earlier := sink.earlier():
-            raise OptionsError(f"{uri}: expected no earlier output, got {earlier[0]}; remove it")
+        _check_room(sink)
+        schema = pa.schema([*source.schema, *results], source.schema.metadata)
+        sink.check(schema)
         self._names = tuple(handlers)
         self._output = Output(
             sink=sink,
             layout=Layout.of(source, results, num_shards=num_shards),
-            schema=pa.schema([*source.schema, *results], source.schema.metadata),
+            schema=schema,
             tasks=tuple(tasks.values()),
             facts=facts_of(
                 ["python", *sys.orig_argv[1:]],
@@ -218,7 +163,24 @@ class WriteTable(beam.PTransform[Any, PCollection[str]]):
                 f"answers: expected those of {', '.join(self._names)}, got {', '.join(answers)}"
             )
         ordered = tuple(answers[name] for name in self._names)
-        return (rows, ordered) | "Output" >> WriteOutput(self._output)
+        output = self._output
+        job = new_job()
+        lives_here = isinstance(rows.pipeline.runner, SwitchingDirectRunner | FnApiRunner)
+        claim = Lease.of_this_process(job, is_remote=not lives_here)
+        if other := output.sink.hold(claim, up_to=Standing.ENDED):
+            raise OptionsError(
+                f"{output.sink.uri}: expected no other job that writes it, got {other}; wait for "
+                f"its end, or delete {output.sink.work} if it has ended"
+            )
+        # Another job may have published until the lease was taken.
+        _check_room(output.sink)
+        output = replace(output, facts={**output.facts, "job": job})
+        return (rows, ordered) | "Output" >> WriteOutput(output)
+
+
+def _check_room(sink: Sink) -> None:
+    if earlier := sink.earlier():
+        raise OptionsError(f"{sink.uri}: expected no earlier output, got {earlier[0]}; remove it")
 
 
 class _Stage(beam.DoFn):
@@ -310,7 +272,7 @@ class _Failures:
 
 
 class _Publish(beam.DoFn):
-    """Checks that the output is complete and publishes it."""
+    """Publishes the output."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -318,32 +280,7 @@ class _Publish(beam.DoFn):
     def process(
         self, gathered: tuple[None, Iterable[Staged]], num_read: int, ledger: Iterable[str]
     ) -> Iterator[str]:
-        output = self._output
-        shards = sorted(gathered[1])
-        summaries = [
-            sum(own, Summary()) for own in zip(*(s.summaries for s in shards), strict=True)
-        ]
-        _check_balance(shards, output.layout.num_shards, num_read)
-        _check_errors(summaries, output.max_error_fraction)
-        record = record_of(
-            output.facts,
-            num_shards=output.layout.num_shards,
-            prefixes=[task.prefix for task in output.tasks],
-            summaries=summaries,
-            ledger=map(json.loads, ledger),
-        )
-        if output.errors is not None:
-            output.errors.publish(_error_files(shards, output), record)
-            output.errors.clear()
-        output.sink.publish([shard.path for shard in shards], record)
-        output.sink.clear()
-        if output.copies is not None:
-            delete_folder(output.copies)
-        if output.page is not None:
-            with create(output.page.path) as stream:
-                rows = [json.loads(row) for row in shards[0].shown.splitlines()]
-                stream.write(render(record, rows).encode())
-        yield json.dumps(record)
+        yield json.dumps(publish(self._output, gathered[1], num_read, ledger))
 
 
 def _entry(told: dict[str, Any], tag: int) -> str:
@@ -361,16 +298,6 @@ def _empty(shard: int) -> Grouped:
 
 def _num_rows(located: Located) -> int:
     return located[1].num_rows
-
-
-def _in_files(field: pa.Field) -> pa.Field:
-    """Return a result field as written to files: a fixed-size list becomes a plain list.
-
-    PyArrow cannot read nulls of fixed-size lists back from files, and failed rows have them.
-    """
-    if pa.types.is_fixed_size_list(field.type):
-        return field.with_type(pa.list_(field.type.value_type))
-    return field
 
 
 def _with_results(
@@ -400,35 +327,3 @@ def _count(rows: pa.RecordBatch, tasks: tuple[Columns, ...]) -> None:
     }
     for name, number in counts.items():
         Metrics.counter(METRICS_NAMESPACE, name).inc(number)
-
-
-def _check_balance(shards: list[Staged], num_shards: int, num_read: int) -> None:
-    if [staged.shard for staged in shards] != list(range(num_shards)):
-        raise BalanceError(
-            f"shards: expected {num_shards:,}, one each, got {len(shards):,}; run the job again"
-        )
-    num_staged = sum(staged.summaries[0].rows for staged in shards)
-    if num_staged != num_read:
-        raise BalanceError(
-            f"rows: expected all {num_read:,} that were read, got {num_staged:,}; run the job again"
-        )
-
-
-def _check_errors(summaries: list[Summary], max_error_fraction: float) -> None:
-    for summary in summaries:
-        if summary.failed > max_error_fraction * summary.rows:
-            reasons = "; ".join(f"{n:,} x {why}" for why, n in summary.reasons.most_common(3))
-            raise FailuresError(
-                f"rows: expected at most {max_error_fraction:g} of them to fail, got "
-                f"{summary.failed:,} of {summary.rows:,}: {reasons}"
-            )
-
-
-def _error_files(shards: list[Staged], output: Output) -> list[str]:
-    """Return the files of failed rows, or one empty file if no row failed."""
-    assert output.errors is not None
-    if paths := [staged.errors_path for staged in shards if staged.errors_path is not None]:
-        return paths
-    path, file = stage(output.errors, 0, output.schema)
-    file.close()
-    return [path]

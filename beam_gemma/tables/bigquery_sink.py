@@ -20,9 +20,10 @@ from google.cloud import bigquery
 
 import beam_gemma
 from beam_gemma.errors import OptionsError
-from beam_gemma.storage import CLOUD_STORAGE, write_once
+from beam_gemma.storage import CLOUD_STORAGE, is_file, remove, write_once
 from beam_gemma.tables.bigquery_client import asking, encryption, open_client, table_of
 from beam_gemma.tables.bigquery_schema import conformed, table_schema
+from beam_gemma.tables.held_types import held_schema
 from beam_gemma.tables.sink import Format, Sink
 
 Disposition = Literal["create", "append", "replace"]
@@ -33,6 +34,8 @@ WRITE_DISPOSITIONS: dict[Disposition, str] = {
 }
 EDITOR = "BigQuery Data Editor"
 MAX_DESCRIPTION = 16_384
+COMPARED = {"input", "rows", "tasks"}
+"""Fields of a record that another job is compared by; a long record is described without some."""
 """Maximum length of a BigQuery table description, in characters."""
 
 
@@ -99,7 +102,7 @@ class BigQuerySink(Sink):
         Raises:
             OptionsError: a column cannot be written, or the dataset does not exist.
         """
-        fields = table_schema(schema)
+        fields = table_schema(held_schema(schema, self.format))
         client = open_client(self.project)
         with asking(self.uri, role=EDITOR):
             client.get_dataset(self._dataset)
@@ -114,12 +117,34 @@ class BigQuerySink(Sink):
         if self.disposition != "replace":
             conformed(fields, table.schema, self.uri)
 
+    def record(self) -> Mapping[str, Any] | None:
+        """Return the record in the table's description; None if that is another text."""
+        with asking(self.uri, role=EDITOR):
+            table = self._existing(open_client(self.project))
+        try:
+            told = json.loads(table.description or "null") if table is not None else None
+        except ValueError:
+            return None
+        return told if isinstance(told, dict) and told.keys() >= COMPARED else None
+
     def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
         """Load all shards in one job and write the record into the table's description."""
+        self.check_held(record["job"])
         client = open_client(self.project)
         with asking(self.uri, role=EDITOR):
             self._load(client, staged, record)
             self._describe(client, record)
+
+    def begin_anew(self) -> None:
+        """Delete the saved results of an earlier job, and the id of its load job."""
+        super().begin_anew()
+        if is_file(self._note):
+            remove([self._note])
+
+    @property
+    def _note(self) -> str:
+        """Path of the file that holds the id of this output's load job."""
+        return f"{self.work}/load.txt"
 
     @property
     def _dataset(self) -> bigquery.DatasetReference:
@@ -180,10 +205,9 @@ class BigQuerySink(Sink):
 
         A job resumed after a kill reuses the note in the work folder; a later job writes its own.
         """
-        note = f"{self.work}/load.txt"
-        if not FileSystems.exists(note):
-            write_once(note, uuid.uuid4().hex.encode())
-        with FileSystems.open(note) as stream:
+        if not is_file(self._note):
+            write_once(self._note, uuid.uuid4().hex.encode())
+        with FileSystems.open(self._note) as stream:
             output = stream.read()
         tasks = [(task["model_digest"], task["settings"]) for task in record["tasks"]]
         run = json.dumps([record["input"], record["rows"], tasks], sort_keys=True)

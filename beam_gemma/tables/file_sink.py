@@ -1,6 +1,8 @@
 """Write tables as files: shards are staged beside the output, then renamed together."""
 
+import functools
 import json
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,10 +16,22 @@ from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import with_schema
-from beam_gemma.errors import OptionsError, one_line
-from beam_gemma.storage import create, match_files
+from beam_gemma.errors import OptionsError, StorageError, one_line
+from beam_gemma.storage import (
+    create,
+    is_file,
+    literal_pattern,
+    make_private,
+    match_files,
+    read_file,
+    remove,
+    write_once,
+)
 from beam_gemma.tables import json_lines
-from beam_gemma.tables.sink import FORMATS, Format, Sink
+from beam_gemma.tables.exchange import ASIDE, Exchange, undo_all
+from beam_gemma.tables.held_types import held_schema
+from beam_gemma.tables.lease import check_held, is_held
+from beam_gemma.tables.sink import FORMATS, STAGED, Format, Sink
 
 ROW_GROUP_BYTES = 64 << 20
 """Arrow bytes to collect before a row group is written."""
@@ -39,32 +53,100 @@ class FileSink(Sink):
         """Path of the run record, written last: if it exists, the output is complete."""
         return f"{_hidden(self.prefix)}.run.json"
 
+    def check(self, schema: pa.Schema) -> None:
+        """Reject a schema with a type that files of the format cannot hold.
+
+        Raises:
+            OptionsError: a column cannot be written.
+        """
+        held_schema(schema, self.format)
+
     def earlier(self) -> list[str]:
         """Return the output files of an earlier job, in order."""
         name = re.compile(re.escape(self.prefix) + SHARD.pattern + re.escape(f".{self.format}"))
-        found = match_files(f"{self.prefix}-*-of-*.{self.format}")
+        found = match_files(f"{literal_pattern(self.prefix)}-*-of-*.{self.format}")
         return [path for path in found if name.fullmatch(path)]
 
     def publish(self, staged: Sequence[str], record: Mapping[str, Any]) -> None:
-        """Rename the staged files, delete files of an earlier output and write the record."""
-        if FileSystems.exists(self.record_path):
-            FileSystems.delete([self.record_path])
-        final = [
-            f"{self.prefix}-{i:05}-of-{len(staged):05}.{self.format}" for i in range(len(staged))
-        ]
-        # On a second call, some files have already been renamed.
-        left = [pair for pair in zip(staged, final, strict=True) if FileSystems.exists(pair[0])]
-        for _, path in left:
-            if FileSystems.exists(path):
-                FileSystems.delete([path])
-        if left:
-            FileSystems.rename(*map(list, zip(*left, strict=True)))
-        if missing := [path for path in final if not FileSystems.exists(path)]:
-            raise BeamIOError(f"{missing[0]}: expected a staged shard to become it, got none")
-        if old := sorted(set(self.earlier()) - set(final)):
-            FileSystems.delete(old)
-        with create(self.record_path) as stream:
-            stream.write(json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+        """Rename the staged files, with an earlier output set aside, and write the record.
+
+        An error brings the earlier output back.
+
+        Raises:
+            StorageError: a file cannot be renamed or written, a staged file is missing, or another
+                job has taken the lease.
+        """
+        job = record["job"]
+        if self._published_by() == job:
+            return
+        check_held(self.work, job)
+        check = functools.partial(check_held, self.work, job)
+        exchange = Exchange.of_job(
+            self.work,
+            job,
+            earlier=self._earlier,
+            new=list(zip(staged, self._names(len(staged)), strict=True)),
+            check=check,
+        )
+        try:
+            exchange.run(check)
+            check()
+            content = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+            write_once(self.record_path, content)
+        except BaseException as error:  # also a signal that ends this process
+            self._undo(exchange, job)
+            if isinstance(error, OSError | BeamIOError):
+                raise StorageError(
+                    f"{self.uri}: expected to rename its files, got {one_line(error)}; once that "
+                    "is set right, go on with --resume"
+                ) from error
+            raise
+
+    def check_held(self, job: str) -> None:
+        """Check that a job holds the lease, unless it has published the output already."""
+        if self._published_by() != job:
+            check_held(self.work, job)
+
+    def restore(self, job: str) -> None:
+        """Bring back the output that an earlier job broke off in replacing."""
+        check = functools.partial(check_held, self.work, job)
+        undo_all(self.work, self._published_by(), check)
+
+    @property
+    def trial_path(self) -> str:
+        """Path beside the output."""
+        return self.record_path
+
+    def record(self) -> Mapping[str, Any] | None:
+        """Return the record that lies beside the output; None if there is none, or a part."""
+        content = read_file(self.record_path)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError:
+            return None  # of a job of version 0.7.0 that ended amid its record
+
+    def _published_by(self) -> str | None:
+        """Return the job whose record lies beside the output; None if there is none or no job."""
+        return (self.record() or {}).get("job")
+
+    def _names(self, number: int) -> list[str]:
+        """Return the names of an output's files."""
+        return [f"{self.prefix}-{i:05}-of-{number:05}.{self.format}" for i in range(number)]
+
+    def _earlier(self) -> list[str]:
+        """Return the record and the files of an earlier output."""
+        return [path for path in (self.record_path,) if is_file(path)] + self.earlier()
+
+    def _undo(self, exchange: Exchange, job: str) -> None:
+        if not is_held(self.work, job):
+            return  # the names belong to the job that has taken the lease
+        try:
+            exchange.undo(functools.partial(check_held, self.work, job))
+        except (OSError, BeamIOError) as error:
+            raise StorageError(
+                f"{self.uri}: expected to bring back the earlier output, got {one_line(error)}; "
+                f"its files are in {self.work}/{ASIDE}, go on with --resume"
+            ) from error
 
 
 def open_sink(uri: str) -> FileSink:
@@ -73,6 +155,7 @@ def open_sink(uri: str) -> FileSink:
     Raises:
         OptionsError: the name does not end in .parquet or .jsonl.
     """
+    uri = os.path.expanduser(uri)  # noqa: PTH111 - a Path would change URIs
     stem, _, suffix = uri.rpartition(".")
     for file_format in FORMATS:
         if suffix == file_format and stem.rpartition("/")[2]:
@@ -99,10 +182,13 @@ class ShardFile(Protocol):
 
 def stage(sink: Sink, shard: int, schema: pa.Schema) -> tuple[str, ShardFile]:
     """Open a staged shard under a unique name; return its path and the file."""
-    path = f"{sink.work}/staged/{shard:05}-{uuid.uuid4().hex}.{sink.format}"
+    make_private(sink.work)
+    path = f"{sink.work}/{STAGED}/{shard:05}-{uuid.uuid4().hex}.{sink.format}"
     stream = create(path)
     return path, (
-        _ParquetShard(stream, schema) if sink.format == "parquet" else _JsonlShard(stream)
+        _ParquetShard(stream, held_schema(schema, "parquet"))
+        if sink.format == "parquet"
+        else _JsonlShard(stream)
     )
 
 
@@ -115,7 +201,7 @@ def check_writable(flag: str, path: str) -> None:
     attempt = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         create(attempt).close()
-        FileSystems.delete([attempt])
+        remove([attempt])
         is_folder = FileSystems.exists(f"{path}/")
     except Exception as error:  # each file system raises its own errors
         raise OptionsError(
@@ -136,7 +222,8 @@ class _ParquetShard:
         self._num_bytes = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
-        self._batches.append(with_schema(batch, self._schema))
+        typed = json_lines.with_typed_columns(batch, self._schema)
+        self._batches.append(with_schema(typed, self._schema))
         self._num_bytes += batch.nbytes
         if self._num_bytes >= ROW_GROUP_BYTES:
             self._flush()

@@ -15,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from beam_gemma.cli.run import exit_code
 from beam_gemma.engine.engine import Engine
 from beam_gemma.inference import saved_results
 from beam_gemma.monitoring.progress import METER
-from beam_gemma.tables import file_sink
+from beam_gemma.tables import exchange, file_sink
 from beam_gemma.tables.sink import Sink
 from pipelines.generate import main
 
@@ -96,39 +94,53 @@ def _at_stage(report: Path, number: int) -> None:
 
 def _at_rename(report: Path, number: int) -> None:
     """When so many shards have been renamed."""
-    rename = FileSystems.rename
+    move = exchange.move
 
-    def partly(old: list[str], new: list[str]) -> None:
-        rename(old[:number], new[:number])
-        die(report)
+    def partly(pairs: Any) -> None:
+        if pairs and "/staged/" in pairs[0][0]:
+            move(pairs[:number])
+            die(report)
+        move(pairs)
 
-    FileSystems.rename = partly
+    exchange.move = partly
+
+
+def _at_aside(report: Path, number: int) -> None:
+    """When so many files of an earlier output are aside, its record first."""
+    move, left = exchange.move, [number]
+
+    def partly(pairs: Any) -> None:
+        for pair in pairs:
+            if not left[0]:
+                die(report)
+            move([pair])
+            left[0] -= 1
+
+    exchange.move = partly
+
+
+def _stopped(report: Path, _: int) -> None:
+    """Not a death: the process stands still before it publishes, until it is told to go on."""
+    publish = file_sink.FileSink.publish
+
+    def later(*args: Any) -> None:
+        report.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        publish(*args)
+
+    file_sink.FileSink.publish = later
 
 
 def _at_record(report: Path, _: int) -> None:
-    """With half of the record written."""
-    create = file_sink.create
-
-    def half(path: str) -> Any:
-        stream = create(path)
-        if path.endswith(".run.json"):
-            stream.write(b'{"half": ')
-            stream.flush()
-            die(report)
-        return stream
-
-    file_sink.create = half
+    """When all shards have their names and the record is not written."""
+    file_sink.write_once = lambda *_: die(report)
 
 
 def _at_clear(report: Path, number: int) -> None:
     """When the output is whole and so many of the pieces are gone."""
     small_pieces()
-    clear = Sink.clear
 
     def partly(sink: Sink) -> None:
-        if not list(Path(sink.work).rglob("*.arrow")):
-            clear(sink)  # before the job
-            return
         for path in sorted(Path(sink.work).rglob("*.arrow"))[:number]:
             path.unlink()
         die(report)
@@ -146,6 +158,8 @@ dooms: dict[str, Callable[[Path, int], None]] = {
     "piece": _at_piece,
     "stage": _at_stage,
     "rename": _at_rename,
+    "aside": _at_aside,
+    "stopped": _stopped,
     "record": _at_record,
     "clear": _at_clear,
     "disk": _disk_full,

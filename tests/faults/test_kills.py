@@ -1,5 +1,7 @@
 """A job that is killed goes on where it was: nothing lost, nothing twice, hardly a token anew."""
 
+import signal
+
 import pytest
 
 from tests.faults.conftest import LENGTH, NUM_REQUESTS, Faulty, assert_whole, resumed
@@ -28,6 +30,24 @@ def test_killed_twice_on_its_way(job: Faulty, undisturbed: Faulty, run) -> None:
 def test_killed_while_it_writes(job: Faulty, undisturbed: Faulty, run, place: str) -> None:
     """All results are durable by then, so nothing is computed again."""
     job.kill(place)
+    assert resumed(job, run) == 0
+    assert_whole(job, undisturbed)
+
+
+@pytest.mark.parametrize("place", ["aside:2", "rename:1"])
+def test_killed_while_it_replaces(job: Faulty, undisturbed: Faulty, run, place: str) -> None:
+    """An earlier output, of other shards, is never seen with the new one, and is not lost."""
+    earlier = ["--limit=20", "--max_tokens=1", "--num_shards=2"]
+    assert run(job.flags(*earlier))[0] == 0
+    before = {**job.outcome(), job.record.name: job.record.read_bytes()}
+    ended = job.doomed(place, "--overwrite")
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not job.record.exists()
+    renamed = job.outcome()
+    assert len(renamed) == 1
+    assert (renamed.items() <= before.items()) == (place == "aside:2")
+    code, _, err = run(job.flags("--resume", "--prompt={nothing}"))
+    assert (code, "'nothing'" in err) == (2, True)
     assert resumed(job, run) == 0
     assert_whole(job, undisturbed)
 

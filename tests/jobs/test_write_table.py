@@ -9,16 +9,21 @@ import pytest
 
 from beam_gemma.cli.run import counters
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.errors import BalanceError, FailuresError
+from beam_gemma.errors import BalanceError, FailuresError, OptionsError, StorageError
+from beam_gemma.inference.handlers import GemmaEmbedModelHandler
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.jobs import infer_table
 from beam_gemma.jobs.infer_table import InferTable, num_ranges
+from beam_gemma.jobs.publish import Columns, Output
 from beam_gemma.jobs.shards import Layout
-from beam_gemma.jobs.write_table import Columns, Output, WriteOutput
+from beam_gemma.jobs.write_table import WriteOutput, WriteTable
 from beam_gemma.tables.file_sink import open_sink
+from beam_gemma.tables.lease import Lease, Standing, take
 from beam_gemma.tables.open_table import ReadTable, open_source
 from beam_gemma.tasks.generate import GenerateSettings
+from beam_gemma.tasks.text_encoder import EmbedSettings
 from tests.doubles.fake_models import FakeHandler, completion_of, local_pipeline
+from tests.doubles.leases import hold
 from tests.doubles.tables import RICH, assert_same_schema, rich_table, text_of, write_parquet
 
 SETTINGS = GenerateSettings(
@@ -30,9 +35,11 @@ SETTINGS = GenerateSettings(
 )
 THREADS = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
 FACTS = {
+    "job": "j",
     "started": "2026-01-01T00:00:00+00:00",
     "tasks": [{"task": "generate", "settings": {}}],
 }
+REMOTE = Lease.of_this_process("a", is_remote=True)
 SEEN = []
 
 
@@ -45,11 +52,11 @@ class Watching(FakeHandler):
 
 
 def job(folder, settings=SETTINGS, *, num_shards=2, prefixes=("",), **options):
-    """Return the source and the output of a job over `in.parquet` of a folder."""
+    """Return the source and the output of a job over `in.parquet` of a folder, with its leases."""
     source = open_source(f"{folder}/in.parquet")
     tasks = tuple(Columns(prefix, settings.result_schema) for prefix in prefixes)
     fields = [field for task in tasks for field in task.in_files]
-    return source, Output(
+    output = Output(
         sink=open_sink(f"{folder}/out.parquet"),
         layout=Layout.of(source, settings.result_schema, num_shards=num_shards),
         schema=pa.schema([*source.schema, *fields], source.schema.metadata),
@@ -57,6 +64,9 @@ def job(folder, settings=SETTINGS, *, num_shards=2, prefixes=("",), **options):
         facts={**FACTS, "tasks": FACTS["tasks"] * len(tasks)},
         **options,
     )
+    for sink in output.sinks:
+        hold(sink)
+    return source, output
 
 
 def run(source, output, handler, *flags):
@@ -261,3 +271,33 @@ def test_no_step_before_the_sink_sees_rows_and_results_together(tmp_path):
     after = labels[labels.index("Write/Group") :]
     assert [label.rpartition("/")[2] for label in after][:2] == ["Group", "Stage"]
     assert all(isinstance(part, beam.PCollection) for part in answers.results)
+
+
+def test_of_two_pipelines_that_write_one_table_the_last_publishes(tmp_path, all_tasks_model):
+    """Python pipelines hold a lease from when they are built, and tell of another job's."""
+    write_parquet(tmp_path / "in.parquet", pa.table({"text": ["a", "b"]}))
+    handler = GemmaEmbedModelHandler(
+        all_tasks_model, EmbedSettings(text_column="text"), large_model=False
+    )
+    uri = f"{tmp_path}/out.parquet"
+
+    def build():
+        pipeline = local_pipeline()
+        table = ReadTable(f"{tmp_path}/in.parquet")
+        write = WriteTable(uri, table, {"gist": handler})
+        rows = pipeline | table
+        _ = (rows, {"gist": rows | InferTable(handler)}) | write
+        return pipeline
+
+    first, second = build(), build()
+    with pytest.raises(StorageError, match="expected the lease of this job, got a job of process"):
+        first.run()
+    second.run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "_out.run.json", "in.parquet", "out-00000-of-00001.parquet"
+    ]  # fmt: skip
+    for path in tmp_path.glob("*out*"):
+        path.unlink()
+    take(f"{tmp_path}/_out.parquet.work", REMOTE, up_to=Standing.ENDED)
+    with pytest.raises(OptionsError, match=r"no other job that writes it, got a job that .*; wait"):
+        build()

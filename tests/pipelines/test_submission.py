@@ -61,6 +61,10 @@ def model_of(gcp, tiny_gemma3, two_sided, tmp_path_factory):
         manifest = json.loads((folder / "manifest.json").read_text())
         for signature in manifest["signatures"]:
             signature["device"] = device
+        manifest["files"] = {
+            name.replace(".cpu.onnx", f".{device}.onnx"): entry
+            for name, entry in manifest["files"].items()
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
         uri = f"{gcp.bucket}/models/{task}-{device}"
         gcp.upload(folder, uri)
@@ -256,3 +260,11 @@ def test_a_job_that_dataflow_does_not_take_is_one_sentence(run):
     assert refusal in sentence
     assert sentence.endswith("; docs/dataflow.md names the roles and settings that it takes")
     assert "Traceback" not in err
+
+
+def test_a_job_that_dataflow_does_not_take_can_be_submitted_again(run, gcp):
+    """It holds no lease of its output."""
+    flags = f"--sdk_container_image={IMAGES}/team/worker:cpu", f"--output={gcp.table(next(NAMES))}"
+    assert run("generate", *flags, refusal="try again").code == cli.USAGE
+    again = run("generate", *flags)
+    assert (again.code, again.err) == (cli.SUCCESS, "")

@@ -18,8 +18,11 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.tables.bigquery_schema import table_schema
 from beam_gemma.tables.bigquery_sink import MAX_DESCRIPTION, BigQuerySink
 from beam_gemma.tables.bigquery_source import BigQuerySource
+from beam_gemma.tables.lease import is_held
+from tests.doubles.leases import JOB, hold
 
 RECORD = {
+    "job": JOB,
     "input": "in.parquet",
     "rows": 3,
     "tasks": [{"task": "generate", "model_digest": "ab" * 32, "settings": {"prompt": "{text}"}}],
@@ -43,7 +46,9 @@ def sink_of(gcp):
 
 
 def stage(sink, table, num_shards=2):
-    """Write the shards of a table as a job does; return their names."""
+    """Write the shards of a table as a job does, with its lease; return their names."""
+    if not is_held(sink.work, JOB):
+        hold(sink)
     shards = [f"{sink.work}/staged/{next(NAMES)}.parquet" for _ in range(num_shards)]
     size = -(-table.num_rows // num_shards)
     for i, shard in enumerate(shards):

@@ -1,16 +1,17 @@
 """Files of a table: exact types, row groups of a good shape, all renamed or none."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.io.filesystem import BeamIOError
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.tables import file_sink
 from beam_gemma.tables.file_sink import check_writable, open_sink, stage
 from beam_gemma.tables.open_table import open_source
+from tests.doubles.leases import JOB, hold
 from tests.doubles.tables import RICH, assert_same_schema, rich_table, text_of
 
 
@@ -26,6 +27,13 @@ def staged(sink, *tables):
     return paths
 
 
+def publish(sink, *tables, job=JOB, **record):
+    """Publish tables as a job does, from its lease to its end."""
+    hold(sink, job)
+    sink.publish(staged(sink, *tables), {"job": job, **record})
+    sink.clear()
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -34,14 +42,15 @@ def names(folder):
 def test_parquet_round_trip(tmp_path, num_shards):
     table = rich_table(range(200))
     sink = open_sink(f"{tmp_path}/new/out.parquet")
+    hold(sink)
     step = -(-200 // num_shards)
     paths = staged(sink, *(table.slice(i, step) for i in range(0, 200, step)))
     assert names(tmp_path / "new") == ["_out.parquet.work"]
-    sink.publish(paths, {"rows": 200})
+    sink.publish(paths, {"job": JOB, "rows": 200})
     sink.clear()
     shards = [f"out-{i:05}-of-{num_shards:05}.parquet" for i in range(num_shards)]
     assert names(tmp_path / "new") == ["_out.run.json", *shards]
-    assert json.loads((tmp_path / "new/_out.run.json").read_text()) == {"rows": 200}
+    assert json.loads((tmp_path / "new/_out.run.json").read_text()) == {"job": JOB, "rows": 200}
     back = pa.concat_tables(map(pq.read_table, sink.earlier()))
     assert_same_schema(back.schema, RICH)
     assert text_of(back) == text_of(table)
@@ -72,7 +81,7 @@ def test_dictionaries_of_batches_may_differ(tmp_path):
 
 def test_json_lines(tmp_path):
     sink = open_sink(f"{tmp_path}/out.jsonl")
-    sink.publish(staged(sink, rich_table(range(50))), {})
+    publish(sink, rich_table(range(50)))
     lines = (tmp_path / "out-00000-of-00001.jsonl").read_text().splitlines()
     rows = list(map(json.loads, lines))
     assert [row["key"] for row in rows] == list(range(50))
@@ -91,12 +100,11 @@ def test_a_new_output_takes_the_place_of_the_old(tmp_path):
     for name in others:
         (tmp_path / name).touch()
     assert sink.earlier() == []
-    sink.publish(staged(sink, table, table), {"run": 1})
+    publish(sink, table, table, run=1)
     assert sink.earlier()[0] == f"{tmp_path}/out-00000-of-00002.parquet"
-    sink.publish(staged(sink, table.slice(1)), {"run": 2})
-    sink.clear()
+    publish(sink, table.slice(1), job="k", run=2)
     assert names(tmp_path) == sorted([*others, "out-00000-of-00001.parquet", "_out.run.json"])
-    assert json.loads((tmp_path / "_out.run.json").read_text()) == {"run": 2}
+    assert json.loads((tmp_path / "_out.run.json").read_text()) == {"job": "k", "run": 2}
     assert pq.read_table(sink.earlier()[0]).num_rows == 3
     sink.clear()
 
@@ -104,35 +112,14 @@ def test_a_new_output_takes_the_place_of_the_old(tmp_path):
 def test_a_second_call_finds_what_the_first_has_done(tmp_path):
     table = rich_table(range(4))
     sink = open_sink(f"{tmp_path}/out.parquet")
+    hold(sink)
     paths = staged(sink, table, table)
-    sink.publish(paths, {})
-    sink.publish(paths, {})
+    sink.publish(paths, {"job": JOB})
+    sink.publish(paths, {"job": JOB})
     assert len(sink.earlier()) == 2
-    with pytest.raises(BeamIOError, match=r"00000-of-00003.* expected a staged shard"):
-        sink.publish([*paths, f"{sink.work}/staged/none"], {})
-    assert "_out.run.json" not in names(tmp_path)
-
-
-def test_after_a_kill_in_the_middle_new_shards_are_published(tmp_path, monkeypatch):
-    table = rich_table(range(4))
-    sink = open_sink(f"{tmp_path}/out.parquet")
-    sink.publish(staged(sink, table, table), {"run": 1})
-    paths = staged(sink, table.slice(1), table.slice(2))
-
-    def break_off(sources, targets):
-        rename([sources[0]], [targets[0]])
-        raise KeyboardInterrupt
-
-    rename = file_sink.FileSystems.rename
-    monkeypatch.setattr(file_sink.FileSystems, "rename", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        sink.publish(paths, {"run": 2})
-    # The record is the mark of a whole output.
-    assert "_out.run.json" not in names(tmp_path)
-    monkeypatch.setattr(file_sink.FileSystems, "rename", rename)
-    sink.publish(staged(sink, table.slice(1), table.slice(2)), {"run": 2})
-    assert [pq.read_table(path).num_rows for path in sink.earlier()] == [3, 2]
-    assert json.loads((tmp_path / "_out.run.json").read_text()) == {"run": 2}
+    sink.clear()
+    sink.publish(paths, {"job": JOB})  # after a call whose end Beam has not heard of
+    assert names(tmp_path) == ["_out.run.json", *(f"out-{i:05}-of-00002.parquet" for i in (0, 1))]
 
 
 def test_output_names():
@@ -162,6 +149,7 @@ def test_names_that_no_file_can_have(tmp_path):
             check_writable("--report", f"{tmp_path}/{name}")
     with pytest.raises(OptionsError, match=r"--report: .*nowhere://page\.html"):
         check_writable("--report", "nowhere://page.html")
+    assert not Path("nowhere:").exists()
     (tmp_path / "page.html").write_text("an earlier one")
     check_writable("--report", f"{tmp_path}/page.html")
     check_writable("--report", f"{tmp_path}/new/page.html")
