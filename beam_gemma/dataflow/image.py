@@ -7,8 +7,10 @@ its configuration, which holds the labels that templates/Dockerfile sets.
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import google.auth
 import requests
@@ -33,6 +35,7 @@ MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 )
+_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?")
 PLATFORM = {"os": "linux", "architecture": "amd64"}
 
 
@@ -95,9 +98,12 @@ def _describe(image: str) -> Image:
     host, _, repository = _name(image).partition("/")
     if not repository or not ("." in host or ":" in host or host == "localhost"):
         raise ValueError("the name begins with no host")
+    # Characters such as ? or \ end the host of a URL, which the name's first part would go beyond.
+    if not _HOST.fullmatch(host):
+        raise ValueError("the name begins with no host that a URL can have")
     is_here = host.partition(":")[0] in ("localhost", "127.0.0.1")
     url = f"{'http' if is_here else 'https'}://{host}/v2/{repository}"
-    with _session(host) as session:
+    with _session(url) as session:
         content = _get(session, f"{url}/manifests/{_reference(image)}", image)
         digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         manifest = json.loads(content)
@@ -116,8 +122,9 @@ def _one_of(index: dict[str, Any]) -> str:
     raise ValueError("none of its images is for Linux on x86-64")
 
 
-def _session(host: str) -> requests.Session:
-    if not f".{host}".endswith(GOOGLE):
+def _session(url: str) -> requests.Session:
+    """Return a session for a registry; only Google's get this machine's credentials."""
+    if not f".{urlsplit(url).hostname}".endswith(GOOGLE):
         return requests.Session()
     credentials, _ = google.auth.default(scopes=[SCOPE])
     return AuthorizedSession(credentials)

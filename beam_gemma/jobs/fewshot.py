@@ -1,4 +1,7 @@
-"""Choose few-shot examples from a table, once per job and in the same order for every row."""
+"""Choose few-shot examples from a table, once per job and in the same order for every row.
+
+Errors name a row by its number, since the text of rows is shown nowhere at launch.
+"""
 
 import random
 from collections.abc import Mapping
@@ -6,7 +9,7 @@ from typing import Any
 
 from beam_gemma.errors import OptionsError, nearest
 from beam_gemma.inference.rows import rows_of
-from beam_gemma.inputs.row import as_text
+from beam_gemma.inputs.row import as_text, shots_own_errors
 from beam_gemma.inputs.template import Template
 from beam_gemma.tables.source import Source
 from beam_gemma.tasks.questions import ClassifySettings, Shot
@@ -56,26 +59,34 @@ def all_shots(source: Source, settings: ClassifySettings, label_column: str) -> 
                 f"{', '.join(source.schema.names)}{nearest(column, source.schema.names)}"
             )
     templates = [Template(label, ()) for label in settings.labels]
+    rows = (row for batch in source.head(POOL_ROWS) for row in rows_of(batch))
     return tuple(
         Shot(
             row={column: row[column] for column in settings.columns},
-            label=_index(templates, row, label_column),
+            label=_index(settings, templates, row, label_column, f"{source.uri}, row {position}"),
         )
-        for batch in source.head(POOL_ROWS)
-        for row in rows_of(batch)
+        for position, row in enumerate(rows)
         if isinstance(row, Mapping) and all(row[column] is not None for column in columns)
     )
 
 
-def _index(labels: list[Template], row: Mapping[str, Any], label_column: str) -> int:
+def _index(
+    settings: ClassifySettings,
+    labels: list[Template],
+    row: Mapping[str, Any],
+    label_column: str,
+    place: str,
+) -> int:
     """Return the index of a row's label; space around label texts is ignored."""
     value = row[label_column]
     if isinstance(value, int) and 0 <= value < len(labels):
         return int(value)
-    names = [as_text(label.render(row)).strip() for label in labels]
+    with shots_own_errors():
+        names = [as_text(label.render(row)).strip() for label in labels]
     if str(value).strip() not in names:
         raise OptionsError(
-            f"column {label_column!r}: expected an index below {len(labels)} or one of "
-            f"{', '.join(names)}, got {value!r}"
+            f"{place} (the first is 0): expected in column {label_column!r} an index below "
+            f"{len(labels)} or one of {', '.join(settings.labels)}, got another "
+            f"{type(value).__name__}; correct it, or set it to null to leave the row out"
         )
     return names.index(str(value).strip())

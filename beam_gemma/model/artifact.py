@@ -11,15 +11,18 @@ legal/                 license, terms and notices of the model
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from beam_gemma.errors import ArtifactError
+from beam_gemma.errors import ArtifactError, BeamGemmaError, one_line
 from beam_gemma.model.config import GemmaConfig, RopeParameters
 from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.field_types import first_fault
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.signature import HEADS, Signature
 
@@ -31,8 +34,20 @@ CHAT_TEMPLATE = "chat_template.jinja"
 LEGAL = "legal"
 DESCRIPTION = frozenset([TOKENIZER, CHAT_TEMPLATE])
 """Files that, with the manifest, suffice to build prompts for a model."""
+WEIGHTS = "weights"
+"""Folder of the external data of all graphs."""
+MANIFEST_BYTES = 16 << 20
+"""Largest manifest that is read."""
+MAX_NAME = 1000
+"""Longest name of a file, with its folders, in characters."""
 SMALL_FILE_BYTES = 16 << 20
 """Files up to this size are checked in full each time a folder is opened."""
+LOGGER = logging.getLogger(__name__)
+_SHA256 = re.compile("[0-9a-f]{64}")
+# What a description raises while it is built from a field of another type or value.
+_FAULTS = (
+    BeamGemmaError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +56,7 @@ class FileEntry:
 
     num_bytes: int
     sha256: str | None
-    """Checksum in hex; None if the exporter was told to skip it."""
+    """Checksum in hex; None for weights whose checksum the exporter was told to skip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +90,8 @@ class Artifact:
         """
         artifact = cls.read(Path(path))
         names = artifact.files.keys() if of_weights else artifact.files.keys() & DESCRIPTION
+        if of_weights:
+            artifact._check_strays()
         artifact._check_sizes(names)
         artifact._check_sums(n for n in names if artifact.files[n].num_bytes <= SMALL_FILE_BYTES)
         return artifact
@@ -88,7 +105,7 @@ class Artifact:
         """
         manifest = _read_manifest(folder)
         try:
-            return cls(
+            artifact = cls(
                 path=folder,
                 name=manifest["name"],
                 config=_config_from_json(manifest["config"]),
@@ -101,19 +118,30 @@ class Artifact:
                 files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
                 embedding=_embedding_from_json(manifest.get("embedding")),
             )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{folder / MANIFEST}: expected the fields of format {FORMAT}, got {error}; "
-                "export the model again"
-            ) from error
+        except _FAULTS as error:
+            raise _not_of_the_format(folder, " ".join(str(error).split())[:200]) from error
+        if fault := first_fault(artifact):
+            raise _not_of_the_format(folder, fault)
+        artifact._check_entries()
+        return artifact
 
     def verify(self) -> None:
         """Verify all checksums, including those of weights.
+
+        Files of weights that were exported with `--checksums later` have none; a warning says so,
+        as only their sizes were checked.
 
         Raises:
             ArtifactError: a file differs from the exported one.
         """
         self._check_sums(self.files)
+        if num_without := sum(entry.sha256 is None for entry in self.files.values()):
+            LOGGER.warning(
+                "%s: %d files of weights have no checksum, so that only their sizes are checked; "
+                "export the model with --checksums now",
+                self.path,
+                num_without,
+            )
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -156,6 +184,41 @@ class Artifact:
         """Return the path of one graph's ONNX file."""
         self.signature(head, device)
         return self.path / graph_name(head, device)
+
+    def _check_entries(self) -> None:
+        """Check that the manifest says enough of each file to verify it, and stays in its folder.
+
+        Raises:
+            ArtifactError: a file is outside the folder, unknown, or without a checksum.
+        """
+        manifest = self.path / MANIFEST
+        for name, entry in self.files.items():
+            if not _is_inside(name):
+                raise ArtifactError(
+                    f"{manifest}: expected files inside the folder, got {name!r:.200}; export the "
+                    "model again"
+                )
+            is_without = entry.sha256 is None and name.startswith(f"{WEIGHTS}/")
+            if not is_without and not _SHA256.fullmatch(entry.sha256 or ""):
+                raise ArtifactError(
+                    f"{manifest}: expected the sha256 of {name}, got {entry.sha256!r:.80}; export "
+                    "the model again"
+                )
+        graphs = (graph_name(head, device) for head, device in self.signatures)
+        if missing := {TOKENIZER, *graphs} - self.files.keys():
+            raise ArtifactError(
+                f"{manifest}: expected an entry for {min(missing)}, got none; export the model "
+                "again"
+            )
+
+    def _check_strays(self) -> None:
+        """Check that the manifest knows all files of weights, of which graphs name some."""
+        for file in sorted((self.path / WEIGHTS).rglob("*")):
+            name = file.relative_to(self.path).as_posix()
+            if name not in self.files and not file.is_dir():
+                raise ArtifactError(
+                    f"{file}: expected only files of the model's {MANIFEST}, got another; remove it"
+                )
 
     def _check_sizes(self, names: Iterable[str]) -> None:
         for name in names:
@@ -226,6 +289,20 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _is_inside(name: str) -> bool:
+    """Return whether a name is a plain path within a folder, which file systems accept."""
+    parts = name.split("/")
+    is_plain = name.isprintable() and not {"", ".", ".."} & set(parts)
+    return is_plain and len(name) <= MAX_NAME and all(len(p.encode()) <= 255 for p in parts)
+
+
+def _not_of_the_format(folder: Path, got: str) -> ArtifactError:
+    return ArtifactError(
+        f"{folder / MANIFEST}: expected the fields of format {FORMAT}, got {got}; "
+        "export the model again"
+    )
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
@@ -234,20 +311,33 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a model folder with {MANIFEST}, got {found}; "
             "make one with python -m export"
         )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
+    if (num_bytes := file.stat().st_size) > MANIFEST_BYTES:
         raise ArtifactError(
-            f"{file}: expected JSON, got {error}; export the model again"
+            f"{file}: expected at most {MANIFEST_BYTES:,} bytes, got {num_bytes:,}; export the "
+            "model again"
+        )
+    try:
+        manifest = json.loads(file.read_bytes(), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{file}: expected JSON, got {one_line(error)}; export the model again"
         ) from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ArtifactError(f"{file}: expected the field format, got none; export the model again")
     if manifest["format"] != FORMAT:
         raise ArtifactError(
-            f"{file}: format {manifest['format']}, this version reads {FORMAT}; "
+            f"{file}: format {manifest['format']!r:.40}, this version reads {FORMAT}; "
             "export the model again or install the version that wrote it"
         )
     return manifest
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; of two equal names, Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is twice in an object")
+    return found
 
 
 def _embedding_from_json(raw: Mapping[str, Any] | None) -> EmbeddingConfig | None:

@@ -84,7 +84,7 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("prompt tokens", f"{total.prompt_tokens:,}", ""),
         ("new tokens", f"{total.completion_tokens:,}", ""),
         ("from start to end", duration(round(secs, 1) if secs < 60 else secs), ""),
-        ("tokens/s computed", f"{computed / max(secs, 1e-9):,.0f}", ""),
+        ("tokens/s computed", f"{computed / secs:,.0f}" if secs else "unknown", ""),
     ]
     if not total.completion_tokens:
         del figures[-3]
@@ -232,7 +232,10 @@ def _gpus(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings with a value; shots contain rows, so only their count is shown."""
+    """Return the settings with a value.
+
+    Shots are rows, which records of version 0.7.0 have in full; only their count is shown.
+    """
     facts: list[tuple[str, str]] = []
     for name, value in settings.items():
         if isinstance(value, Mapping):

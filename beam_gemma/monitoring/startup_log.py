@@ -22,14 +22,17 @@ def log_process() -> None:
     began = psutil.Process().create_time()
     LOGGER.info(
         "start: the process began %.1f s ago, %.1f s after its machine",
-        time.time() - began,
-        began - psutil.boot_time(),
+        process_age(),
+        max(0.0, began - psutil.boot_time()),
     )
 
 
 def process_age() -> float:
-    """Return the seconds since this process began, including the interpreter's start."""
-    return time.time() - psutil.Process().create_time()
+    """Return the seconds since this process began, including the interpreter's start.
+
+    It is 0 if the machine's clock was set back to before that time.
+    """
+    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 @contextmanager

@@ -93,10 +93,45 @@ def test_a_registry_that_refuses_leaves_the_check_to_workers(registry, status, c
     assert "\n" not in warning_of(caplog)
 
 
-@pytest.mark.parametrize("image", ["127.0.0.1:1/team/worker:1", "worker", "team/worker:1"])
-def test_no_registry_leaves_the_check_to_workers(image, caplog):
+def test_a_registry_that_is_not_there_leaves_the_check_to_workers(caplog):
+    image = "127.0.0.1:1/team/worker:1"
     assert check(image, device="cpu") == image
     assert f"{image}: its versions are left for the workers" in warning_of(caplog)
+
+
+@pytest.fixture
+def no_session(monkeypatch):
+    """No request is sent: a session would fail the test."""
+    refused = mock.Mock(side_effect=AssertionError("a session was opened"))
+    monkeypatch.setattr(image, "_session", refused)
+
+
+@pytest.mark.parametrize("name", ["worker", "team/worker:1", "worker:1", "library/worker@sha256:0"])
+@pytest.mark.usefixtures("no_session")
+def test_a_name_without_a_host_is_asked_of_nobody(name, caplog):
+    assert check(name, device="cpu") == name
+    assert warning_of(caplog).endswith("the name begins with no host")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.com?.pkg.dev",
+        "evil.com#.pkg.dev",
+        r"evil.com\.pkg.dev",
+        "evil.com%2f.pkg.dev",
+        "evil.com\t.pkg.dev",
+        "evil.com:80:.gcr.io",
+        "user:word.pkg.dev",
+        "[::1].pkg.dev",
+        "évil.gcr.io",
+    ],
+)
+@pytest.mark.usefixtures("no_session")
+def test_a_host_that_a_url_would_cut_is_asked_nothing(host, caplog):
+    name = f"{host}/team/worker:1"
+    assert check(name, device="cpu") == name
+    assert warning_of(caplog).endswith("the name begins with no host that a URL can have")
 
 
 def test_a_warning_is_one_line(monkeypatch, caplog):
@@ -122,7 +157,7 @@ def test_only_google_gets_the_credentials(registry, tmp_path, monkeypatch):
     check(f"{registry.host}/team/worker:1", device="gpu")
     assert registry.tokens == {None}
     registry.tokens.clear()
-    monkeypatch.setattr(image, "GOOGLE", (f".{registry.host}",))
+    monkeypatch.setattr(image, "GOOGLE", (".127.0.0.1",))
     check(f"{registry.host}/team/worker:1", device="gpu")
     assert registry.tokens == {"Bearer emulated"}
 
@@ -136,10 +171,15 @@ def test_only_google_gets_the_credentials(registry, tmp_path, monkeypatch):
         ("pkg.dev.example.com", False),
         ("notgcr.io", False),
         ("localhost:5000", False),
+        ("EU.GCR.IO", True),
+        ("europe-docker.pkg.dev:443", True),
+        ("evil.com?.pkg.dev", False),
+        ("evil.com#.gcr.io", False),
+        ("evil.com/x.gcr.io", False),
     ],
 )
 def test_which_hosts_are_google(host, is_google, tmp_path, monkeypatch):
     credentials = tmp_path / "credentials.json"
     credentials.write_text(json.dumps(CREDENTIALS))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(credentials))
-    assert hasattr(image._session(host), "credentials") == is_google
+    assert hasattr(image._session(f"https://{host}/v2/x"), "credentials") == is_google

@@ -59,11 +59,23 @@ def test_rows_without_a_label_or_a_prompt_are_no_shots(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "got"), [([2], "got 2"), (["maybe"], "got 'maybe'"), ([-1], "-1")]
+    ("answer", "kind"), [([0, 2], "int"), (["no", "hush"], "str"), ([1, -1], "int")]
 )
-def test_a_label_that_is_none(tmp_path, answer, got):
-    with pytest.raises(OptionsError, match=f"no, yes, .*{got}"):
-        all_shots(table_of(tmp_path, text=["a"], answer=answer), SETTINGS, "answer")
+def test_a_label_that_is_none_is_named_by_its_row(tmp_path, answer, kind):
+    table = table_of(tmp_path, text=["a", "hush"], answer=answer)
+    with pytest.raises(
+        OptionsError, match=rf"in\.parquet, row 1 .*'answer'.* no,  yes, got another {kind};"
+    ) as e:
+        all_shots(table, SETTINGS, "answer")
+    assert "hush" not in str(e.value)
+
+
+def test_labels_of_rows_are_in_no_error(tmp_path):
+    settings = ClassifySettings(prompt="{text}", labels=("{first}", "{second}"))
+    columns = {"text": ["q"], "first": ["hush"], "second": ["hush 2"], "answer": ["hush 3"]}
+    with pytest.raises(OptionsError, match=r"\{first\}, \{second\}, got another str") as error:
+        all_shots(table_of(tmp_path, **columns), settings, "answer")
+    assert "hush" not in str(error.value)
 
 
 def test_a_column_that_is_missing(tmp_path):

@@ -1,5 +1,6 @@
 """Record of a run: all that it takes to run again, and what came of it."""
 
+import dataclasses
 import datetime
 import json
 from collections import Counter
@@ -68,9 +69,32 @@ def test_what_is_known_before_the_run(facts, tiny_gemma3):
     assert task["settings"]["sampling"]["max_tokens"] == 9
 
 
-def test_shots_are_part_of_what_was_asked(facts):
-    (task,) = facts(CLASSIFY)["tasks"]
-    assert task["settings"]["shots"] == [{"row": {"text": "x", "day": "2024-01-02"}, "label": 0}]
+def test_of_shots_there_is_a_hash_but_no_row(facts):
+    """Shots are rows: the record tells apart jobs with other shots, and shows none of them."""
+    others = [
+        dataclasses.replace(CLASSIFY, shots=(Shot(row={"text": "y", "day": None}, label=0),)),
+        dataclasses.replace(CLASSIFY, shots=(dataclasses.replace(CLASSIFY.shots[0], label=1),)),
+    ]
+    found, again, *rest = (facts(s)["tasks"][0]["settings"] for s in (CLASSIFY, CLASSIFY, *others))
+    assert "shots" not in found
+    assert found["num_shots"] == 1
+    assert found == again
+    assert len({settings["shots_sha256"] for settings in (found, *rest)}) == 3
+    assert "2024-01-02" not in json.dumps(found)
+    without = facts(dataclasses.replace(CLASSIFY, shots=()))["tasks"][0]["settings"]
+    assert not [name for name in without if "shots" in name]
+
+
+def test_secrets_are_in_no_part_of_a_record(tiny_gemma3):
+    found = facts_of(
+        [*COMMAND, "--s3_secret_access_key=HUSH", "--s3_session_token", "HUSH"],
+        source="s3://user:HUSH@bucket/in.parquet",
+        sink="https://account.blob.core.windows.net/out?sv=1&sig=HUSH",
+        tasks=[("models/tiny", tiny_gemma3.artifact, GENERATE)],
+    )
+    assert "HUSH" not in json.dumps(found)
+    assert found["command"][:-3] == COMMAND
+    assert found["input"] == "s3://REDACTED@bucket/in.parquet"
 
 
 def test_what_came_of_it(facts):
@@ -95,6 +119,13 @@ def test_what_came_of_it(facts):
     assert record["first_row_secs"] == [3.5, 8.5]
     assert [line["completion_tokens"] for line in record["timelines"]] == [[0, 2, 5]]
     assert Summary.from_dict(task["results"]) == summaries[0]
+
+
+def test_a_clock_behind_that_of_the_launch_gives_no_negative_time(facts):
+    ahead = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    late = facts(GENERATE) | {"started": ahead.isoformat(timespec="milliseconds")}
+    record = record_of(late, num_shards=1, prefixes=[""], summaries=[Summary()], ledger=[])
+    assert record["seconds"] == 0
 
 
 def test_what_came_of_each_task(facts):

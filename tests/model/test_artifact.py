@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,58 @@ def test_a_manifest_without_its_fields_is_refused(folder: Path) -> None:
         Artifact.open(folder)
     (folder / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="expected JSON"):
+        Artifact.open(folder)
+
+
+def entries(folder: Path) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+    return files
+
+
+def test_a_manifest_that_leaves_a_file_out_is_refused(folder: Path) -> None:
+    """Else the file would be loaded without a check."""
+    files = entries(folder)
+    for name in ("tokenizer.model", "generate.cpu.onnx"):
+        edit_manifest(folder, files={n: e for n, e in files.items() if n != name})
+        with pytest.raises(ArtifactError, match=f"expected an entry for {name}, got none"):
+            Artifact.open(folder)
+    edit_manifest(folder, files={})
+    with pytest.raises(ArtifactError, match=r"an entry for generate\.cpu\.onnx, got none"):
+        Artifact.open(folder)
+    edit_manifest(folder, files={n: e for n, e in files.items() if not n.startswith("weights/")})
+    with pytest.raises(ArtifactError, match=r"weights/.*: expected only files of the model"):
+        Artifact.open(folder)
+
+
+@pytest.mark.parametrize("sha256", [None, "", "0" * 63, "G" * 64, "0" * 65])
+def test_a_file_without_a_checksum_is_refused(folder: Path, sha256: str | None) -> None:
+    files = entries(folder)
+    files["tokenizer.model"]["sha256"] = sha256
+    edit_manifest(folder, files=files)
+    with pytest.raises(ArtifactError, match=r"expected the sha256 of tokenizer\.model, got"):
+        Artifact.open(folder)
+
+
+def test_weights_without_checksums_are_checked_by_size_and_said_to_be(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `--checksums later` writes them."""
+    files, name = entries(folder), "weights/written.safetensors"
+    files[name]["sha256"] = None
+    edit_manifest(folder, files=files)
+    Artifact.open(folder).verify()
+    (record,) = caplog.records
+    assert "1 files of weights have no checksum, so that only their sizes" in record.getMessage()
+    (folder / name).write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"expected [0-9,]+ bytes, got 0"):
+        Artifact.open(folder)
+
+
+def test_names_that_are_twice_are_refused(folder: Path) -> None:
+    manifest = (folder / MANIFEST).read_text()
+    twice = '"tokenizer.model": {}, "tokenizer.model":'
+    (folder / MANIFEST).write_text(manifest.replace('"tokenizer.model":', twice))
+    with pytest.raises(ArtifactError, match="a name that is twice in an object"):
         Artifact.open(folder)
 
 

@@ -294,6 +294,17 @@ def test_markup_in_a_record_is_shown_as_text():
     assert "".join(page.text).count(markup) > 40
 
 
+def test_a_run_of_no_time_has_no_speed():
+    text = text_of(changed(seconds=0))
+    assert "from start to end 0 s tokens/s computed unknown" in text
+
+
+def test_shots_are_shown_as_their_number_and_hash():
+    settings = {"num_shots": 8, "shots_sha256": "c0ffee"}
+    tasks = [RECORD["tasks"][0] | {"settings": settings}]
+    assert "num_shots 8 shots_sha256 c0ffee" in text_of(changed(tasks=tasks))
+
+
 def test_record_without_a_field_of_the_template_is_refused():
     record = {name: value for name, value in RECORD.items() if name != "input"}
     with pytest.raises(jinja2.UndefinedError, match="no attribute 'input'"):

@@ -8,6 +8,7 @@ import pytest
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
+from beam_gemma.monitoring import startup_log
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.tasks.generate import GenerateSettings
@@ -60,3 +61,8 @@ def test_a_worker_of_another_version_does_not_start(handler):
     )
     assert "beam-gemma 0." in here
     check_versions("anything", versions())
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_age(monkeypatch):
+    monkeypatch.setattr(startup_log.time, "time", lambda: 0.0)
+    assert startup_log.process_age() == 0
