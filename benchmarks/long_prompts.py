@@ -34,6 +34,7 @@ from benchmarks.runs import peak_bytes
 from benchmarks.table import table
 from export.__main__ import export
 from export.checkpoints.released_sizes import Size
+from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 BUDGET = EngineConfig().max_num_batched_tokens
@@ -66,7 +67,7 @@ def make_artifact(folder: Path) -> Path:
     }
     safetensors.torch.save_file(weights, checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text(json.dumps(SIZE.raw))
-    (checkpoint / "tokenizer.model").write_bytes(b"")
+    (checkpoint / "tokenizer.model").write_bytes(tiny_tokenizer_model())
     export(checkpoint, folder / "model", tasks=("generate",))
     return folder / "model"
 

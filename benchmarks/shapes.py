@@ -27,6 +27,7 @@ from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
 from export.checkpoints.released_sizes import SIZES, Size
 from export.graph.weights import safetensors_header
+from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
@@ -52,7 +53,7 @@ def make_checkpoint(size: Size, folder: Path) -> None:
     """Write config, index and sparse shards with Hugging Face's names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(size.raw))
-    (folder / "tokenizer.model").write_bytes(b"")
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model())
     is_encoder = size.config.use_bidirectional_attention
     dtype = "F32" if is_encoder else "BF16"
     shapes = [(hf_name(name, size), shape) for name, shape in size.tensor_shapes().items()]

@@ -23,7 +23,7 @@ from beam_gemma.model.artifact import (
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
 from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import HEADS, Signature
-from export.checkpoints.hf_folder import read_checkpoint
+from export.checkpoints.hf_folder import check_names, expected_shapes, read_checkpoint
 from export.checkpoints.legal import write_legal
 from export.checkpoints.lora import merge_adapter
 from export.checkpoints.tensors import Checkpoint
@@ -99,6 +99,7 @@ def export(
     start = time.monotonic()
     precision = PRECISIONS[device][0] if precision == "auto" else precision
     checkpoint = read_checkpoint(checkpoint_path)
+    check_names(checkpoint.tensors, expected_shapes(checkpoint))
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
     tasks = tasks or default_tasks(checkpoint)

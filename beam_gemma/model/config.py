@@ -6,7 +6,8 @@ and defaults follow the configuration classes of transformers 5.23
 """
 
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,74 @@ MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 
 # Keys of config.json that do not change what this project computes: training, generation, library.
 IGNORED_KEYS = frozenset({
-    "_name_or_path", "_sliding_window_pattern", "add_cross_attention", "architectures",
-    "attention_dropout", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-    "problem_type", "return_dict", "sliding_window_pattern", "torch_dtype", "transformers_version",
-    "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
+    "_flash_attn_2_enabled", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "cache_implementation", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty",
+    "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
 })  # fmt: skip
+IGNORED_PREFIX = "unsloth_"
+"""Start of the keys in which Unsloth records what it did to a file."""
+PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern")
+"""Keys of the pattern of layers: the one that Gemma 3 reads, and a copy beside `layer_types`."""
+ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "factor",
+                       "original_max_position_embeddings"})  # fmt: skip
+"""Keys of rotary parameters that are read, or that linear scaling does not use."""
+
+MAX_SIZES = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 13,
+    "max_position_embeddings": 1 << 24,
+    "sliding_window": 1 << 24,
+}
+"""Largest sizes that are read: at least 8 times those of any released Gemma."""
+FACTORS = ("query_pre_attn_scalar", "rms_norm_eps", "attn_logit_softcapping",
+           "final_logit_softcapping")  # fmt: skip
+OPTIONAL_FACTORS = FACTORS[2:]
+MAX_FACTOR = 1e12
+"""Larger numbers, of which float32 makes infinities where they are multiplied, are refused."""
+
+
+def check_size(name: str, value: Any) -> int:
+    """Return a size of `MAX_SIZES`, which is a whole number from 1 to its limit.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if type(value) is not int or not 1 <= value <= MAX_SIZES[name]:
+        raise ConfigError(
+            f"{name}: expected a whole number from 1 to {MAX_SIZES[name]:,}, "
+            f"got {reprlib.repr(value)}"
+        )
+    return value
+
+
+def check_factor(name: str, value: Any) -> float:
+    """Return a number above 0 as float.
+
+    Raises:
+        ConfigError: it is no number, infinite, or not above 0.
+    """
+    if type(value) not in (int, float) or not 0 < value < MAX_FACTOR:
+        raise ConfigError(
+            f"{name}: expected a number above 0 and below {MAX_FACTOR:g}, got {reprlib.repr(value)}"
+        )
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +97,10 @@ class RopeParameters:
     """Base of the geometric series of wavelengths."""
     factor: float = 1.0
     """Linear scaling: positions are divided by this factor."""
+
+    def __post_init__(self) -> None:
+        check_factor("rope_theta", self.rope_theta)
+        check_factor("rope factor", self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +139,7 @@ class GemmaConfig:
                 f"model_type: expected one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}"
                 f"{nearest(self.model_type, MODEL_TYPES)}"
             )
+        self._check_numbers()
         if len(self.layer_types) != self.num_hidden_layers:
             raise ConfigError(
                 f"layer_types: expected {self.num_hidden_layers} entries (num_hidden_layers), "
@@ -80,7 +147,9 @@ class GemmaConfig:
             )
         unknown = set(self.layer_types) - {FULL, SLIDING}
         if unknown:
-            raise ConfigError(f"layer_types: expected {FULL} or {SLIDING}, got {sorted(unknown)}")
+            raise ConfigError(
+                f"layer_types: expected {FULL} or {SLIDING}, got {reprlib.repr(sorted(unknown))}"
+            )
         if SLIDING in self.layer_types and not self.sliding_window:
             raise ConfigError("sliding_window: expected a number of tokens, got none")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -92,6 +161,16 @@ class GemmaConfig:
             raise ConfigError("tie_word_embeddings: expected true for a Gemma model, got false")
         if self.use_bidirectional_attention:
             self._check_two_sided()
+
+    def _check_numbers(self) -> None:
+        for name in MAX_SIZES:
+            value = getattr(self, name)
+            if value is not None or name != "sliding_window":
+                check_size(name, value)
+        for name in FACTORS:
+            value = getattr(self, name)
+            if value is not None or name not in OPTIONAL_FACTORS:
+                check_factor(name, value)
 
     def _check_two_sided(self) -> None:
         if self.model_type != "gemma3_text":
@@ -155,35 +234,36 @@ class GemmaConfig:
         model_type = reader.take("model_type")
         if model_type not in MODEL_TYPES:
             raise ConfigError(
-                f"model_type: expected one of {', '.join(MODEL_TYPES)}, got {model_type!r}"
+                f"model_type: expected one of {', '.join(MODEL_TYPES)}, "
+                f"got {reprlib.repr(model_type)}"
             )
-        reader.require("hidden_activation", ("gelu_pytorch_tanh", "gelu", None))
-        reader.require("hidden_act", ("gelu_pytorch_tanh", "gelu", None))
+        _check_activation(reader)
         reader.require("attention_bias", (False, None))
-        num_layers = reader.take("num_hidden_layers")
-        head_dim = reader.take("head_dim", 256)
-        layer_types = _layer_types(reader, model_type, num_layers, raw)
+        reader.require("pruned_heads", ({}, None))
+        num_layers = reader.size("num_hidden_layers")
+        head_dim = reader.size("head_dim", 256)
+        if head_dim % 2:
+            raise ConfigError(f"head_dim: expected an even number, got {head_dim}")
+        layer_types = _layer_types(reader, model_type, num_layers)
         config = cls(
             model_type=model_type,
-            vocab_size=reader.take("vocab_size"),
-            hidden_size=reader.take("hidden_size"),
-            intermediate_size=reader.take("intermediate_size"),
+            vocab_size=reader.size("vocab_size"),
+            hidden_size=reader.size("hidden_size"),
+            intermediate_size=reader.size("intermediate_size"),
             num_hidden_layers=num_layers,
-            num_attention_heads=reader.take("num_attention_heads"),
-            num_key_value_heads=reader.take("num_key_value_heads"),
+            num_attention_heads=reader.size("num_attention_heads"),
+            num_key_value_heads=reader.size("num_key_value_heads"),
             head_dim=head_dim,
-            max_position_embeddings=reader.take("max_position_embeddings"),
+            max_position_embeddings=reader.size("max_position_embeddings"),
             layer_types=layer_types,
-            sliding_window=reader.take("sliding_window", None),
+            sliding_window=reader.size("sliding_window", None),
             rope_parameters=_rope_parameters(reader, model_type, layer_types),
-            query_pre_attn_scalar=float(
-                reader.take("query_pre_attn_scalar", head_dim if model_type == "gemma" else 256)
-            ),
+            query_pre_attn_scalar=_query_scalar(reader, model_type, head_dim),
             attn_logit_softcapping=_softcap(reader, "attn_logit_softcapping", model_type),
             final_logit_softcapping=_softcap(reader, "final_logit_softcapping", model_type),
-            rms_norm_eps=reader.take("rms_norm_eps", 1e-6),
-            tie_word_embeddings=reader.take("tie_word_embeddings", True),
-            use_bidirectional_attention=bool(reader.take("use_bidirectional_attention", False)),
+            rms_norm_eps=check_factor("rms_norm_eps", reader.take("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=reader.switch("tie_word_embeddings", default=True),
+            use_bidirectional_attention=reader.switch("use_bidirectional_attention", default=False),
         )
         reader.finish()
         return config
@@ -204,63 +284,173 @@ class _Reader:
             raise ConfigError(f"config.json: expected the key {key!r}, got none")
         return default[0]
 
+    def size(self, key: str, *default: int | None) -> Any:
+        """Take a size of `MAX_SIZES`, or None where that is the default."""
+        value = self.take(key, *default)
+        return None if value is None and None in default else check_size(key, value)
+
+    def switch(self, key: str, *, default: bool) -> bool:
+        """Take true or false; null stands for the default."""
+        value = self.take(key, default)
+        if not isinstance(value, bool | None):
+            raise ConfigError(f"{key}: expected true or false, got {reprlib.repr(value)}")
+        return default if value is None else value
+
+    def section(self, key: str) -> Mapping[str, Any] | None:
+        """Take a dictionary, or None if there is none."""
+        value = self.take(key, None)
+        return None if value is None else _section(key, value)
+
     def require(self, key: str, allowed: tuple[Any, ...]) -> None:
         value = self.take(key, allowed[0])
         if value not in allowed:
-            raise ConfigError(f"{key}: expected one of {allowed}, got {value!r}")
+            raise ConfigError(f"{key}: expected one of {allowed}, got {reprlib.repr(value)}")
 
     def finish(self) -> None:
-        for key in sorted(set(self.left) - IGNORED_KEYS):
-            hint = nearest(key, self.seen | IGNORED_KEYS)
-            raise ConfigError(f"config.json: the key {key!r} is not known{hint}")
+        check_keys(self.left, self.seen)
 
 
-def _layer_types(
-    reader: _Reader, model_type: str, num_layers: int, raw: Mapping[str, Any]
-) -> tuple[str, ...]:
+def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Check that each key is known, or is one of those that change nothing here.
+
+    Raises:
+        ConfigError: one is neither; the message suggests the nearest known one.
+    """
+    known = {*known, *IGNORED_KEYS}
+    for key in sorted(set(keys) - known):
+        if not key.startswith(IGNORED_PREFIX):
+            raise ConfigError(
+                f"config.json: the key {reprlib.repr(key)} is not known{nearest(key, known)}"
+            )
+
+
+def _section(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: expected a dictionary, got {reprlib.repr(value)}")
+    return value
+
+
+def _check_activation(reader: _Reader) -> None:
+    """Check that the feed-forward's function is GELU in its tanh form.
+
+    The first releases of Gemma 1 call it `gelu` in `hidden_act`, which later models do not read.
+    """
+    reader.require("hidden_activation", ("gelu_pytorch_tanh", None))
+    reader.require("hidden_act", ("gelu_pytorch_tanh", "gelu", None))
+
+
+def _query_scalar(reader: _Reader, model_type: str, head_dim: int) -> float:
+    """Return the number under the root in the attention scale; in Gemma 1, the head size."""
+    if model_type == "gemma":
+        return float(head_dim)
+    value = reader.take("query_pre_attn_scalar", 256)
+    return check_factor("query_pre_attn_scalar", value)
+
+
+def _layer_types(reader: _Reader, model_type: str, num_layers: int) -> tuple[str, ...]:
     """Return the type of each layer, by the published pattern if config.json does not list them.
 
     Gemma 1 has no windows; Gemma 2 starts with a sliding layer and alternates; in Gemma 3, every
     sixth layer is full. Older Gemma 3 files set `sliding_window_pattern`. VaultGemma's file lists
     every layer; its class alternates.
     """
+    patterns = [reader.take(key, None) for key in PATTERN_KEYS]
     given = reader.take("layer_types", None)
     if given is not None:
+        if not isinstance(given, list | tuple) or not all(k in (FULL, SLIDING) for k in given):
+            raise ConfigError(
+                f"layer_types: expected a list of {FULL} and {SLIDING}, got {reprlib.repr(given)}"
+            )
+        if model_type == "gemma" and SLIDING in given:
+            raise ConfigError(f"layer_types: expected {FULL} alone in a gemma model, got {SLIDING}")
         return tuple(given)
     if model_type == "gemma":
         return (FULL,) * num_layers
-    period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern")
-    period = period or (6 if model_type == "gemma3_text" else 2)
+    period = _period(patterns, model_type)
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
+
+
+def _period(patterns: Iterable[Any], model_type: str) -> int:
+    """Return after how many layers a full one comes, from the values of `PATTERN_KEYS`.
+
+    Raises:
+        ConfigError: one is no such number, or another than the class of the model goes by.
+    """
+    usual = 6 if model_type == "gemma3_text" else 2
+    read, copied = (usual if value is None else value for value in patterns)
+    for value in (read, copied):
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"sliding_window_pattern: expected a whole number above 0, got "
+                f"{reprlib.repr(value)}"
+            )
+    if (read != usual and model_type != "gemma3_text") or copied not in (usual, read):
+        raise ConfigError(
+            f"sliding_window_pattern: expected {usual} in a {model_type} model without "
+            f"layer_types, got {read} and {copied}; list the layers in layer_types"
+        )
+    return read
 
 
 def _rope_parameters(
     reader: _Reader, model_type: str, layer_types: tuple[str, ...]
 ) -> tuple[tuple[str, RopeParameters], ...]:
-    """Read rotary parameters in either form: `rope_parameters`, or theta with `rope_scaling`."""
-    theta = reader.take("rope_theta", 1e6 if model_type == "gemma3_text" else 1e4)
-    local_theta = reader.take("rope_local_base_freq", 1e4 if model_type == "gemma3_text" else theta)
-    scaling = reader.take("rope_scaling", None)
-    given = reader.take("rope_parameters", None)
+    """Read rotary parameters in either form: `rope_parameters`, or theta with `rope_scaling`.
+
+    In Gemma 3, sliding layers have parameters of their own, and `rope_scaling` is for full layers.
+    In the other models all layers share theirs.
+    """
+    is_gemma3 = model_type == "gemma3_text"
+    theta = reader.take("rope_theta", 1e6 if is_gemma3 else 1e4)
+    local_theta = reader.take("rope_local_base_freq", 1e4) if is_gemma3 else theta
+    scaling = reader.section("rope_scaling")
+    given = reader.section("rope_parameters")
     kinds = tuple(dict.fromkeys(layer_types))
-    if given is None:
-        given = {
-            FULL: {"rope_theta": theta, **(scaling or {})},
-            SLIDING: {"rope_theta": local_theta},
-        }
-    elif not set(given) & {FULL, SLIDING}:
-        given = dict.fromkeys(kinds, given)
-    return tuple((kind, _rope(kind, given.get(kind) or {})) for kind in kinds)
+    if given is not None and scaling:
+        raise ConfigError("rope_scaling: expected none beside rope_parameters, got both")
+    if given is not None and is_gemma3 != bool(set(given) & {FULL, SLIDING}):
+        expected = f"{FULL} and {SLIDING}" if is_gemma3 else "one set for all layers"
+        raise ConfigError(
+            f"rope_parameters: expected {expected} in a {model_type} model, got the keys "
+            f"{reprlib.repr(sorted(given))}"
+        )
+    shared = {"rope_theta": theta, **(scaling or {})}
+    if not is_gemma3:
+        given = dict.fromkeys(kinds, given or shared)
+    elif given is None:
+        if "type" in shared and "rope_type" not in shared:
+            raise ConfigError(
+                "rope_scaling: expected the key rope_type, got type, which transformers no longer "
+                "reads in Gemma 3; rename it"
+            )
+        given = {FULL: shared, SLIDING: {"rope_theta": local_theta}}
+    for key in sorted(set(given) - {FULL, SLIDING}):
+        raise ConfigError(
+            f"rope_parameters: the key {reprlib.repr(key)} has no place beside {FULL}"
+        )
+    return tuple((kind, _rope(kind, _section(kind, given.get(kind) or {}))) for kind in kinds)
 
 
 def _rope(kind: str, raw: Mapping[str, Any]) -> RopeParameters:
+    for key in sorted(set(raw) - ROPE_KEYS):
+        raise ConfigError(
+            f"rope_parameters of {kind}: the key {reprlib.repr(key)} is not known"
+            f"{nearest(key, ROPE_KEYS)}"
+        )
     rope_type = raw.get("rope_type", raw.get("type", "default"))
     if rope_type not in ("default", "linear"):
-        raise ConfigError(f"rope_type of {kind}: expected default or linear, got {rope_type!r}")
-    if "rope_theta" not in raw:
-        raise ConfigError(f"rope_parameters of {kind}: expected rope_theta, got {sorted(raw)}")
-    factor = raw.get("factor", 1.0) if rope_type == "linear" else 1.0
-    return RopeParameters(rope_theta=float(raw["rope_theta"]), factor=float(factor))
+        raise ConfigError(
+            f"rope_type of {kind}: expected default or linear, got {reprlib.repr(rope_type)}"
+        )
+    for key in ("rope_theta", *(["factor"] if rope_type == "linear" else [])):
+        if key not in raw:
+            raise ConfigError(
+                f"rope_parameters of {kind}: expected {key}, got {reprlib.repr(sorted(raw))}"
+            )
+    return RopeParameters(
+        rope_theta=check_factor(f"rope_theta of {kind}", raw["rope_theta"]),
+        factor=check_factor(f"factor of {kind}", raw["factor"] if rope_type == "linear" else 1.0),
+    )
 
 
 def _softcap(reader: _Reader, key: str, model_type: str) -> float | None:
@@ -268,7 +458,7 @@ def _softcap(reader: _Reader, key: str, model_type: str) -> float | None:
     default = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}[key]
     value = reader.take(key, default if model_type in ("gemma2", "vaultgemma") else None)
     if value is not None and model_type == "gemma":
-        raise ConfigError(f"{key}: expected none in a gemma model, got {value}")
+        raise ConfigError(f"{key}: expected none in a gemma model, got {reprlib.repr(value)}")
     if key == "attn_logit_softcapping" and model_type == "gemma3_text":
         return None
-    return None if value is None else float(value)
+    return None if value is None else check_factor(key, value)

@@ -37,16 +37,6 @@ class ControlPieces:
         """Split trusted markup into text and control pieces."""
         return tuple(self._parts(markup))
 
-    def guard(self, data: str, sentinel: str) -> str:
-        """Return data with a sentinel inserted wherever a control piece could overlap it.
-
-        The sentinel is placed before the first character that is not a space, so that templates can
-        still trim, and after each character that a control piece begins with.
-        """
-        guarded = self._first.sub(lambda match: match[0] + sentinel, data)
-        stripped = guarded.lstrip()
-        return guarded[: len(guarded) - len(stripped)] + sentinel + stripped if stripped else data
-
     def _parts(self, markup: str) -> Iterator[Part]:
         start = position = 0
         while match := self._first.search(markup, position):

@@ -7,6 +7,7 @@ HTML tags and runs of white space remain text.
 
 import codecs
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,15 @@ import sentencepiece
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from beam_gemma.errors import ArtifactError, RecordError
+from beam_gemma.errors import ArtifactError, RecordError, one_line
 from beam_gemma.model.markup import Control, ControlPieces, Part, Text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Piece types, numbered as in SentencePiece and GGUF."""
+BPE = 2
+"""SentencePiece's number for byte-pair encoding, which every Gemma uses."""
+MAX_MODEL_BYTES = 16 << 20
+"""Largest SentencePiece model; Gemma's have 4 to 5 MB."""
 SPACE = "\u2581"
 """Character for a space in pieces."""
 SPECIAL_PIECES = ("unk", "bos", "eos", "pad")
@@ -35,7 +40,12 @@ class Tokenizer:
     """SentencePiece tokenizer in which text never yields a control piece."""
 
     def __init__(self, model_proto: bytes) -> None:
-        model = ModelProto.FromString(model_proto)
+        """Load a SentencePiece model.
+
+        Raises:
+            ArtifactError: the bytes are none, or not one of Gemma's kind.
+        """
+        model = parsed_model(model_proto)
         self.control_pieces: dict[str, int] = {}
         """Token id of each control piece."""
         for token_id, piece in enumerate(model.pieces):
@@ -43,7 +53,13 @@ class Tokenizer:
                 self.control_pieces[piece.piece] = token_id
                 piece.type = UNKNOWN if piece.type == UNKNOWN else CONTROL
         self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(model.SerializeToString())
+        try:
+            self._processor.LoadFromSerializedProto(model.SerializeToString())
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise _no_model(error) from error
+        for name, token_id in (("<bos>", self.bos_token_id), ("<eos>", self.eos_token_id)):
+            if token_id < 0:
+                raise ArtifactError(f"expected a SentencePiece model with {name}, got none")
         self._markup = ControlPieces(self.control_pieces)
         self._control_ids = frozenset(self.control_pieces.values())
 
@@ -55,11 +71,19 @@ class Tokenizer:
             ArtifactError: the file is missing or is no SentencePiece model.
         """
         try:
+            size = path.stat().st_size
+            if size > MAX_MODEL_BYTES:
+                raise ArtifactError(
+                    f"expected a SentencePiece model of at most {MAX_MODEL_BYTES:,} bytes, "
+                    f"got {size:,}"
+                )
             return cls(path.read_bytes())
-        except (OSError, DecodeError, RuntimeError) as error:
+        except OSError as error:
             raise ArtifactError(
                 f"{path}: expected a SentencePiece model, got an error: {error}; export again"
             ) from error
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}; export again") from error
 
     @property
     def vocab_size(self) -> int:
@@ -96,9 +120,13 @@ class Tokenizer:
             ids.insert(0, self.bos_token_id)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of tokens; control pieces yield none, and no space is stripped."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
+        """Return the text of tokens; control pieces yield none, and no space is stripped.
+
+        Bytes of an incomplete character at the end are replaced, or left out unless `final`.
+        """
+        data = b"".join(map(self.token_bytes, ids))
+        return codecs.getincrementaldecoder("utf-8")(errors="replace").decode(data, final)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's text in UTF-8; a byte piece may be only part of a character."""
@@ -162,6 +190,43 @@ class StreamingDecoder:
         chunk = self._decoder.decode(data, final)
         self._chunks.append(chunk)
         return chunk
+
+
+def parsed_model(model_proto: bytes) -> Any:
+    """Return a SentencePiece model as a message, checked as far as this module relies on it.
+
+    Raises:
+        ArtifactError: the bytes are no such model.
+    """
+    if len(model_proto) > MAX_MODEL_BYTES:
+        raise ArtifactError(
+            f"expected a SentencePiece model of at most {MAX_MODEL_BYTES:,} bytes, "
+            f"got {len(model_proto):,}"
+        )
+    try:
+        model = ModelProto.FromString(model_proto)
+        names = [piece.piece for piece in model.pieces]
+    except DecodeError as error:
+        raise _no_model(error) from error
+    if model.trainer_spec.model_type != BPE:
+        raise ArtifactError(
+            f"expected a SentencePiece model of byte pairs (type {BPE}), "
+            f"got type {model.trainer_spec.model_type}"
+        )
+    # What is no UTF-8 is read as bytes.
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise ArtifactError("expected a SentencePiece model with another text for each piece")
+    if not all(NORMAL <= piece.type <= BYTE for piece in model.pieces):
+        raise ArtifactError(
+            f"expected a SentencePiece model with pieces of types {NORMAL} to {BYTE}, got others"
+        )
+    if not all(math.isfinite(piece.score) for piece in model.pieces):
+        raise ArtifactError("expected a SentencePiece model with finite scores, got others")
+    return model
+
+
+def _no_model(error: Exception) -> ArtifactError:
+    return ArtifactError(f"expected a SentencePiece model, got an error: {one_line(error)[:300]}")
 
 
 def _is_control(piece: Any) -> bool:

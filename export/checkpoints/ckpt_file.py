@@ -1,40 +1,45 @@
 """Reads a `.ckpt` file of gemma_pytorch: Gemma 1, 2 or 3.
 
-The file is loaded under fake tensors, which hold no data but know its offset in the file. The file
-does not name its architecture, so its shapes are matched with the released sizes. Source of the
-names: `gemma/model.py` and `gemma/gemma3_model.py` of gemma_pytorch.
+The file does not name its architecture, so its shapes are matched with the released sizes. Source
+of the names: `gemma/model.py` and `gemma/gemma3_model.py` of gemma_pytorch.
 """
 
 import logging
-import pickle
+import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beam_gemma.errors import CheckpointError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.tokenizer import Tokenizer
+from export.checkpoints.bounds import Span, check_count, check_name, check_shape
 from export.checkpoints.released_sizes import SIZES
 from export.checkpoints.sidecar_files import legal_files, tokenizer_bytes
-from export.checkpoints.tensors import NUMPY_DTYPES, Checkpoint, RawBytes, StoredTensor, raw_tensor
-from export.checkpoints.tokenizer_model import END_OF_TURN
+from export.checkpoints.tensors import (
+    NUMPY_DTYPES,
+    Checkpoint,
+    RawBytes,
+    StoredTensor,
+    by_name,
+    raw_tensor,
+)
+from export.checkpoints.tokenizer_model import turn_ends
+from export.checkpoints.torch_file import SavedTensor, saved_content, torch_records
 
 LOGGER = logging.getLogger("export")
 DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "CharStorage": "int8",
 }
 EMBEDDING = re.compile(r"(text_token_)?embedder\.")
 IMAGE_PREFIXES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
-TORCH_VERSION = "2.13.0"
-"""The version of torch in which its private parts were read."""
 ROTARY = "freqs_cis"
 SCALER = "_scaler"
 """Suffix of the tensor that holds an int8 weight's row factors."""
@@ -43,16 +48,19 @@ Tensors = dict[str, StoredTensor]
 
 
 def read_ckpt(path: Path) -> Checkpoint:
-    """Open one `.ckpt` file with `tokenizer.model` beside it."""
+    """Open one `.ckpt` file with `tokenizer.model` beside it.
+
+    Raises:
+        CheckpointError: the file is damaged, holds more than weights, or is of no released size.
+    """
     found = _stored_tensors(path)
-    text = {name: t for name, t in found.items() if not name.startswith(IMAGE_PREFIXES)}
+    text = [t for t in found if not t.name.startswith(IMAGE_PREFIXES)]
     if len(text) < len(found):
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", path)
-    tensors = _dequantized({_our_name(name): tensor for name, tensor in text.items()})
+    tensors = _dequantized(by_name(path, [(_our_name(t.name), t) for t in text]))
     config = _config(path, tensors)
     tokenizer = Tokenizer(tokenizer_bytes(path.parent))
     # Released files list no end tokens: add the end of turn if the vocabulary has one.
-    turn_end = tokenizer.control_pieces.get(END_OF_TURN)
     return Checkpoint(
         name=path.stem,
         path=path,
@@ -61,60 +69,62 @@ def read_ckpt(path: Path) -> Checkpoint:
         tensors=_split(tensors, config),
         norm_offset=1.0,
         tokenizer_model=lambda: tokenizer_bytes(path.parent),
-        eos_token_ids=(tokenizer.eos_token_id, *([] if turn_end is None else [turn_end])),
+        eos_token_ids=(tokenizer.eos_token_id, *turn_ends(tokenizer)),
         chat_template=None,
         legal_files=legal_files(path.parent),
     )
 
 
-def _stored_tensors(path: Path) -> Tensors:
+def _stored_tensors(path: Path) -> list[StoredTensor]:
     """Describe the tensors of the file, without the rotary tables, which can be computed."""
-    try:
-        with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: expected a file that torch.load reads with weights_only, got: {reason}"
-        ) from error
-    state = content.get("model_state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
+    records = torch_records(path)
+    content = saved_content(path, records)
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected model_state_dict, as in gemma_pytorch, got none")
-    return {
-        name: _stored(path, name, tensor)
-        for name, tensor in state.items()
-        if not name.endswith(ROTARY)
-    }
+    check_count(path, len(state))
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, SavedTensor):
+            raise CheckpointError(
+                f"{path}: expected a tensor under each name of model_state_dict, got "
+                f"{reprlib.repr(name)} as {type(tensor).__name__}"
+            )
+        check_name(path, name)
+    return [_stored(path, n, t, records) for n, t in state.items() if not n.endswith(ROTARY)]
 
 
-def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None or not tensor.is_contiguous():
+def _stored(
+    path: Path, name: str, tensor: SavedTensor, records: Mapping[str, Span]
+) -> StoredTensor:
+    """Describe one tensor; its numbers are part of one record of the file."""
+    check_shape(path, name, tensor.shape)
+    dtype = DTYPES.get(tensor.storage.kind)
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape))]
+    # The stride of a dimension of 1 makes no difference.
+    is_contiguous = all(
+        dim == 1 or stride == theirs
+        for dim, stride, theirs in zip(tensor.shape, strides, tensor.strides, strict=True)
+    )
+    if dtype is None or not is_contiguous:
         raise CheckpointError(
             f"{path}: expected {name} as a contiguous tensor of {', '.join(DTYPES.values())}, "
-            f"got {tensor.dtype} with strides {tensor.stride()}"
+            f"got {tensor.storage.kind[:80]} with strides {tensor.strides}"
         )
-    start = _checkpoint_offset(tensor)
-    if start is None:
-        raise CheckpointError(f"{path}: expected the zip format of torch.save, got an older one")
-    offset = start + int(tensor.storage_offset()) * tensor.element_size()
-    raw = RawBytes(file=path, offset=offset, length=tensor.numel() * tensor.element_size())
-    return raw_tensor(name, tuple(tensor.shape), dtype, raw)
-
-
-def _checkpoint_offset(tensor: torch.Tensor) -> int | None:
-    """Return the file offset of a storage, None for the old format of torch.save.
-
-    `torch.load` sets this private attribute under FakeTensorMode, which is private too, in torch
-    2.13. `tests/test_private_parts.py` fails when it changes.
-    """
-    try:
-        return tensor.untyped_storage()._checkpoint_offset
-    except AttributeError as error:
+    record = records.get(f"data/{tensor.storage.key}")
+    if record is None:
+        raise CheckpointError(f"{path}: expected the numbers of {name}, got no record of them")
+    item = NUMPY_DTYPES[dtype].itemsize
+    raw = RawBytes(
+        file=path,
+        offset=record.start + tensor.offset * item,
+        length=math.prod(tensor.shape) * item,
+    )
+    if raw.offset + raw.length > record.end:
         raise CheckpointError(
-            f"torch {torch.__version__}: expected the file offset of a tensor as in version "
-            f"{TORCH_VERSION}, got: {error}; install torch=={TORCH_VERSION}"
-        ) from error
+            f"{path}: expected {raw.length:,} bytes of {name}, got the end of its record; copy the "
+            "file again"
+        )
+    return raw_tensor(name, tensor.shape, dtype, raw)
 
 
 def _our_name(name: str) -> str:
@@ -131,6 +141,11 @@ def _dequantized(tensors: Tensors) -> Tensors:
         scaler = tensors.get(name + SCALER)
         if scaler is None:
             raise CheckpointError(f"checkpoint: expected {tensor.name}{SCALER}, got none")
+        if scaler.shape != tensor.shape[:1]:
+            raise CheckpointError(
+                f"checkpoint: expected {scaler.name} of shape {list(tensor.shape[:1])}, got "
+                f"{list(scaler.shape)}"
+            )
         weights[name] = replace(tensor, raw=None, rows=_scaled_rows(tensor, scaler))
     return weights
 
@@ -183,7 +198,11 @@ def _row_range(tensor: StoredTensor, first: int, last: int) -> StoredTensor:
 def _config(path: Path, tensors: Tensors) -> GemmaConfig:
     """Return the released architecture with these shapes; only the vocabulary size may differ."""
     found = {name: t.shape for name, t in tensors.items() if ".qkv_proj." not in name}
-    embedding = found.pop("embed_tokens.weight", (0, 0))
+    embedding = found.pop("embed_tokens.weight", ())
+    if len(embedding) != 2:
+        raise CheckpointError(
+            f"{path}: expected embedder.weight with 2 dimensions, got {list(embedding)}"
+        )
     for size in SIZES:
         shapes = size.tensor_shapes()
         parts = ("embed_tokens.", ".q_proj.", ".k_proj.", ".v_proj.")

@@ -1,22 +1,35 @@
 """Reads a GGUF file of Gemma 1, 2 or 3.
 
 GGUF stores norm weights as 1 + w and has its own tensor names; the `gguf` package decodes block
-quantizations. Metadata keys: ggml's `docs/gguf.md` and llama.cpp's `gguf-py/gguf/constants.py`.
+quantizations. Metadata keys: llama.cpp's `gguf-py/gguf/constants.py`.
 """
 
+import re
+import reprlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from beam_gemma.errors import CheckpointError
-from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
-from export.checkpoints.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
-from export.checkpoints.tokenizer_model import END_OF_TURN, sentencepiece_from_gguf
+from beam_gemma.model.config import GemmaConfig
+from export.checkpoints.bounds import inside
+from export.checkpoints.gguf_config import gguf_config
+from export.checkpoints.gguf_header import GgufFile, GgufTensor, read_gguf_header
+from export.checkpoints.tensors import (
+    Checkpoint,
+    RawBytes,
+    StoredTensor,
+    by_name,
+    raw_tensor,
+    read_rows,
+    without_head,
+)
+from export.checkpoints.tokenizer_model import TURN_ENDS, sentencepiece_from_gguf, strings
 
-MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 RAW_TYPES = {
     GGMLQuantizationType.F32: "float32",
     GGMLQuantizationType.F16: "float16",
@@ -44,97 +57,98 @@ NORM_NAMES = {
     },
 }
 NORM_NAMES["gemma3_text"] = NORM_NAMES["gemma2"]
-# (Model type, layers) of the 27B models: their query_pre_attn_scalar, which GGUF does not record,
-# is hidden_size / num_attention_heads.
-WIDE_MODELS = {("gemma2", 46), ("gemma3_text", 62)}
+PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+"""Name of one of several files that a model is split into."""
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Open one GGUF file."""
-    reader = GGUFReader(path)
-    config = _config(reader, path)
+    """Open a GGUF file, with its other parts if it is one of several.
+
+    Raises:
+        CheckpointError: the file is damaged, or lacks what a Gemma has.
+        ConfigError: its architecture is not supported.
+    """
+    file = _whole(read_gguf_header(path))
+    config = gguf_config(file)
     names = _Names(config)
-    tensors = {names.ours(tensor.name): _stored(path, tensor) for tensor in reader.tensors}
     return Checkpoint(
         name=path.stem,
         path=path,
         format="gguf",
         config=config,
-        tensors=tensors,
+        tensors=without_head(
+            by_name(path, ((names.ours(t.name), _stored(t.file, t)) for t in file.tensors))
+        ),
         norm_offset=0.0,
-        tokenizer_model=lambda: sentencepiece_from_gguf(reader),
-        eos_token_ids=_eos_token_ids(reader),
-        chat_template=_value(reader, "tokenizer.chat_template", None),
+        tokenizer_model=lambda: sentencepiece_from_gguf(file),
+        eos_token_ids=_eos_token_ids(file, config.vocab_size),
+        chat_template=_chat_template(file),
     )
 
 
-def _config(reader: GGUFReader, path: Path) -> GemmaConfig:
-    arch = _value(reader, "general.architecture", "none")
-    if arch not in MODEL_TYPES:
+def _whole(part: GgufFile) -> GgufFile:
+    """Return a file with the tensors of all its parts, as llama.cpp's `gguf-split` names them.
+
+    The metadata of the model is in the first part.
+
+    Raises:
+        CheckpointError: a part is missing or belongs to another file.
+    """
+    count = part.value("split.count", 0)
+    if not count or count == 1:
+        return part
+    name = PART.fullmatch(part.path.name)
+    if name is None or type(count) is not int or int(name["count"]) != count:
         raise CheckpointError(
-            f"{path}: expected a GGUF of {', '.join(MODEL_TYPES)}, got the architecture {arch!r}"
+            f"{part.path}: expected the name of one of {reprlib.repr(count)} parts, as in "
+            f"model-00001-of-00002.gguf, got another; give all parts the names that they came with"
         )
-
-    def get(key: str, *default: Any) -> Any:
-        return _value(reader, f"{arch}.{key}", *default)
-
-    model_type, layers = MODEL_TYPES[arch], get("block_count")
-    head_dim, heads = get("attention.key_length"), get("attention.head_count")
-    hidden = get("embedding_length")
-    theta = get("rope.freq_base", 1e6 if model_type == "gemma3_text" else 1e4)
-    local_theta = get("rope.freq_base_swa", 1e4)
-    scaling = {"rope_type": "linear", "factor": get("rope.scaling.factor", 1.0)}
-    raw = {
-        "model_type": model_type,
-        "vocab_size": _embedding_rows(reader),
-        "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv"),
-        "head_dim": head_dim,
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            FULL: {"rope_theta": theta, **scaling},
-            SLIDING: {"rope_theta": local_theta if model_type == "gemma3_text" else theta},
-        },
-    }
-    if model_type != "gemma":
-        raw["sliding_window"] = get("attention.sliding_window")
-        raw["query_pre_attn_scalar"] = (
-            hidden // heads if (model_type, layers) in WIDE_MODELS else head_dim
+    parts = []
+    for i in range(count):
+        path = inside(part.path.parent, f"{name['stem']}-{i + 1:05}-of-{count:05}.gguf")
+        parts.append(part if path == part.path else read_gguf_header(path))
+        numbers = [parts[i].value(f"split.{key}", None) for key in ("no", "count", "tensors.count")]
+        expected = [i, count, part.value("split.tensors.count", None)]
+        if numbers != expected:
+            raise CheckpointError(
+                f"{path}: expected the part that says {expected} of its number, the number of "
+                f"parts and of all tensors, got {reprlib.repr(numbers)}; copy all parts again"
+            )
+    tensors = tuple(tensor for one in parts for tensor in one.tensors)
+    if len(tensors) != part.value("split.tensors.count", None):
+        raise CheckpointError(
+            f"{parts[0].path}: expected {part.value('split.tensors.count'):,} tensors in all "
+            f"parts, got {len(tensors):,}; copy all parts again"
         )
-    if model_type == "gemma2":
-        raw["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0)
-        raw["final_logit_softcapping"] = get("final_logit_softcapping", 30.0)
-    return GemmaConfig.from_hf(raw)
+    return replace(parts[0], tensors=tensors)
 
 
-def _value(reader: GGUFReader, key: str, *default: Any) -> Any:
-    field = reader.get_field(key)
-    if field is not None:
-        return field.contents()
-    if default:
-        return default[0]
-    raise CheckpointError(f"GGUF metadata: expected the key {key}, got none")
-
-
-def _eos_token_ids(reader: GGUFReader) -> tuple[int, ...]:
+def _eos_token_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Return the ids that end a text; for files with a chat template, these include end of turn.
 
     Not every such file declares that id; some declare it in place of `<eos>`.
     """
-    ids = {int(_value(reader, f"tokenizer.ggml.{name}_token_id", 1)) for name in ("eos", "eot")}
-    if _value(reader, "tokenizer.chat_template", None):
-        pieces = _value(reader, "tokenizer.ggml.tokens", [])
-        ids |= {pieces.index(END_OF_TURN)} if END_OF_TURN in pieces else set()
-    return tuple(sorted(ids | {1}))
+    pieces = strings(file, "tokenizer.ggml.tokens", [])
+    ids = {1}
+    for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+        token_id = file.value(key, 1)
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise CheckpointError(
+                f"{file.path}: expected {key} below {vocab_size:,}, got {reprlib.repr(token_id)}"
+            )
+        ids.add(token_id)
+    if _chat_template(file):
+        ids.update(pieces.index(piece) for piece in TURN_ENDS if piece in pieces)
+    return tuple(sorted(ids))
 
 
-def _embedding_rows(reader: GGUFReader) -> int:
-    """Return the vocabulary size; GGUF lists dimensions innermost first."""
-    return next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight")
+def _chat_template(file: GgufFile) -> str | None:
+    template = file.value("tokenizer.chat_template", None)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{file.path}: expected the chat template as text, got {reprlib.repr(template)}"
+        )
+    return template
 
 
 class _Names:
@@ -142,7 +156,7 @@ class _Names:
 
     def __init__(self, config: GemmaConfig) -> None:
         layer = LAYER_NAMES | NORM_NAMES[config.model_type]
-        self._table = {"token_embd": "embed_tokens", "output_norm": "norm"}
+        self._table = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
         for i in range(config.num_hidden_layers):
             self._table |= {f"blk.{i}.{theirs}": f"layers.{i}.{o}" for theirs, o in layer.items()}
 
@@ -152,21 +166,42 @@ class _Names:
         return f"{self._table[stem]}.weight" if stem in self._table else name
 
 
-def _stored(path: Path, tensor: ReaderTensor) -> StoredTensor:
-    shape = tuple(int(dim) for dim in reversed(tensor.shape))
-    dtype = RAW_TYPES.get(tensor.tensor_type)
+def _stored(path: Path, tensor: GgufTensor) -> StoredTensor:
+    raw = RawBytes(file=path, offset=tensor.offset, length=tensor.length)
+    dtype = RAW_TYPES.get(tensor.kind)
     if dtype is not None:
-        raw = RawBytes(file=path, offset=int(tensor.data_offset), length=int(tensor.n_bytes))
-        return raw_tensor(tensor.name, shape, dtype, raw)
+        return raw_tensor(tensor.name, tensor.shape, dtype, raw)
+    if len(tensor.shape) < 2:
+        raise CheckpointError(
+            f"{path}: expected {tensor.name} as a matrix, as it is packed as {tensor.kind.name}, "
+            f"got the shape {list(tensor.shape)}"
+        )
+    _check_decoder(path, tensor)
+    packed = partial(read_rows, raw, np.dtype(np.uint8), (tensor.length // tensor.shape[0],))
 
     def rows(start: int, stop: int) -> np.ndarray:
-        return dequantize(tensor.data[start:stop], tensor.tensor_type)
+        # A damaged scale overflows or is NaN, which `chunks` finds.
+        with np.errstate(all="ignore"):
+            values = dequantize(packed(start, stop), tensor.kind)
+        return values.reshape(stop - start, *tensor.shape[1:])
 
     return StoredTensor(
         name=tensor.name,
-        shape=shape,
-        dtype=tensor.tensor_type.name,
+        shape=tensor.shape,
+        dtype=tensor.kind.name,
         raw=None,
         rows=rows,
-        coded_rows=lambda start, stop: tensor.data[start:stop],
+        coded_rows=packed,
     )
+
+
+def _check_decoder(path: Path, tensor: GgufTensor) -> None:
+    """Check on one block that the `gguf` package decodes this type."""
+    _, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+    try:
+        dequantize(np.zeros((1, block_bytes), np.uint8), tensor.kind)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: expected {tensor.name} in a number format that the gguf package decodes, "
+            f"got {tensor.kind.name}; convert the file to another format"
+        ) from error

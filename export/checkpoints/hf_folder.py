@@ -4,26 +4,51 @@ A checkpoint is a Hugging Face folder with safetensors files, sharded or not, on
 file of gemma_pytorch.
 """
 
-import json
 import logging
+import reprlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import CheckpointError, ConfigError, nearest
-from beam_gemma.model.config import IGNORED_KEYS, GemmaConfig
+from beam_gemma.model.config import GemmaConfig, check_keys
+from export.checkpoints.bounds import (
+    MAX_FILE_BYTES,
+    Span,
+    check_count,
+    check_length,
+    check_name,
+    check_shape,
+    check_spans,
+    file_bytes,
+    inside,
+    is_file,
+)
 from export.checkpoints.ckpt_file import read_ckpt
 from export.checkpoints.gguf_file import read_gguf
+from export.checkpoints.released_sizes import tensor_shapes
 from export.checkpoints.sentence_folder import MODULES, read_sentence_folder
 from export.checkpoints.sidecar_files import (
+    are_texts,
     chat_template,
     eos_token_ids,
+    json_object,
     legal_files,
     read_json,
     tokenizer_bytes,
 )
-from export.checkpoints.tensors import Checkpoint, RawBytes, StoredTensor, raw_tensor
+from export.checkpoints.tensors import (
+    HEAD,
+    NUMPY_DTYPES,
+    Checkpoint,
+    RawBytes,
+    StoredTensor,
+    by_name,
+    raw_tensor,
+    without_head,
+)
 
 LOGGER = logging.getLogger("export")
 DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
@@ -44,6 +69,7 @@ TEXT_DEFAULTS = {
     "max_position_embeddings": 131072,
 }
 """Values that published config.json files of Gemma 3 4B to 27B omit: transformers' defaults."""
+INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -89,24 +115,35 @@ def check_names(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[
             )
 
 
+def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor of a checkpoint has by its configuration."""
+    shapes = tensor_shapes(checkpoint.config)
+    width = checkpoint.config.hidden_size
+    for i, size in enumerate(checkpoint.embedding.dense_sizes if checkpoint.embedding else ()):
+        shapes[f"dense.{i}.weight"] = (size, width)
+        width = size
+    return shapes
+
+
 def _read_folder(folder: Path) -> Checkpoint:
-    raw = read_json(folder / "config.json")
+    raw = read_json(folder, "config.json")
     has_images = raw.get("model_type") == "gemma3"
     config = GemmaConfig.from_hf(_text_config(raw) if has_images else raw)
-    tensors = {}
-    for file in _safetensors_files(folder):
-        for stored in read_safetensors(file):
-            name = _decoder_name(stored.name, config, has_images=has_images)
-            if name is not None:
-                tensors[name] = stored
+    stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
+    named = [(_decoder_name(t.name, config, has_images=has_images), t) for t in stored]
+    tensors = without_head(by_name(folder, [(name, t) for name, t in named if name is not None]))
     embedding = None
     if (folder / MODULES).exists():
         embedding, dense_folders = read_sentence_folder(folder, config)
         for i, dense in enumerate(dense_folders):
-            for stored in read_safetensors(dense / "model.safetensors"):
-                tensors[f"dense.{i}.{stored.name.removeprefix('linear.')}"] = stored
+            parts = read_safetensors(inside(folder, f"{dense}/model.safetensors"))
+            tensors |= by_name(
+                folder, [(f"dense.{i}.{t.name.removeprefix('linear.')}", t) for t in parts]
+            )
     if has_images:
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
+    template = chat_template(folder)
+    tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
     return Checkpoint(
         name=folder.name,
         path=folder,
@@ -114,9 +151,11 @@ def _read_folder(folder: Path) -> Checkpoint:
         config=config,
         tensors=tensors,
         norm_offset=1.0,
-        tokenizer_model=lambda: tokenizer_bytes(folder),
-        eos_token_ids=eos_token_ids(folder, raw),
-        chat_template=chat_template(folder),
+        tokenizer_model=tokenizer_model,
+        eos_token_ids=eos_token_ids(
+            folder, raw, config.vocab_size, tokenizer_model if template else None
+        ),
+        chat_template=template,
         legal_files=legal_files(folder),
         embedding=embedding,
     )
@@ -124,56 +163,102 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the text model's config of a Gemma 3 with images; check the keys beside it."""
-    known = IMAGE_KEYS | IGNORED_KEYS
-    for key in sorted(set(raw) - known):
-        raise ConfigError(f"config.json: the key {key!r} is not known{nearest(key, known)}")
-    return {**TEXT_DEFAULTS, **raw.get("text_config", {})}
+    check_keys(raw, IMAGE_KEYS)
+    text = raw.get("text_config", {})
+    if not isinstance(text, dict):
+        raise ConfigError(f"text_config: expected a dictionary, got {reprlib.repr(text)}")
+    # The reference does not apply this cap in a model with images.
+    return {**TEXT_DEFAULTS, **text, "final_logit_softcapping": None}
 
 
 def _decoder_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
     """Return our name of a Hugging Face tensor, or None if a text model does not need it."""
     if name.removeprefix("language_model.") == "lm_head.weight":
-        return None  # the head is the embedding
+        return HEAD
     if has_images and name.removeprefix("model.").startswith(IMAGE_PREFIXES):
         return None
     prefixes = DECODER_PREFIXES if has_images else DECODER_PREFIXES[-1:]
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return layer_name(name.removeprefix(prefix), config)
+
+
+def layer_name(name: str, config: GemmaConfig) -> str:
+    """Return our name of a decoder's tensor, without a prefix."""
     if config.model_type == "vaultgemma":  # Gemma 1's block under the names of later ones
-        name = name.replace("pre_feedforward_layernorm", "post_attention_layernorm")
-    return name.removeprefix(prefix)
+        return name.replace("pre_feedforward_layernorm", "post_attention_layernorm")
+    return name
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
     """Return the shards that the index names, or the single file."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = ["model.safetensors"]
+    if inside(folder, INDEX).exists():
+        weight_map = read_json(folder, INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not are_texts(weight_map):
+            raise CheckpointError(
+                f"{folder / INDEX}: expected weight_map with the file of each tensor, got "
+                f"{reprlib.repr(weight_map)}"
+            )
+        names = sorted(set(weight_map.values()))
+    files = []
     for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: expected a safetensors file, got nothing")
-    return [folder / name for name in names]
+        file = inside(folder, name)
+        if not is_file(file):
+            raise CheckpointError(f"{file}: expected a safetensors file, got nothing")
+        files.append(file)
+    return files
 
 
-def read_safetensors(file: Path) -> Iterator[StoredTensor]:
-    """Describe the tensors of one safetensors file from its header alone."""
+def read_safetensors(file: Path) -> list[StoredTensor]:
+    """Describe the tensors of one safetensors file from its header alone.
+
+    Raises:
+        CheckpointError: the header is damaged, or does not fit the file's size.
+    """
+    size = file_bytes(file)
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= file.stat().st_size - 8:
-            raise CheckpointError(f"{file}: expected a safetensors header, got another file")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype is None:
+        if not 0 < length <= min(size - 8, MAX_FILE_BYTES):
             raise CheckpointError(
-                f"{file}: expected {name} as one of {', '.join(SAFETENSORS_DTYPES)}, "
-                f"got {entry['dtype']}"
+                f"{file}: expected a safetensors header of at most "
+                f"{max(0, min(size - 8, MAX_FILE_BYTES)):,} bytes, got {length:,}; copy it again"
             )
-        start, end = entry["data_offsets"]
-        raw = RawBytes(file=file, offset=8 + length + start, length=end - start)
-        if raw.offset + raw.length > file.stat().st_size:
-            raise CheckpointError(f"{file}: the file ends inside the tensor {name}; copy it again")
-        yield raw_tensor(name, tuple(entry["shape"]), dtype, raw)
+        header = json_object(stream.read(length), file)
+    header.pop("__metadata__", None)
+    check_count(file, len(header))
+    tensors = [_described(file, name, entry, 8 + length) for name, entry in header.items()]
+    spans = (Span(raw.offset, raw.offset + raw.length, t.name) for t in tensors if (raw := t.raw))
+    check_spans(file, spans, 8 + length, size)
+    return tensors
+
+
+def _described(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    """Return one tensor of a safetensors header, whose offsets count from `start`."""
+    check_name(file, name)
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{file}: expected dtype, shape and data_offsets of {name}, got {reprlib.repr(entry)}; "
+            "copy it again"
+        )
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = SAFETENSORS_DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: expected {name} as one of {', '.join(SAFETENSORS_DTYPES)}, "
+            f"got {reprlib.repr(kind)}"
+        )
+    check_shape(file, name, shape)
+    if (
+        not isinstance(offsets, list)
+        or [type(offset) for offset in offsets] != [int, int]
+        or not 0 <= offsets[0] <= offsets[1]
+    ):
+        raise CheckpointError(
+            f"{file}: expected the offsets of {name} as two whole numbers, the smaller one first, "
+            f"got {reprlib.repr(offsets)}; copy it again"
+        )
+    length = offsets[1] - offsets[0]
+    check_length(file, name, shape, length, NUMPY_DTYPES[dtype].itemsize)
+    raw = RawBytes(file=file, offset=start + offsets[0], length=length)
+    return raw_tensor(name, tuple(shape), dtype, raw)

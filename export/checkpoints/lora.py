@@ -1,5 +1,8 @@
 """Merges a PEFT LoRA adapter into a checkpoint: W + B A * scaling, slice by slice.
 
+An adapter may also hold whole weights, which take the place of the checkpoint's, and a chat
+template. What PEFT's `merge_and_unload` returns for the same adapter has the same numbers.
+
 Only the tensors that an adapter changes are computed and written; all others keep their bytes.
 Source: `tuners/lora/layer.py` of PEFT 0.21, `Linear.merge` and `get_delta_weight`.
 
@@ -9,8 +12,9 @@ Dimensions: O rows of a weight, I its columns, r rank of the adapter.
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +22,25 @@ import numpy as np
 import torch
 
 from beam_gemma.errors import CheckpointError, nearest
-from export.checkpoints.hf_folder import read_safetensors
-from export.checkpoints.sidecar_files import read_json
-from export.checkpoints.tensors import Checkpoint, StoredTensor
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.tokenizer import Tokenizer
+from export.checkpoints.bounds import inside, is_file
+from export.checkpoints.hf_folder import layer_name, read_safetensors
+from export.checkpoints.sidecar_files import chat_template, read_json, with_names
+from export.checkpoints.tensors import EMBEDDING, HEAD, Checkpoint, StoredTensor, without_head
+from export.checkpoints.tokenizer_model import turn_ends
 
 LOGGER = logging.getLogger("export")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FACTOR = re.compile(
-    r"base_model\.model\.(language_model\.)?(model\.)?(language_model\.)?"
-    r"(?P<layer>layers\.\d+\.\w+\.\w+_proj)\.lora_(?P<side>[AB])\.weight"
+TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>(language_model\.)?(model\.)?(language_model\.)?"
+    r"(?P<name>lm_head|embed_tokens|norm|layers\.\d+\.[a-z_]+(\.[a-z_]+)?))\."
+    r"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|(base_layer\.)?weight)"
 )
+"""Name of an adapter's tensor: of a factor, or of a whole weight."""
+PATTERN = re.compile(r"([\w.^|]|\\[.d]\+?)+", re.ASCII)
+"""Keys of `alpha_pattern` that are read: regular expressions that take no time to match."""
+MAX_ALPHA = 1e6
 IMAGE_PARTS = re.compile(r"base_model\.model\.(model\.)?(vision_tower|multi_modal_projector)\.")
 # Settings that do not change the sum or whose value follows from the tensors.
 IGNORED = frozenset({
@@ -36,6 +49,7 @@ IGNORED = frozenset({
     "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 })  # fmt: skip
+READ = ("alpha_pattern", "modules_to_save")
 # Supported values; the first is the default. Other initializations also change the base weights.
 ALLOWED = {
     "peft_type": ("LORA",),
@@ -44,31 +58,140 @@ ALLOWED = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """What an adapter says of one weight: a whole one, two factors, or both."""
+
+    module: str
+    """Name of the module in PEFT's model, with which the keys of `alpha_pattern` are compared."""
+    parts: dict[str, StoredTensor]
+    """`weight`, and the factors `A` [r, I] and `B` [O, r], by these names."""
+
+
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """Return the checkpoint with the adapter in `folder` merged into its weights.
+
+    A chat template and names of pieces beside the adapter take the place of the checkpoint's.
 
     Raises:
         CheckpointError: the adapter is incomplete, needs more than a sum, or fits another model.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json(folder, CONFIG)
     _check(config)
     tensors = dict(checkpoint.tensors)
-    for name, (a, b) in _factors(folder).items():
+    changes = _changes(folder, checkpoint.config)
+    _check_saved(config, changes, folder)
+    for name, change in changes.items():
+        if name == HEAD:
+            continue
         weight = tensors.get(name)
         if weight is None:
+            [first, *_] = change.parts.values()
             raise CheckpointError(
-                f"adapter: {a.name} changes {name}, which the checkpoint has not"
+                f"adapter: {first.name} changes {name}, which the checkpoint has not"
                 f"{nearest(name, tensors)}"
             )
-        rank = a.shape[0]
-        if (b.shape[0], a.shape[1]) != weight.shape or b.shape[1] != rank:
+        tensors[name] = _merged(name, weight, change, config, checkpoint.norm_offset)
+    _check_head(config, changes, checkpoint, tensors)
+    merged = replace(checkpoint, name=f"{checkpoint.name} + {folder.name}", tensors=tensors)
+    return _with_texts(merged, folder)
+
+
+def _with_texts(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Return the checkpoint with the chat template and the names of pieces beside an adapter."""
+    base = checkpoint.tokenizer_model
+    checkpoint = replace(
+        checkpoint,
+        tokenizer_model=lambda: with_names(base(), folder, checkpoint.config.vocab_size),
+    )
+    template = chat_template(folder)
+    if template is None:
+        return checkpoint
+    ends = turn_ends(Tokenizer(checkpoint.tokenizer_model()))
+    eos = tuple(dict.fromkeys((*checkpoint.eos_token_ids, *ends)))
+    return replace(checkpoint, chat_template=template, eos_token_ids=eos)
+
+
+def _merged(
+    name: str, weight: StoredTensor, change: _Change, config: Mapping[str, Any], norm_offset: float
+) -> StoredTensor:
+    """Return one weight as the adapter changes it."""
+    parts = change.parts
+    whole = parts.get("weight")
+    if whole is not None:
+        if whole.shape != weight.shape:
             raise CheckpointError(
-                f"adapter: expected factors of {name} {list(weight.shape)}, got "
-                f"{list(b.shape)} and {list(a.shape)}; it was trained on another model"
+                f"adapter: expected {whole.name} of shape {list(weight.shape)}, got "
+                f"{list(whole.shape)}; it was trained on another model"
             )
-        scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        tensors[name] = replace(weight, raw=None, rows=_merged_rows(weight, a, b, scaling))
-    return replace(checkpoint, name=f"{checkpoint.name} + {folder.name}", tensors=tensors)
+        weight = whole if not name.endswith("norm.weight") else _shifted(whole, 1 - norm_offset)
+    if "A" not in parts:
+        return weight
+    a, b = parts["A"], parts["B"]
+    rank = a.shape[0]
+    shape = weight.shape[::-1] if name == EMBEDDING else weight.shape
+    if (*b.shape, *a.shape) != (*shape[:1], rank, rank, *shape[1:2]):
+        raise CheckpointError(
+            f"adapter: expected factors of {name} {list(weight.shape)}, got "
+            f"{list(b.shape)} and {list(a.shape)}; it was trained on another model"
+        )
+    scaling = _alpha(config, change.module) / (
+        math.sqrt(rank) if config.get("use_rslora") else rank
+    )
+    make = _merged_embeddings if name == EMBEDDING else _merged_rows
+    return replace(weight, raw=None, coded_rows=None, rows=make(weight, a, b, scaling))
+
+
+def _alpha(config: Mapping[str, Any], module: str) -> float:
+    """Return the alpha of a module: that of the first pattern that it ends with, or the usual."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return alpha
+    return config["lora_alpha"]
+
+
+def _check_saved(config: Mapping[str, Any], changes: Mapping[str, _Change], folder: Path) -> None:
+    """Check that the adapter holds the modules that it says are saved as a whole.
+
+    Raises:
+        CheckpointError: one has no weights.
+    """
+    whole = [change.module for change in changes.values() if "weight" in change.parts]
+    for saved in config.get("modules_to_save") or ():
+        if not any(f".{saved}." in f".{module}." for module in whole):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: expected the weights of {reprlib.repr(saved)}, which "
+                "modules_to_save names, got none"
+            )
+
+
+def _check_head(
+    config: Mapping[str, Any],
+    changes: Mapping[str, _Change],
+    base: Checkpoint,
+    tensors: Mapping[str, StoredTensor],
+) -> None:
+    """Check that the head still is the embedding.
+
+    A whole embedding of `modules_to_save` is a copy, to which the head is not tied.
+
+    Raises:
+        CheckpointError: the adapter changes one of the two alone.
+    """
+    parts = changes[HEAD].parts if HEAD in changes else {}
+    embedding = changes[EMBEDDING].parts if EMBEDDING in changes else {}
+    if "A" in parts:
+        raise CheckpointError(
+            f"adapter: {parts['A'].name} changes the head alone, which in a Gemma is the "
+            "embedding; train without lm_head among the target modules"
+        )
+    is_copy = any(
+        str(saved).rpartition(".")[2] == "embed_tokens"
+        for saved in config.get("modules_to_save") or ()
+    )
+    head = parts.get("weight") or (base.tensors[EMBEDDING] if is_copy and embedding else None)
+    if head is not None:
+        without_head({**tensors, HEAD: head})
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -80,38 +203,79 @@ def _check(config: Mapping[str, Any]) -> None:
     for key in ("peft_type", "lora_alpha"):
         if key not in config:
             raise CheckpointError(f"{CONFIG}: expected the key {key!r}, got none")
+    _check_kinds(config)
     for key, allowed in ALLOWED.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
             raise CheckpointError(
-                f"{CONFIG}: expected {key} as one of {', '.join(map(str, allowed))}, got {value!r}"
+                f"{CONFIG}: expected {key} as one of {', '.join(map(str, allowed))}, "
+                f"got {reprlib.repr(value)}"
             )
     for key, value in config.items():
-        if value and key not in IGNORED and key not in ALLOWED:
+        if value and key not in {*IGNORED, *READ, *ALLOWED}:
             raise CheckpointError(
-                f"{CONFIG}: {key} is {value!r}, which cannot be merged here; merge it with PEFT's "
-                "merge_and_unload and export what that saves"
+                f"{CONFIG}: {key[:80]} is {reprlib.repr(value)}, which cannot be merged here; "
+                "merge it with PEFT's merge_and_unload and export what that saves"
             )
 
 
-def _factors(folder: Path) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """Return A [r, I] and B [O, r] for each weight that the adapter changes."""
-    file = folder / WEIGHTS
-    if not file.is_file():
+def _check_kinds(config: Mapping[str, Any]) -> None:
+    """Check the kinds of the settings that are read.
+
+    Raises:
+        CheckpointError: a setting is of another kind.
+    """
+    use_rslora, patterns = config.get("use_rslora"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(PATTERN.fullmatch, patterns)):
+        raise CheckpointError(
+            f"{CONFIG}: expected alpha_pattern as numbers by names of modules, got "
+            f"{reprlib.repr(patterns)}"
+        )
+    for alpha in (config["lora_alpha"], *patterns.values()):
+        if type(alpha) not in (int, float) or not abs(alpha) < MAX_ALPHA:
+            raise CheckpointError(
+                f"{CONFIG}: expected lora_alpha as a number below {MAX_ALPHA:g}, got "
+                f"{reprlib.repr(alpha)}"
+            )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        raise CheckpointError(
+            f"{CONFIG}: expected modules_to_save as names of modules, got {reprlib.repr(saved)}"
+        )
+    if not isinstance(use_rslora, bool | None):
+        raise CheckpointError(
+            f"{CONFIG}: expected use_rslora as true or false, got {reprlib.repr(use_rslora)}"
+        )
+
+
+def _changes(folder: Path, model: GemmaConfig) -> dict[str, _Change]:
+    """Return what the adapter says of each weight, under our names."""
+    file = inside(folder, WEIGHTS)
+    if not is_file(file):
         raise CheckpointError(f"{file}: expected an adapter's weights, got nothing")
-    sides: dict[str, dict[str, StoredTensor]] = {}
+    changes: dict[str, _Change] = {}
     for stored in _of_text(read_safetensors(file), folder):
-        match = FACTOR.fullmatch(stored.name)
+        match = TENSOR.fullmatch(stored.name)
         if match is None:
             raise CheckpointError(
-                f"{file}: the tensor {stored.name} is no factor of a layer's projection; only "
-                "those can be merged here"
+                f"{file}: the tensor {stored.name} is no factor of a layer's projection or of the "
+                "embedding, and no whole weight; only those can be merged here"
             )
-        sides.setdefault(f"{match['layer']}.weight", {})[match["side"]] = stored
-    for name, pair in sides.items():
-        if len(pair) < 2:
+        name = layer_name(f"{match['name']}.weight", model)
+        change = changes.setdefault(name, _Change(module=match["module"], parts={}))
+        part = "weight" if match["part"].endswith("weight") else match["part"][-1]
+        if match["part"].startswith("lora_") and part == "weight":
+            part = match["part"][len("lora_")]
+        if part in change.parts:
+            raise CheckpointError(
+                f"{file}: expected one tensor for each factor, got {change.parts[part].name} and "
+                f"{stored.name}"
+            )
+        change.parts[part] = stored
+    for name, change in changes.items():
+        if len({"A", "B"} & change.parts.keys()) == 1:
             raise CheckpointError(f"{file}: expected lora_A and lora_B of {name}, got one of them")
-    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
+    return changes
 
 
 def _of_text(tensors: Iterable[StoredTensor], folder: Path) -> list[StoredTensor]:
@@ -130,6 +294,31 @@ def _merged_rows(
         return (_float32(weight.rows(start, stop)) + left @ right * scaling).numpy()
 
     return rows
+
+
+def _merged_embeddings(
+    weight: StoredTensor, a: StoredTensor, b: StoredTensor, scaling: float
+) -> Callable[[int, int], np.ndarray]:
+    """As `_merged_rows`, for an embedding, whose factors are those of its transpose."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        left, right = _float32(b.rows(0, b.shape[0])), _float32(a.rows(0, a.shape[0]))
+        delta = (left @ right[:, start:stop]).T * scaling
+        return (_float32(weight.rows(start, stop)) + delta).numpy()
+
+    return rows
+
+
+def _shifted(stored: StoredTensor, offset: float) -> StoredTensor:
+    """Return a norm's weight plus `offset`: 1 where the checkpoint stores 1 + w."""
+    if not offset:
+        return stored
+    return replace(
+        stored,
+        dtype="float32",
+        raw=None,
+        rows=lambda start, stop: stored.rows(start, stop).astype(np.float32) + np.float32(offset),
+    )
 
 
 def _float32(values: np.ndarray) -> torch.Tensor:

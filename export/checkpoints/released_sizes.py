@@ -32,35 +32,39 @@ class Size:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, under the names of `export.modules.decoder`."""
-        config = self.config
-        hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
-        queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (wide, hidden),
-            "mlp.up_proj": (wide, hidden),
-            "mlp.down_proj": (hidden, wide),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        if config.has_post_norms:
-            layer |= dict.fromkeys(
-                ("pre_feedforward_layernorm", "post_feedforward_layernorm"), (hidden,)
-            )
-        if config.has_qk_norm:
-            layer |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (dim,))
-        return {
-            "embed_tokens.weight": (config.vocab_size, hidden),
-            **{
-                f"layers.{i}.{name}.weight": shape
-                for i in range(config.num_hidden_layers)
-                for name, shape in layer.items()
-            },
-            "norm.weight": (hidden,),
-        }
+        return tensor_shapes(self.config)
+
+
+def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model, under the names of `export.modules.decoder`."""
+    hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    if config.has_post_norms:
+        layer |= dict.fromkeys(
+            ("pre_feedforward_layernorm", "post_feedforward_layernorm"), (hidden,)
+        )
+    if config.has_qk_norm:
+        layer |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (dim,))
+    return {
+        "embed_tokens.weight": (config.vocab_size, hidden),
+        **{
+            f"layers.{i}.{name}.weight": shape
+            for i in range(config.num_hidden_layers)
+            for name, shape in layer.items()
+        },
+        "norm.weight": (hidden,),
+    }
 
 
 def _raw(model_type: str, shape: tuple[int, ...], **other: Any) -> dict[str, Any]:

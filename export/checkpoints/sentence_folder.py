@@ -5,6 +5,8 @@
 embedding would go unnoticed.
 """
 
+import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from typing import Any
 from beam_gemma.errors import CheckpointError, nearest
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
-from export.checkpoints.sidecar_files import read_json, read_optional_json
+from export.checkpoints.bounds import inside, read_file
+from export.checkpoints.sidecar_files import are_texts, json_value, read_optional_json
 
-MODULES = "modules.json"
+MODULES, TOKENIZER_CONFIG = "modules.json", "tokenizer_config.json"
+MAX_MODULES = 64
+MAX_DENSE_SIZE = 1 << 17
 POOLINGS: dict[str, Pooling] = {"mean": "mean", "lasttoken": "lasttoken"}
 OLD_POOLINGS = {
     "pooling_mode_cls_token": "cls",
@@ -33,14 +38,33 @@ IDENTITY = ("torch.nn.modules.linear.Identity", "torch.nn.Identity")
 class _Settings:
     """A settings file in which `finish` refuses keys that nobody has read."""
 
-    def __init__(self, file: Path, raw: Mapping[str, Any]) -> None:
-        self._file = file
-        self._left = dict(raw)
+    def __init__(self, folder: Path, name: str) -> None:
+        """Open a file of a checkpoint's folder; a missing one means all defaults."""
+        self._file = folder / name
+        self._left = read_optional_json(folder, name)
         self._seen: set[str] = set()
 
     def take(self, key: str, default: Any = None) -> Any:
         self._seen.add(key)
         return self._left.pop(key, default)
+
+    def refuse(self, key: str, expected: str, got: Any) -> CheckpointError:
+        """Return the error of a setting that is not as expected."""
+        return CheckpointError(f"{self._file}: expected {key} {expected}, got {reprlib.repr(got)}")
+
+    def text(self, key: str) -> str | None:
+        """Take a string, or None if there is none."""
+        value = self.take(key)
+        if not isinstance(value, str | None):
+            raise self.refuse(key, "as text", value)
+        return value
+
+    def length(self, key: str) -> float | None:
+        """Take a number from 1, or None if there is none."""
+        value = self.take(key)
+        if value is not None and (type(value) not in (int, float) or not 1 <= value < math.inf):
+            raise self.refuse(key, "as a number from 1", value)
+        return value
 
     def require(self, **expected: Any) -> None:
         """Check that each setting has its only supported value, or one of a tuple of them."""
@@ -48,90 +72,113 @@ class _Settings:
             values = allowed if isinstance(allowed, tuple) else (allowed,)
             value = self.take(key, values[0])
             if value not in values:
-                raise CheckpointError(f"{self._file}: expected {key} {values[0]!r}, got {value!r}")
+                raise self.refuse(key, repr(values[0]), value)
 
     def finish(self) -> None:
         for key in self._left:
             raise CheckpointError(
-                f"{self._file}: the setting {key!r} is not known{nearest(key, self._seen)}"
+                f"{self._file}: the setting {reprlib.repr(key)} is not known"
+                f"{nearest(key, self._seen)}"
             )
 
 
-def read_sentence_folder(folder: Path, config: GemmaConfig) -> tuple[EmbeddingConfig, list[Path]]:
-    """Return the embedding settings and the folders of the dense layers.
+def read_sentence_folder(folder: Path, config: GemmaConfig) -> tuple[EmbeddingConfig, list[str]]:
+    """Return the embedding settings and the folders of the dense layers, relative to this one.
 
     Raises:
         CheckpointError: a module or a setting is not supported.
     """
-    paths: dict[str, list[Path]] = {"Transformer": [], "Pooling": [], "Dense": [], "Normalize": []}
-    modules: Any = read_json(folder / MODULES)
-    kinds = [_kind(folder, module, paths) for module in modules]
+    paths: dict[str, list[str]] = {"Transformer": [], "Pooling": [], "Dense": [], "Normalize": []}
+    kinds = [_kind(folder, module, paths) for module in _modules(folder)]
     expected = ["Transformer", "Pooling", *["Dense"] * len(paths["Dense"])]
-    if kinds not in (expected, [*expected, "Normalize"]) or paths["Transformer"] != [folder]:
+    if kinds not in (expected, [*expected, "Normalize"]) or [
+        folder / path for path in paths["Transformer"]
+    ] != [folder]:
         raise CheckpointError(
             f"{folder / MODULES}: expected a Transformer in the folder itself, a Pooling, Dense "
             f"layers and a Normalize, got {', '.join(kinds)}"
         )
     for path in paths["Normalize"]:
-        _check_normalize(path / "config.json")
-    prompts = _settings(folder / "config_sentence_transformers.json")
+        _check_normalize(_Settings(folder, f"{path}/config.json"))
+    prompts = _Settings(folder, "config_sentence_transformers.json")
     prompts.take("__version__")
     prompts.require(model_type="SentenceTransformer")
     embedding = EmbeddingConfig(
-        pooling=_pooling(paths["Pooling"][0] / "config.json"),
-        dense_sizes=_dense_sizes(paths["Dense"], config.hidden_size),
+        pooling=_pooling(_Settings(folder, f"{paths['Pooling'][0]}/config.json")),
+        dense_sizes=_dense_sizes(folder, paths["Dense"], config.hidden_size),
         normalize=bool(paths["Normalize"]),
         max_tokens=_max_tokens(folder, config),
         add_bos=_adds(folder, "bos", default=True),
         add_eos=_adds(folder, "eos", default=False),
-        prompts=prompts.take("prompts", {}),
-        default_prompt_name=prompts.take("default_prompt_name"),
-        similarity=prompts.take("similarity_fn_name") or "cosine",
+        prompts=_prompts(prompts),
+        default_prompt_name=prompts.text("default_prompt_name"),
+        similarity=prompts.text("similarity_fn_name") or "cosine",
     )
     prompts.finish()
     return embedding, paths["Dense"]
 
 
-def _kind(folder: Path, module: Mapping[str, Any], paths: dict[str, list[Path]]) -> str:
+def _modules(folder: Path) -> list[Mapping[str, str]]:
+    """Return the type and the path of each module."""
+    file = inside(folder, MODULES)
+    modules = json_value(read_file(file), file)
+    if (
+        isinstance(modules, list)
+        and len(modules) <= MAX_MODULES
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("type"), str)
+            and isinstance(m.get("path"), str)
+            for m in modules
+        )
+    ):
+        return modules
+    raise CheckpointError(
+        f"{file}: expected a list of at most {MAX_MODULES} modules with type and path, got "
+        f"{reprlib.repr(modules)}"
+    )
+
+
+def _kind(folder: Path, module: Mapping[str, str], paths: dict[str, list[str]]) -> str:
     """Return the kind of a module and add its folder to `paths`."""
     kind = module["type"].rpartition(".")[2]
     if kind not in paths or not module["type"].startswith("sentence_transformers."):
         raise CheckpointError(
-            f"{folder / MODULES}: expected modules of {', '.join(paths)}, got {module['type']}"
+            f"{folder / MODULES}: expected modules of {', '.join(paths)}, got {module['type'][:80]}"
         )
-    paths[kind].append(folder / module["path"])
+    paths[kind].append(module["path"])
     return kind
 
 
-def _settings(file: Path) -> _Settings:
-    """Open a settings file; a missing file means all defaults."""
-    return _Settings(file, read_optional_json(file))
+def _prompts(settings: _Settings) -> dict[str, str]:
+    prompts = settings.take("prompts", {})
+    if not isinstance(prompts, dict) or not are_texts(prompts):
+        raise settings.refuse("prompts", "as texts by name", prompts)
+    return prompts
 
 
-def _check_normalize(file: Path) -> None:
-    settings = _settings(file)
+def _check_normalize(settings: _Settings) -> None:
     settings.require(module_input_name=SENTENCE, module_output_name=(SENTENCE, None))
     settings.finish()
 
 
-def _pooling(file: Path) -> Pooling:
-    settings = _settings(file)
+def _pooling(settings: _Settings) -> Pooling:
     settings.take("embedding_dimension")
     settings.take("word_embedding_dimension")
     settings.require(include_prompt=True)
     old = [mode for key, mode in OLD_POOLINGS.items() if settings.take(key, False)]
     modes = settings.take("pooling_mode", old or "mean")
     settings.finish()
-    [mode, *others] = [modes] if isinstance(modes, str) else modes
-    if mode not in POOLINGS or others:
-        raise CheckpointError(f"{file}: expected pooling by {' or '.join(POOLINGS)}, got {modes!r}")
-    return POOLINGS[mode]
+    for mode, pooling in POOLINGS.items():
+        if modes in (mode, [mode]):
+            return pooling
+    raise settings.refuse("pooling", f"by {' or '.join(POOLINGS)}", modes)
 
 
-def _dense_sizes(folders: list[Path], width: int) -> tuple[int, ...]:
+def _dense_sizes(folder: Path, paths: list[str], width: int) -> tuple[int, ...]:
     sizes = []
-    for folder in folders:
-        settings = _settings(folder / "config.json")
+    for path in paths:
+        settings = _Settings(folder, f"{path}/config.json")
         settings.require(
             in_features=width,
             bias=False,
@@ -142,11 +189,12 @@ def _dense_sizes(folders: list[Path], width: int) -> tuple[int, ...]:
         # The default activation is tanh.
         activation = settings.take("activation_function", "torch.nn.Tanh")
         if activation not in IDENTITY:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: expected activation_function {IDENTITY[0]}, "
-                f"got {activation}"
-            )
+            raise settings.refuse("activation_function", IDENTITY[0], activation)
         width = settings.take("out_features")
+        if type(width) is not int or not 1 <= width <= MAX_DENSE_SIZE:
+            raise settings.refuse(
+                "out_features", f"as a whole number from 1 to {MAX_DENSE_SIZE:,}", width
+            )
         settings.finish()
         sizes.append(width)
     return tuple(sizes)
@@ -154,8 +202,8 @@ def _dense_sizes(folders: list[Path], width: int) -> tuple[int, ...]:
 
 def _max_tokens(folder: Path, config: GemmaConfig) -> int:
     """Return the longest text in tokens that the model and its settings or tokenizer allow."""
-    settings = _settings(folder / "sentence_bert_config.json")
-    limit = settings.take("max_seq_length")
+    settings = _Settings(folder, "sentence_bert_config.json")
+    limit = settings.length("max_seq_length")
     settings.require(
         do_lower_case=False,
         transformer_task="feature-extraction",
@@ -164,22 +212,25 @@ def _max_tokens(folder: Path, config: GemmaConfig) -> int:
     )
     settings.finish()
     if limit is None:
-        limit = _tokenizer_config(folder).get("model_max_length")
+        limit = _Settings(folder, TOKENIZER_CONFIG).length("model_max_length")
     most = config.max_position_embeddings
     return most if limit is None else min(int(limit), most)
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    return read_optional_json(folder / "tokenizer_config.json")
-
-
 def _adds(folder: Path, token: str, *, default: bool) -> bool:
     """Return whether the tokenizer adds `<bos>` or `<eos>`, from its setting or its template."""
-    setting = _tokenizer_config(folder).get(f"add_{token}_token")
+    settings = _Settings(folder, TOKENIZER_CONFIG)
+    setting = settings.take(f"add_{token}_token")
+    if not isinstance(setting, bool | None):
+        raise settings.refuse(f"add_{token}_token", "as true or false", setting)
     if setting is not None:
-        return bool(setting)
-    processor = read_optional_json(folder / "tokenizer.json").get("post_processor")
+        return setting
+    settings = _Settings(folder, "tokenizer.json")
+    processor = settings.take("post_processor")
     if not processor:
         return default
-    template = processor.get("single", ())
-    return any(part.get("SpecialToken", {}).get("id") == f"<{token}>" for part in template)
+    template = processor.get("single", []) if isinstance(processor, dict) else None
+    if not isinstance(template, list) or not all(isinstance(part, dict) for part in template):
+        raise settings.refuse("post_processor", "with a list of single parts", processor)
+    special = (part.get("SpecialToken") for part in template)
+    return any(isinstance(part, dict) and part.get("id") == f"<{token}>" for part in special)

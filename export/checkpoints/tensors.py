@@ -3,16 +3,21 @@
 If a tensor's raw bytes are already in the form that a graph needs, the graph refers to them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from beam_gemma.errors import CheckpointError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Names of the embedding, which is also the head, and of a copy of it that files may have."""
 CHUNK_BYTES = 64 << 20
 """Tensors are converted in slices of about this size, so memory stays small."""
 NUMPY_DTYPES = {
@@ -49,12 +54,22 @@ class StoredTensor:
     """Function that returns the same rows as ggml's packed bytes; None for other formats."""
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Yield the tensor in slices of its first dimension."""
-        return self.slices(self.rows)
+        """Yield the tensor in slices of its first dimension.
+
+        Raises:
+            CheckpointError: a number is infinite or none, or the file has become shorter.
+        """
+        for rows in self.slices(self.rows):
+            if not np.isfinite(rows).all():
+                raise CheckpointError(
+                    f"checkpoint: expected finite numbers in {self.name}, got infinite ones or "
+                    "NaN; the file is damaged, copy it again"
+                )
+            yield rows
 
     def slices(self, rows: Callable[[int, int], np.ndarray]) -> Iterator[np.ndarray]:
         """Yield the result of `rows` for each slice in turn."""
-        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
+        row_bytes = 4 * math.prod(self.shape[1:])
         step = max(1, CHUNK_BYTES // row_bytes)
         for start in range(0, self.shape[0], step):
             yield rows(start, min(start + step, self.shape[0]))
@@ -83,12 +98,64 @@ class Checkpoint:
 
 def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:
     """Describe a tensor that is stored in a file as plain numbers."""
-    row = int(np.prod(shape[1:]))
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        kind = NUMPY_DTYPES[dtype]
-        offset = raw.offset + start * row * kind.itemsize
-        values = np.fromfile(raw.file, kind, count=(stop - start) * row, offset=offset)
-        return values.reshape(stop - start, *shape[1:])
-
+    rows = partial(read_rows, raw, NUMPY_DTYPES[dtype], shape[1:])
     return StoredTensor(name=name, shape=shape, dtype=dtype, raw=raw, rows=rows)
+
+
+def read_rows(
+    raw: RawBytes, kind: np.dtype, row: tuple[int, ...], start: int, stop: int
+) -> np.ndarray:
+    """Read rows [start, stop) of a tensor whose rows have the shape `row`.
+
+    Raises:
+        CheckpointError: the file has become shorter since it was opened.
+    """
+    size = math.prod(row)
+    offset, count = raw.offset + start * size * kind.itemsize, (stop - start) * size
+    values = np.fromfile(raw.file, kind, count=count, offset=offset)
+    if len(values) < count:
+        raise CheckpointError(
+            f"{raw.file}: expected {count * kind.itemsize:,} bytes at {offset:,}, got the end of "
+            "the file, which has become shorter"
+        )
+    return values.reshape(stop - start, *row)
+
+
+def by_name(file: Path, tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """Return tensors by our names for them.
+
+    Raises:
+        CheckpointError: two tensors have one name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, stored in tensors:
+        if name in found:
+            raise CheckpointError(
+                f"{file}: expected one tensor for {name}, got {found[name].name} and {stored.name}"
+            )
+        found[name] = stored
+    return found
+
+
+def without_head(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors of a model without its head, which must equal the embedding.
+
+    Raises:
+        CheckpointError: the head is another matrix than the embedding.
+    """
+    rest = dict(tensors)
+    head, embedding = rest.pop(HEAD, None), rest.get(EMBEDDING)
+    if head is not None and embedding is not None and not are_equal(head, embedding):
+        raise CheckpointError(
+            f"checkpoint: expected {head.name} equal to {embedding.name}, as the head of a Gemma "
+            "is its embedding, got other numbers; export a model whose embeddings are tied"
+        )
+    return rest
+
+
+def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors have the same shape and numbers, read slice by slice."""
+    if one.shape != other.shape:
+        return False
+    slices = (tensor.slices(tensor.rows) for tensor in (one, other))
+    return all(np.array_equal(a, b) for a, b in zip(*slices, strict=True))

@@ -5,36 +5,98 @@ the special pieces. These are the same for every Gemma: byte-pair encoding with 
 unknown characters, and no normalization.
 """
 
+import reprlib
 from collections.abc import Sequence
+from pathlib import Path
 
-from gguf import GGUFReader
-
-from beam_gemma.errors import CheckpointError
+from beam_gemma.errors import ArtifactError, CheckpointError
 from beam_gemma.model.tokenizer import (
+    BPE,
+    BYTE,
     CONTROL,
+    NORMAL,
     SPACE,
     SPECIAL_PIECES,
     UNKNOWN,
     USER_DEFINED,
     ModelProto,
+    Tokenizer,
 )
+from export.checkpoints.gguf_header import GgufFile
 
-BPE = 2
-"""SentencePiece's number for byte-pair encoding."""
-END_OF_TURN = "<end_of_turn>"
-"""Piece that ends a chat turn, and so the output of an instruction-tuned model."""
+PIECE_TYPES = range(NORMAL, BYTE + 1)
+SETTINGS: dict[str, str | bool] = {
+    "model": "llama",
+    "add_space_prefix": False,
+    "remove_extra_whitespaces": False,
+    "add_eos_token": False,
+}
+"""What a vocabulary says of itself where it is Gemma's, or says nothing."""
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>")
+"""Pieces of Gemma and ChatML that end a chat turn, and so the output of a chat model."""
 
 
-def sentencepiece_from_gguf(reader: GGUFReader) -> bytes:
+def sentencepiece_from_gguf(file: GgufFile) -> bytes:
     """Return a `tokenizer.model` with the ids of the official one.
 
     Raises:
         CheckpointError: the file has no SentencePiece vocabulary of Gemma.
     """
-    pieces, scores, types = (
-        _values(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    )
-    return sentencepiece_model(pieces, scores, types)
+    for key, expected in SETTINGS.items():
+        if (value := file.value(f"tokenizer.ggml.{key}", expected)) != expected:
+            raise CheckpointError(
+                f"{file.path}: expected tokenizer.ggml.{key} as {expected!r}, as Gemma's "
+                f"SentencePiece model has it, got {reprlib.repr(value)}"
+            )
+    pieces = strings(file, "tokenizer.ggml.tokens")
+    scores, types = (file.value(f"tokenizer.ggml.{n}") for n in ("scores", "token_type"))
+    for name, values in (("scores", scores), ("token_type", types)):
+        if not isinstance(values, list) or len(values) != len(pieces):
+            raise CheckpointError(
+                f"{file.path}: expected tokenizer.ggml.{name} as {len(pieces):,} numbers, one for "
+                f"each piece, got {reprlib.repr(values)}"
+            )
+    if not all(type(kind) is int and kind in PIECE_TYPES for kind in types):
+        raise CheckpointError(
+            f"{file.path}: expected tokenizer.ggml.token_type as numbers from {NORMAL} to {BYTE}, "
+            f"got {reprlib.repr(sorted(set(types)))}"
+        )
+    if not all(isinstance(score, float | int) for score in scores):
+        raise CheckpointError(
+            f"{file.path}: expected tokenizer.ggml.scores as numbers, got {reprlib.repr(scores)}"
+        )
+    return loaded(file.path, sentencepiece_model(pieces, scores, types))
+
+
+def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids of the pieces that end a chat turn, if the vocabulary has any."""
+    pieces = tokenizer.control_pieces
+    return tuple(pieces[piece] for piece in TURN_ENDS if piece in pieces)
+
+
+def loaded(file: Path, model: bytes) -> bytes:
+    """Return the bytes of a SentencePiece model, if it loads.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        Tokenizer(model)
+    except ArtifactError as error:
+        raise CheckpointError(f"{file}: {error}; copy the file again") from error
+    return model
+
+
+def strings(file: GgufFile, key: str, *default: list[str]) -> list[str]:
+    """Return a list of strings in the metadata, or the default.
+
+    Raises:
+        CheckpointError: there is none of that key, and no default.
+    """
+    values = file.value(key, *default)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise CheckpointError(f"{file.path}: expected {key} as strings, got {reprlib.repr(values)}")
+    return values
 
 
 def sentencepiece_model(
@@ -58,7 +120,7 @@ def sentencepiece_model(
     for name in SPECIAL_PIECES:
         piece = f"<{name}>"
         if piece not in pieces:
-            raise CheckpointError(f"GGUF vocabulary: expected Gemma's piece {piece}, got none")
+            raise CheckpointError(f"vocabulary: expected Gemma's piece {piece}, got none")
         token_id = pieces.index(piece)
         model.pieces[token_id].type = UNKNOWN if name == "unk" else CONTROL
         setattr(spec, f"{name}_id", token_id)
@@ -67,10 +129,3 @@ def sentencepiece_model(
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
     return bytes(model.SerializeToString())
-
-
-def _values(reader: GGUFReader, key: str) -> list:  # type: ignore[type-arg]
-    field = reader.get_field(key)
-    if field is None:
-        raise CheckpointError(f"GGUF metadata: expected the key {key}, got none")
-    return field.contents()

@@ -1,6 +1,9 @@
 """Reading `.ckpt` files: written from the tiny models as gemma_pytorch names and fuses them."""
 
 import json
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +15,11 @@ from export.__main__ import export
 from export.checkpoints import ckpt_file
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.released_sizes import SIZES, Size
-from export.checkpoints.tensors import Checkpoint, StoredTensor
+from export.checkpoints.tensors import StoredTensor
 from tests.conftest import TinyModel
-from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
+from tests.doubles.checkpoint_files import state_dict, values, write_ckpt
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
-
-
-def values(stored: StoredTensor) -> np.ndarray:
-    return np.concatenate(list(stored.chunks()))
-
-
-def state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the weights as gemma_pytorch saves them, rotary tables included."""
-    ours = {n: torch.from_numpy(values(t)) for n, t in checkpoint.tensors.items()}
-    state = {"embedder.weight": ours.pop("embed_tokens.weight"), "freqs_cis": torch.ones(2, 2) + 0j}
-    for i in range(checkpoint.config.num_hidden_layers):
-        prefix = f"layers.{i}.self_attn."
-        fused = [ours.pop(f"{prefix}{part}_proj.weight") for part in "qkv"]
-        ours[f"{prefix}qkv_proj.weight"] = torch.cat(fused)
-    for name, tensor in ours.items():
-        theirs = name.replace("q_norm", "query_norm").replace("k_norm", "key_norm")
-        state[f"model.{theirs}"] = tensor
-    return state
 
 
 def with_images(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -59,12 +44,6 @@ def int8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def write(folder: Path, state: dict[str, torch.Tensor]) -> Path:
-    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model())
-    torch.save({"model_state_dict": state}, folder / "tiny.ckpt")
-    return folder / "tiny.ckpt"
-
-
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch, tiny: TinyModel) -> TinyModel:
     """Each tiny model that gemma_pytorch knows, as if it were a released size."""
@@ -80,7 +59,7 @@ def test_a_ckpt_says_what_the_safetensors_say(
     released: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, images: bool
 ) -> None:
     expected, state = released.checkpoint, state_dict(released.checkpoint)
-    found = read_checkpoint(write(tmp_path, with_images(state) if images else state))
+    found = read_checkpoint(write_ckpt(tmp_path, with_images(state) if images else state))
     assert found.config == expected.config
     assert found.norm_offset == expected.norm_offset
     assert found.tensors.keys() == expected.tensors.keys()
@@ -95,7 +74,7 @@ def test_a_ckpt_says_what_the_safetensors_say(
 
 def test_int8_weights_are_scaled_row_by_row(released: TinyModel, tmp_path: Path) -> None:
     state = int8(state_dict(released.checkpoint))
-    found = read_checkpoint(write(tmp_path, state))
+    found = read_checkpoint(write_ckpt(tmp_path, state))
     fused = state["model.layers.1.self_attn.qkv_proj.weight"].float()
     fused *= state["model.layers.1.self_attn.qkv_proj.weight_scaler"][:, None]
     parts = [values(found.tensors[f"layers.1.self_attn.{p}_proj.weight"]) for p in "qkv"]
@@ -112,7 +91,7 @@ def test_a_ckpt_exports_to_the_same_graph_and_links_its_weights(
 ) -> None:
     raw = json.loads((tiny_gemma3.checkpoint.path / "config.json").read_text())
     monkeypatch.setattr(ckpt_file, "SIZES", (Size(name="tiny", raw=raw),))
-    path = write(tmp_path, state_dict(tiny_gemma3.checkpoint))
+    path = write_ckpt(tmp_path, state_dict(tiny_gemma3.checkpoint))
     export(path, tmp_path / "exported", tasks=("generate",))
     assert path.samefile(tmp_path / "exported/weights/tiny.ckpt")
 
@@ -148,12 +127,12 @@ def test_a_released_size_has_the_published_number_of_parameters(size: Size) -> N
 def test_what_is_no_release_is_refused(tiny_gemma3: TinyModel, tmp_path: Path) -> None:
     state = state_dict(tiny_gemma3.checkpoint)
     with pytest.raises(CheckpointError, match=r"released size .*, got 7 layers of width 48"):
-        read_checkpoint(write(tmp_path, state))
+        read_checkpoint(write_ckpt(tmp_path, state))
     torch.save(state, tmp_path / "bare.ckpt")
     with pytest.raises(CheckpointError, match="expected model_state_dict"):
         read_checkpoint(tmp_path / "bare.ckpt")
     (tmp_path / "text.ckpt").write_text("no weights")
-    with pytest.raises(CheckpointError, match=r"that torch\.load reads with weights_only"):
+    with pytest.raises(CheckpointError, match=r"the zip format of torch\.save"):
         read_checkpoint(tmp_path / "text.ckpt")
 
 
@@ -168,5 +147,99 @@ def test_no_code_of_a_ckpt_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     torch.save({"model_state_dict": {"x": Payload()}}, "bad.ckpt")
     with pytest.raises(CheckpointError, match="weights_only"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert not Path("ran").exists()
+
+
+def storage(num_items: int = 4, key: bytes = b"0", kind: bytes = b"FloatStorage") -> bytes:
+    text = b"X" + len(key).to_bytes(4, "little") + key
+    number = b"J" + num_items.to_bytes(4, "little")
+    return b"(X\7\0\0\0storagectorch\n" + kind + b"\n" + text + b"X\3\0\0\0cpu" + number + b"tQ"
+
+
+def view(offset: bytes = b"K\0", shape: bytes = b"K\4\x85", strides: bytes = b"K\1\x85") -> bytes:
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    return rebuild + b"(" + storage() + offset + shape + strides + b"\x89NtR"
+
+
+def state(value: bytes, key: bytes = b"X\1\0\0\0x") -> bytes:
+    return b"\x80\2}X\x10\0\0\0model_state_dict}" + key + value + b"ss."
+
+
+TUPLES = b"K\1" + b"q\0h\0\x86" * 60
+BAD_PICKLES = {
+    "call of a function": (b"cos\nsystem\n(X\4\0\0\0truetR.", "call of 'os.system'"),
+    "call by another instruction": (b"(X\4\0\0\0trueios\nsystem\n.", "the instruction INST"),
+    "class": (b"cos\n_wrap_close\n)\x81.", "the instruction NEWOBJ"),
+    "call of what is known": (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "not enough values"),
+    "attributes of a module": (state(b"cos\nenviron\n}b"), "a tensor under each name"),
+    "name in a module": (state(b"cos\nsystem\n"), "a tensor under each name"),
+    "number that is no tensor": (state(b"K\1"), "a tensor under each name"),
+    "key whose hash takes a year": (state(b"K\1", TUPLES), "expected a string as key"),
+    "memo of 32 GB": (b"}r\xff\xff\xff\xff.", "expected model_state_dict"),
+    "number of 2 GB": (b"\x8b\xff\xff\xff\x7f.", "is damaged or does more"),
+    "array of 2^60 bytes": (b"\x96" + (1 << 60).to_bytes(8, "little") + b".", "is damaged or"),
+    "end in the middle": (b"\x80\2}", "is damaged or does more"),
+    "nothing left": (b"\x80\2R.", "is damaged or does more"),
+    "view beyond its storage": (state(view(offset=b"K\1")), "got the end of its record"),
+    "negative offset": (state(view(offset=b"J\xff\xff\xff\xff")), "a storage and an offset"),
+    "shape beyond its storage": (state(view(shape=b"K\5\x85")), "got the end of its record"),
+    "stride of 0": (state(view(strides=b"K\0\x85")), "with strides (0,)"),
+    "shape without strides": (state(view(strides=b")")), "a shape and as many strides"),
+    "storage that is not there": (
+        state(view()).replace(b"X\1\0\0\x000", b"X\1\0\0\x009"), "got no record of them"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PICKLES)
+def test_a_pickle_of_more_than_weights_is_refused(tmp_path: Path, name: str) -> None:
+    content, sentence = BAD_PICKLES[name]
+    with zipfile.ZipFile(tmp_path / "bad.ckpt", "w") as archive:
+        archive.writestr("bad/data.pkl", content)
+        archive.writestr("bad/data/0", bytes(16))
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert sentence in str(raised.value)
+    assert str(raised.value).startswith(str(tmp_path / "bad.ckpt"))
+
+
+def test_an_archive_that_is_larger_inside_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(64 << 20))
+    assert file.stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match=r"'data.pkl' as torch.save stores it, got it comp"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        (20, 0xFFFFFFF0, "as torch.save stores it"),
+        (24, 0xFFFFFFF0, "as torch.save stores it"),
+        (42, 0xFFFFFFF0, "expected the record 'data.pkl', got none"),
+        (42, 0, "at bytes of its own, got data.pkl and data/0 at the same"),
+    ],
+)
+def test_a_record_that_is_not_in_the_archive_is_refused(
+    tmp_path: Path, place: int, value: int, sentence: str
+) -> None:
+    file = tmp_path / "bad.ckpt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data/0", bytes(16))
+        archive.writestr("x/data.pkl", b"}.")
+    data = bytearray(file.read_bytes())
+    directory = data.rindex(b"PK\1\2")
+    data[directory + place : directory + place + 4] = value.to_bytes(4, "little")
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        read_checkpoint(file)
+
+
+def test_a_bare_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.ckpt").write_bytes(pickle.dumps({"model_state_dict": Payload()}))
+    with pytest.raises(CheckpointError, match=r"expected the zip format of torch\.save"):
         read_checkpoint(tmp_path / "bad.ckpt")
     assert not Path("ran").exists()

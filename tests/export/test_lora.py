@@ -12,17 +12,18 @@ import torch
 
 from beam_gemma.errors import CheckpointError
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.tokenizer import Tokenizer
 from export.__main__ import export
+from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.lora import merge_adapter
-from export.checkpoints.tensors import Checkpoint, StoredTensor
+from export.checkpoints.tensors import Checkpoint
 from tests.conftest import TinyModel
+from tests.doubles.checkpoint_files import values, write_gguf
 from tests.doubles.reference import save_checkpoint, tiny_model
 
+# Warned of for tied embeddings: a head that is no longer the embedding is refused here.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETTINGS = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-
-
-def values(stored: StoredTensor) -> np.ndarray:
-    return np.concatenate(list(stored.chunks()))
 
 
 def save_adapter(folder: Path, name: str = "gemma3_text", **settings: object) -> torch.nn.Module:
@@ -30,8 +31,12 @@ def save_adapter(folder: Path, name: str = "gemma3_text", **settings: object) ->
     torch.manual_seed(3)
     config = peft.LoraConfig(**{**SETTINGS, "init_lora_weights": False, **settings})
     model = peft.get_peft_model(tiny_model(name), config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "modules_to_save" in parameter_name:
+                parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(folder)
-    return model.merge_and_unload()
+    return peft.PeftModel.from_pretrained(tiny_model(name), folder).merge_and_unload()
 
 
 def change(folder: Path, **settings: object) -> None:
@@ -51,7 +56,15 @@ def base(tiny_gemma3: TinyModel) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}}], ids=str
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2, r"layers.\d+.mlp.down_proj": 9}},
+        {"alpha_pattern": {"^model.layers.0.self_attn.v_proj": 3}, "use_rslora": True},
+    ],
+    ids=str,
 )
 def test_merged_weights_are_those_of_peft(
     base: Checkpoint, tmp_path: Path, settings: dict[str, object]
@@ -63,6 +76,64 @@ def test_merged_weights_are_those_of_peft(
         is_changed = any(target in name for target in SETTINGS["target_modules"])
         # Only what changes is to be written; the rest keeps its bytes on disk.
         assert (stored.raw is None) == is_changed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["input_layernorm", "norm", "k_proj"]},
+    ],
+    ids=str,
+)
+def test_embeddings_and_whole_weights_are_those_of_peft(
+    base: Checkpoint, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    expected = save_adapter(tmp_path, **settings).state_dict()
+    merged = merge_adapter(base, tmp_path)
+    changed = 0
+    for name, stored in merged.tensors.items():
+        found = values(stored)
+        np.testing.assert_array_equal(found, expected[f"model.{name}"].numpy())
+        changed += not np.array_equal(found, values(base.tensors[name]))
+    assert changed >= 8
+    embedding = expected["model.embed_tokens.weight"]
+    assert torch.equal(expected["lm_head.weight"], embedding)
+    rows = merged.tensors["embed_tokens.weight"].rows(10, 21)
+    # A product of other sizes may be rounded otherwise.
+    np.testing.assert_allclose(rows, embedding[10:21].numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "modules", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=str
+)
+def test_a_head_that_is_no_longer_the_embedding_is_refused(
+    base: Checkpoint, tmp_path: Path, modules: list[str]
+) -> None:
+    merged = save_adapter(tmp_path, modules_to_save=modules)
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    with pytest.raises(CheckpointError, match=r"expected .* equal to .*, as the head of a Gemma"):
+        merge_adapter(base, tmp_path)
+
+
+def test_a_whole_norm_is_added_to_1_as_a_gguf_stores_it(base: Checkpoint, tmp_path: Path) -> None:
+    expected = save_adapter(tmp_path / "lora", modules_to_save=["norm"]).state_dict()
+    stored = read_checkpoint(write_gguf(tmp_path / "base.gguf", base))
+    found = values(merge_adapter(stored, tmp_path / "lora").tensors["norm.weight"])
+    np.testing.assert_array_equal(found, expected["model.norm.weight"].numpy() + np.float32(1))
+
+
+def test_a_chat_template_beside_an_adapter_is_the_models(base: Checkpoint, tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    added = {"4": {"content": "<|im_start|>"}, "5": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    merged = merge_adapter(base, tmp_path)
+    assert merged.chat_template == "{{ messages[0].content }}"
+    assert (base.eos_token_ids, merged.eos_token_ids) == ((1,), (1, 5))
+    pieces = Tokenizer(merged.tokenizer_model()).control_pieces
+    assert (pieces["<|im_start|>"], pieces["<|im_end|>"]) == (4, 5)
 
 
 def test_a_slice_is_merged_alone(base: Checkpoint, tmp_path: Path) -> None:
@@ -107,8 +178,8 @@ def test_an_export_with_an_adapter_equals_the_export_of_the_merged_model(tmp_pat
     ("settings", "sentence"),
     [
         ({"use_dora": True}, "use_dora is True, which cannot be merged here"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is .* merge_and_unload"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices is .* merge_and_unload"),
+        ({"modules_to_save": ["lm_head"]}, "the weights of 'lm_head', which modules_to_save"),
         ({"a_later_feature": 1}, "a_later_feature is 1"),
         ({"bias": "all"}, "expected bias as one of none, got 'all'"),
         ({"peft_type": "IA3"}, "expected peft_type as one of LORA, got 'IA3'"),
@@ -130,7 +201,8 @@ def test_what_is_more_than_a_sum_is_refused(
     ("old", "new", "sentence"),
     [
         ("down_proj.lora_A", "down_proj.lora_magnitude_vector", "is no factor of a layer's proj"),
-        ("layers.6.mlp.down_proj", "embed_tokens", "is no factor of a layer's projection"),
+        ("layers.6.mlp.down_proj", "embed_tokens", r"factors of embed_tokens\.weight \[300, 48\]"),
+        ("layers.6.mlp.down_proj", "lm_head", "lm_head.lora_A.weight changes the head alone"),
         ("layers.6.", "layers.7.", r"layers\.7\..* which the checkpoint has not; did you mean"),
         ("layers.6.mlp.down_proj.lora_A", "layers.6.mlp.up_proj.lora_A", "got one of them"),
     ],
@@ -153,4 +225,52 @@ def test_the_adapter_of_another_size_is_refused(base: Checkpoint, tmp_path: Path
         merge_adapter(other, tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="expected an adapter's weights, got nothing"):
+        merge_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lora_alpha": None}, "expected lora_alpha as a number .* got None"),
+        ({"lora_alpha": "6"}, "expected lora_alpha as a number .* got '6'"),
+        ({"lora_alpha": True}, "expected lora_alpha as a number .* got True"),
+        ({"alpha_pattern": {"q_proj": "6"}}, "expected lora_alpha as a number .* got '6'"),
+        ({"alpha_pattern": ["q_proj"]}, "expected alpha_pattern as numbers by names"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "expected alpha_pattern as numbers by names"),
+        ({"modules_to_save": "norm"}, "expected modules_to_save as names of modules"),
+        ({"lora_alpha": 1e300}, "expected lora_alpha as a number below 1e"),
+        ({"use_rslora": "no"}, "expected use_rslora as true or false, got 'no'"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind_are_refused(
+    base: Checkpoint, tmp_path: Path, settings: dict[str, object], sentence: str
+) -> None:
+    save_adapter(tmp_path)
+    change(tmp_path, **settings)
+    with pytest.raises(CheckpointError, match=sentence):
+        merge_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 48), (4, 47), (0, 48)])
+def test_factors_of_another_shape_are_refused(
+    base: Checkpoint, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    save_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    safetensors.torch.save_file({**tensors, name: torch.zeros(shape)}, file)
+    with pytest.raises(CheckpointError, match=r"trained on another model|expected the shape of"):
+        merge_adapter(base, tmp_path)
+
+
+def test_a_factor_under_two_names_is_refused(base: Checkpoint, tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    again = {name.replace("model.model.model", "model.model"): tensors[name].clone()}
+    safetensors.torch.save_file(tensors | again, file)
+    with pytest.raises(CheckpointError, match="expected one tensor for each factor, got"):
         merge_adapter(base, tmp_path)

@@ -12,6 +12,7 @@ from gguf.quants import dequantize, quantize
 from beam_gemma.errors import CheckpointError
 from export.checkpoints import tensors
 from export.checkpoints.gguf_file import _stored
+from export.checkpoints.gguf_header import read_gguf_header
 from export.checkpoints.tensors import StoredTensor
 from export.graph.quantize import BLOCK, EMBEDDING, Blocks, coded_matrices, quantize_graph
 
@@ -48,7 +49,7 @@ def from_gguf(folder: Path, values: np.ndarray, kind: GGMLQuantizationType) -> S
     writer.write_tensors_to_file()
     writer.close()
     path = folder / "x.gguf"
-    return _stored(path, gguf.GGUFReader(path).tensors[0])
+    return _stored(path, read_gguf_header(path).tensors[0])
 
 
 def decoded(stored: StoredTensor, bits: int) -> np.ndarray:

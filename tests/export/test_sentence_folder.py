@@ -62,7 +62,7 @@ def test_settings_under_their_older_names(folder: Path) -> None:
         ("2_Dense/config.json", {"bias": True}, "expected bias False, got True"),
         ("2_Dense/config.json", {"use_residual": True}, "expected use_residual False"),
         ("2_Dense/config.json", {"in_features": 50}, "expected in_features 48, got 50"),
-        ("2_Dense/config.json", {"activation_function": "torch.nn.Tanh"}, "got torch.nn.Tanh"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.Tanh"}, "got 'torch.nn.Tanh'"),
         ("3_Dense/config.json", {"dropout": 0.1}, "the setting 'dropout' is not known"),
         ("4_Normalize/config.json", {"p": 1}, "the setting 'p' is not known"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "expected do_lower_case False"),
@@ -119,3 +119,41 @@ def test_an_export_that_makes_no_sense_is_refused(
     assert error in str(raised.value)
     assert isinstance(raised.value, BeamGemmaError)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("modules.json", {}, "expected a list of at most 64 modules"),
+        ("modules.json", [1], "expected a list of at most 64 modules"),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "with type and path"),
+        ("1_Pooling/config.json", [], "expected a JSON object, got []"),
+        ("1_Pooling/config.json", {"pooling_mode": []}, "by mean or lasttoken, got []"),
+        ("2_Dense/config.json", {"in_features": 48, "bias": False, "out_features": 1 << 40,
+         "activation_function": "torch.nn.Identity"}, "from 1 to 131,072, got 1099511627776"),
+        ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "prompts as texts by name"),
+        ("config_sentence_transformers.json", {"default_prompt_name": 1}, "as text, got 1"),
+        ("sentence_bert_config.json", {"max_seq_length": -1}, "as a number from 1, got -1"),
+        ("sentence_bert_config.json", {"max_seq_length": 1e999}, "which is no number"),
+        ("tokenizer_config.json", {"add_eos_token": "no"}, "as true or false, got 'no'"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused(
+    folder: Path, file: str, content: Any, error: str
+) -> None:
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(folder)
+    assert error in str(raised.value)
+    assert file in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["../2_Dense", "/tmp", "link"])
+def test_a_module_lies_in_the_folder(folder: Path, path: str) -> None:
+    shutil.move(folder / "2_Dense", folder.parent / "2_Dense")
+    (folder / "link").symlink_to(folder.parent / "2_Dense")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"which leads elsewhere|got a symbolic link to"):
+        read_checkpoint(folder)

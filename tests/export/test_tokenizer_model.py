@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
 from beam_gemma.errors import CheckpointError
 from beam_gemma.model.markup import Control, Text
@@ -18,6 +18,7 @@ from beam_gemma.model.tokenizer import (
     ModelProto,
     Tokenizer,
 )
+from export.checkpoints.gguf_header import read_gguf_header
 from export.checkpoints.tokenizer_model import sentencepiece_from_gguf, sentencepiece_model
 from tests.doubles.real_model import real_checkpoint
 
@@ -60,7 +61,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    model = sentencepiece_from_gguf(GGUFReader(tmp_path / "tiny.gguf"))
+    model = sentencepiece_from_gguf(read_gguf_header(tmp_path / "tiny.gguf"))
     assert model == sentencepiece_model(PIECES, SCORES, TYPES)
 
 
@@ -71,12 +72,12 @@ def test_a_file_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(CheckpointError, match=r"expected the key tokenizer\.ggml\.tokens"):
-        sentencepiece_from_gguf(GGUFReader(tmp_path / "tiny.gguf"))
+        sentencepiece_from_gguf(read_gguf_header(tmp_path / "tiny.gguf"))
 
 
 @pytest.fixture(scope="session")
 def gemma3_tokenizer() -> Tokenizer:
-    return Tokenizer(sentencepiece_from_gguf(GGUFReader(real_checkpoint())))
+    return Tokenizer(sentencepiece_from_gguf(read_gguf_header(real_checkpoint())))
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +128,52 @@ def test_control_pieces_are_gemmas(gemma3_tokenizer: Tokenizer) -> None:
     assert (pieces["<start_of_turn>"], pieces["<end_of_turn>"]) == (105, 106)
     assert (pieces["<start_of_image>"], pieces["<end_of_image>"]) == (255999, 256000)
     assert gemma3_tokenizer.encode([Control("[multimodal]")]) == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "sentence"),
+    [
+        ("tokens", [1, 2, 3], "expected tokenizer.ggml.tokens as strings, got"),
+        ("scores", [-1.0], "expected tokenizer.ggml.scores as 263 numbers, one for each piece"),
+        ("scores", [float("nan")] * len(PIECES), "a SentencePiece model with finite scores"),
+        ("scores", ["x"] * len(PIECES), "expected tokenizer.ggml.scores as numbers"),
+        ("token_type", [9] * len(PIECES), "numbers from 1 to 6, got [9]"),
+        ("token_type", [1.0] * len(PIECES), "numbers from 1 to 6, got [1.0]"),
+        ("tokens", ["<pad>"] * 4 + PIECES[4:], "expected Gemma's piece <unk>, got none"),
+        ("tokens", [*PIECES[:-1], "b"], "with another text for each piece"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(
+    tmp_path: Path, key: str, values: list[object], sentence: str
+) -> None:
+    lists: dict[str, list[object]] = {
+        "tokens": [*PIECES],
+        "scores": [*SCORES],
+        "token_type": [*TYPES],
+    }
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "gemma3")
+    for name, items in (lists | {key: values}).items():
+        writer.add_array(f"tokenizer.ggml.{name}", items)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError) as raised:
+        sentencepiece_from_gguf(read_gguf_header(tmp_path / "tiny.gguf"))
+    assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", "gpt2"), ("add_space_prefix", True), ("add_eos_token", True)]
+)
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "gemma3")
+    writer.add_token_list(PIECES)
+    writer.add_token_scores(SCORES)
+    writer.add_token_types(TYPES)
+    full = f"tokenizer.ggml.{key}"
+    writer.add_key_value(full, value, GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=rf"expected {full} as .* got {value!r}"):
+        sentencepiece_from_gguf(read_gguf_header(tmp_path / "tiny.gguf"))

@@ -1,10 +1,12 @@
 """Reading config.json: published spellings, defaults, and refusals."""
 
+import re
+
 import pytest
 import transformers
 
 from beam_gemma.errors import ConfigError
-from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
+from beam_gemma.model.config import FULL, MAX_SIZES, SLIDING, GemmaConfig, RopeParameters
 
 GEMMA_2B = {
     "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -112,6 +114,25 @@ def test_vaultgemma_has_the_softcaps_and_layers_that_its_file_says() -> None:
         ({"num_attention_heads": 7}, "expected a multiple of num_key_value_heads"),
         ({"layer_types": ["full_attention"]}, "expected 34 entries"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "expected default or linear"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "expected the key rope_type, got type",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "full_attention: expected factor, got"),
+        (
+            {"rope_scaling": {"factor": 8.0, "partial_rotary_factor": 0.5}},
+            "'partial_rotary_factor' is",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_scaling: expected none beside"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": None}, "full_attention and slid"),
+        ({"model_type": "gemma2", "rope_scaling": None, "rope_parameters": {FULL: {}}}, "one set"),
+        ({"model_type": "gemma2", "rope_local_base_freq": 1e4}, "'rope_local_base_freq' is not kn"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 6}, "expected 2 in a gemma2 model"),
+        ({"_sliding_window_pattern": 4}, "expected 6 in a gemma3_text model without layer_types"),
+        ({"model_type": "gemma", "query_pre_attn_scalar": 99}, "'query_pre_attn_scalar' is not kn"),
+        ({"model_type": "gemma", "layer_types": [SLIDING] * 34}, "full_attention alone in a gemma"),
+        ({"hidden_activation": "gelu"}, "hidden_activation: expected one of"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads: expected one of"),
         ({"tie_word_embeddings": False}, "expected true for a Gemma model"),
     ],
 )
@@ -120,7 +141,129 @@ def test_what_cannot_be_computed_is_refused(change: dict, sentence: str) -> None
         GemmaConfig.from_hf({**GEMMA3_4B_TEXT, **change})
 
 
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rope_theta": 3e4},
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": LINEAR, "rope_theta": 3e4},
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "default", "factor": 8.0}},
+        {"rope_parameters": {**LINEAR, "rope_theta": 3e4}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["GemmaConfig", "Gemma2Config", "VaultGemmaConfig"])
+def test_all_layers_share_the_rotary_parameters_of_the_reference(name: str, change: dict) -> None:
+    """But in Gemma 3, whose sliding layers have their own."""
+    config_class = getattr(transformers, name)
+    theirs = config_class(**change).rope_parameters
+    raw = {**GEMMA_2B, "model_type": config_class.model_type, "sliding_window": 64, **change}
+    raw.pop("rope_theta" if "rope_theta" not in change else "", None)
+    config = GemmaConfig.from_hf(raw)
+    for kind in config.groups:
+        factor = theirs["factor"] if theirs["rope_type"] == "linear" else 1.0
+        expected = RopeParameters(rope_theta=theirs["rope_theta"], factor=factor)
+        assert config.rope(kind) == expected
+    assert config.groups == ((FULL,) if name == "GemmaConfig" else (SLIDING, FULL))
+
+
+def test_keys_of_libraries_change_nothing() -> None:
+    """As mirrors, older releases of transformers and Unsloth write them."""
+    written = {
+        "unsloth_fixed": True, "unsloth_version": "2025.3.9", "auto_map": {"AutoModel": "x.Y"},
+        "pruned_heads": {}, "tie_encoder_decoder": False, "max_length": 20, "min_length": 0,
+        "do_sample": False, "_attn_implementation_autoset": True, "tokenizer_class": None,
+    }  # fmt: skip
+    assert GemmaConfig.from_hf(GEMMA3_4B_TEXT | written) == GemmaConfig.from_hf(GEMMA3_4B_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("slidin_window", "sliding_window"),
+        ("max_position_embedding", "max_position_embeddings"),
+        ("final_logit_softcaping", "final_logit_softcapping"),
+        ("unslothed", None),
+        ("max_lenght", "max_length"),
+    ],
+)
+def test_what_is_near_a_known_key_is_refused(key: str, nearest: str | None) -> None:
+    hint = f"; did you mean {nearest}" if nearest else ""
+    with pytest.raises(ConfigError, match=f"the key '{key}' is not known{re.escape(hint)}"):
+        GemmaConfig.from_hf(GEMMA3_4B_TEXT | {key: 1})
+
+
 def test_a_missing_key_is_named() -> None:
     raw = {k: v for k, v in GEMMA3_4B_TEXT.items() if k != "hidden_size"}
     with pytest.raises(ConfigError, match="expected the key 'hidden_size'"):
         GemmaConfig.from_hf(raw)
+
+
+NONSENSE: tuple[object, ...] = (
+    0, -1, 1 << 40, True, 2.0, float("nan"), float("inf"), "48", None, [48], {"a": 1}, 10**400,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: str(value)[:10])
+@pytest.mark.parametrize("name", sorted(MAX_SIZES))
+def test_a_size_is_a_whole_number_within_limits(name: str, value: object) -> None:
+    if (name, value) == ("sliding_window", None):
+        pytest.skip("a model of full layers has none")
+    with pytest.raises(ConfigError, match=rf"^{name}: expected a whole number from 1 to"):
+        GemmaConfig.from_hf({**GEMMA3_4B_TEXT, name: value})
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1.0, True, float("nan"), float("inf"), 1e300, 10**400, "1", None, [], {}],
+    ids=lambda value: str(value)[:10],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["query_pre_attn_scalar", "rms_norm_eps", "rope_theta", "rope_local_base_freq"]
+)
+def test_a_factor_is_a_number_within_limits(name: str, value: object) -> None:
+    raw = {key: v for key, v in GEMMA3_4B_TEXT.items() if key != "rope_scaling"}
+    with pytest.raises(ConfigError, match="expected a number above 0 and below 1e"):
+        GemmaConfig.from_hf({**raw, name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_type": ["gemma"]}, "model_type: expected one of"),
+        ({"model_type": None}, "got None"),
+        ({"head_dim": 255}, "head_dim: expected an even number, got 255"),
+        ({"layer_types": 34}, "layer_types: expected a list of"),
+        ({"layer_types": [1] * 34}, "layer_types: expected a list of"),
+        ({"layer_types": ["x"] * 34}, "layer_types: expected a list of .* got "),
+        ({"sliding_window_pattern": -6}, "sliding_window_pattern: expected a whole number"),
+        ({"sliding_window_pattern": "6"}, "sliding_window_pattern: expected a whole number"),
+        ({"rope_scaling": []}, r"rope_scaling: expected a dictionary, got \[\]"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of full_attention: exp"),
+        ({"rope_scaling": {"rope_type": []}}, r"expected default or linear, got \[\]"),
+        ({"rope_parameters": "x", "rope_scaling": None}, "rope_parameters: expected a dictionary"),
+        (
+            {"rope_parameters": {SLIDING: 1}, "rope_scaling": None},
+            "sliding_attention: expected a dictionary, got 1",
+        ),
+        (
+            {"rope_parameters": {FULL: {}}, "rope_scaling": None},
+            "sliding_attention: expected rope_theta|full_attention:",
+        ),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, got 1"),
+        ({"use_bidirectional_attention": "no"}, "expected true or false, got 'no'"),
+        ({"final_logit_softcapping": "x"}, "final_logit_softcapping: expected a number"),
+        ({"hidden_activation": [[]] * 99}, "hidden_activation: expected one of"),
+        ({"x" * 10_000: 1}, r"the key 'x+\.\.\.x+' is not known"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_setting_of_another_kind_is_refused(change: dict, sentence: str) -> None:
+    raw = {**GEMMA3_4B_TEXT, **change}
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        GemmaConfig.from_hf(raw)
+    assert len(str(raised.value)) < 500

@@ -1,7 +1,10 @@
 """Ids of text and markup, and text of ids, on a vocabulary of 300 pieces."""
 
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -122,6 +125,39 @@ def test_a_damaged_file_is_an_artifact_error(content: bytes | None, tmp_path: Pa
         path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"tokenizer\.model: expected a SentencePiece model"):
         Tokenizer.from_file(path)
+
+
+def changed(change: Callable[[Any], object]) -> bytes:
+    model = ModelProto.FromString(MODEL)
+    change(model)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (bytes(17 << 20), "of at most 16,777,216 bytes, got 17,825,792"),
+        (changed(lambda m: m.pieces.add(piece="th")), "with another text for each piece"),
+        (changed(lambda m: m.pieces.add(piece="")), "with another text for each piece"),
+        (MODEL.replace("\u2581the".encode(), b"\xff\xfe\xfdthe"), "another text for each piece"),
+        (changed(lambda m: setattr(m.pieces[9], "score", math.nan)), "with finite scores"),
+        (changed(lambda m: setattr(m.trainer_spec, "model_type", 1)), "of byte pairs (type 2)"),
+        (changed(lambda m: setattr(m.pieces[9], "type", 99)), "with pieces of types 1 to 6"),
+        (changed(lambda m: setattr(m.trainer_spec, "bos_piece", "x")), "with <bos>, got none"),
+        (changed(lambda m: setattr(m.trainer_spec, "eos_piece", "x")), "with <eos>, got none"),
+        (changed(lambda m: m.pieces.__delitem__(slice(3, None))), "got an error: RuntimeError"),
+    ],
+    ids=range(10),
+)
+def test_a_model_that_would_not_work_is_refused(
+    content: bytes, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError) as raised:
+        Tokenizer.from_file(path)
+    assert sentence in str(raised.value)
+    assert str(raised.value).startswith(f"{path}: expected a SentencePiece model")
 
 
 class TestStreamingDecoder:
