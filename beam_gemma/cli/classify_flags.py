@@ -182,8 +182,9 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
     add(
         "--label_norm",
         choices=("none", "tokens", "chars"),
-        help="Length that a label's log-likelihood is divided by, in tokens or in characters. Set "
-        "it if labels differ in length. (default: none)",
+        help="Length that a label's log-likelihood is divided by, in tokens or in characters. "
+        "Characters do not include the spaces that a label begins with. Set it if labels differ "
+        "in length. (default: none)",
     )
     add(
         "--logliks",

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from beam_gemma.errors import OptionsError
-from beam_gemma.structured.grammar import Chars, Concat, Language, Literal, OneOf, Repeat, chars
-from beam_gemma.structured.nfa import Place, Places
+from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.structured.grammar import Chars, Language, chars
+from beam_gemma.structured.limits import check_limits
+from beam_gemma.structured.nfa import MAX_AT_ONCE, Place, Places, too_ambiguous
 
 UNREACHABLE = sys.maxsize
 """Distance of a state from which no tokens lead to an end."""
-MAX_BRIEF_LENGTH = 20_000
-"""Maximum characters of a brief text; each of them is measured."""
+MAX_WORK = 1_500_000
+"""Maximum places that may be looked at to measure a state; about 200,000 take a second."""
 MAX_STATES = 50_000
 """Number of cached states; at this limit, all are dropped except those that texts are in."""
+MAX_HELD = 2_000_000
+"""Number of heads of all cached states, a second limit for the same."""
 FEW, MANY = 10, 1000
 """Two characters stand for a set of more than FEW, chosen among its first MANY characters."""
 
@@ -88,6 +91,9 @@ class _Way(NamedTuple):
 
 
 NO_WAY = _Way(UNREACHABLE, -1)
+_Move = tuple[int, frozenset[Place]]
+"""A token id, and the heads after that token."""
+ONE = [bytes([byte]) for byte in range(256)]
 
 
 @dataclass(eq=False, slots=True)
@@ -112,15 +118,20 @@ class Automaton:
         """Measure the way from the start to the end.
 
         Raises:
-            OptionsError: the shortest texts are too long, or the tokens cannot write any text.
+            OptionsError: the language exceeds a limit, or the tokens cannot write any text.
         """
-        _check_length(language)
+        check_limits(language)
         self._vocabulary = vocabulary
         self._places = Places(language, vocabulary.narrow)
         self._states: dict[frozenset[Place], State] = {}
+        self._num_held = 0
         self._ways: dict[Place, _Way] = {self._places.brief_end: _Way(0, -1)}
-        self.start = State(self._places.heads(self._places.start))
-        if self.distance(self.start) == UNREACHABLE:
+        try:
+            self.start = State(self._places.heads(self._places.start))
+            distance = self.distance(self.start)
+        except RecordError as error:
+            raise OptionsError(str(error)) from error
+        if distance == UNREACHABLE:
             raise OptionsError(
                 "constraint: expected a text that tokens of the model can write, got none"
             )
@@ -145,7 +156,11 @@ class Automaton:
         return state.heads == {self._places.end}
 
     def distance(self, state: State) -> int:
-        """Return the number of tokens on the way to an end; `UNREACHABLE` if there is none."""
+        """Return the number of tokens on the way to an end; `UNREACHABLE` if there is none.
+
+        Raises:
+            RecordError: to measure them takes more work than is allowed.
+        """
         return self._way(state).num_tokens
 
     def next_token(self, state: State) -> int:
@@ -153,16 +168,24 @@ class Automaton:
         return self._way(state).token_id
 
     def _follow(self, state: State, byte: int) -> State:
-        heads = frozenset[Place]().union(*(self._places.behind(h, byte) for h in state.heads))
+        limit = self._places.work + MAX_AT_ONCE
+        behind = []
+        for head in state.heads:
+            behind.append(self._places.behind(head, byte))
+            if self._places.work > limit:
+                raise too_ambiguous()
+        heads = behind[0] if len(behind) == 1 else frozenset[Place]().union(*behind)
         following = state.edges[byte] = self._state(heads) if heads else DEAD
         return following
 
     def _state(self, heads: frozenset[Place]) -> State:
         state = self._states.get(heads)
         if state is None:
-            if len(self._states) >= MAX_STATES:
+            if len(self._states) >= MAX_STATES or self._num_held >= MAX_HELD:
                 self._states.clear()
                 self.start.edges.clear()
+                self._num_held = 0
+            self._num_held += len(heads)
             state = self._states[heads] = State(heads)
         return state
 
@@ -174,8 +197,13 @@ class Automaton:
         return state.way
 
     def _measure(self, briefs: Iterable[Place]) -> None:
-        """Compute the ways of some brief heads, and of all heads after them."""
-        moves: dict[Place, list[tuple[int, State]]] = {}
+        """Compute the ways of some brief heads, and of all heads after them.
+
+        Raises:
+            RecordError: they are too many.
+        """
+        limit = self._places.work + MAX_WORK
+        moves: dict[Place, list[_Move]] = {}
         waiting = list(briefs)
         while waiting:
             place = waiting.pop()
@@ -183,63 +211,53 @@ class Automaton:
                 self._ways[place] = self._shortest(moves.pop(place))
             elif place not in self._ways:
                 moves[place] = self._moves(place)
+                if self._places.work > limit:
+                    raise RecordError(
+                        f"constraint: expected at most {MAX_WORK:,} steps to find the shortest way "
+                        "to an end, got more; allow fewer choices, optional properties or "
+                        "repetitions within each other"
+                    )
                 # The place is popped again once all heads after it are measured.
                 waiting.append(place)
-                waiting += [head for _, state in moves[place] for head in state.heads]
+                for _, heads in moves[place]:
+                    waiting += heads
 
-    def _shortest(self, moves: Iterable[tuple[int, State]]) -> _Way:
-        ways = [
-            _Way(1 + min(self._ways[head].num_tokens for head in state.heads), token_id)
-            for token_id, state in moves
-        ]
-        return min([*ways, NO_WAY])
+    def _shortest(self, moves: Iterable[_Move]) -> _Way:
+        best = NO_WAY
+        for token_id, heads in moves:
+            num_tokens = min([self._ways[head].num_tokens for head in heads])
+            if (num_tokens, token_id) < (best.num_tokens - 1, best.token_id):
+                best = _Way(num_tokens + 1, token_id)
+        return best
 
-    def _moves(self, place: Place) -> list[tuple[int, State]]:
-        """Return the tokens that may follow at a brief place, and the states after them."""
+    def _moves(self, place: Place) -> list[_Move]:
+        """Return the tokens that may follow at a brief place, and the heads after them."""
         moves = []
-        waiting = [(self._state(frozenset([place])), b"", 0)]
+        find, token_id = self._vocabulary.find, self._vocabulary.token_id
+        waiting = [(self._places.heads(place), b"", 0)]
         while waiting:
-            state, data, start = waiting.pop()
-            for byte in {byte for head in state.heads for byte in head.following or ()}:
-                longer = data + bytes([byte])
-                found = self._vocabulary.find(longer, start)
-                if found is None:
-                    continue
-                following = state.edges.get(byte) or self._follow(state, byte)
-                waiting.append((following, longer, found))
-                token_id = self._vocabulary.token_id(longer)
-                if token_id is not None:
-                    moves.append((token_id, following))
+            heads, data, start = waiting.pop()
+            for byte in _first_bytes(heads):
+                longer = data + ONE[byte]
+                found = find(longer, start)
+                if found is not None:
+                    following = self._behind(heads, byte)
+                    waiting.append((following, longer, found))
+                    if (token := token_id(longer)) is not None:
+                        moves.append((token, following))
         return moves
 
+    def _behind(self, heads: frozenset[Place], byte: int) -> frozenset[Place]:
+        """Return the heads after a byte that some of the heads begin with."""
+        if len(heads) == 1:
+            (head,) = heads
+            return self._places.behind(head, byte)
+        state = self._state(heads)
+        return (state.edges.get(byte) or self._follow(state, byte)).heads
 
-def _check_length(language: Language) -> None:
-    length = _brief_length(language, {})
-    if length > MAX_BRIEF_LENGTH:
-        raise OptionsError(
-            f"constraint: expected at most {MAX_BRIEF_LENGTH} characters that texts must have, got "
-            f"{length}; lower minLength, minItems, or the counts of the regex"
-        )
 
-
-def _brief_length(language: Language, known: dict[int, int]) -> int:
-    """Return the length of a longest text that repeats nothing more often than required.
-
-    Args:
-        language: The language.
-        known: The lengths of parts by `id`, as a tree may contain the same object repeatedly.
-    """
-    if id(language) not in known:
-        match language:
-            case Literal(text):
-                length = len(text)
-            case Concat(parts):
-                length = sum(_brief_length(part, known) for part in parts)
-            case OneOf(options):
-                length = max(_brief_length(option, known) for option in options)
-            case Repeat(body, least):
-                length = max(1, least) * _brief_length(body, known)
-            case _:
-                length = 1
-        known[id(language)] = length
-    return known[id(language)]
+def _first_bytes(heads: frozenset[Place]) -> Iterable[int]:
+    if len(heads) == 1:
+        (head,) = heads
+        return head.following or ()
+    return {byte for head in heads for byte in head.following or ()}

@@ -21,7 +21,8 @@ from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.structured.automaton import Automaton, Vocabulary
-from beam_gemma.structured.grammar import Language, to_regex
+from beam_gemma.structured.grammar import Language
+from beam_gemma.structured.lark import to_lark
 
 Mask = Int32[np.ndarray, " W"]
 
@@ -45,16 +46,17 @@ class Constraint:
             OptionsError: the language is too large to be measured, or llguidance refuses it.
         """
         self.end_token_ids = frozenset(end_token_ids)
-        self._grammar = LLMatcher.grammar_from_regex(to_regex(language))
-        is_error, faults = LLMatcher.validate_grammar_with_warnings(self._grammar)
-        if is_error:
-            raise OptionsError(
-                f"constraint: expected what llguidance takes, got {faults[0]}; simplify it"
-            )
-        self._tokenizer = tokenizer
         self._vocabulary = tokenizer.vocabulary()
         self.vocab_size = len(self._vocabulary)
         self.automaton = Automaton(language, Vocabulary(self._vocabulary))
+        self._grammar = LLMatcher.grammar_from_lark(to_lark(language))
+        is_error, faults = LLMatcher.validate_grammar_with_warnings(self._grammar)
+        if is_error:
+            raise OptionsError(
+                f"constraint: expected what llguidance takes, got {faults[0].splitlines()[0]}; "
+                "simplify it"
+            )
+        self._tokenizer = tokenizer
         self.num_shortest = self.automaton.distance(self.automaton.start)
         """Number of tokens of a shortest text."""
 
@@ -111,7 +113,10 @@ class Guide:
             return automaton.is_accepting(self._state)
         if token_id >= self.vocab_size:
             return False
-        return automaton.distance(automaton.step(self._state, token_id)) <= num_left
+        try:
+            return automaton.distance(automaton.step(self._state, token_id)) <= num_left
+        except RecordError:
+            return True  # `take` refuses it, with the reason
 
     def next_of_shortest(self) -> int:
         """Return the first token of the way to the end; an end token if the text may end here."""
@@ -124,9 +129,11 @@ class Guide:
         """Append a token to the text.
 
         Raises:
-            RecordError: llguidance refuses the token.
+            RecordError: llguidance refuses the token, or what may follow it takes too much work.
         """
-        self._state = self._constraint.automaton.step(self._state, token_id)
+        automaton = self._constraint.automaton
+        self._state = automaton.step(self._state, token_id)
+        automaton.distance(self._state)
         if not self.matcher.consume_token(token_id):
             raise RecordError(f"constraint: {self.matcher.get_error().splitlines()[0]}")
 

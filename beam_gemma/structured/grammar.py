@@ -1,15 +1,20 @@
 """Regular languages: sets of texts, as small trees.
 
-Such a tree defines the valid texts of a constrained row. It is used twice: as a regular expression
-for llguidance, which masks tokens, and as an automaton, which finds the way to the end.
+Such a tree defines the valid texts of a constrained row. It is used twice: as a grammar for
+llguidance, which masks tokens, and as an automaton, which finds the way to the end.
+
+A part that a tree contains several times is one object. Written out, such a tree may be
+exponentially larger than it is, so functions of trees look at each object once, by `each_once`, and
+none of them calls itself.
 
 Every language contains at least one text; `Literal("")` contains only the empty one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_CODE_POINT = 0x10FFFF
+MAX_COUNT = 2**31 - 1
 SURROGATES = (0xD800, 0xDFFF)
 
 Range = tuple[int, int]
@@ -76,6 +81,27 @@ def optional(language: Language) -> Repeat:
     return Repeat(language, 0, 1)
 
 
+def repeated(body: Language, least: int, most: int | None) -> Language:
+    """Return `Repeat`, or fewer repetitions within each other if those have the same texts.
+
+    The texts of (x{i,j}){m,n} are those of x{im,jn} if the counts of x that k of them give are
+    followed by those of k + 1, from k = m on: if i(k + 1) is at most jk + 1.
+    """
+    if not isinstance(body, Repeat) or body.max == 0 or most == 0:
+        return body if least == most == 1 else Repeat(body, least, most)
+    reach = float("inf") if body.max is None and least else (body.max or 0) * least
+    if least != most and body.min * (least + 1) > reach + 1:
+        return Repeat(body, least, most)
+    top = None if body.max is None or most is None else body.max * most
+    return Repeat(body.body, body.min * least, top)
+
+
+def one_of(languages: Iterable[Language]) -> Language:
+    """Return the texts of any of some languages, of which there is at least one."""
+    options = tuple(languages)
+    return options[0] if len(options) == 1 else OneOf(options)
+
+
 def chars(*ranges: Range) -> Chars:
     """Return the characters of some ranges, which may overlap; surrogates are left out."""
     return Chars(_normal(ranges))
@@ -116,32 +142,98 @@ def without(ranges: Iterable[Range], excluded: Iterable[Range]) -> list[Range]:
 ANY_CHAR = chars((0, MAX_CODE_POINT))
 
 
+def parts_of(language: Language) -> tuple[Language, ...]:
+    """Return the languages that a language is made of; none for a literal or characters."""
+    match language:
+        case Concat(parts):
+            return parts
+        case OneOf(options):
+            return options
+        case Repeat(body):
+            return (body,)
+        case _:
+            return ()
+
+
+def each_once(language: Language) -> list[Language]:
+    """Return all parts of a language, each object once and after its own parts; itself last."""
+    found: dict[int, Language] = {}
+    waiting = [(language, False)]
+    while waiting:
+        part, is_expanded = waiting.pop()
+        if is_expanded:
+            found[id(part)] = part
+        elif id(part) not in found:
+            waiting.append((part, True))
+            waiting += [(inner, False) for inner in parts_of(part) if id(inner) not in found]
+    return list(found.values())
+
+
+def is_same(one: Language, other: Language) -> bool:
+    """Return whether two trees are equal; unlike `==`, this compares each two parts once."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [(one, other)]
+    while waiting:
+        left, right = waiting.pop()
+        pair = (id(left), id(right))
+        if left is right or pair in seen:
+            continue
+        seen.add(pair)
+        inner = parts_of(left), parts_of(right)
+        if not inner[0]:
+            if left != right:
+                return False
+        elif not _is_alike(left, right) or len(inner[0]) != len(inner[1]):
+            return False
+        waiting += zip(*inner, strict=True)
+    return True
+
+
+def _is_alike(one: Language, other: Language) -> bool:
+    """Return whether two languages are equal but for their parts."""
+    if isinstance(one, Repeat) and isinstance(other, Repeat):
+        return (one.min, one.max) == (other.min, other.max)
+    return type(one) is type(other)
+
+
 def to_regex(language: Language) -> str:
     """Return a regular expression whose full matches are the texts of a language.
 
     Rust's regex crate, which `llguidance` uses, and Python's `re` read it alike.
+    """
+    written: dict[int, str] = {}
+    for part in each_once(language):
+        inner = [written[id(each)] for each in parts_of(part)]
+        written[id(part)] = regex_of(part, inner)
+    return written[id(language)]
+
+
+def regex_of(language: Language, parts: Sequence[str]) -> str:
+    """Return the regular expression of a language.
+
+    Args:
+        language: The language.
+        parts: The regular expressions of its parts.
     """
     match language:
         case Literal(text):
             return "".join(map(_escaped, text))
         case Chars(ranges):
             return f"[{''.join(map(_class_range, ranges))}]"
-        case Concat(parts):
-            return "".join(map(to_regex, parts))
-        case OneOf(options):
-            return f"(?:{'|'.join(map(to_regex, options))})"
+        case Concat():
+            return "".join(parts)
+        case OneOf():
+            return f"(?:{'|'.join(parts)})"
         case Repeat(body):
-            return _atom(body) + _quantifier(language)
+            atom = parts[0] if isinstance(body, Chars | OneOf) else f"(?:{parts[0]})"
+            return atom + quantifier(language)
 
 
-def _atom(language: Language) -> str:
-    """Return a regular expression that a quantifier may follow."""
-    regex = to_regex(language)
-    return regex if isinstance(language, Chars | OneOf) else f"(?:{regex})"
-
-
-def _quantifier(repeat: Repeat) -> str:
-    match repeat.min, repeat.max:
+def quantifier(repeat: Repeat) -> str:
+    """Return the counts of a repetition, as they are written behind its body."""
+    # llguidance reads no larger count, and no text repeats anything as often.
+    limit = None if repeat.max is not None and repeat.max > MAX_COUNT else repeat.max
+    match repeat.min, limit:
         case 0, 1:
             return "?"
         case 0, None:

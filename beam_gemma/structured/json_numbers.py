@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 
 from beam_gemma.structured.grammar import (
     EMPTY,
@@ -22,12 +22,16 @@ from beam_gemma.structured.grammar import (
     OneOf,
     Repeat,
     chars,
+    one_of,
     optional,
 )
 
 INT64_DIGITS = 19
 MAX_DIGITS = 15
 """Maximum digits of a decimal, those before and after the point together."""
+
+MAX_LISTED = 1_000
+"""Maximum multiples, or last digits of multiples, that are written out one by one."""
 
 POINT, MINUS = Literal("."), Literal("-")
 
@@ -68,7 +72,53 @@ class Span:
 def integers(lows: Sequence[Bound], highs: Sequence[Bound]) -> Language | None:
     """Return the whole numbers of 64 bits within bounds; None if there are none."""
     lowest, highest = (Bound(Fraction(limit), is_open=False) for limit in (-(2**63), 2**63 - 1))
-    return _numbers([lowest, *lows], [highest, *highs], INT64_DIGITS, 0)
+    return _numbers((lowest, *lows), (highest, *highs), INT64_DIGITS, 0)
+
+
+def is_listable(step: int, lowest: int, highest: int) -> bool:
+    """Return whether the multiples of a number within bounds can be written out by `multiples`."""
+    return (highest - lowest) // step <= MAX_LISTED or _num_ending(step) is not None
+
+
+def multiples(step: int, lowest: int, highest: int) -> Language | None:
+    """Return the multiples of a number from `lowest` to `highest`, of at most 64 bits, if any."""
+    first, last = -(-lowest // step), highest // step
+    if first > last:
+        return None
+    if step == 1:
+        return integers([Bound(Fraction(first), False)], [Bound(Fraction(last), False)])
+    if last - first <= MAX_LISTED:
+        return one_of(Literal(str(number * step)) for number in range(first, last + 1))
+    options = _by_endings(step, max(lowest, 0), highest)
+    if below_zero := _by_endings(step, max(-highest, 1), -lowest):
+        options.append(Concat((MINUS, one_of(below_zero))))
+    return one_of(options)
+
+
+def _num_ending(step: int) -> int | None:
+    """Return how many last digits tell whether a number is a multiple; None if they are many."""
+    counts = range(1, INT64_DIGITS)
+    num_digits = next((count for count in counts if 10**count % step == 0), None)
+    return None if num_digits is None or 10**num_digits // step > MAX_LISTED else num_digits
+
+
+def _by_endings(step: int, low: int, high: int) -> list[Language]:
+    """Return the unsigned multiples from `low` to `high`: any digits, then one of some endings."""
+    num_digits = _num_ending(step)
+    assert num_digits is not None, step
+    unit = 10**num_digits
+    short = [Literal(str(number)) for number in range(0, unit, step) if low <= number <= high]
+    endings: dict[tuple[int, int], list[Language]] = {}
+    for number in range(0, unit, step):
+        before = max(-((number - low) // unit), 1), (high - number) // unit
+        if before[0] <= before[1]:
+            endings.setdefault(before, []).append(Literal(f"{number:0{num_digits}d}"))
+    options: list[Language] = [one_of(short)] if short else []
+    for (first, last), texts in endings.items():
+        digits = integers([Bound(Fraction(first), False)], [Bound(Fraction(last), False)])
+        assert digits is not None, (first, last)
+        options.append(Concat((digits, one_of(texts))))
+    return options
 
 
 def decimals(
@@ -81,11 +131,12 @@ def decimals(
         highs: The upper bounds, all of which hold.
         max_places: The maximum number of digits after the point.
     """
-    return _numbers(lows, highs, MAX_DIGITS, max_places)
+    return _numbers(tuple(lows), tuple(highs), MAX_DIGITS, max_places)
 
 
+@lru_cache(maxsize=1024)
 def _numbers(
-    lows: Sequence[Bound], highs: Sequence[Bound], max_digits: int, max_places: int
+    lows: tuple[Bound, ...], highs: tuple[Bound, ...], max_digits: int, max_places: int
 ) -> Language | None:
     """Return the numbers within bounds; digits not used before the point may come after it."""
     positive: list[Span] = []

@@ -1,7 +1,9 @@
 """Compile the schemas of scalar values: strings, numbers and constants."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +19,14 @@ from beam_gemma.structured.grammar import (
     chars,
 )
 from beam_gemma.structured.json_formats import FORMATS
-from beam_gemma.structured.json_numbers import MAX_DIGITS, Bound, decimals, integers
+from beam_gemma.structured.json_numbers import (
+    MAX_DIGITS,
+    MAX_LISTED,
+    Bound,
+    decimals,
+    is_listable,
+    multiples,
+)
 from beam_gemma.structured.json_values import Values, arrow_value, json_text, union
 from beam_gemma.structured.regex import json_string, parse_pattern
 from beam_gemma.structured.schema_node import OF_TYPE, Subschema
@@ -30,13 +39,16 @@ ESCAPED = Concat((Literal("\\"), chars(*((ord(char), ord(char)) for char in '"\\
 CHARACTER = OneOf((PLAIN, ESCAPED))
 """Character within a JSON string; control characters only if they have a short escape."""
 QUOTE = Literal('"')
+INT64 = range(-(2**63), 2**63)
+OF_FLOATS = range(1 - 10**MAX_DIGITS, 10**MAX_DIGITS)
+"""Whole numbers that are taken where a column has floats."""
+OF_DIGITS = f"number of at most {MAX_DIGITS} digits"
 
 
 def string(schema: Subschema) -> Values:
     """Return the strings of a format, a pattern or a range of lengths."""
     keywords = schema.keywords & OF_TYPE["string"]
     if "format" in keywords:
-        schema.alone("format", keywords)
         return _format(schema)
     if "pattern" in keywords:
         schema.alone("pattern", keywords, "; say it in the pattern, as in ^.{1,9}$")
@@ -52,24 +64,49 @@ def _strings(contents: Language, kind: pa.DataType) -> Values:
 
 
 def _format(schema: Subschema) -> Values:
+    """Return the strings of a format, beside which stand only lengths that all of them have."""
     name = schema["format"]
     if name not in FORMATS:
         raise schema.inner("format").error(
             f"one of {', '.join(FORMATS)}", name, nearest(name, FORMATS) or "; leave it out"
         )
+    shortest, longest = FORMATS[name].lengths
+    least, most = schema.counts("minLength", "maxLength")
+    others = schema.keywords & OF_TYPE["string"]
+    if least <= shortest:
+        others -= {"minLength"}
+    if most is not None and longest is not None and longest <= most:
+        others -= {"maxLength"}
+    schema.alone("format", others)
     return _strings(FORMATS[name].language, FORMATS[name].type)
 
 
 def integer(schema: Subschema) -> Values:
     """Return the whole numbers of 64 bits within the bounds."""
-    _places(schema)
-    return _numbers(schema, integers(*_bounds(schema)), pa.int64(), "whole number of 64 bits")
+    found = _whole(schema, pa.int64(), INT64, "whole number of 64 bits")
+    return replace(found, widened=partial(_whole, schema, pa.float64(), OF_FLOATS, OF_DIGITS))
+
+
+def _whole(schema: Subschema, kind: pa.DataType, within: range, expected: str) -> Values:
+    """Return the whole numbers within the bounds and a range."""
+    # What is a multiple of p / q, in lowest terms, and whole, is a multiple of p.
+    step = _exact(schema.get("multipleOf", 1)).numerator
+    lows, highs = _bounds(schema)
+    lowest = max([within[0], *(bound.lowest(1) for bound in lows)])
+    highest = min([within[-1], *(bound.highest(1) for bound in highs)])
+    if not is_listable(step, lowest, highest):
+        raise schema.inner("multipleOf").error(
+            f"at most {MAX_LISTED:,} multiples between the bounds",
+            "more",
+            "; set minimum and maximum, or take 2, 5, 10 or so on",
+        )
+    return _numbers(schema, multiples(step, lowest, highest), kind, expected)
 
 
 def number(schema: Subschema) -> Values:
     """Return the decimals within the bounds, as floats in Arrow."""
-    expected = f"number of at most {MAX_DIGITS} digits"
-    return _numbers(schema, decimals(*_bounds(schema), _places(schema)), pa.float64(), expected)
+    texts = decimals(*_bounds(schema), _places(schema))
+    return _numbers(schema, texts, pa.float64(), OF_DIGITS)
 
 
 def _numbers(
@@ -151,8 +188,11 @@ def _single(value: Any, kind: str, arrow_type: pa.DataType) -> Values:
         type=arrow_type,
         kinds=frozenset({kind}),
         listed=frozenset({value}),
+        is_nullable=value is None,
     )
 
 
+TEXT = _strings(Repeat(CHARACTER, 0, None), pa.string())
+"""All strings."""
 BOOLEAN = union([_single(value, "boolean", pa.bool_()) for value in (True, False)])
 NULL = _single(None, "null", pa.null())

@@ -6,6 +6,7 @@ that decoding cannot enforce, or that has no single Arrow type, is refused with 
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -14,12 +15,31 @@ from typing import Any
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.structured.grammar import EMPTY, Concat, Language, Literal, OneOf, Repeat, optional
-from beam_gemma.structured.json_scalars import BOOLEAN, NULL, constants, integer, number, string
+from beam_gemma.structured.grammar import (
+    EMPTY,
+    Concat,
+    Language,
+    Literal,
+    OneOf,
+    Repeat,
+    is_same,
+    optional,
+)
+from beam_gemma.structured.json_scalars import (
+    BOOLEAN,
+    NULL,
+    TEXT,
+    constants,
+    integer,
+    number,
+    string,
+)
 from beam_gemma.structured.json_values import Values, arrow_value, json_text, may_share, union
-from beam_gemma.structured.schema_node import OF_TYPE, Subschema, checked
+from beam_gemma.structured.schema_node import MAX_LEVELS, OF_TYPE, Subschema, checked
 
 COMMA = Literal(",")
+MAX_FIELDS = 5_000
+"""Maximum fields of a schema's Arrow type, nested ones among them."""
 ALL_KINDS = frozenset(OF_TYPE) - {"integer"}
 
 
@@ -60,6 +80,13 @@ def json_schema_of(schema: Mapping[str, Any] | type) -> Mapping[str, Any]:
             "json_schema: expected a mapping or a class with model_json_schema(), got "
             f"{schema.__name__}"
         )
+    if "pydantic" in sys.modules:
+        from pydantic import BaseModel
+
+        from beam_gemma.structured.pydantic_schema import schema_of
+
+        if issubclass(schema, BaseModel):
+            return schema_of(schema)
     return schema.model_json_schema()
 
 
@@ -72,7 +99,25 @@ def _column(schema: Subschema) -> Values:
 
 
 def _values(schema: Subschema) -> Values:
+    """Return the values of a place, made once for all references to it."""
+    return schema.once(_bounded)
+
+
+def _bounded(schema: Subschema) -> Values:
     parts = schema.parts()
+    values = _of_parts([part for part in parts if part.keywords] or parts[:1], schema)
+    if schema.get("nullable") is True or all(part.get("nullable") is True for part in parts):
+        values = _union([values, NULL], schema)
+    for limit, got, what in (
+        (MAX_FIELDS, values.num_fields, "fields, nested ones among them"),
+        (MAX_LEVELS, values.num_levels, "levels of objects and arrays"),
+    ):
+        if got > limit:
+            raise schema.error(f"at most {limit:,} {what}", f"{got:,}", "; take fewer")
+    return values
+
+
+def _of_parts(parts: Sequence[Subschema], schema: Subschema) -> Values:
     if len(parts) > 1:
         values = _joined(parts, schema)
     elif keyword := {"anyOf", "oneOf"} & parts[0].keywords:
@@ -86,6 +131,12 @@ def _values(schema: Subschema) -> Values:
 
 
 def _union(options: Sequence[Values], schema: Subschema) -> Values:
+    if any(option.type == pa.float64() for option in options):
+        options = [option.widened() if option.widened else option for option in options]
+    structs = {option.type: option.num_fields for option in options if option.num_fields > 1}
+    if len(structs) > 1 and sum(structs.values()) > MAX_FIELDS:
+        got = f"{sum(structs.values()):,}"
+        raise schema.error(f"options with at most {MAX_FIELDS:,} fields", got, "; take fewer")
     try:
         return union(options)
     except pa.ArrowTypeError as error:
@@ -99,8 +150,9 @@ def _alternatives(schema: Subschema, keyword: str) -> Values:
     places = [schema.inner(keyword, index) for index in range(len(schema[keyword]))]
     options = [_values(place) for place in places]
     if keyword == "oneOf":
+        known: dict[tuple[int, int], bool] = {}
         for (_, one), (place, other) in combinations(zip(places, options, strict=True), 2):
-            if may_share(one, other):
+            if may_share(one, other, known):
                 raise place.error(
                     "no value of an option before it, by its type or by a required constant",
                     "values that may be of both",
@@ -116,7 +168,7 @@ def _array(schema: Subschema) -> Values:
     if "items" not in schema.keywords:
         raise schema.error("items", "an array of anything", "; add them")
     items = _column(schema.inner("items"))
-    return _list(_items(items.language, least, most), items.type)
+    return _list(_items(items.language, least, most), items)
 
 
 def _items(item: Language, least: int, most: int | None) -> Language:
@@ -140,14 +192,22 @@ def _tuple(schema: Subschema, least: int, most: int | None) -> Values:
     options = [_column(schema.inner("prefixItems", index)) for index in range(num_items)]
     first, *others = (option.language for option in options)
     behind = (Concat((COMMA, other)) for other in others)
-    return _list(Concat((first, *behind)), _union(options, schema).type)
+    return _list(Concat((first, *behind)), _union(options, schema))
 
 
-def _list(items: Language, item_type: pa.DataType) -> Values:
+def _list(texts: Language, items: Values) -> Values:
+    """Return arrays.
+
+    Args:
+        texts: Language of what stands between the brackets.
+        items: The values of a single item.
+    """
     return Values(
-        language=Concat((Literal("["), items, Literal("]"))),
-        type=pa.list_(item_type),
+        language=Concat((Literal("["), texts, Literal("]"))),
+        type=pa.list_(items.type),
         kinds=frozenset({"array"}),
+        num_fields=1 + items.num_fields,
+        num_levels=1 + items.num_levels,
     )
 
 
@@ -162,36 +222,83 @@ def _joined(parts: Sequence[Subschema], schema: Subschema) -> Values:
     return _object(parts)
 
 
+def _map(schema: Subschema) -> Values:
+    """Return objects of any names, with values of one schema."""
+    keywords = schema.keywords & OF_TYPE["object"]
+    schema.alone(
+        "additionalProperties", keywords - {"propertyNames", "properties"}, "; name all properties"
+    )
+    items = _column(schema.inner("additionalProperties"))
+    name = TEXT
+    if "propertyNames" in keywords:
+        place = schema.inner("propertyNames")
+        name = _values(place)
+        if name.type != pa.string() or name.is_nullable:
+            raise place.error("names that are text", name.type, "; take names without format")
+    member = Concat((name.language, Literal(":"), items.language))
+    return Values(
+        language=Concat((Literal("{"), _items(member, 0, None), Literal("}"))),
+        type=pa.map_(pa.string(), items.type),
+        kinds=frozenset({"object"}),
+        num_fields=2 + items.num_fields,
+        num_levels=1 + items.num_levels,
+    )
+
+
 def _object(parts: Sequence[Subschema]) -> Values:
+    (only, *others) = parts
+    has_names = others or only.get("properties")
+    if not has_names and isinstance(only.get("additionalProperties"), Mapping):
+        return _map(only)
     properties: dict[str, Values] = {}
+    written: set[str] = set()
     for part in parts:
         for name in part.get("properties", ()):
             place = part.inner("properties", name)
             values = _column(place)
-            if properties.setdefault(name, values) != values:
+            elsewhere = properties.setdefault(name, values)
+            if elsewhere.type != values.type or not is_same(elsewhere.language, values.language):
                 raise place.error("what it is elsewhere", "another schema", "; write it once")
-    required: set[str] = set()
+            if _is_always_written(place, values):
+                written.add(name)
     for part in parts:
         _check_additional(part, properties)
-        required |= _required(part, properties)
+        written |= _required(part, properties)
     if not properties:
         raise parts[-1].error("properties, each of which becomes a field", "none", "; add them")
-    members = [(_member(name, values), name in required) for name, values in properties.items()]
+    members = [(_member(name, values), name in written) for name, values in properties.items()]
     return Values(
         language=Concat((Literal("{"), _members(members), Literal("}"))),
         type=pa.struct([(name, values.type) for name, values in properties.items()]),
         kinds=frozenset({"object"}),
-        required={name: properties[name] for name in properties if name in required},
+        num_fields=1 + sum(values.num_fields for values in properties.values()),
+        num_levels=1 + max(values.num_levels for values in properties.values()),
+        required={name: properties[name] for name in properties if name in written},
     )
+
+
+def _is_always_written(place: Subschema, values: Values) -> bool:
+    """Return whether null could not stand for the property where a text leaves it out.
+
+    Left out means the default. So where there is one, the text says it, unless it is null.
+    """
+    defaults = [part["default"] for part in place.parts() if "default" in part.schema]
+    return bool(defaults) and not (defaults[-1] is None and values.is_nullable)
 
 
 def _check_additional(schema: Subschema, properties: Mapping[str, Values]) -> None:
     """Refuse a schema for additional properties, or `false` where joined schemas have others."""
     additional = schema.get("additionalProperties", True)
     own = schema.get("properties", {})
+    if "propertyNames" in schema.keywords:
+        raise schema.inner("propertyNames").error(
+            "names beside a schema in additionalProperties", "named properties", "; leave it out"
+        )
     if not isinstance(additional, bool):
         raise schema.inner("additionalProperties").error(
-            "false, since a field has one name", "a schema", "; take an array of names and values"
+            "false beside properties, since a field has one name",
+            "a schema",
+            "; make one of them an object of its own",
         )
     if not additional and properties.keys() - own.keys():
         raise schema.inner("additionalProperties").error(

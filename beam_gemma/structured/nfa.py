@@ -5,11 +5,15 @@ place. Equal places are the same object: options with the same rest merge again,
 to 500 characters costs only the places that texts use.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from beam_gemma.errors import RecordError
 from beam_gemma.structured.grammar import Chars, Concat, Language, Literal, OneOf, Range, Repeat
+
+MAX_AT_ONCE = 20_000
+"""Maximum places that may be looked at to go on by one byte."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,11 +24,18 @@ class Bytes:
     """Remainder after each possible first byte; None if that byte is the last."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
+class Texts:
+    """Any of some different texts, in UTF-8, of which at least two are not empty."""
+
+    texts: Sequence[bytes]
+
+
+@dataclass(eq=False, repr=False, slots=True)
 class Place:
     """A repeated language, then the rest; a head if it begins with a byte or is an end."""
 
-    language: Language | Bytes | None
+    language: Language | Bytes | Texts | None
     """None for an end."""
     least: int
     most: int | None
@@ -52,8 +63,11 @@ class Places:
             language: The language.
             narrow: Returns the characters of a set that brief texts may use.
         """
+        self.work = 0
+        """Number of places looked at so far, the same ones repeatedly."""
         self._narrow = narrow
         self._places: dict[tuple[int, int, int | None, int], Place] = {}
+        self._groups: dict[int, list[tuple[bytes, Texts | None]]] = {}
         self.end = Place(None, 1, 1, None, {})
         self.brief_end = Place(None, 1, 1, None, {})
         for end in (self.end, self.brief_end):
@@ -62,7 +76,13 @@ class Places:
         self.start = self._before(self.end, language)
 
     def heads(self, place: Place) -> frozenset[Place]:
-        """Return the heads that a place expands to."""
+        """Return the heads that a place expands to.
+
+        Raises:
+            RecordError: they are too many.
+        """
+        if place.heads is None and place.following is not None:
+            place.heads = frozenset([place])
         if place.heads is None:
             heads, seen, waiting = [], {place}, [place]
             while waiting:
@@ -73,11 +93,15 @@ class Places:
                 new = [p for p in self._unfold(at) if p not in seen]
                 seen.update(new)
                 waiting.extend(new)
+                if len(seen) > MAX_AT_ONCE:
+                    raise too_ambiguous()
+            self.work += len(seen)
             place.heads = frozenset(heads)
         return place.heads
 
     def behind(self, head: Place, byte: int) -> frozenset[Place]:
         """Return the heads after a byte; none if `head` does not begin with it."""
+        self.work += 1
         if not head.following or byte not in head.following:
             return frozenset()
         assert head.rest is not None
@@ -98,7 +122,7 @@ class Places:
         return brief
 
     def _before(
-        self, rest: Place, language: Language | Bytes, least: int = 1, most: int | None = 1
+        self, rest: Place, language: Language | Bytes | Texts, least: int = 1, most: int | None = 1
     ) -> Place:
         """Return the one place for `least` to `most` times `language`, then `rest`."""
         is_brief = rest is rest.brief
@@ -128,11 +152,15 @@ class Places:
             return
         match place.language:
             case Literal(text):
-                yield self._before_all(rest, [ONE_BYTE[byte] for byte in text.encode()])
+                yield self._before_text(rest, text.encode())
+            case Texts() as texts:
+                yield from self._before_texts(rest, texts)
             case Concat(parts):
                 yield self._before_all(rest, parts)
             case OneOf(options):
-                yield from (self._before(rest, option) for option in options)
+                yield from self._before_texts(rest, place.language)
+                others = (option for option in options if not isinstance(option, Literal))
+                yield from (self._before(rest, option) for option in others)
 
     def _unfold_repeat(self, place: Place, rest: Place) -> Iterator[Place]:
         assert place.language is not None
@@ -142,10 +170,57 @@ class Places:
         if place.least == 0:
             yield rest
 
-    def _before_all(self, rest: Place, parts: Sequence[Language | Bytes]) -> Place:
+    def _before_all(self, rest: Place, parts: Sequence[Language]) -> Place:
         for part in reversed(parts):
             rest = self._before(rest, part)
         return rest
+
+    def _before_text(self, rest: Place, text: bytes) -> Place:
+        for byte in reversed(text):
+            rest = self._before(rest, ONE_BYTE[byte])
+        return rest
+
+    def _before_texts(self, rest: Place, language: OneOf | Texts) -> Iterator[Place]:
+        """Yield the places for the texts that are listed; some share those for their beginning."""
+        # A place keeps its language alive, and both it and its brief form need the same tails.
+        groups = self._groups.get(id(language))
+        if groups is None:
+            groups = self._groups[id(language)] = list(_grouped(_listed(language)))
+        for prefix, tails in groups:
+            after = rest if tails is None else self._before(rest, tails)
+            yield self._before_text(after, prefix)
+
+
+def too_ambiguous() -> RecordError:
+    """Return the error of a text that may go on from too many places."""
+    return RecordError(
+        f"constraint: expected at most {MAX_AT_ONCE:,} ways to read the beginning of a text, got "
+        "more; allow fewer repetitions of what may be empty or end in several places"
+    )
+
+
+def _listed(language: OneOf | Texts) -> Iterable[bytes]:
+    if isinstance(language, Texts):
+        return language.texts
+    literals = (option for option in language.options if isinstance(option, Literal))
+    return dict.fromkeys(option.text.encode() for option in literals)
+
+
+def _grouped(texts: Iterable[bytes]) -> "Iterator[tuple[bytes, Texts | None]]":
+    """Group different texts by their first byte, and yield what each group begins and ends with."""
+    groups: dict[bytes, list[bytes]] = {}
+    for text in texts:
+        groups.setdefault(text[:1], []).append(text)
+    for group in groups.values():
+        prefix = _common_prefix(group)
+        tails = [text[len(prefix) :] for text in group]
+        yield prefix, Texts(tails) if len(tails) > 1 else None
+
+
+def _common_prefix(texts: Sequence[bytes]) -> bytes:
+    first, last = min(texts), max(texts)
+    differing = (at for at, byte in enumerate(first) if byte != last[at])
+    return first[: next(differing, len(first))]
 
 
 ONE_BYTE = [Bytes({byte: None}) for byte in range(256)]
@@ -153,7 +228,7 @@ ONE_BYTE = [Bytes({byte: None}) for byte in range(256)]
 LENGTHS = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
 
 
-def _following(language: Language | Bytes) -> "Mapping[int, Bytes | None] | None":
+def _following(language: Language | Bytes | Texts) -> "Mapping[int, Bytes | None] | None":
     if isinstance(language, Bytes):
         return language.following
     return _utf8(language).following if isinstance(language, Chars) else None

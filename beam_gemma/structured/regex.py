@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 from beam_gemma.errors import OptionsError
@@ -21,6 +22,7 @@ from beam_gemma.structured.grammar import (
     ANY_CHAR,
     EMPTY,
     MAX_CODE_POINT,
+    SURROGATES,
     Chars,
     Concat,
     Language,
@@ -29,9 +31,15 @@ from beam_gemma.structured.grammar import (
     Range,
     Repeat,
     chars,
+    each_once,
+    one_of,
+    parts_of,
+    repeated,
     without,
 )
 
+MAX_LENGTH = 10_000
+"""Maximum characters of a regular expression."""
 MAX_DEPTH = 100
 ANY_TEXT = Repeat(ANY_CHAR, 0, None)
 QUANTIFIER = re.compile(r"([*+?])|\{(?!\})([0-9]*)(,?)([0-9]*)\}")
@@ -66,9 +74,6 @@ class Class(NamedTuple):
         ranges, possible = (tuple(without(ANY_CHAR.ranges, some)) for some in reversed(self))
         return Class(ranges, possible)
 
-    def __or__(self, other: "Class") -> "Class":
-        return Class(self.ranges + other.ranges, self.possible + other.possible)
-
 
 class Option(NamedTuple):
     """A top-level option of a regular expression."""
@@ -86,7 +91,7 @@ def parse_regex(pattern: str) -> Language:
         OptionsError: it is no regular expression, or has no regular language.
     """
     options = Parser(pattern, python_classes(), "regex").options()
-    return _one_of(option.language for option in options)
+    return one_of(option.language for option in options)
 
 
 def parse_pattern(pattern: str, place: str) -> Language:
@@ -99,7 +104,7 @@ def parse_pattern(pattern: str, place: str) -> Language:
     Raises:
         OptionsError: it is no regular expression, or has no regular language.
     """
-    return _one_of(
+    return one_of(
         _concat((EMPTY if is_start else ANY_TEXT, language, EMPTY if is_end else ANY_TEXT))
         for language, is_start, is_end in Parser(pattern, portable_classes(), place).options()
     )
@@ -121,6 +126,10 @@ class Parser:
         self._place = place
         self._at = 0
         self._depth = 0
+        self._known: dict[str, Language] = {}
+        if len(pattern) > MAX_LENGTH:
+            got = f"{len(pattern):,}"
+            raise self._error(f"at most {MAX_LENGTH:,} characters", got, MAX_LENGTH)
         try:
             with warnings.catch_warnings():
                 # These warn of syntax whose meaning may change in later versions of Python.
@@ -172,7 +181,7 @@ class Parser:
         if not self._take(")"):
             self._check()
         self._depth -= 1
-        return _one_of(options)
+        return one_of(options)
 
     def _repeated(self, body: Language) -> Language:
         found = self._match(QUANTIFIER)
@@ -183,17 +192,20 @@ class Parser:
         self._take("?")
         sign, least, comma, most = found.groups()
         if sign:
-            return Repeat(body, int(sign == "+"), 1 if sign == "?" else None)
+            return repeated(body, int(sign == "+"), 1 if sign == "?" else None)
         if not comma:
-            return Repeat(body, int(least), int(least))
-        return Repeat(body, int(least or 0), int(most) if most else None)
+            return repeated(body, int(least), int(least))
+        return repeated(body, int(least or 0), int(most) if most else None)
 
     def _brackets(self) -> Class:
         is_negated = self._take("^")
-        some = self._in_brackets()
-        while not self._take("]"):
-            some |= self._in_brackets()
-        return ~some if is_negated else some
+        found: dict[str, Class] = {}
+        while not found or not self._take("]"):
+            start = self._at
+            some = self._in_brackets()
+            found[self._pattern[start : self._at]] = some
+        ranges, possible = (tuple(chain(*each)) for each in zip(*found.values(), strict=True))
+        return ~Class(ranges, possible) if is_negated else Class(ranges, possible)
 
     def _in_brackets(self) -> Class:
         if self._pattern[self._at] != "." and (some := self._class()) is not None:
@@ -220,13 +232,13 @@ class Parser:
         return ord(self._pattern[self._at - 1])
 
     def _characters(self, some: Class, start: int) -> Language:
-        ranges = without(some.ranges, without([(0, MAX_CODE_POINT)], ANY_CHAR.ranges))
-        if not ranges:
-            got = self._pattern[start : self._at]
-            raise self._error("a character that text may hold", got, start)
-        found = chars(*ranges)
-        ((first, last), *others) = found.ranges
-        return found if others or first < last else Literal(chr(first))
+        """Return the language of a class, the same object for the same notation."""
+        notation = self._pattern[start : self._at]
+        if notation not in self._known:
+            if (found := _literal_or_chars(some.ranges)) is None:
+                raise self._error("a character that text may hold", notation, start)
+            self._known[notation] = found
+        return self._known[notation]
 
     def _take(self, *texts: str) -> bool:
         """Consume one of some texts, if it comes next; return whether one did."""
@@ -258,17 +270,24 @@ class Parser:
 
 def json_string(language: Language) -> Language:
     """Return a language with its texts escaped as in JSON strings, without the quotes."""
-    match language:
+    written: dict[int, Language] = {}
+    for part in each_once(language):
+        written[id(part)] = _in_json_string(part, [written[id(each)] for each in parts_of(part)])
+    return written[id(language)]
+
+
+def _in_json_string(part: Language, inner: Sequence[Language]) -> Language:
+    match part:
         case Literal(text):
             return Literal(_in_json(text))
         case Chars(ranges):
             return _chars_in_json(ranges)
-        case Concat(parts):
-            return Concat(tuple(map(json_string, parts)))
-        case OneOf(options):
-            return OneOf(tuple(map(json_string, options)))
-        case Repeat(body, least, most):
-            return Repeat(json_string(body), least, most)
+        case Concat():
+            return Concat(tuple(inner))
+        case OneOf():
+            return OneOf(tuple(inner))
+        case Repeat(_, least, most):
+            return Repeat(inner[0], least, most)
 
 
 ESCAPED = [*map(chr, range(0x20)), '"', "\\"]
@@ -285,16 +304,11 @@ def _chars_in_json(ranges: Sequence[Range]) -> Language:
         options.append(Concat((Literal("\\"), chars(*((name, name) for name in names)))))
     if codes:
         options.append(Concat((Literal("\\u"), OneOf(tuple(codes)))))
-    return _one_of(options)
+    return one_of(options)
 
 
 def _in_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _one_of(languages: Iterable[Language]) -> Language:
-    options = tuple(languages)
-    return options[0] if len(options) == 1 else OneOf(options)
 
 
 def _concat(languages: Iterable[Language]) -> Language:
@@ -308,6 +322,16 @@ def _concat(languages: Iterable[Language]) -> Language:
     if not parts:
         return EMPTY
     return parts[0] if len(parts) == 1 else Concat(tuple(parts))
+
+
+def _literal_or_chars(ranges: Iterable[Range]) -> Language | None:
+    """Return the characters of some ranges that text may hold; None if there are none."""
+    left = without(ranges, [SURROGATES])
+    if not left:
+        return None
+    found = chars(*left)
+    ((first, last), *others) = found.ranges
+    return found if others or first < last else Literal(chr(first))
 
 
 def _only(first: int, last: int | None = None) -> Class:

@@ -1,15 +1,27 @@
 """Schemas within a JSON Schema: their places, keywords and references."""
 
+import difflib
+import functools
 import json
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from jsonschema import Draft202012Validator, SchemaError
 
 from beam_gemma.errors import OptionsError, nearest
 
+T = TypeVar("T")
+
+MAX_LEVELS = 32
+"""Maximum schemas within each other, and maximum references followed to reach one."""
+MAX_NESTING = 70
+"""Maximum objects and arrays within each other in the text of a schema."""
+MAX_OBJECTS = 5_000
+"""Maximum objects in the text of a schema; jsonschema checks a few thousand of them per second."""
+MAX_VALUES = 100_000
+"""Maximum values in the text of a schema, constants among them."""
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 OF_TYPE = {
     "string": {"minLength", "maxLength", "pattern", "format"},
@@ -18,16 +30,25 @@ OF_TYPE = {
     "boolean": set(),
     "null": set(),
     "array": {"items", "prefixItems", "minItems", "maxItems"},
-    "object": {"properties", "required", "additionalProperties"},
+    "object": {"properties", "required", "additionalProperties", "propertyNames"},
 }
 """Keywords that restrict the values of a type, by type."""
 OF_ANY = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
-ANNOTATIONS = {
-    "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default",
-    "examples", "deprecated", "readOnly", "writeOnly", "discriminator",
+NOTES = frozenset({"default", "nullable"})
+"""Keywords that restrict no values, but that say of a place whether it may be left out or null."""
+ANNOTATIONS = NOTES | {
+    "$schema", "$id", "$comment", "$defs", "$anchor", "$dynamicAnchor", "$vocabulary",
+    "definitions", "id", "title", "description", "example", "examples", "deprecated", "readOnly",
+    "writeOnly", "discriminator", "propertyOrder", "propertyOrdering", "property_ordering",
+    "enumNames", "note", "notes", "tsType", "contentEncoding", "contentMediaType", "contentSchema",
 }  # fmt: skip
-"""Keywords that restrict no values; `discriminator` is OpenAPI's, beside `oneOf`."""
-KNOWN = OF_ANY.union(ANNOTATIONS, *OF_TYPE.values())
+"""Keywords that restrict no values; some are those of OpenAPI and of form builders."""
+FORMER = {"additionalItems", "dependencies", "disallow", "divisibleBy", "extends", "$recursiveRef"}
+"""Keywords of earlier drafts that restrict values."""
+SHORTEST_START = 3
+"""Minimum letters by which the start of a keyword is taken for it, as in `min`."""
+KNOWN = OF_ANY.union(*OF_TYPE.values())
+"""Keywords that decoding can enforce."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +60,10 @@ class Subschema:
     pointer: str = "#"
     trail: tuple[str, ...] = ("#",)
     """References followed to reach this schema, the root first."""
+    num_levels: int = 0
+    """Number of schemas that this one is within; a reference is at the level of its target."""
+    known: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
+    """What `once` has made of schemas of this root."""
 
     @property
     def keywords(self) -> frozenset[str]:
@@ -49,14 +74,13 @@ class Subschema:
         """
         if not isinstance(self.schema, Mapping):
             raise self.error("a schema that says what is valid", json.dumps(self.schema))
-        for keyword in sorted(self.schema.keys() - KNOWN):
-            is_real = keyword in Draft202012Validator.VALIDATORS
-            raise self.inner(keyword).error(
-                "a keyword that decoding can keep to",
-                keyword,
-                "; leave it out" if is_real else nearest(keyword, KNOWN) or "; leave it out",
-            )
-        return frozenset(self.schema.keys() - ANNOTATIONS)
+        for keyword in sorted(self.schema.keys() - KNOWN - ANNOTATIONS):
+            is_real = keyword in FORMER or keyword in Draft202012Validator.VALIDATORS
+            remedy = "; leave it out" if is_real else _meant(keyword)
+            if remedy:
+                place = self.inner(keyword)
+                raise place.error("a keyword that decoding can keep to", keyword, remedy)
+        return frozenset(KNOWN & self.schema.keys())
 
     def __getitem__(self, keyword: str) -> Any:
         return self.schema[keyword]
@@ -71,15 +95,32 @@ class Subschema:
         for key in keys:
             pointer += "/" + str(key).replace("~", "~0").replace("/", "~1")
             schema = schema[key]
-        return replace(self, schema=schema, pointer=pointer)
+        return replace(self, schema=schema, pointer=pointer, num_levels=self.num_levels + 1)
+
+    def once(self, make: "Callable[[Subschema], T]") -> T:
+        """Return what a function makes of this schema, made once for all references to it."""
+        key = (make.__name__, self.pointer)
+        if key not in self.known:
+            self.known[key] = make(self)
+        return self.known[key]
 
     def parts(self) -> list["Subschema"]:
-        """Return the schemas that all apply, with `$ref` and `allOf` resolved.
+        """Return the schemas that all apply, each once, with `$ref` and `allOf` resolved.
 
         Raises:
-            OptionsError: a reference has no target, or its target contains the reference.
+            OptionsError: a reference has no target, or its target contains the reference, or the
+                schema is within too many others.
         """
-        rest = self.keywords - {"$ref", "allOf"}
+        return self.once(Subschema._parts)
+
+    def _parts(self) -> list["Subschema"]:
+        for got, what in (
+            (self.num_levels, "schemas within each other"),
+            (len(self.trail) - 1, "references that lead to each other"),
+        ):
+            if got > MAX_LEVELS:
+                raise self.error(f"at most {MAX_LEVELS} {what}", "more", "; take fewer levels")
+        rest = (self.keywords - {"$ref", "allOf"}) | (NOTES & self.schema.keys())
         found = []
         if "$ref" in self.schema:
             found += self._target().parts()
@@ -87,7 +128,7 @@ class Subschema:
             found += self.inner("allOf", index).parts()
         if rest or not found:
             found.append(replace(self, schema={keyword: self[keyword] for keyword in sorted(rest)}))
-        return found
+        return list({part.pointer: part for part in found}.values())
 
     def types(self) -> list[str]:
         """Return the types of the values; without `type`, keywords of a single type imply it.
@@ -152,13 +193,78 @@ class Subschema:
                 f"a reference to {reference} within it",
                 "; write its levels out",
             )
-        target = Subschema(self.root, self.root, trail=(*self.trail, reference))
+        root = replace(self, schema=self.root, pointer="#", trail=(*self.trail, reference))
+        keys = [key.replace("~1", "/").replace("~0", "~") for key in keys]
         try:
-            return target.inner(*(key.replace("~1", "/").replace("~0", "~") for key in keys))
-        except (KeyError, TypeError) as error:
+            target = replace(root.inner(*keys), num_levels=self.num_levels)
+        except (LookupError, TypeError) as error:
             raise place.error(
                 "a reference to a part of the schema", reference, "; see its $defs"
             ) from error
+        if not _are_schemas(keys):
+            target.once(_check_shape)
+        return target
+
+
+@functools.cache
+def _meant(keyword: str) -> str:
+    """Return a hint at the keyword that an unknown one may be meant for; empty if there is none."""
+    if keyword.lower().startswith("x-"):
+        return ""
+    names = {_plain(name): name for name in KNOWN | Draft202012Validator.VALIDATORS.keys()}
+    plain = _plain(keyword)
+    found = difflib.get_close_matches(plain, names, n=1, cutoff=0.75)
+    if len(plain) >= SHORTEST_START:
+        found += sorted(name for name in names if name.startswith(plain))
+    return f"; did you mean {names[found[0]]}?" if found else ""
+
+
+def _plain(keyword: str) -> str:
+    return keyword.lower().replace("_", "").replace("$", "")
+
+
+def _are_schemas(keys: Iterable[str]) -> bool:
+    """Return whether all on a path is checked with the root; a default, for one, is not."""
+    rest = iter(keys)
+    return all(
+        next(rest, None) is not None if key in {"$defs", "definitions", "properties"}
+        else key == "items"
+        for key in rest
+    )  # fmt: skip
+
+
+def _check_shape(schema: Subschema) -> None:
+    """Check a schema against JSON Schema 2020-12."""
+    try:
+        Draft202012Validator.check_schema(schema.schema)
+    except SchemaError as error:
+        place = schema.inner(*error.absolute_path)
+        got = json.dumps(place.schema, ensure_ascii=False)
+        remedy = nearest(str(place.schema), OF_TYPE) or f"; {error.message}"
+        raise place.error("the shape of JSON Schema 2020-12", got, remedy) from error
+
+
+def _check_size(schema: object) -> None:
+    """Refuse a schema whose text would be too large to be checked, before it is written out."""
+    num_objects = num_values = 0
+    waiting = [(schema, 0)]
+    while waiting:
+        value, level = waiting.pop()
+        if isinstance(value, Mapping):
+            num_objects += 1
+            waiting += [(inner, level + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += [(inner, level + 1) for inner in value]
+        num_values += 1
+        for limit, got, what in (
+            (MAX_NESTING, level, "levels of JSON within each other"),
+            (MAX_OBJECTS, num_objects, "objects"),
+            (MAX_VALUES, num_values, "values"),
+        ):
+            if got > limit:
+                raise OptionsError(
+                    f"json_schema: expected at most {limit:,} {what}, got more; take a smaller one"
+                )
 
 
 def checked(schema: Mapping[str, Any]) -> Subschema:
@@ -167,18 +273,14 @@ def checked(schema: Mapping[str, Any]) -> Subschema:
     Raises:
         OptionsError: the schema is invalid; the message names the place.
     """
+    _check_size(schema)
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
         root = json.loads(text.encode())
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise OptionsError(
             f"json_schema: expected a JSON Schema, got what JSON does not have: {error}"
         ) from error
-    try:
-        Draft202012Validator.check_schema(root)
-    except SchemaError as error:
-        place = Subschema(root, root).inner(*error.absolute_path)
-        got = json.dumps(place.schema, ensure_ascii=False)
-        remedy = nearest(str(place.schema), OF_TYPE) or f"; {error.message}"
-        raise place.error("the shape of JSON Schema 2020-12", got, remedy) from error
-    return Subschema(root, root)
+    found = Subschema(root, root)
+    _check_shape(found)
+    return found

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
-from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_errors
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_errors, shots_own_errors
 from beam_gemma.inputs.template import Template
 from beam_gemma.model.markup import Part
 from beam_gemma.model.tokenizer import Tokenizer
@@ -54,6 +54,15 @@ class Question:
         return [continuation.num_label_tokens for continuation in self.plan.continuations]
 
     @property
+    def num_label_characters(self) -> list[int]:
+        """Number of each label's characters, as lm-evaluation-harness counts them for acc_norm.
+
+        White space at the start of a label separates it from the prompt and is not counted, unless
+        the label is nothing else.
+        """
+        return [len(label.lstrip()) or len(label) for label in self.labels]
+
+    @property
     def identity(self) -> list[Any]:
         """JSON-serializable value that is equal only for equal questions."""
         labels = [
@@ -77,7 +86,7 @@ class Answer:
         lengths = {
             "none": [1] * len(self.logliks),
             "tokens": self.question.num_label_tokens,
-            "chars": [len(label) for label in self.question.labels],
+            "chars": self.question.num_label_characters,
         }[norm]
         return softmax([x / n for x, n in zip(self.logliks, lengths, strict=True)])
 
@@ -97,7 +106,7 @@ class ClassifySettings(PromptSettings, Settings):
     exactly as written after the prompt, including a leading space."""
     label_norm: LabelNorm = "none"
     """Divisor of a label's log-likelihood before labels are compared: none, its number of tokens,
-    or its number of characters."""
+    or its number of characters without the white space that it begins with."""
     logliks: bool = False
     """True to return the log-likelihoods."""
     shots: tuple[Shot, ...] = ()
@@ -254,12 +263,10 @@ class QuestionEncoder:
 
     def _shots(self, settings: ClassifySettings) -> Shots:
         """Return the shots with their labels rendered."""
-        try:
+        with shots_own_errors():
             examples = tuple(
                 (shot.row, _written(self._labels[shot.label], shot.row)) for shot in settings.shots
             )
-        except RecordError as error:
-            raise OptionsError(f"shots: expected rows with labels, got: {error}") from error
         return Shots(
             examples=examples,
             number=settings.num_fewshot,

@@ -13,7 +13,7 @@ from beam_gemma.structured.grammar import Chars, Concat, Language, Literal, OneO
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 COUNTS = st.integers(0, 4)
 MILLION = st.integers(-(10**6), 10**6)
-FORMATS = ["date", "date-time", "time", "uuid", "email", "ipv4"]
+FORMATS = ["date", "date-time", "time", "uuid", "email", "ipv4", "duration", "uri"]
 PATTERNS = ["^[A-Z]{2}-[0-9]+$", "(red|green)", '^"\\\\\n', "é[^a-z]?$"]
 
 
@@ -89,6 +89,12 @@ def steps(places):
     return typed("number", ends(values, "minimum", "maximum"), step)
 
 
+def multiples(step):
+    """Return multiples of a whole number within bounds."""
+    bounds = ends(MILLION.map(lambda number: number * step), "minimum", "maximum")
+    return typed("integer", bounds, st.just({"multipleOf": step}))
+
+
 def constants(values):
     """Return `enum` or `const` of some values, with null or without."""
     return st.one_of(
@@ -107,6 +113,7 @@ SCALARS = st.one_of(
     typed("integer", ends(MILLION, "minimum", "maximum")),
     typed("number", ends(THOUSANDTHS, "exclusiveMinimum", "exclusiveMaximum")),
     st.integers(0, 3).flatmap(steps),
+    st.sampled_from([2, 5, 25, 100]).flatmap(multiples),
     constants(TEXT),
     constants(MILLION),
     constants(st.booleans()),
@@ -116,6 +123,11 @@ SCALARS = st.one_of(
 def arrays(items):
     counts = ends(COUNTS, "minItems", "maxItems")
     return typed("array", items.map(lambda schema: {"items": schema}), counts)
+
+
+def maps(values):
+    names = st.sampled_from([{}, {"propertyNames": {"minLength": 2}}])
+    return typed("object", values.map(lambda schema: {"additionalProperties": schema}), names)
 
 
 def tuples(items):
@@ -159,7 +171,13 @@ def referred(draw, values):
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
-        objects(inner), objects(inner), arrays(inner), tuples(inner), tagged(inner), nullable(inner)
+        objects(inner),
+        objects(inner),
+        arrays(inner),
+        maps(inner),
+        tuples(inner),
+        tagged(inner),
+        nullable(inner),
     ),
     max_leaves=5,
 )

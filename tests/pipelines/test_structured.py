@@ -17,6 +17,7 @@ SCHEMA = {
     "properties": {
         "day": {"type": "string", "format": "date"},
         "size": {"type": ["number", "null"], "minimum": 0, "maximum": 9},
+        "by": {"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "boolean"}},
         "tags": {
             "type": "array",
             "items": {
@@ -28,11 +29,12 @@ SCHEMA = {
             "maxItems": 2,
         },
     },
-    "required": ["day", "size", "tags"],
+    "required": ["day", "size", "tags", "by"],
 }
 TYPES = {
     "day": pa.date32(),
     "size": pa.float64(),
+    "by": pa.map_(pa.string(), pa.bool_()),
     "tags": pa.list_(pa.struct({"name": pa.string(), "sure": pa.bool_()})),
 }
 TEXTS = ["the cat", None, "in the hat", "a tent", "the cat", "then"]
@@ -94,7 +96,7 @@ def test_properties_may_be_columns(run, schema, tmp_path):
         assert run(tmp_path / "flat" / name, *schema, "--flatten")[0] == 0
     assert run(tmp_path / "whole" / "x.parquet", *schema)[0] == 0
     flat, whole = table_of(tmp_path / "flat"), table_of(tmp_path / "whole")
-    assert flat.schema.names[2:5] == list(TYPES)
+    assert flat.schema.names[2:6] == list(TYPES)
     for name, kind in TYPES.items():
         assert flat.schema.field(name).type == kind
         assert flat[name].to_pylist() == [

@@ -223,7 +223,7 @@ def test_what_the_tokens_cannot_write_is_refused_or_unreachable() -> None:
 def test_a_text_that_must_be_long_is_refused() -> None:
     items = Repeat(Concat((Repeat(LOWER, 300, 500), Literal(","))), 100, None)
     with pytest.raises(
-        OptionsError, match=r"at most 20000 characters .*, got 30100; lower minLength"
+        OptionsError, match=r"at most 20,000 characters .*, got 30,100; lower minLength"
     ):
         Automaton(items, BYTES)
 

@@ -106,6 +106,54 @@ def test_uuids(value: uuid.UUID) -> None:
     assert not is_text("uuid", f"{value}0")
 
 
+@pytest.mark.parametrize(
+    ("text", "is_duration"),
+    [
+        ("P3D", True),
+        ("PT0S", True),
+        ("P1DT2H3M4S", True),
+        ("PT36H", True),
+        ("PT5M10S", True),
+        ("P", False),
+        ("PT", False),
+        ("P1DT", False),
+        ("PT1H5S", False),
+        ("PT0.5S", False),
+        ("P1Y", False),
+        ("P01D", False),
+    ],
+)
+def test_durations(text: str, is_duration: bool) -> None:
+    """Those of RFC 3339 whose length is certain: a month or a year has no fixed one."""
+    assert is_text("duration", text) == is_duration
+
+
+@pytest.mark.parametrize(
+    ("text", "is_uri"),
+    [
+        ("https://example.com", True),
+        ("http://a.b-c.co.uk:8080/d/e_f.html?g=h&i=%C3%A9#j", True),
+        ("ftp://example.com", False),
+        ("https://example", False),
+        ("https://-a.de", False),
+        ("https://xn--a.de", False),
+        ("https://a.de/b c", False),
+        ("https://a.de/%zz", False),
+        ("https://a.de/é", False),
+    ],
+)
+def test_addresses_on_the_web(text: str, is_uri: bool) -> None:
+    assert is_text("uri", text) == is_uri
+
+
+def test_lengths_of_formats() -> None:
+    lengths = {name: found.lengths for name, found in FORMATS.items()}
+    assert lengths["date"] == (10, 10)
+    assert lengths["ipv4"] == (7, 15)
+    assert lengths["email"] == (6, None)
+    assert lengths["uri"][1] <= 2083
+
+
 def test_addresses_of_ipv4() -> None:
     for number in range(300):
         for text in (f"{number}.0.0.1", f"10.0.{number}.255", f"1.2.3.{number:02d}"):

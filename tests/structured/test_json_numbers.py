@@ -1,5 +1,6 @@
 """Numbers within bounds: each text that is within, and no other."""
 
+import itertools
 import re
 from fractions import Fraction
 
@@ -8,7 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beam_gemma.structured.grammar import to_regex
-from beam_gemma.structured.json_numbers import MAX_DIGITS, Bound, decimals, integers
+from beam_gemma.structured.json_numbers import (
+    MAX_DIGITS,
+    Bound,
+    decimals,
+    integers,
+    is_listable,
+    multiples,
+)
 
 CANONICAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 LIMITS = st.none() | st.tuples(
@@ -98,6 +106,28 @@ def test_decimals_between_small_bounds(low: str | None, is_open: bool) -> None:
                 text,
                 ends,
             )
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 10, 25, 60, 1000])
+@pytest.mark.parametrize(
+    ("lowest", "highest"),
+    [(-(2**63), 2**63 - 1), (-1234, 1999), (17, 123_456), (-500_000, -17), (0, 0), (1, 1)],
+)
+def test_multiples(step: int, lowest: int, highest: int) -> None:
+    if not is_listable(step, lowest, highest):
+        assert step in (3, 60)
+        return
+    found = multiples(step, lowest, highest)
+    if found is None:
+        assert -(-lowest // step) > highest // step
+        return
+    is_text = texts_of(found)
+    near = (range(end - 1100, end + 1101) for end in (lowest, 0, highest))
+    for number in itertools.chain(*near):
+        is_multiple = lowest <= number <= highest and number % step == 0
+        assert is_text(str(number)) == is_multiple, number
+    assert not is_text("-0")
+    assert not is_text("00")
 
 
 def test_decimals_have_15_digits_in_all() -> None:

@@ -37,6 +37,101 @@ def test_an_object_has_its_properties_in_order() -> None:
         assert not accepts(schema, text)
 
 
+@pytest.mark.parametrize(
+    ("schema", "is_left_out"),
+    [
+        (WHOLE, True),
+        ({"type": ["integer", "null"]}, True),
+        ({"type": ["integer", "null"], "default": None}, True),
+        ({"type": ["integer", "null"], "default": 3}, False),
+        ({"type": "integer", "default": 3}, False),
+        ({"type": "integer", "default": None}, False),
+        ({"type": "integer", "nullable": True, "default": None}, True),
+        ({"anyOf": [WHOLE, {"type": "null"}], "default": None}, True),
+        ({"$ref": "#/$defs/Count"}, False),
+        ({"$ref": "#/$defs/Count", "default": None}, False),
+        ({"allOf": [{"$ref": "#/$defs/Maybe"}], "default": None}, True),
+    ],
+)
+def test_a_property_is_left_out_only_where_null_stands_for_it(schema, is_left_out) -> None:
+    """A column has null there, which is no default but null itself."""
+    root = objects(a=schema) | {
+        "$defs": {"Count": {**WHOLE, "default": 1}, "Maybe": {"enum": [1, None]}}
+    }
+    assert accepts(root, '{"a":1}')
+    assert accepts(root, "{}") == is_left_out
+
+
+def test_a_tag_with_a_default_tells_options_apart() -> None:
+    options = [objects(tag={"const": tag, "default": tag}, **{tag: WHOLE}) for tag in "ab"]
+    schema = {"oneOf": options}
+    assert accepts(schema, '{"tag":"a","a":1}')
+    assert accepts(schema, '{"tag":"b"}')
+    assert not accepts(schema, "{}")
+    assert not accepts(schema, '{"tag":"a","b":1}')
+
+
+def test_annotations_that_nobody_knows_say_nothing() -> None:
+    notes = {
+        "x-order": 1, "x-minimum": 3, "id": "a", "example": 5, "examples": [5], "order": 3,
+        "propertyOrdering": ["b", "a"], "deprecated": True, "readOnly": True, "widget": "slider",
+        "xml": {}, "externalDocs": {}, "units": "kg", "note": "!", "prompt": "?",
+        "markdownDescription": "*",
+    }  # fmt: skip
+    plain = compile_schema(objects(a=WHOLE))
+    assert compile_schema({**objects(a={**WHOLE, **notes}), **notes}) == plain
+
+
+@pytest.mark.parametrize(
+    ("schema", "values"),
+    [
+        ({"type": "string", "enum": ["a"], "nullable": True}, ['"a"', "null"]),
+        ({"const": "a", "nullable": False}, ['"a"']),
+        ({"$ref": "#/$defs/A", "nullable": True}, ['"a"', "null"]),
+        ({"$ref": "#/$defs/B"}, ['"b"', "null"]),
+        ({"allOf": [{"$ref": "#/$defs/B"}]}, ['"b"', "null"]),
+        ({"oneOf": [{"const": "a"}, {"const": "b"}], "nullable": True}, ['"a"', '"b"', "null"]),
+    ],
+)
+def test_nullable_is_null_too(schema, values) -> None:
+    """As in OpenAPI 3.0."""
+    root = {**schema, "$defs": {"A": {"const": "a"}, "B": {"const": "b", "nullable": True}}}
+    assert [text for text in ('"a"', '"b"', "null") if accepts(root, text)] == values
+
+
+def test_whole_numbers_or_others_are_floats_without_a_loss() -> None:
+    for schema in ({"anyOf": [WHOLE, {"type": "number"}]}, {"type": ["number", "integer"]}):
+        found = compile_schema(schema)
+        assert found.type == pa.float64()
+        assert accepts(schema, "999999999999999")
+        assert not accepts(schema, "9007199254740993")
+    mixed = {"anyOf": [{"type": "integer", "minimum": 10}, {"type": "number", "maximum": 1}]}
+    texts = ["10", "0.5", "1", "9", "10.5"]
+    assert [text for text in texts if accepts(mixed, text)] == ["10", "0.5", "1"]
+
+
+def test_an_object_of_any_names_is_a_map() -> None:
+    schema = objects(["a"], a={"additionalProperties": {"type": ["integer", "null"]}})
+    found = compile_schema(schema)
+    assert found.type == pa.struct([("a", pa.map_(pa.string(), pa.int64()))])
+    for text in ('{"a":{}}', '{"a":{"x":1,"\\u00e9\\"":null,"":3}}'.replace("\\u00e9", "é")):
+        assert accepts(schema, text)
+        (row,) = pa.array([found.parse(text)], found.type).to_pylist(maps_as_pydicts="strict")
+        assert row == json.loads(text)
+    for text in ('{"a":{"x":"1"}}', '{"a":{"x":1,}}', '{"a":{x:1}}', '{"a":{"x":1"y":2}}'):
+        assert not accepts(schema, text)
+    named = {"additionalProperties": WHOLE, "propertyNames": {"enum": ["x", "y"]}}
+    assert accepts(named, '{"y":1}')
+    assert not accepts(named, '{"z":1}')
+
+
+def test_a_length_that_all_texts_of_a_format_have_may_stand_beside_it() -> None:
+    assert accepts({"format": "date", "minLength": 10, "maxLength": 10}, '"2024-02-29"')
+    web = {"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083}
+    assert accepts(web, '"https://www.example.com:8080/a/b.html?c=%20d&e#f"')
+    assert not accepts(web, '"example.com"')
+
+
 @pytest.mark.parametrize("num_properties", range(1, 6))
 def test_properties_that_are_not_required_may_be_missing_in_any_way(num_properties: int) -> None:
     names = "abcde"[:num_properties]
@@ -191,7 +286,8 @@ def test_each_text_of_a_schema_is_valid_and_becomes_a_value_in_arrow(schema, rng
         assert regex.fullmatch(text)
         check_valid(schema, text)
     array = pa.array([found.parse(text) for text in texts], found.type)
-    assert array.to_pylist() == [found.parse(text) for text in texts]
+    values = array.to_pylist(maps_as_pydicts="strict")
+    assert values == [found.parse(text) for text in texts]
     array.validate(full=True)
 
 

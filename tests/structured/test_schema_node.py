@@ -49,9 +49,9 @@ NO_TYPE = "expected values of one Arrow type, got"
             "#/required/0: expected the name of a property, got nam; did you mean name?",
         ),
         (
-            {"type": "object", "additionalProperties": WHOLE},
-            "#/additionalProperties: expected false, since a field has one name"
-            ", got a schema; take an array of names and values",
+            {**objects(a=TEXT), "additionalProperties": WHOLE},
+            "#/additionalProperties: expected false beside properties, since a field has one name"
+            ", got a schema; make one of them an object of its own",
         ),
         ({"type": "array"}, "#: expected items, got an array of anything; add them"),
         ({"prefixItems": [TEXT, WHOLE]}, f"#: {NO_TYPE} string and int64; ask for one of them"),
@@ -68,7 +68,47 @@ NO_TYPE = "expected values of one Arrow type, got"
             "#: expected at most maxItems 2, got minItems 3",
         ),
         ({"type": "null"}, "#: expected a type with values, got nothing but null; leave it out"),
-        ({"type": ["integer", "number"]}, f"#: {NO_TYPE} int64 and double; ask for one of them"),
+        (
+            {"anyOf": [{"type": ["integer", "null"]}, {"type": "number"}]},
+            f"#: {NO_TYPE} int64 and double; ask for one of them",
+        ),
+        (
+            {"type": "integer", "multipleOf": 7},
+            "#/multipleOf: expected at most 1,000 multiples between the bounds, got more"
+            "; set minimum and maximum, or take 2, 5, 10 or so on",
+        ),
+        (
+            {"type": "integer", "multipleOf": 7, "minimum": 8, "maximum": 13},
+            "#: expected bounds with a whole number of 64 bits between them, got none",
+        ),
+        (
+            {**objects(a=TEXT), "propertyNames": TEXT},
+            "#/propertyNames: expected names beside a schema in additionalProperties"
+            ", got named properties; leave it out",
+        ),
+        (
+            {"additionalProperties": WHOLE, "propertyNames": {"format": "date"}},
+            "#/propertyNames: expected names that are text, got date32[day]"
+            "; take names without format",
+        ),
+        (
+            {"additionalProperties": WHOLE, "required": ["a"]},
+            "#/required: expected nothing beside additionalProperties, got required"
+            "; name all properties",
+        ),
+        (
+            {"type": "array", "items": TEXT, "additionalItems": False},
+            f"#/additionalItems: {NO_KEYWORD} additionalItems; leave it out",
+        ),
+        ({**WHOLE, "max": 3}, f"#/max: {NO_KEYWORD} max; did you mean maximum?"),
+        (
+            {**TEXT, "max_length": 3},
+            f"#/max_length: {NO_KEYWORD} max_length; did you mean maxLength?",
+        ),
+        (
+            {"type": "array", "items": TEXT, "uniqueItem": True},
+            f"#/uniqueItem: {NO_KEYWORD} uniqueItem; did you mean uniqueItems?",
+        ),
         (
             {"anyOf": [TEXT, objects(a=TEXT)]},
             f"#: {NO_TYPE} string and struct<a: string>; ask for one of them",
@@ -147,11 +187,20 @@ NO_TYPE = "expected values of one Arrow type, got"
         ({"multipleOf": 0.5}, "#/multipleOf: expected 1, 0.1, 0.01 or so on, got 0.5"),
         (
             {"format": "dat"},
-            "#/format: expected one of date, date-time, time, uuid, email, ipv4"
+            "#/format: expected one of date, date-time, time, uuid, email, duration, uri, ipv4"
             ", got dat; did you mean date?",
         ),
         (
             {"format": "date", "maxLength": 3},
+            "#/maxLength: expected nothing beside format, got maxLength; leave it out",
+        ),
+        (
+            {"format": "iri", "maxLength": 2083},
+            "#/format: expected one of date, date-time, time, uuid, email, duration, uri, ipv4"
+            ", got iri; did you mean uri?",
+        ),
+        (
+            {"format": "email", "maxLength": 254},
             "#/maxLength: expected nothing beside format, got maxLength; leave it out",
         ),
         (

@@ -8,6 +8,7 @@ from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.model.markup import Control
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.questions import Answer, ClassifySettings, QuestionEncoder, Shot
+from tests.doubles.nested import nested
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 TOKENIZER = Tokenizer(tiny_tokenizer_model())
@@ -174,6 +175,25 @@ def test_a_shot_without_a_prompt_is_a_wrong_setting(row):
         encoder_of(shots=(Shot(row=row, label=0),), labels=("{label}", "x"))
 
 
+class Rude:
+    """A value whose text cannot be written; the error says what it holds."""
+
+    def __str__(self):
+        raise ValueError("hush")
+
+
+@pytest.mark.parametrize("value", [{"hush": [b"hush"]}, ["hush", None, nested(100_000)], Rude()])
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_a_shot_that_cannot_be_written_is_not_shown(value, column):
+    """It is a row, and the error is one of the launch."""
+    shot = Shot(row={"text": "x", "label": "y"} | {column: value}, label=0)
+    with pytest.raises(
+        OptionsError, match=r"^shots: expected rows that make a prompt .*got"
+    ) as error:
+        encoder_of(shots=(shot,), labels=("{label}", "x"))
+    assert "hush" not in str(error.value)
+
+
 def test_columns_and_results():
     settings = settings_of(labels=("{a}", "b{b}"), logliks=True, truncate="left")
     assert settings.columns == {"a": "value", "b": "value", "text": "value"}
@@ -182,6 +202,18 @@ def test_columns_and_results():
     ]  # fmt: skip
     names = ["label", "label_index", "scores", "num_prompt_tokens", "error"]
     assert settings_of().result_schema.names == names
+
+
+def test_characters_of_a_label_are_those_of_acc_norm():
+    """The harness divides by the length of the choice, without the space before it."""
+    labels = (" a", " very long", " spaced ", " é🙂")
+    question = encoder_of(prompt="{text}", labels=labels)({"text": "x:"})
+    assert question.num_label_characters == [1, 9, 7, 2]
+    # With the spaces counted, the first label would be the best one.
+    scores = Answer(question, [-1.7, -9.0, -14.0, -3.0]).scores("chars")
+    assert scores.index(max(scores)) == 1
+    odd = encoder_of(labels=(" ", "\n\nb"))({"text": "x"})
+    assert odd.num_label_characters == [1, 1]
 
 
 @pytest.mark.parametrize(
