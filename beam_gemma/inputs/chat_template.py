@@ -1,12 +1,24 @@
 """Chat templates, which render a conversation as parts in the model's trained format."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
-import jinja2.sandbox
 
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.template_sandbox import TemplateSandbox
+from beam_gemma.inputs.traced_text import (
+    LAST,
+    ROW,
+    TEMPLATE,
+    UNKNOWN,
+    TracedText,
+    concatenated,
+    origins,
+    plain,
+    runs,
+)
 from beam_gemma.model.markup import Control, ControlPieces, Part, Text
 
 GEMMA_CHAT_TEMPLATE = """\
@@ -26,119 +38,167 @@ GEMMA_CHAT_TEMPLATE = """\
 """Turn format of instruction-tuned Gemma 1, 2 and 3, for models that lack a template."""
 
 
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
+"""Roles of messages, and what chat templates call them."""
+SPECIAL_TOKENS = {
+    f"{name}_token": TracedText(f"<{name}>", TEMPLATE) for name in ("bos", "eos", "unk", "pad")
+}
+"""Variables of a chat template with the special tokens of every Gemma."""
 
 
 _PROBE = "probe"
+_QUESTION = {"role": "user", "content": "question"}
 
 
 # Exceptions that the expressions of a template can raise.
-_FAULTS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+_FAULTS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 class ChatTemplate:
     """Jinja chat template with Hugging Face's conventions, run in a sandbox.
 
+    The template sees the contents of messages as they are. Control pieces are recognized only in
+    the text of the template itself, whatever it does with that of a row.
+
     Args:
         source: Text of the template; its variables are `messages`, `add_generation_prompt`,
-            `bos_token`, `eos_token` and `raise_exception`.
-        control_pieces: The tokenizer's control pieces, recognized in the template's own output.
-        bos_token: Value of the template's `bos_token`.
-        eos_token: Value of the template's `eos_token`.
+            `tools` and `documents`, which are None, those of `SPECIAL_TOKENS`, and the functions
+            `raise_exception` and `strftime_now`.
+        control_pieces: The tokenizer's control pieces.
         allow_special_tokens: Whether to recognize control pieces in message contents as well.
 
     Raises:
-        OptionsError: the template is malformed or rejects a single user message.
+        OptionsError: the template is malformed, rejects a single user message, or writes control
+            pieces by an operation that loses track of whose text it is.
     """
 
     def __init__(
-        self,
-        source: str,
-        control_pieces: Iterable[str],
-        *,
-        bos_token: str = "<bos>",
-        eos_token: str = "<eos>",
-        allow_special_tokens: bool = False,
+        self, source: str, control_pieces: Iterable[str], *, allow_special_tokens: bool = False
     ) -> None:
-        self._source = source
         self._pieces = ControlPieces(control_pieces)
-        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
         self._allow_special_tokens = allow_special_tokens
-        question = {"role": "user", "content": "question"}
         try:
-            self._template = _sandbox().from_string(source)
-            self._run([question])
+            self._sandbox = TemplateSandbox()
+            self._template = self._sandbox.compiled(source)
+            rendered = self._run([_QUESTION])
+            self._check_origins(rendered, [_QUESTION["content"]])
         except _FAULTS as error:
             raise OptionsError(
                 f"chat template: expected a template that takes one user message, got: {error}"
             ) from error
-        self._takes_system = self._shows_system(question)
+        self._takes_parts = self._shows_parts(rendered)
+        self._takes_system = self._shows_system()
 
     def render(self, messages: Any, system: str | None = None) -> tuple[Part, ...]:
         """Return the parts of a conversation, up to the start of the model's turn.
 
-        If the template has no system role, the system prompt is put before the first user message.
+        If the last message is the assistant's, the prompt ends with its text, for the model to
+        continue. If the template has no system role, the system prompt is put before the first
+        user message.
 
         Args:
-            messages: List of messages, each with a `role` of `ROLES` and a `content`: a string,
-                treated as data, or a tuple of parts, whose control pieces are kept.
+            messages: List of messages, each with a `role` of `ROLES` and a `content`: a string or
+                a list of `{"type": "text", "text": ...}`, treated as data, or a tuple of parts,
+                whose control pieces are kept. A template that knows no lists gets their texts
+                joined by line feeds.
             system: System prompt for a conversation without one of its own.
 
         Raises:
             RecordError: the messages are malformed, or the template rejects them.
         """
-        conversation = _checked(messages)
+        conversation = [dict(message) for message in _checked(messages)]
         if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
-        contents = [self._content_parts(message["content"]) for message in conversation]
-        texts = (p.text for parts in contents for p in parts if isinstance(p, Text))
-        sentinel = _unused_character([self._source, *texts])
-        guarded = [
-            {"role": message["role"], "content": self._guarded(parts, sentinel)}
-            for message, parts in zip(conversation, contents, strict=True)
-        ]
+        continues = ROLES[conversation[-1]["role"]] == "assistant"
+        traced = [self._traced(message) for message in conversation[:-1]]
+        traced.append(self._traced(conversation[-1], LAST if continues else 0))
         try:
-            rendered = self._run(guarded if self._takes_system else _fold_system(guarded))
+            if not self._takes_system:
+                traced = _fold_system(traced)
+            rendered = self._run(traced, add_generation_prompt=not continues)
+            self._check_origins(rendered, [_joined(message["content"]) for message in traced])
         except _FAULTS as error:
             raise RecordError(
                 f"messages: expected a conversation that the chat template takes, got: {error}"
             ) from error
-        return tuple(_without(sentinel, self._pieces.split(rendered)))
+        if continues:
+            rendered = _up_to_answer(rendered, traced[-1]["content"])
+        return tuple(_merged(self._parts(rendered)))
 
-    def _run(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self._template.render(
-            messages=messages, add_generation_prompt=True, **self._variables
+    def _run(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> TracedText:
+        return self._sandbox.rendered(
+            self._template,
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **SPECIAL_TOKENS,
         )
 
-    def _shows_system(self, question: Mapping[str, str]) -> bool:
+    def _shows_system(self) -> bool:
         """Return whether a system message appears in the prompt; Gemma 1 and 2 reject it."""
         try:
-            return _PROBE in self._run([{"role": "system", "content": _PROBE}, question])
+            return _PROBE in self._run([{"role": "system", "content": _PROBE}, _QUESTION])
         except _FAULTS:
             return False
 
-    def _content_parts(self, content: str | tuple[Part, ...]) -> tuple[Part, ...]:
-        if isinstance(content, tuple):
-            return content
-        return self._pieces.split(content) if self._allow_special_tokens else (Text(content),)
+    def _shows_parts(self, expected: str) -> bool:
+        """Return whether a list of one text appears in the prompt as the text does."""
+        parts = [{"type": "text", "text": _QUESTION["content"]}]
+        try:
+            return self._run([{"role": "user", "content": parts}]) == expected
+        except _FAULTS:
+            return False
 
-    def _guarded(self, parts: Sequence[Part], sentinel: str) -> str:
-        return "".join(
-            part.piece if isinstance(part, Control) else self._pieces.guard(part.text, sentinel)
-            for part in parts
+    def _traced(self, message: Mapping[str, Any], flag: int = 0) -> dict[str, Any]:
+        """Return a message as the template sees it."""
+        content = message["content"]
+        if isinstance(content, list):
+            texts = [self._traced_text(part["text"], flag) for part in content]
+            content = [{"type": "text", "text": text} for text in texts]
+            content = content if self._takes_parts else _joined(content)
+        else:
+            content = self._traced_text(content, flag)
+        return {"role": TracedText(ROLES[message["role"]], TEMPLATE), "content": content}
+
+    def _traced_text(self, content: str | tuple[Part, ...], flag: int) -> TracedText:
+        if isinstance(content, str):
+            allow = self._allow_special_tokens
+            content = self._pieces.split(content) if allow else (Text(content),)
+        return concatenated(
+            TracedText(part.piece, TEMPLATE | flag)
+            if isinstance(part, Control)
+            else TracedText(part.text, ROW | flag)
+            for part in content
         )
 
+    def _parts(self, rendered: TracedText) -> Iterator[Part]:
+        for text, is_templates in runs(rendered):
+            if is_templates:
+                yield from self._pieces.split(text)
+            else:
+                yield Text(text)
 
-def _sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    def _check_origins(self, rendered: TracedText, contents: Sequence[str]) -> None:
+        """Refuse a control piece of unknown origin, unless a row holds it, whose text it stays."""
+        written = origins(rendered)
+        if UNKNOWN not in written:
+            return
+        end = 0
+        for part in self._pieces.split(plain(rendered)):
+            start, end = end, end + len(part.piece if isinstance(part, Control) else part.text)
+            if not isinstance(part, Control) or UNKNOWN not in written[start:end]:
+                continue
+            if not any(part.piece in content for content in contents):
+                raise jinja2.TemplateRuntimeError(
+                    f"{part.piece} from an operation that does not tell the template's text from "
+                    "that of rows; write it by + or ~"
+                )
 
 
 def _checked(messages: Any) -> list[Mapping[str, Any]]:
@@ -150,33 +210,63 @@ def _checked(messages: Any) -> list[Mapping[str, Any]]:
             raise RecordError(
                 f"messages: expected each with a role of {', '.join(ROLES)}, got {message!r}"
             )
-        if not isinstance(message.get("content"), str | tuple):
-            raise RecordError(f"messages: expected each with a text as content, got {message!r}")
+        content = message.get("content")
+        if not isinstance(content, str | tuple) and not _is_texts(content):
+            raise RecordError(
+                "messages: expected each with a text, or a list of parts of type text, as "
+                f"content, got {message!r}"
+            )
     if any(message["role"] == "system" for message in messages[1:]):
         raise RecordError("messages: expected a system message only at the head, got a later one")
-    if messages[-1]["role"] != "user":
-        raise RecordError(
-            f"messages: expected the last one to be the user's, got {messages[-1]['role']!r}"
-        )
+    if messages[-1]["role"] == "system":
+        raise RecordError("messages: expected the last one to be the user's, got 'system'")
     return list(messages)
 
 
-def _unused_character(texts: Collection[str]) -> str:
-    """Return a character absent from all texts: a noncharacter, unless a row uses them all."""
-    candidates = (chr(code) for code in range(0xFDD0, 0x110000))
-    return next(char for char in candidates if not any(char in text for text in texts))
+def _is_texts(content: Any) -> bool:
+    """Return whether a content is a list of parts with texts."""
+    if not isinstance(content, list) or not content:
+        return False
+    return all(
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+        for part in content
+    )
 
 
-def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _joined(content: Any) -> TracedText:
+    """Return a content as one text."""
+    if isinstance(content, str):
+        return concatenated([content])
+    return TracedText("\n", ROW).join(part["text"] for part in content)
+
+
+def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
-    return [{**first, "content": f"{system['content']}\n\n{first['content'].strip()}"}, *rest]
+    text = _joined(system["content"]) + "\n\n" + _joined(first["content"]).strip()
+    return [{**first, "content": text}, *rest]
 
 
-def _without(sentinel: str, parts: Iterable[Part]) -> Iterator[Part]:
-    for part in parts:
-        if isinstance(part, Control):
-            yield part
-        elif text := part.text.replace(sentinel, ""):
-            yield Text(text)
+def _up_to_answer(rendered: TracedText, content: Any) -> TracedText:
+    """Return a prompt that ends where the text of its last message does."""
+    answer = content if isinstance(content, str) else content[-1]["text"]
+    written = origins(rendered)
+    end = max(written.rfind(origin | LAST) for origin in (TEMPLATE, ROW)) + 1
+    if not end or answer.strip() not in rendered[:end]:
+        raise RecordError(
+            "messages: expected a last message of the assistant that the chat template writes as "
+            "it is, for the model to continue, got one that is empty or that it changes"
+        )
+    return rendered[:end]
+
+
+def _merged(parts: Iterable[Part]) -> Iterator[Part]:
+    """Yield parts with adjacent texts as one."""
+    for kind, group in itertools.groupby(parts, type):
+        if kind is Text:
+            yield Text("".join(part.text for part in group if isinstance(part, Text)))
+        else:
+            yield from group

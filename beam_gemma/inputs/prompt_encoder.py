@@ -3,14 +3,15 @@
 A row is a mapping of columns, or a string that is the prompt itself.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
 from beam_gemma.inputs.infill import Infill
-from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors
+from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors, shots_own_errors
 from beam_gemma.inputs.template import Template, column_text, format_value
 from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
@@ -149,10 +150,8 @@ class PromptEncoder:
             self.stop_token_ids = self._template.stop_token_ids
         self._max_tokens = max_tokens
         self._shots = shots
-        try:
+        with shots_own_errors():
             self._turns = [(self._content(row), answer) for row, answer in shots.examples]
-        except RecordError as error:
-            raise OptionsError(f"shots: expected rows with a prompt, got: {error}") from error
 
     def __call__(self, row: Row, *, num_answer_tokens: int = 0) -> Prompt:
         """Return the prompt of one row.
@@ -239,9 +238,9 @@ class PromptEncoder:
             return self._cut_text(row, num_tokens)
         if self.settings.messages_column:
             column = self.settings.messages_column
-            messages = [dict(message) for message in _messages(row, column)]
-            longest = max(messages, key=lambda message: len(message["content"]))
-            longest["content"] = self._cut_text(longest["content"], num_tokens)
+            messages = [_copied(message) for message in _messages(row, column)]
+            holder, key = max(_texts(messages), key=lambda place: len(place[0][place[1]]))
+            holder[key] = self._cut_text(holder[key], num_tokens)
             return {column: messages}
         texts = {c: format_value(c, row[c]) for c in self.settings.prompt_columns}
         if not texts:
@@ -258,8 +257,12 @@ class PromptEncoder:
         ids = self.tokenizer.encode(self._split(text), add_bos=False)
         # If the cut splits a character of several byte tokens, the rest of it is removed too.
         if (side or self.settings.truncate) == "left":
-            return self.tokenizer.decode(ids[num_tokens:]).lstrip("\ufffd")
-        return self.tokenizer.decode(ids[:-num_tokens]).rstrip("\ufffd")
+            return self.tokenizer.decode(itertools.dropwhile(self._goes_on, ids[num_tokens:]))
+        return self.tokenizer.decode(ids[:-num_tokens], final=False)
+
+    def _goes_on(self, token_id: int) -> bool:
+        """Return whether a token is a byte within a character."""
+        return b"\x80" <= self.tokenizer.token_bytes(token_id)[:1] < b"\xc0"
 
 
 def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:
@@ -280,6 +283,22 @@ def _template_source(settings: PromptSettings, of_model: str | None) -> str | No
                 "pass --chat_template gemma"
             )
     return source
+
+
+def _copied(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose texts can be changed."""
+    content = message["content"]
+    texts = content if isinstance(content, str) else [dict(part) for part in content]
+    return {**message, "content": texts}
+
+
+def _texts(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where the texts of messages are: a mapping and a key each."""
+    for message in messages:
+        if isinstance(message["content"], str):
+            yield message, "content"
+        else:
+            yield from ((part, "text") for part in message["content"])
 
 
 def _messages(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]:

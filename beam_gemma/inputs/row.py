@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from beam_gemma.errors import BeamGemmaError, RecordError
+from beam_gemma.errors import BeamGemmaError, OptionsError, RecordError
 from beam_gemma.model.markup import Control, Part
 
 Row = Mapping[str, Any] | str
@@ -61,3 +61,24 @@ def rows_own_errors() -> Iterator[None]:
         raise RecordError(
             f"row: expected one that makes a prompt, got {type(error).__name__}: {error}"
         ) from error
+
+
+@contextmanager
+def shots_own_errors() -> Iterator[None]:
+    """Context manager that turns exceptions into an error of the few-shot examples.
+
+    It quotes no row: a `RecordError` about a value names only its column, and of other exceptions,
+    whose messages may hold anything, it gives the type.
+
+    Raises:
+        OptionsError: the block raised an exception.
+    """
+    expected = "shots: expected rows that make a prompt and a label, got"
+    try:
+        yield
+    except RecordError as error:
+        raise OptionsError(f"{expected}: {error}") from error
+    except BeamGemmaError:
+        raise
+    except Exception as error:  # converting a row's values to text may raise anything
+        raise OptionsError(f"{expected} {type(error).__name__} from one of them") from error

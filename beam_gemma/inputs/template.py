@@ -5,24 +5,28 @@ text, which the tokenizer never turns into a control token.
 """
 
 import json
-import string
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.model.markup import ControlPieces, Part, Text
 
+_BRACES = re.compile(r'\{\{|\}\}|\{(?:(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<name>[^{}]*))\}|[{}]')
+
 
 class Template:
     """Prompt template with columns in braces: `Title: {title}`; `{{` and `}}` are literal braces.
 
+    A name with signs such as `.` is written as a JSON string: `{"user.name"}`.
+
     Args:
-        template: Markup with plain column names in braces.
+        template: Markup with column names in braces.
         control_pieces: The tokenizer's control pieces, recognized in the template's own text.
         allow_special_tokens: Whether to recognize control pieces in the values of rows as well.
 
     Raises:
-        OptionsError: the template is malformed, or its braces contain more than a column name.
+        OptionsError: the template is malformed, or its braces contain anything but a column name.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ def format_value(column: str, value: Any) -> str:
     """Return a value as text for a prompt; lists and mappings become JSON.
 
     Raises:
-        RecordError: the value is null or bytes.
+        RecordError: the value is null or bytes, or its lists and mappings are nested too deeply.
     """
     if isinstance(value, str):
         return value
@@ -71,7 +75,13 @@ def format_value(column: str, value: Any) -> str:
             "filter such rows out or fill them"
         )
     if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=lambda v: format_value(column, v))
+        try:
+            return json.dumps(value, ensure_ascii=False, default=lambda v: format_value(column, v))
+        except RecursionError as error:
+            raise RecordError(
+                f"column {column!r}: expected lists and mappings within each other in a few "
+                "levels, got too many; flatten them"
+            ) from error
     if isinstance(value, bytes):
         raise RecordError(f"column {column!r}: expected text, got bytes; decode it first")
     return str(value)
@@ -99,22 +109,38 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 def _segments(template: str) -> tuple[tuple[str, str | None], ...]:
     """Return the template as pairs of literal text and the column that follows it."""
-    segments = []
-    try:
-        for literal, field, spec, conversion in string.Formatter().parse(template):
-            if spec or conversion or (field is not None and not _is_plain(field)):
-                raise OptionsError(
-                    f"template: expected a plain column name in braces, got {{{field}}}; "
-                    "write {{ and }} for literal braces"
-                )
-            segments.append((literal, field))
-    except ValueError as error:
+    segments: list[tuple[str, str | None]] = []
+    literal, end = "", 0
+    for found in _BRACES.finditer(template):
+        literal += template[end : found.start()]
+        end = found.end()
+        if found[0] in ("{{", "}}"):
+            literal += found[0][0]
+        else:
+            segments.append((literal, _column(found)))
+            literal = ""
+    return (*segments, (literal + template[end:], None))
+
+
+def _column(found: re.Match[str]) -> str:
+    """Return the column that a pair of braces names."""
+    name, quoted = found["name"], found["quoted"]
+    if quoted is not None:
+        try:
+            name = json.loads(quoted)
+        except ValueError:
+            name = ""
+    elif name is None:
         raise OptionsError(
-            f"template: expected each brace closed, got an error: {error}; "
+            f"template: expected each brace closed, got {found[0]!r} alone; "
             "write {{ and }} for literal braces"
-        ) from error
-    return tuple(segments)
-
-
-def _is_plain(field: str) -> bool:
-    return bool(field) and field == field.strip() and not set(field) & set(".[]\"'\n")
+        )
+    elif name != name.strip() or set(name) & set(".:![]\"'\n"):
+        name = ""
+    if not name:
+        raise OptionsError(
+            f"template: expected a column name in braces, got {found[0]}; "
+            "write {{ and }} for literal braces, and quote a name with other signs than letters, "
+            'digits and spaces, as in {"user.name"}'
+        )
+    return str(name)

@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 
+from beam_gemma.batches import is_json_text
 from beam_gemma.errors import OptionsError, nearest
 from beam_gemma.inputs.row import ColumnUse
 from beam_gemma.tasks.interface import Settings
@@ -21,7 +22,7 @@ def check_columns(settings: Settings, schema: pa.Schema) -> None:
             )
         if schema.names.count(column) > 1:
             raise OptionsError(f"column {column!r}: expected once in the table, got it twice")
-        _check_type(column, use, schema.field(column).type)
+        _check_type(schema.field(column), use)
     for name in settings.result_schema.names:
         if name in schema.names:
             raise OptionsError(
@@ -30,15 +31,18 @@ def check_columns(settings: Settings, schema: pa.Schema) -> None:
             )
 
 
-def _check_type(column: str, use: ColumnUse, kind: pa.DataType) -> None:
+def _check_type(field: pa.Field, use: ColumnUse) -> None:
+    kind, is_json = field.type, is_json_text(field)
     fits, wanted = {
-        "messages": (is_messages(kind), "list<struct<role: string, content: string>>"),
-        "text": (is_text(kind), "string"),
+        # Messages with keys of their own are JSON text, and checked row by row.
+        "messages": (is_messages(kind) or is_json, "list<struct<role: string, content: string>>"),
+        "text": (is_text(kind) and not is_json, "string"),
         "value": (not _is_bytes(kind), "a type that can be written as text"),
         "key": (True, "any type"),
     }[use]
     if not fits:
-        raise OptionsError(f"column {column!r}: expected {wanted}, got {kind}")
+        found = "JSON values of several types" if is_json else kind
+        raise OptionsError(f"column {field.name!r}: expected {wanted}, got {found}")
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -49,14 +53,27 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_messages(kind: pa.DataType) -> bool:
-    """Return whether a column type holds conversations: lists of `role` and `content`."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return False
-    message = kind.value_type
-    return pa.types.is_struct(message) and all(
-        message.get_field_index(name) >= 0 and is_text(message.field(name).type)
-        for name in ("role", "content")
+    """Return whether a column type holds conversations: lists of `role` and `content`.
+
+    A content is a text, or a list of parts with `type` and `text`.
+    """
+    message = _fields(kind)
+    parts = _fields(message.get("content"))
+    return _is_texts(message, "role") and (
+        _is_texts(message, "content") or _is_texts(parts, "type", "text")
     )
+
+
+def _fields(kind: pa.DataType | None) -> dict[str, pa.DataType]:
+    """Return the fields of the structs in a type of lists, or none for any other type."""
+    if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return {}
+    item = kind.value_type
+    return {field.name: field.type for field in item} if pa.types.is_struct(item) else {}
+
+
+def _is_texts(fields: dict[str, pa.DataType], *names: str) -> bool:
+    return all(name in fields and is_text(fields[name]) for name in names)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -313,7 +313,8 @@ class Generator(EngineModel):
         return result
 
     def _text(self, task: _Task, completion: Completion) -> str:
-        text = self._encoder.tokenizer.decode(completion.token_ids)
+        # The last token may be only part of a character.
+        text = self._encoder.tokenizer.decode(completion.token_ids, final=False)
         return text if task.stop is None else text[: task.stop.position]
 
 

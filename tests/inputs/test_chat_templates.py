@@ -1,25 +1,21 @@
 """Prompts of chats as the published templates write them, down to the tokens.
 
 `gemma1_and_2.jinja` is the template of the instruction-tuned Gemma 1 and 2 and CodeGemma,
-`gemma3.jinja` that of Gemma 3 and MedGemma (see `tests/data/README.md`).
+`gemma3.jinja` that of Gemma 3 and MedGemma; `*_training.jinja` are TRL's variants of them (see
+`tests/data/README.md`).
 """
 
-from pathlib import Path
+import time
 
 import pytest
 
-from beam_gemma.errors import RecordError
-from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
+from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.chat_template import ChatTemplate
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.model.markup import Control, Text
+from tests.doubles.chat_reference import TEMPLATES
 from tests.doubles.fake_models import TOKENIZER
 
-FOLDER = Path(__file__).parents[1] / "data/chat_templates"
-TEMPLATES = {
-    "gemma1_and_2": (FOLDER / "gemma1_and_2.jinja").read_text(),
-    "gemma3": (FOLDER / "gemma3.jinja").read_text(),
-    "built in": GEMMA_CHAT_TEMPLATE,
-}
 CHAT = [
     {"role": "user", "content": "knock knock"},
     {"role": "assistant", "content": "who is there"},
@@ -94,3 +90,74 @@ def test_the_built_in_template_is_the_published_one_for_any_text():
             chat = [{"role": "user", "content": text}, {"role": "assistant", "content": answer},
                     {"role": "user", "content": "?"}]  # fmt: skip
             assert ours.render(chat) == theirs.render(chat)
+
+
+DOUBLED = "{% set n = namespace(x='aa') %}{% for i in range(60) %}BODY{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "limit"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "characters in a step"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "100,000 steps",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+            "100,000 steps",
+        ),
+        ("{% for i in range(90000) %}" + "x" * 99 + "{% endfor %}", "characters of a prompt"),
+        ("{{ 'a' * 10**10 }}", "characters in a step"),
+        ("{{ 'a' | center(10**10) }}", "characters in a step"),
+        ("{{ 'a'.ljust(10**10) }}", "characters in a step"),
+        ("{{ '%9999999999d' % 1 }}", "characters in a width"),
+        ("{{ '{:>9999999999}'.format(1) }}", "characters in a width"),
+        ("{{ 9 ** 9999 }}", "bits of a number"),
+        (DOUBLED.replace("BODY", "{% set n.x = n.x ~ n.x %}"), "characters or items in a value"),
+        (DOUBLED.replace("BODY", "{% set n.x = n.x + n.x %}"), "characters or items in a value"),
+        (
+            DOUBLED.replace("BODY", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"),
+            "characters or items in a value",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ " + "(" * 900 + "1" + ")" * 900 + " }}", "recursion"),
+        ("x" * 2_000_001, "characters or items in a value"),
+    ],
+)
+def test_a_template_that_takes_long_or_grows_is_refused_at_once(source, limit):
+    start = time.process_time()
+    with pytest.raises(OptionsError, match=limit):
+        ChatTemplate(source, TOKENIZER.control_pieces)
+    assert time.process_time() - start < 5
+
+
+def test_a_template_that_grows_with_a_row_ends_that_row():
+    template = ChatTemplate(
+        "{{ messages[0].content.replace('a', messages[0].content) }}", TOKENIZER.control_pieces
+    )
+    assert template.render([{"role": "user", "content": "aa"}]) == (Text("aaaa"),)
+    with pytest.raises(RecordError, match="chat template takes, got: a template that takes more"):
+        template.render([{"role": "user", "content": "a" * 20_000}])
+
+
+FOUND = "<bos>\u00e9 fdd0 \ufdd1"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("tojson", '"<bos>\u00e9 fdd0 \ufdd1"'),
+        ("tojson(ensure_ascii=true)", '"<bos>\\u00e9 fdd0 \\ufdd1"'),
+        ("tojson | tojson", '"\\"<bos>\u00e9 fdd0 \ufdd1\\""'),
+        ("pprint", "'<bos>\u00e9 fdd0 \\ufdd1'"),
+        ("urlencode", "%3Cbos%3E%C3%A9%20fdd0%20%EF%B7%91"),
+        ("list | join", FOUND),
+    ],
+)
+def test_text_that_a_filter_writes_has_no_control_tokens_and_nothing_beside_it(written, expected):
+    template = ChatTemplate(
+        "{{ '<bos>' }}{{ messages[0].content | " + written + " }}", TOKENIZER.control_pieces
+    )
+    parts = template.render([{"role": "user", "content": FOUND}])
+    assert parts == (Control("<bos>"), Text(expected))

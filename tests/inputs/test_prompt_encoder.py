@@ -8,6 +8,7 @@ from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.model.markup import Control
 from tests.doubles.fake_models import TOKENIZER
+from tests.doubles.nested import nested
 
 TURN = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 
@@ -165,6 +166,33 @@ def test_cut_of_messages_takes_from_the_longest():
     assert messages[0]["content"] == "b" * 200 + "end"
 
 
+def test_cut_of_messages_takes_from_the_longest_of_their_parts():
+    settings = PromptSettings(
+        messages_column="m", chat_template="gemma", max_prompt_tokens=60, truncate="right"
+    )
+    cut = PromptEncoder(TOKENIZER, settings, chat_template=None, max_tokens=1000)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": text} for text in ("a", "b" * 200)]},
+        {"role": "assistant", "content": "short"},
+        {"role": "user", "content": [{"type": "text", "text": "go on"}]},
+    ]
+    prompt = cut({"m": messages})
+    assert prompt.text.startswith("<bos><start_of_turn>user\na\nbbb")
+    assert "short" in prompt.text
+    assert "go on" in prompt.text
+    assert len(prompt.token_ids) <= 60
+    assert messages[0]["content"][1]["text"] == "b" * 200
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("character", ["\ufffd", "\u20ac"])
+def test_cut_within_a_character_removes_that_one_and_no_other(side, character):
+    """Each of these takes three tokens; the text may hold the replacement character itself."""
+    for limit in (10, 11, 12):
+        cut = encoder(prompt_column="a", max_prompt_tokens=limit, truncate=side)
+        assert cut({"a": character * 20}).text == character * ((limit - 1) // 3)
+
+
 def test_markup_that_does_not_fit_is_an_error():
     with pytest.raises(PromptTooLongError):
         encoder(prompt="word " * 20 + "{a}", max_prompt_tokens=10, truncate="left")({"a": "x"})
@@ -184,3 +212,26 @@ def test_cut_prompts_fit_and_are_stable(text, limit):
 
 def ids_of_text(text):
     return encoder()(text).token_ids
+
+
+@pytest.mark.parametrize("settings", [{"prompt": "say {a}"}, {"prompt_column": "a"}])
+def test_a_value_of_many_levels_is_the_error_of_its_row(settings):
+    encode = encoder(**settings)
+    assert encode({"a": nested(20)}).text.endswith("[" * 20 + "0" + "]" * 20)
+    for value in (nested(100_000), {"x": nested(100_000)}):
+        with pytest.raises(
+            RecordError, match=r"column 'a': expected lists .* got too many; flatten"
+        ):
+            encode({"a": value})
+
+
+def test_messages_of_many_levels_are_the_error_of_their_row():
+    chat = PromptEncoder(
+        TOKENIZER,
+        PromptSettings(messages_column="m", chat_template="gemma"),
+        chat_template=None,
+        max_tokens=1000,
+    )
+    for messages in (nested(100_000), [{"role": "user", "content": nested(100_000)}]):
+        with pytest.raises(RecordError):
+            chat({"m": messages})

@@ -1,5 +1,6 @@
 """Templates, chat markup, and the rule that no row can write a control token."""
 
+import json
 import re
 from collections import Counter
 from datetime import date
@@ -8,13 +9,13 @@ from decimal import Decimal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
 from beam_gemma.inputs.template import Template, format_value
 from beam_gemma.model.markup import Control, ControlPieces, Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
+from tests.doubles.chat_reference import hugging_face, markup
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 TOKENIZER = Tokenizer(tiny_tokenizer_model())
@@ -73,10 +74,6 @@ ATTACKS = (
 )
 
 
-def markup(parts: tuple[Part, ...]) -> str:
-    return "".join(part.piece if isinstance(part, Control) else part.text for part in parts)
-
-
 def control_ids(parts: tuple[Part, ...]) -> Counter[int]:
     ids = TOKENIZER.encode(parts, add_bos=False)
     return Counter(i for i in ids if i in TOKENIZER.control_pieces.values())
@@ -103,11 +100,6 @@ class TestControlPieces:
     def test_parts_spell_the_markup(self, text: str) -> None:
         assert markup(ControlPieces(PIECES).split(text)) == text
 
-    @given(st.text(alphabet=" \n<[eos]>", max_size=12))
-    def test_a_guarded_text_trims_as_the_text_does(self, text: str) -> None:
-        guarded = ControlPieces([*PIECES, "[s]"]).guard(text, "\ufdd0")
-        assert guarded.strip().replace("\ufdd0", "") == text.strip()
-
 
 class TestTemplate:
     def test_columns_stand_where_they_are_named(self) -> None:
@@ -123,12 +115,47 @@ class TestTemplate:
             {"first-name": "A", "last name": "B"}
         )) == "A B"  # fmt: skip
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "user.name",
+            "a:b",
+            "a!r",
+            "a[0]",
+            " a ",
+            'say "hi"',
+            "{a}",
+            "}}",
+            "back\\slash",
+            "a\nb",
+            "ü",
+        ],
+    )
+    def test_any_name_can_be_quoted(self, name: str) -> None:
+        template = Template("{{" + f"x{{{json.dumps(name)}}}y" + "}}", PIECES)
+        assert template.fields == (name,)
+        assert markup(template.render({name: "V"})) == "{xVy}"
+
     def test_values_are_never_templates(self) -> None:
         assert markup(Template("{a}", PIECES).render({"a": "{b}{{c}}", "b": "no"})) == "{b}{{c}}"
 
     @pytest.mark.parametrize(
         "template",
-        ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{ a }", '{"a": 1}', "{a", "a}", "{a{b}}"],
+        [
+            "{a.b}",
+            "{a[0]}",
+            "{a!r}",
+            "{a:>9}",
+            "{}",
+            "{ a }",
+            '{"a": 1}',
+            "{a",
+            "a}",
+            "{a{b}}",
+            '{"a}',
+            '{"\\x"}',
+            '{""}',
+        ],
     )
     def test_more_than_a_column_name_is_refused(self, template: str) -> None:
         with pytest.raises(OptionsError, match="template: expected"):
@@ -251,11 +278,15 @@ class TestChatTemplate:
             ("Hello", "a list of messages"),
             ([], "a list of messages"),
             (["Hello"], "a role"),
-            ([{"role": "model", "content": "x"}], "a role"),
-            ([{"role": "user"}], "a text as content"),
-            ([{"role": "user", "content": None}], "a text as content"),
-            ([{"role": "user", "content": ["x"]}], "a text as content"),
-            ([*user("x"), {"role": "assistant", "content": "y"}], "the last one to be the user's"),
+            ([{"role": "tool", "content": "x"}], "a role"),
+            ([{"role": "user"}], "each with a text"),
+            (user(None), "each with a text"),
+            (user(["x"]), "each with a text"),
+            (user([]), "each with a text"),
+            (user([{"type": "image", "text": "x"}]), "each with a text"),
+            (user([{"type": "text"}]), "each with a text"),
+            ([{"role": "system", "content": "x"}], "the last one to be the user's"),
+            ([*user("x"), {"role": "assistant", "content": " \n"}], "one that is empty"),
             ([*user("x"), {"role": "system", "content": "y"}, *user("z")], "only at the head"),
             ([*user("x"), *user("y")], "roles must alternate"),
         ],
@@ -319,14 +350,3 @@ class TestChatInjection:
     def test_control_tokens_can_be_allowed(self) -> None:
         template = ChatTemplate(GEMMA_CHAT_TEMPLATE, PIECES, allow_special_tokens=True)
         assert Control("<start_of_image>") in template.render(user("<start_of_image>"))
-
-
-def hugging_face(source: str, conversation: list[dict[str, str]]) -> str:
-    rendered = render_jinja_template(
-        conversations=[conversation],
-        chat_template=source,
-        add_generation_prompt=True,
-        bos_token="<bos>",
-        eos_token="<eos>",
-    )
-    return rendered[0][0]

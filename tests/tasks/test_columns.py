@@ -8,6 +8,9 @@ from beam_gemma.tasks.columns import check_columns
 from beam_gemma.tasks.generate import GenerateSettings
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.large_string())])
+PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.binary())])
+IMAGES = pa.struct([("role", pa.string()), ("content", pa.list_(pa.binary()))])
+PARTS = pa.struct([("content", pa.list_(PART)), ("role", pa.string())])
 SCHEMA = pa.schema(
     [
         ("text", pa.string()),
@@ -17,6 +20,8 @@ SCHEMA = pa.schema(
         ("raw", pa.binary()),
         ("chat", pa.list_(MESSAGE)),
         ("large_chat", pa.large_list(MESSAGE)),
+        ("chat_of_parts", pa.list_(PARTS)),
+        ("images", pa.list_(IMAGES)),
         ("not_chat", pa.list_(pa.struct([("role", pa.string())]))),
     ]
 )
@@ -32,6 +37,7 @@ SCHEMA = pa.schema(
         {"prompt_column": "label"},
         {"messages_column": "chat"},
         {"messages_column": "large_chat"},
+        {"messages_column": "chat_of_parts"},
     ],
 )
 def test_tables_that_fit(settings):
@@ -48,6 +54,7 @@ def test_tables_that_fit(settings):
         ({"prompt_column": "count"}, "'count': expected string, got int32"),
         ({"prompt": "{raw}"}, "'raw'.*got binary"),
         ({"messages_column": "text"}, "'text': expected list<struct<role: string"),
+        ({"messages_column": "images"}, "'images': expected list<struct<role: string"),
         ({"messages_column": "not_chat"}, "'not_chat': expected list<struct<role: string"),
     ],
 )

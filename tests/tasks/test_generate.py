@@ -26,8 +26,9 @@ def settings_of(max_tokens=3, **fields):
 
 
 def session_that_says(text):
-    """Return a session that completes any prompt with a text, byte by byte, then ends."""
-    ids = [*map(byte_id, text.encode()), TOKENIZER.eos_token_id]
+    """Return a session that completes any prompt with a text or bytes, one by one, then ends."""
+    data = text if isinstance(text, bytes) else text.encode()
+    ids = [*map(byte_id, data), TOKENIZER.eos_token_id]
     prompt_length = None
 
     def next_token(tokens):
@@ -114,6 +115,39 @@ def test_stop_text_of_several_bytes_a_character():
     (result,) = generate([{"text": "abc"}])
     assert result["completion"] == "aé"
     assert result["num_completion_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "completion"),
+    [(1, "a"), (3, "a"), (4, "a€"), (7, "a€"), (8, "a€😀"), (9, "a€😀\ufffd"), (11, "a€😀\ufffd")],
+)
+def test_a_completion_has_no_part_of_a_character_at_its_end(max_tokens, completion):
+    """All of its tokens are counted. The model may write the replacement character itself."""
+    said = "a€😀".encode() + b"\xff" + b"\xe2\x82"
+    for settings in ({}, {"stop": ("xyz",)}):
+        generate = fake_generator(
+            settings_of(max_tokens, token_ids=True, **settings), session=session_that_says(said)
+        )
+        (result,) = generate([{"text": "abc"}])
+        assert result["completion"] == completion
+        assert result["num_completion_tokens"] == len(result["completion_token_ids"])
+        assert result["num_completion_tokens"] == max_tokens
+
+
+def test_conversations_of_parts_and_a_beginning_of_the_answer_are_completed():
+    settings = settings_of(prompt_column=None, messages_column="chat", chat_template="gemma")
+    parts = [{"type": "text", "text": "hi", "image": None}]
+    chats = [
+        [{"role": "user", "content": content}, {"role": role, "content": "The"}]
+        for content in ("hi", parts)
+        for role in ("assistant", "model")
+    ]
+    results = fake_generator(settings)([{"chat": chat} for chat in chats])
+    prompt = "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\nThe"
+    ids = TOKENIZER.encode(TOKENIZER.split(prompt))
+    assert [r["error"] for r in results] == [None] * 4
+    assert {r["num_prompt_tokens"] for r in results} == {len(ids)}
+    assert len({r["completion"] for r in results}) == 1
 
 
 def test_end_token_ends_unless_it_is_ignored():
