@@ -1,11 +1,15 @@
 """Arrow record batches passed between steps; every column keeps its type from end to end.
 
+Some columns of JSON lines have values that no one Arrow type holds as they are, such as objects
+whose keys differ. They are columns of JSON text, which a mark in their fields tells from texts.
+
 Elements of a shuffle are `Grouped`: group number, tag for the kind of rows, position of the first
 row, and the rows.
 """
 
+import json
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +20,10 @@ Located: TypeAlias = tuple[int, pa.RecordBatch]
 """Position of the first row, and consecutive rows of a table."""
 Tagged: TypeAlias = tuple[int, int, pa.RecordBatch]
 Grouped: TypeAlias = tuple[int, Tagged]
+JSON_TEXT = b"beam_gemma.json"
+"""Metadata key of the fields of JSON text."""
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Units of Arrow's times: how many a second has."""
 _WIRE = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
@@ -45,6 +53,61 @@ def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """Return a batch cast to a job's schema; files may differ in metadata and list types."""
     columns = [c.cast(f.type) for c, f in zip(batch.columns, schema, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def is_json_text(field: pa.Field) -> bool:
+    """Return whether a column holds JSON values as text."""
+    return JSON_TEXT in (field.metadata or {})
+
+
+def python_value(field: pa.Field, value: pa.Scalar) -> Any:
+    """Return a value of a column as a Python object; times that Python cannot hold become text.
+
+    Raises:
+        ValueError: Python cannot hold the value.
+        OverflowError: likewise.
+    """
+    if is_json_text(field):
+        text = value.as_py()
+        return None if text is None else json.loads(text)
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError, KeyError):
+        if not pa.types.is_temporal(value.type):
+            raise
+        return time_text(value, separator=" ")
+
+
+def time_text(value: pa.Scalar, *, separator: str = "T") -> str | None:
+    """Return a date or time in ISO 8601, in full precision, also if Python cannot hold it.
+
+    A year beyond 9999 or before 1 has a sign if it is negative and as many digits as it needs. A
+    time in a zone that is not known is in UTC. A duration is in seconds.
+
+    Args:
+        value: The date, time, timestamp or duration.
+        separator: What to put between date and time.
+    """
+    if not value.is_valid:
+        return None
+    kind = value.type
+    if pa.types.is_date(kind):
+        days = value.value if pa.types.is_date32(kind) else value.value // 86_400_000
+        return str(np.datetime64(days, "D"))
+    seconds, rest = divmod(value.value, UNITS[kind.unit])
+    if pa.types.is_duration(kind):
+        return str(value.value / UNITS[kind.unit])
+    digits = f".{rest:0{len(str(UNITS[kind.unit])) - 1}}" if rest else ""
+    if pa.types.is_time(kind):
+        return str(np.datetime64(seconds, "s"))[11:] + digits
+    try:
+        whole = pa.scalar(seconds, pa.timestamp("s", kind.tz)).as_py().isoformat(separator)
+    except (ValueError, OverflowError, KeyError):
+        whole = str(np.datetime64(seconds, "s")).replace("T", separator)
+        whole += "" if kind.tz is None else "+00:00"
+    # A zone may follow the seconds, which end 8 characters after the separator.
+    end = whole.index(separator) + 9
+    return whole[:end] + digits + whole[end:]
 
 
 def joined(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:

@@ -34,7 +34,7 @@ def is_data(path: str, root: str) -> bool:
         path: The path of the file.
         root: The folder of the table.
     """
-    *folders, name = _below(path, root)
+    *folders, name = parts_below(path, root)
     if any(part.startswith(HIDDEN) for part in (*folders, name)):
         return False
     return all("=" in folder for folder in folders)
@@ -64,13 +64,14 @@ def partitions_of(root: str, paths: Sequence[str]) -> Partitions:
     )
 
 
-def _below(path: str, root: str) -> list[str]:
+def parts_below(path: str, root: str) -> list[str]:
+    """Return the names of the folders below a root that lead to a file, and its own."""
     return path.removeprefix(root).strip("/").split("/")
 
 
 def _said(path: str, root: str) -> Iterator[tuple[str, str | None]]:
     """Yield the partition columns of a file with their values as text."""
-    for folder in _below(path, root)[:-1]:
+    for folder in parts_below(path, root)[:-1]:
         name, is_column, text = folder.partition("=")
         if is_column:
             yield unquote(name), None if text == NULL else unquote(text)

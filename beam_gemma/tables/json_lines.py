@@ -1,50 +1,127 @@
 """Convert JSON lines to Arrow batches and back.
 
-Column types are inferred once from all lines before a job starts, and workers parse with them.
-Text that looks like a time stays text.
+Column types are found once, from all lines, before a job starts; workers parse with them. Text that
+looks like a time stays text. What a row says does not depend on the rows beside it.
 """
 
-import base64
-import datetime
-import decimal
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.json
 
+from beam_gemma.batches import is_json_text
 from beam_gemma.errors import OptionsError
+from beam_gemma.tables.json_types import KINDS, Values
+from beam_gemma.tables.json_values import column_values
 
 CHUNK_BYTES = 8 << 20
 """Bytes of lines parsed together during type inference."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
     """Consecutive lines of a file."""
 
-    schema: pa.Schema
     num_rows: int
     num_bytes: int
     """Size in bytes, including empty lines."""
 
 
-def chunks(lines: Iterable[bytes], name: str, *, limit: int | None = None) -> Iterator[Chunk]:
-    """Infer the schemas of the lines of a file, chunk by chunk.
+class Columns:
+    """The columns found so far.
 
     Args:
-        lines: The lines of the file, in order.
+        wanted: Names of the columns to find the types of; None for all. The values of others may
+            be of any kind.
+    """
+
+    def __init__(self, wanted: Sequence[str] | None = None) -> None:
+        self._wanted = wanted
+        self._values: dict[str, Values] = {}
+        self._names: dict[str, None] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all columns, in the order in which they were found."""
+        return list(self._names)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the columns that are wanted."""
+        return pa.schema([values.field(name) for name, values in self._values.items()])
+
+    def add(self, rows: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
+        """Take account of rows.
+
+        Args:
+            rows: The rows.
+            place: Returns the name of the file and line of a row, for error messages.
+
+        Raises:
+            OptionsError: a column has values of several kinds, such as numbers and texts.
+        """
+        self._names |= dict.fromkeys(itertools.chain.from_iterable(rows))
+        for name in self._names:
+            if self._wanted is None or name in self._wanted:
+                column = [row.get(name) for row in rows]
+                known = self._values.setdefault(name, Values())
+                _check_kinds(name, known, column, place)
+                known.add(column)
+
+
+def _check_kinds(
+    name: str, known: Values, column: Sequence[Any], place: Callable[[int], str]
+) -> None:
+    """Refuse a column with values of several kinds; name the first one that differs."""
+    kinds = {KINDS[kind] for kind in known.kinds}
+    for index, value in enumerate(column) if len(kinds | _kinds_of(column)) > 1 else ():
+        kinds |= _kinds_of([value])
+        if len(kinds) > 1:
+            (found,) = _kinds_of([value])
+            (before,) = kinds - {found}
+            raise OptionsError(
+                f"{place(index)}: column {name!r}: expected {before}, as in the rows before it, "
+                f"got {found}; make all values of one kind, or leave the column out with --columns"
+            )
+
+
+def _kinds_of(values: Iterable[Any]) -> set[str]:
+    return {KINDS[kind] for kind in set(map(type, values)) if kind is not type(None)}
+
+
+def chunks(
+    lines: Iterable[bytes],
+    name: str,
+    columns: Columns,
+    *,
+    limit: int | None = None,
+    lines_before: Callable[[], int] = lambda: 0,
+) -> Iterator[Chunk]:
+    """Find the columns of the lines of a file, chunk by chunk.
+
+    Args:
+        lines: Consecutive lines of the file.
         name: The file name for error messages.
+        columns: The columns of the table so far, to which those of these lines are added.
         limit: Number of rows to read; None for all.
+        lines_before: Returns the number of lines of the file before these; asked for errors only.
 
     Raises:
-        OptionsError: a line is not a JSON object, or a column has values of several types.
+        OptionsError: a line is not a JSON object, or a column has values of several kinds.
     """
     rows: dict[int, bytes] = {}
     num_bytes = 0
+
+    def place(index: int) -> str:
+        return f"{name}, line {lines_before() + list(rows)[index]}"
+
     for number, line in enumerate(lines, start=1):
         if limit is not None and limit <= 0:
             break
@@ -53,57 +130,10 @@ def chunks(lines: Iterable[bytes], name: str, *, limit: int | None = None) -> It
             rows[number] = line
             limit = None if limit is None else limit - 1
         if num_bytes >= CHUNK_BYTES:
-            yield _chunk(rows, num_bytes, name)
+            yield _chunk(rows.values(), num_bytes, columns, place)
             rows, num_bytes = {}, 0
     if rows:
-        yield _chunk(rows, num_bytes, name)
-
-
-def unify_schemas(first: pa.Schema, second: pa.Schema, name: str) -> pa.Schema:
-    """Return the schema that covers both; integers widen to floats if needed.
-
-    Raises:
-        OptionsError: a column has incompatible types; the message starts with `name`.
-    """
-    try:
-        return pa.unify_schemas([first, second], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise OptionsError(
-            f"{name}: expected the column types of the rows before it, got: {error}"
-        ) from error
-
-
-def parse_lines(lines: Sequence[bytes], schema: pa.Schema | None = None) -> pa.RecordBatch:
-    """Parse one row per line; without a schema, the types are inferred.
-
-    Raises:
-        pyarrow.ArrowInvalid: a line is not an object that fits the schema.
-    """
-    data = b"\n".join(lines)
-    data.decode()
-    table = pyarrow.json.read_json(
-        pa.BufferReader(data),
-        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
-        parse_options=pyarrow.json.ParseOptions(
-            explicit_schema=schema,
-            unexpected_field_behavior="infer" if schema is None else "error",
-        ),
-    )
-    if table.num_rows != len(lines):
-        raise pa.ArrowInvalid(f"expected {len(lines)} objects, one on each line")
-    (batch,) = table.combine_chunks().to_batches()
-    return batch
-
-
-def format_rows(batch: pa.RecordBatch) -> bytes:
-    """Return one JSON line per row.
-
-    Times are written in ISO 8601, decimals as text, bytes in base64; NaN and infinity, which JSON
-    lacks, become null.
-    """
-    columns = pa.schema([pa.field(f.name, _representable(f.type)) for f in batch.schema])
-    rows = batch.cast(columns, safe=False).to_pylist(maps_as_pydicts="lossy")
-    return "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode()
+        yield _chunk(rows.values(), num_bytes, columns, place)
 
 
 def content_lines(stream: Iterable[bytes]) -> Iterator[bytes]:
@@ -111,79 +141,93 @@ def content_lines(stream: Iterable[bytes]) -> Iterator[bytes]:
     return (line for line in stream if not line.isspace())
 
 
-def _chunk(rows: dict[int, bytes], num_bytes: int, name: str) -> Chunk:
-    schema = _schema_of(rows, name) if rows else pa.schema([])
-    return Chunk(schema=schema, num_rows=len(rows), num_bytes=num_bytes)
+def parse_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.RecordBatch:
+    """Parse one row per line into the columns of a schema; other columns are left out.
+
+    Raises:
+        ValueError: a line is not an object, or its values do not fit the schema.
+    """
+    rows = [_row(line) for line in lines]
+    columns = [_column(field, [row.get(field.name) for row in rows]) for field in schema]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _schema_of(chunk: dict[int, bytes], name: str) -> pa.Schema:
-    try:
-        batch = parse_lines(list(chunk.values()))
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        _refuse_malformed(chunk, name)
-        raise OptionsError(f"{name}: expected one type in each column, got: {error}") from error
-    return pa.schema([pa.field(f.name, _without_times(f.type)) for f in batch.schema])
+def format_rows(batch: pa.RecordBatch) -> bytes:
+    """Return one JSON line per row, with the values of `json_values`."""
+    columns = [column_values(field, batch.column(i)) for i, field in enumerate(batch.schema)]
+    names = batch.schema.names
+    rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _refuse_malformed(chunk: dict[int, bytes], name: str) -> None:
-    for number, line in chunk.items():
+def with_typed_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows with their JSON text parsed where the schema has another type for it."""
+    columns = list(batch.columns)
+    for i, (ours, wanted) in enumerate(zip(batch.schema, schema, strict=True)):
+        if is_json_text(ours) and ours.type != wanted.type:
+            columns[i] = pa.array(column_values(ours, columns[i]), wanted.type)
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def _chunk(
+    lines: Iterable[bytes], num_bytes: int, columns: Columns, place: Callable[[int], str]
+) -> Chunk:
+    rows = []
+    for index, line in enumerate(lines):
         try:
-            value = json.loads(line)
+            rows.append(_row(line))
         except ValueError as error:
             raise OptionsError(
-                f"{name}, line {number}: expected a JSON object, got an error: {error}"
+                f"{place(index)}: expected a JSON object, got an error: {error}"
             ) from error
-        if not isinstance(value, dict):
-            raise OptionsError(
-                f"{name}, line {number}: expected a JSON object, got {type(value).__name__}"
-            )
+    columns.add(rows, place)
+    return Chunk(num_rows=len(rows), num_bytes=num_bytes)
 
 
-def _without_times(kind: pa.DataType) -> pa.DataType:
-    """Return the type with string in place of inferred time types."""
-    if pa.types.is_temporal(kind):
-        return pa.string()
-    return _mapped(kind, _without_times)
+def _row(line: bytes) -> dict[str, Any]:
+    """Return the object of a line.
+
+    Raises:
+        ValueError: it has none, or what it has cannot be held.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object, parse_float=_float)
+    except RecursionError as error:
+        raise ValueError("lists and objects are nested too deeply; flatten them") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{type(row).__name__}, no object")
+    # Escapes may give halves of characters, which no text has.
+    if ESCAPED_SURROGATE.search(line) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        raise ValueError("the surrogate pair of a character is not whole")
+    return row
 
 
-def _representable(kind: pa.DataType) -> pa.DataType:
-    """Return the type with nanoseconds cut to microseconds, the finest that Python holds."""
-    if pa.types.is_timestamp(kind):
-        return pa.timestamp("us", kind.tz)
-    if pa.types.is_time64(kind):
-        return pa.time64("us")
-    if pa.types.is_duration(kind):
-        return pa.duration("us")
-    return _mapped(kind, _representable)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"an object has {name!r} twice")
+    return found
 
 
-def _mapped(kind: pa.DataType, change: Any) -> pa.DataType:
-    """Return a nested type with `change` applied to its inner types."""
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(change(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(change(kind.value_type)))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(change(kind.value_type)))
-    return kind
+def _float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text} is too large for a double")
+    return number
 
 
-def _plain(value: Any) -> Any:
-    """Return the value in a form that `json.dumps` accepts."""
-    match value:
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case float():
-            return value if math.isfinite(value) else None
-        case bytes():
-            return base64.b64encode(value).decode()
-        case datetime.date() | datetime.time():
-            return value.isoformat()
-        case datetime.timedelta():
-            return value.total_seconds()
-        case decimal.Decimal():
-            return str(value)
-        case _:
-            return value
+def _column(field: pa.Field, values: list[Any]) -> pa.Array:
+    """Return the values of a column, exactly."""
+    if is_json_text(field):
+        return pa.array([None if v is None else _text(v) for v in values], field.type)
+    column = pa.array(values, field.type)
+    back = column.to_pylist()
+    # As text, for NaN is not equal to itself.
+    if back != values and _text(back) != _text(values):
+        raise ValueError(f"column {field.name!r}: values that are no {field.type}")
+    return column
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

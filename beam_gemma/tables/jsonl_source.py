@@ -6,6 +6,7 @@ A dry run parses only a sample from across the table, so it misses types that oc
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -13,16 +14,21 @@ import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located
+from beam_gemma.errors import StorageError, one_line
 from beam_gemma.tables import json_lines
 from beam_gemma.tables.source import (
     BATCH_ROWS,
     SAMPLE_PLACES,
     SAMPLE_ROWS,
     Source,
+    check_selected,
     leading_rows,
     sample_places,
     selected,
 )
+
+COUNT_BYTES = 1 << 20
+"""Bytes to read at once when lines are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +61,6 @@ class JsonlSource(Source):
 
     uri: str
     schema: pa.Schema
-    file_schema: pa.Schema
-    """Schema of the files, including columns that are not read."""
     files: tuple[str, ...]
     lines: tuple[Part, ...]
     num_rows: int | None
@@ -90,7 +94,7 @@ class JsonlSource(Source):
         sections = [[_Stretch(path) for path in paths]]
         if is_sample:
             sections, limit = _sections(paths), math.ceil(SAMPLE_ROWS / SAMPLE_PLACES)
-        schema = pa.schema([])
+        found = json_lines.Columns(columns)
         parts: list[Part] = []
         files: dict[str, None] = {}
         is_part = False
@@ -99,17 +103,16 @@ class JsonlSource(Source):
             for stretch in section:
                 if left is not None and left <= 0:
                     break
-                found, lines = _scan(stretch, _num_rows(parts), left)
-                schema = json_lines.unify_schemas(schema, found, stretch.path)
+                lines = _scan(stretch, found, _num_rows(parts), left)
                 files[stretch.path] = None
                 parts += lines
                 left = None if left is None else left - _num_rows(lines)
             is_part |= is_sample and left == 0
-        schema = pa.schema([field.with_type(_settled(field.type)) for field in schema])
+        if columns is not None:
+            check_selected(found.names, columns, uri)
         return cls(
             uri=uri,
-            schema=selected(schema, columns, uri),
-            file_schema=schema,
+            schema=found.schema if columns is None else selected(found.schema, columns, uri),
             files=tuple(files),
             lines=tuple(parts),
             num_rows=None if is_part else _num_rows(parts),
@@ -123,14 +126,11 @@ class JsonlSource(Source):
     def read(self, part: Part) -> Iterator[Located]:
         """Return the rows of a chunk."""
         position = part.first_row
-        with FileSystems.open(part.path) as stream:
+        with _unchanged(part), FileSystems.open(part.path) as stream:
             stream.seek(part.start)
             lines = itertools.islice(json_lines.content_lines(stream), part.num_rows)
             while chunk := list(itertools.islice(lines, BATCH_ROWS)):
-                yield (
-                    position,
-                    json_lines.parse_lines(chunk, self.file_schema).select(self.schema.names),
-                )
+                yield position, json_lines.parse_lines(chunk, self.schema)
                 position += len(chunk)
 
     def head(self, num_rows: int) -> Iterator[pa.RecordBatch]:
@@ -181,31 +181,33 @@ def _sections(paths: Sequence[str]) -> list[list[_Stretch]]:
     ]
 
 
-def _settled(kind: pa.DataType) -> pa.DataType:
-    """Return a nested type with string in place of inner null types.
-
-    PyArrow builds broken arrays for lists of nulls.
-    """
-
-    def inner(kind: pa.DataType) -> pa.DataType:
-        return pa.string() if pa.types.is_null(kind) else _settled(kind)
-
-    if pa.types.is_list(kind):
-        return pa.list_(inner(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(inner(field.type)) for field in kind])
-    return kind
+@contextmanager
+def _unchanged(part: Part) -> Iterator[None]:
+    """Name the file in the error; its lines were read at launch, so it has changed since."""
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{part.path}, from byte {part.start:,} on: expected the lines that were there when "
+            f"the job began, got {one_line(error)}; put the file back, then go on with --resume"
+        ) from error
 
 
-def _scan(stretch: _Stretch, first_row: int, limit: int | None) -> tuple[pa.Schema, list[Part]]:
-    """Return the schema of a stretch of a file, and its lines in chunks."""
-    schema = pa.schema([])
+def _scan(
+    stretch: _Stretch, columns: json_lines.Columns, first_row: int, limit: int | None
+) -> list[Part]:
+    """Return the lines of a stretch of a file in chunks, and add to the columns found so far."""
     parts = []
     with FileSystems.open(stretch.path) as stream:
-        start = _begin(stream, stretch.start)
-        name = f"{stretch.path}, from byte {start:,} on" if start else stretch.path
-        for chunk in json_lines.chunks(_lines(stream, start, stretch.end), name, limit=limit):
-            schema = json_lines.unify_schemas(schema, chunk.schema, name)
+        start = first = _begin(stream, stretch.start)
+        lines = _lines(stream, start, stretch.end)
+        for chunk in json_lines.chunks(
+            lines,
+            stretch.path,
+            columns,
+            limit=limit,
+            lines_before=lambda: _num_lines(stretch.path, first),
+        ):
             parts.append(
                 Part(
                     path=stretch.path,
@@ -217,7 +219,14 @@ def _scan(stretch: _Stretch, first_row: int, limit: int | None) -> tuple[pa.Sche
             )
             start += chunk.num_bytes
             first_row += chunk.num_rows
-    return schema, parts
+    return parts
+
+
+def _num_lines(path: str, end: int) -> int:
+    """Return the number of lines in the first bytes of a file."""
+    with FileSystems.open(path) as stream:
+        blocks = (stream.read(min(COUNT_BYTES, end - at)) for at in range(0, end, COUNT_BYTES))
+        return sum(block.count(b"\n") for block in blocks)
 
 
 def _begin(stream: BinaryIO, place: int) -> int:

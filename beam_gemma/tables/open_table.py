@@ -1,25 +1,35 @@
 """Open a table by its URI, and the Beam transform that reads it."""
 
+import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PBegin, PCollection
 
 from beam_gemma.batches import Located
-from beam_gemma.beam_internals import send_whole
+from beam_gemma.beam_internals import private_ports, send_whole
 from beam_gemma.errors import OptionsError
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE
-from beam_gemma.storage import match_files
-from beam_gemma.tables.hive_partitions import is_data
+from beam_gemma.storage import literal_pattern, match_files
+from beam_gemma.tables.hive_partitions import HIDDEN, is_data, parts_below
 from beam_gemma.tables.jsonl_source import JsonlSource
 from beam_gemma.tables.parquet_source import ParquetSource
 from beam_gemma.tables.source import Source
 
 WILDCARD = re.compile(r"[*?\[]")
+ENDS = {"parquet": ".parquet", "jsonl": ".jsonl"}
+LOGS = {
+    "Delta table": "_delta_log/*",
+    "Hudi table": ".hoodie/*",
+    "Iceberg table": "metadata/*.metadata.json",
+}
+"""Files that make a folder a table of another kind. They say which of its Parquet files hold the
+present rows; the others are of earlier versions."""
 
 
 def open_source(
@@ -32,8 +42,10 @@ def open_source(
     """Find the files of a table and read its schema.
 
     Args:
-        uri: A file, a pattern, or a folder of Parquet files, on any Beam file system. Folders
-            such as `day=2024-01-01` below it, or after a pattern's first wildcard, become columns.
+        uri: A file, a pattern, or a folder of Parquet files or of JSON lines, on any Beam file
+            system. What is there under this very name is no pattern, whatever signs the name has.
+            A leading `~` is the home folder. Folders such as `day=2024-01-01` below it, or after a
+            pattern's first wildcard, become columns.
         limit: Number of rows to read, in file order; None for all.
         columns: The columns to read; None for all.
         dry_run: Open for a preview only: without a limit, the types of JSON lines come from a
@@ -42,11 +54,22 @@ def open_source(
     Raises:
         OptionsError: the table or a column does not exist, or the files do not fit one schema.
     """
-    if uri.endswith(".jsonl"):
-        paths = _found(match_files(uri), uri)
-        return JsonlSource.open(uri, paths, limit=limit, columns=columns, dry_run=dry_run)
-    root, paths = _parquet_files(uri)
-    return ParquetSource.open(uri, _found(paths, uri), root=root, limit=limit, columns=columns)
+    uri = os.path.expanduser(uri)  # noqa: PTH111 - a Path would change URIs
+    found = _find(uri)
+    if not found.paths:
+        raise OptionsError(f"{uri}: expected at least one file, got none; check the path")
+    if found.is_jsonl:
+        return JsonlSource.open(uri, found.paths, limit=limit, columns=columns, dry_run=dry_run)
+    return ParquetSource.open(uri, found.paths, root=found.root, limit=limit, columns=columns)
+
+
+class _Found(NamedTuple):
+    """The files of a table."""
+
+    root: str
+    """Folder of the table."""
+    paths: list[str]
+    is_jsonl: bool = False
 
 
 class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
@@ -73,6 +96,7 @@ class ReadTable(beam.PTransform[PBegin, PCollection[Located]]):
     def expand(self, pbegin: PBegin) -> PCollection[Located]:
         """Apply the transform."""
         send_whole()
+        private_ports()
         return (
             pbegin
             | "Parts" >> beam.Create(self.source.parts(), reshuffle=False)
@@ -95,26 +119,97 @@ class _Read(beam.DoFn):
             yield position, batch
 
 
-def _parquet_files(uri: str) -> tuple[str, list[str]]:
-    """Return the folder of a table and its files."""
+def _find(uri: str) -> _Found:
     folder = uri.rstrip("/")
     name = folder.rpartition("/")[2]
-    is_named = name.endswith(".parquet")
-    if not is_named and ("." in name.strip(".") or WILDCARD.search(name)):
+    ends = [end for end in ENDS.values() if name.endswith(end)]
+    is_pattern = WILDCARD.search(uri) is not None and not _is_there(folder)
+    if not ends and ("." in name.strip(".") or (is_pattern and WILDCARD.search(name))):
         raise OptionsError(
-            f"{uri}: expected files that end in .parquet or .jsonl, or a folder of Parquet files"
+            f"{uri}: expected files that end in .parquet or .jsonl, or a folder of such files"
         )
-    if wildcard := WILDCARD.search(uri):
-        root = uri[: wildcard.start()].rpartition("/")[0]
-        return root, match_files(uri if is_named else f"{folder}/*.parquet")
-    inside = [path for path in match_files(f"{folder}/**.parquet") if is_data(path, folder)]
+    if is_pattern:
+        return _match(uri, uri if ends else f"{folder}/*.parquet")
     # Spark writes table.parquet as a folder.
-    if inside or not is_named or uri.endswith("/"):
-        return folder, inside
-    return folder.rpartition("/")[0], match_files(uri)
+    inside = _inside(folder)
+    if inside.paths or not ends or uri.endswith("/"):
+        return inside
+    return _Found(folder.rpartition("/")[0], _files(folder), uri.endswith(ENDS["jsonl"]))
 
 
-def _found(paths: list[str], uri: str) -> list[str]:
-    if not paths:
-        raise OptionsError(f"{uri}: expected at least one file, got none; check the path")
-    return paths
+def _is_there(path: str) -> bool:
+    if FileSystems.exists(path) or FileSystems.exists(f"{path}/"):
+        return True
+    # In an object store, a folder exists only if it contains objects.
+    return "://" in path and is_any(f"{literal_pattern(path)}/**")
+
+
+def _files(path: str) -> list[str]:
+    return [path] if FileSystems.exists(path) else []
+
+
+def _match(uri: str, pattern: str) -> _Found:
+    """Return the files that match a pattern; it passes over hidden ones that it does not name."""
+    place = WILDCARD.search(pattern)
+    assert place is not None
+    root = pattern[: place.start()].rpartition("/")[0]
+    named = {part[:1] for part in parts_below(pattern, root)} & set(HIDDEN)
+    hidden = tuple(set(HIDDEN) - named)
+    paths = [
+        path
+        for path in match_files(pattern)
+        if not any(part.startswith(hidden) for part in parts_below(path, root))
+    ]
+    is_jsonl = pattern.endswith(ENDS["jsonl"])
+    if not is_jsonl:
+        _refuse_other_tables(uri, root)
+    return _Found(root, paths, is_jsonl)
+
+
+def _inside(folder: str) -> _Found:
+    """Return the Parquet files of a folder or, if it has none, its files of JSON lines."""
+
+    def below(end: str) -> list[str]:
+        found = match_files(f"{literal_pattern(folder)}/**{end}")
+        return [path for path in found if is_data(path, folder)]
+
+    paths = below(ENDS["parquet"])
+    _refuse_other_tables(folder, folder)
+    if paths or not (lines := below(ENDS["jsonl"])):
+        return _Found(folder, paths)
+    for path in lines:
+        if len(parts_below(path, folder)) > 1:
+            raise OptionsError(
+                f"{path}: expected JSON lines without folders of partitions, whose values would "
+                "not be read; name the files by a pattern"
+            )
+    return _Found(folder, lines, is_jsonl=True)
+
+
+def _refuse_other_tables(uri: str, root: str) -> None:
+    """Refuse a folder whose Parquet files are not all rows of its table.
+
+    Raises:
+        OptionsError: the folder, or one that it is a part of, has a log of versions.
+    """
+    folders = [root]
+    while "=" in folders[-1].rpartition("/")[2]:
+        folders.append(folders[-1].rpartition("/")[0])
+    places = [(folder, kind, log) for folder in folders for kind, log in LOGS.items()]
+    # Iceberg keeps its files in a folder beside that of its metadata.
+    top, _, name = folders[-1].rpartition("/")
+    if name == "data":
+        places.append((top, "Iceberg table", LOGS["Iceberg table"]))
+    for folder, kind, log in places:
+        if is_any(f"{literal_pattern(folder)}/{log}"):
+            raise OptionsError(
+                f"{uri}: expected a folder whose files are all of the table's rows, got a {kind}, "
+                "which keeps files of earlier versions; write its present rows to Parquet with an "
+                "engine that reads it, such as Spark or DuckDB, and read those"
+            )
+
+
+def is_any(pattern: str) -> bool:
+    """Return whether any file matches a pattern."""
+    (found,) = FileSystems.match([pattern], limits=[1])
+    return bool(found.metadata_list)

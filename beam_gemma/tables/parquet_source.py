@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,26 +14,37 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located, with_schema
 from beam_gemma.errors import OptionsError, StorageError, one_line
-from beam_gemma.tables.hive_partitions import partitions_of
+from beam_gemma.tables.hive_partitions import Partitions, partitions_of
+from beam_gemma.tables.parquet_file import (
+    has_fixed_lists,
+    may_have_nulls,
+    open_parquet,
+    read_type,
+)
+from beam_gemma.tables.parquet_schema import agreed, kept_metadata
 from beam_gemma.tables.source import (
     Source,
     batch_rows,
+    check_selected,
+    fills_batch,
     leading_rows,
     sample_places,
-    selected,
 )
+
+MAX_PARTS = 128
+"""Most parts of one file: the worker that reads a part parses the footer, however long it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Leading rows of a file or of one of its row groups."""
+    """Leading rows of a file or of some of its row groups."""
 
     path: str
     first_row: int
     """Position in the table of the first row."""
     num_rows: int
-    row_group: int | None = None
-    """Index of the row group; None for the whole file."""
+    row_groups: range | None = None
+    """Indices of the row groups; None for the whole file."""
     partition: tuple[Any, ...] = ()
     """Values of the table's partition columns, from the file's folders."""
 
@@ -47,6 +58,8 @@ class ParquetSource(Source):
     files: tuple[str, ...]
     file_rows: tuple[int, ...]
     """Number of leading rows to read from each file."""
+    bare_files: frozenset[str]
+    """Files that are read with the types of Parquet, not with those that Arrow notes beside."""
     partition_schema: pa.Schema
     """Partition columns, which come from folder names; some or all may not be read."""
     partitions: tuple[tuple[Any, ...], ...]
@@ -72,34 +85,47 @@ class ParquetSource(Source):
             paths: The files of the table, in order.
             root: The folder of the table; folders below it may hold partition columns.
             limit: Number of rows to read; None for all.
-            columns: The columns to read; None for all.
+            columns: The columns to read; None for all. The types of others do not matter.
 
         Raises:
             OptionsError: a file is not a Parquet file, or the files do not fit one schema.
         """
         partitions = partitions_of(root, paths)
-        files: dict[str, int] = {}
-        num_bytes = 0
+        footers: dict[str, _Footer] = {}
+        rows: list[int] = []
         schema: pa.Schema | None = None
         with ThreadPoolExecutor() as pool:
-            footers = map(_footer, paths) if limit is not None else pool.map(_footer, paths)
-            for path, (found, metadata) in zip(paths, footers, strict=True):
-                schema = found if schema is None else _agreed(schema, found, path)
-                left = metadata.num_rows if limit is None else limit - sum(files.values())
-                files[path] = min(metadata.num_rows, left)
-                num_bytes += _num_bytes(metadata, files[path])
-                if limit is not None and metadata.num_rows >= left:
+            read = map if limit is not None else pool.map
+            for path, footer in zip(
+                paths, read(lambda path: _footer(path, columns), paths), strict=True
+            ):
+                footers[path] = footer
+                schema = footer.schema if schema is None else agreed(schema, footer.schema, path)
+                left = footer.num_rows if limit is None else limit - sum(rows)
+                rows.append(min(footer.num_rows, left))
+                if limit is not None and footer.num_rows >= left:
                     break
         assert schema is not None
+        _check_casts(footers, schema)
+        names = [*footers[paths[0]].names, *partitions.schema.names]
+        if columns is not None:
+            check_selected(names, columns, uri)
+        # A column that is in the files as well has the type that it has there.
+        partitions = _without(partitions, schema.names)
+        schema = _ordered(schema, partitions.schema, columns)
         return cls(
             uri=uri,
-            schema=selected(_joined(schema, partitions.schema, uri), columns, uri),
+            schema=schema.with_metadata(kept_metadata(schema.metadata, schema.names)),
+            bare_files=frozenset(path for path, footer in footers.items() if footer.is_bare),
             partition_schema=partitions.schema,
-            partitions=tuple(partitions.values[path] for path in files),
-            files=tuple(files),
-            file_rows=tuple(files.values()),
-            num_rows=sum(files.values()),
-            num_bytes=num_bytes,
+            partitions=tuple(partitions.values[path] for path in footers),
+            files=tuple(footers),
+            file_rows=tuple(rows),
+            num_rows=sum(rows),
+            num_bytes=sum(
+                footer.num_bytes * some // max(1, footer.num_rows)
+                for footer, some in zip(footers.values(), rows, strict=True)
+            ),
         )
 
     def parts(self) -> list[Part]:
@@ -114,30 +140,47 @@ class ParquetSource(Source):
         ]
 
     def split(self, part: Part) -> Iterator[Part]:
-        """Return the row groups that hold the rows of a part."""
-        with FileSystems.open(part.path) as stream:
-            metadata = pq.ParquetFile(stream).metadata
-        first = 0
-        for group in range(metadata.num_row_groups):
+        """Return runs of the row groups that hold the rows of a part, each of a batch or more."""
+        groups = self._row_groups(part)
+        fewest = math.ceil(len(groups) / MAX_PARTS)
+        run: list[Part] = []
+        num_rows = num_bytes = 0
+        for group, size in groups:
+            run.append(group)
+            num_rows, num_bytes = num_rows + group.num_rows, num_bytes + size
+            if len(run) >= fewest and fills_batch(num_rows, num_bytes):
+                yield _merged(run)
+                run, num_rows, num_bytes = [], 0, 0
+        if run:
+            yield _merged(run)
+
+    def _row_groups(self, part: Part) -> list[tuple[Part, int]]:
+        """Return the row groups that hold the rows of a part, with their sizes in bytes."""
+        with _named(part.path), FileSystems.open(part.path) as stream:
+            metadata = open_parquet(stream, is_bare=part.path in self.bare_files).metadata
+        groups, first = [], 0
+        for index in range(metadata.num_row_groups):
             if first >= part.num_rows:
-                return
-            rows = metadata.row_group(group).num_rows
-            yield replace(
+                break
+            group = metadata.row_group(index)
+            one = replace(
                 part,
                 first_row=part.first_row + first,
-                num_rows=min(rows, part.num_rows - first),
-                row_group=group,
+                num_rows=min(group.num_rows, part.num_rows - first),
+                row_groups=range(index, index + 1),
             )
-            first += rows
+            groups.append((one, group.total_byte_size))
+            first += group.num_rows
+        return groups
 
     def read(self, part: Part) -> Iterator[Located]:
-        """Return the rows of a row group, or the leading rows of a file."""
+        """Return the rows of row groups, or the leading rows of a file."""
         names = [name for name in self.schema.names if name not in self.partition_schema.names]
         position, end = part.first_row, part.first_row + part.num_rows
         with _named(part.path), FileSystems.open(part.path) as stream:
-            file = pq.ParquetFile(stream)
-            groups = [part.row_group] if part.row_group is not None else _leading(file, part)
-            size = batch_rows(_num_bytes(file.metadata, 1))
+            file = open_parquet(stream, is_bare=part.path in self.bare_files)
+            groups = list(part.row_groups if part.row_groups is not None else _leading(file, part))
+            size = batch_rows(_row_bytes(file.metadata, groups))
             for batch in file.iter_batches(size, row_groups=groups, columns=names):
                 rows = batch.select(names).slice(0, end - position)
                 yield position, self._whole(rows, part)
@@ -168,7 +211,7 @@ class ParquetSource(Source):
             group
             for part in self.parts()
             if _holds_any(part, places)
-            for group in self.split(part)
+            for group, _ in self._row_groups(part)
             if _holds_any(group, places)
         ]
         for index, group in enumerate(groups):
@@ -194,54 +237,129 @@ def _named(path: str) -> Iterator[None]:
         ) from error
 
 
-def _footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+class _Footer(NamedTuple):
+    """What a file's footer says of the file and of the columns to read."""
+
+    schema: pa.Schema
+    """Columns to read, in the types in which they are read."""
+    types: dict[str, pa.DataType]
+    """Types of these columns in the file."""
+    names: list[str]
+    """All columns of the file."""
+    num_rows: int
+    num_bytes: int
+    is_bare: bool
+
+
+def _footer(path: str, columns: tuple[str, ...] | None) -> _Footer:
     try:
         with FileSystems.open(path) as stream:
-            file = pq.ParquetFile(stream)
-            return file.schema_arrow, file.metadata
-    except (OSError, pa.ArrowInvalid) as error:
+            file, is_bare = _opened(stream, path, columns)
+            found, metadata = file.schema_arrow, file.metadata
+            wanted = _wanted(found.names, columns, path)
+            nulls = [
+                has_fixed_lists(found.field(name).type) and may_have_nulls(metadata, name)
+                for name in wanted
+            ]
+            fields = [
+                field.with_type(read_type(field.type, has_nulls=has_nulls))
+                for field, has_nulls in zip(map(found.field, wanted), nulls, strict=True)
+            ]
+            is_bare |= any(nulls)
+            if is_bare:
+                found = open_parquet(stream, is_bare=True).schema_arrow
+            return _Footer(
+                schema=pa.schema(fields, found.metadata),
+                types={name: found.field(name).type for name in wanted},
+                names=found.names,
+                num_rows=metadata.num_rows,
+                num_bytes=_num_bytes(metadata, range(metadata.num_row_groups)),
+                is_bare=is_bare,
+            )
+    except (OSError, pa.ArrowException) as error:
         raise OptionsError(f"{path}: expected a Parquet file, got: {error}") from error
 
 
-def _agreed(schema: pa.Schema, found: pa.Schema, path: str) -> pa.Schema:
-    """Return the merged schema of earlier files and one more file.
-
-    A column is nullable if any file says so; a column of nulls takes its type from another file.
-    """
-    if schema.names != found.names:
-        names = sorted(set(schema.names) ^ set(found.names))
-        what = f"set of columns: {', '.join(names)}" if names else "order of columns"
-        raise _disagreement(path, what)
-    fields = []
-    for ours, theirs in zip(schema, found, strict=True):
-        try:
-            (field,) = pa.unify_schemas([pa.schema([ours]), pa.schema([theirs])])
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            what = f"type of {ours.name!r}: {theirs.type} for {ours.type}"
-            raise _disagreement(path, what) from error
-        fields.append(field)
-    return pa.schema(fields, schema.metadata)
-
-
-def _disagreement(path: str, what: str) -> OptionsError:
-    return OptionsError(f"{path}: expected the columns of the files before it, got another {what}")
+def _opened(
+    stream: BinaryIO, path: str, columns: tuple[str, ...] | None
+) -> tuple[pq.ParquetFile, bool]:
+    """Return a file, and whether it is bare, for columns of types that PyArrow does not have."""
+    try:
+        return open_parquet(stream), False
+    except pa.ArrowNotImplementedError as error:
+        unknown = f"expected columns of types that can be read, got an error: {error}"
+        if columns is None:
+            raise OptionsError(f"{path}: {unknown}; name those to read with --columns") from error
+        file = open_parquet(stream, is_bare=True)
+        # Integers of 128 bits, as polars writes them, are bytes to Parquet.
+        for name in set(columns) & set(file.schema_arrow.names):
+            if pa.types.is_fixed_size_binary(file.schema_arrow.field(name).type):
+                raise OptionsError(
+                    f"{path}: column {name!r}: {unknown}; leave it out of --columns"
+                ) from error
+        return file, True
 
 
-def _joined(schema: pa.Schema, partitions: pa.Schema, uri: str) -> pa.Schema:
-    """Return the columns of the files, followed by the partition columns."""
+def _wanted(names: list[str], columns: tuple[str, ...] | None, path: str) -> list[str]:
+    """Return the columns to read of those that a file has."""
+    wanted = names if columns is None else [name for name in columns if name in names]
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise OptionsError(f"{path}: expected the column {twice[0]!r} once, got it twice")
+    return wanted
+
+
+def _check_casts(footers: dict[str, _Footer], schema: pa.Schema) -> None:
+    """Check that each file's columns can be read in the table's types."""
+    for path, footer in footers.items():
+        for name, kind in footer.types.items():
+            wanted = schema.field(name).type
+            try:
+                pa.array([], kind).cast(wanted)
+            except pa.ArrowNotImplementedError as error:
+                raise OptionsError(
+                    f"{path}: column {name!r}: expected a type that can be read as {wanted}, got "
+                    f"{kind}; leave it out with --columns"
+                ) from error
+
+
+def _without(partitions: Partitions, names: Sequence[str]) -> Partitions:
+    """Return partition columns without those of these names."""
+    kept = [i for i, name in enumerate(partitions.schema.names) if name not in names]
+    return Partitions(
+        schema=pa.schema([partitions.schema.field(i) for i in kept]),
+        values={path: tuple(values[i] for i in kept) for path, values in partitions.values.items()},
+    )
+
+
+def _ordered(
+    schema: pa.Schema, partitions: pa.Schema, columns: tuple[str, ...] | None
+) -> pa.Schema:
+    """Return the requested columns in their order, or those of files and then of folders."""
     joined = pa.schema([*schema, *partitions], schema.metadata)
-    for name in joined.names:
-        if joined.names.count(name) > 1:
-            where = "its files and its folders" if name in partitions.names else "its files, twice"
-            raise OptionsError(f"{uri}: expected the column {name!r} once, got it in {where}")
-    return joined
+    if columns is None:
+        return joined
+    return pa.schema([joined.field(column) for column in columns], joined.metadata)
 
 
-def _num_bytes(metadata: pq.FileMetaData, num_rows: int) -> int:
-    """Return the approximate uncompressed bytes of the leading rows of a file."""
-    groups = range(metadata.num_row_groups)
-    total = sum(metadata.row_group(group).total_byte_size for group in groups)
-    return total * num_rows // max(1, metadata.num_rows)
+def _merged(run: Sequence[Part]) -> Part:
+    """Return consecutive row groups as one part."""
+    groups = [group for part in run for group in part.row_groups or ()]
+    return replace(
+        run[0],
+        num_rows=sum(part.num_rows for part in run),
+        row_groups=range(groups[0], groups[-1] + 1),
+    )
+
+
+def _num_bytes(metadata: pq.FileMetaData, groups: Sequence[int]) -> int:
+    """Return the uncompressed bytes of row groups."""
+    return sum(metadata.row_group(group).total_byte_size for group in groups)
+
+
+def _row_bytes(metadata: pq.FileMetaData, groups: Sequence[int]) -> int:
+    """Return the mean uncompressed bytes of a row in row groups."""
+    num_rows = sum(metadata.row_group(group).num_rows for group in groups)
+    return _num_bytes(metadata, groups) // max(1, num_rows)
 
 
 def _leading(file: pq.ParquetFile, part: Part) -> list[int]:

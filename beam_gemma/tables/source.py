@@ -1,7 +1,7 @@
 """Interface of input tables: schema, size, and parts that workers read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +82,11 @@ def batch_rows(row_bytes: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
 
 
+def fills_batch(num_rows: int, num_bytes: int) -> bool:
+    """Return whether rows are as many as a batch holds, by their number or size in bytes."""
+    return num_rows >= BATCH_ROWS or num_bytes >= BATCH_BYTES
+
+
 def sample_places(size: int) -> list[int]:
     """Return `SAMPLE_PLACES` evenly spaced offsets into a table of this size, from 0 on."""
     return [size * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)]
@@ -95,10 +100,18 @@ def selected(schema: pa.Schema, columns: tuple[str, ...] | None, uri: str) -> pa
     """
     if columns is None:
         return schema
-    for column in columns:
-        if column not in schema.names:
-            raise OptionsError(
-                f"--columns: expected columns of {uri}, got {column!r}"
-                f"{nearest(column, schema.names)}"
-            )
+    check_selected(schema.names, columns, uri)
     return pa.schema([schema.field(column) for column in columns], schema.metadata)
+
+
+def check_selected(names: Sequence[str], columns: Sequence[str], uri: str) -> None:
+    """Check that a table has the requested columns.
+
+    Raises:
+        OptionsError: a column does not exist.
+    """
+    for column in columns:
+        if column not in names:
+            raise OptionsError(
+                f"--columns: expected columns of {uri}, got {column!r}{nearest(column, names)}"
+            )

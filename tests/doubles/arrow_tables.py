@@ -44,8 +44,6 @@ LEAVES = JSON_LEAVES | {
     pa.timestamp("ns"): st.integers(-(2**60), 2**60),
     pa.duration("us"): st.timedeltas(dt.timedelta(-(10**5)), dt.timedelta(10**5)),
 }
-ONE_WAY = {kind: found for kind, found in LEAVES.items() if kind != pa.uint64()}
-"""Types that can be JSON; a whole number from 2**63 is a float to its readers."""
 
 
 def kinds(leaves):

@@ -11,7 +11,7 @@ RICH = pa.schema(
     [
         pa.field("key", pa.int64(), nullable=False),
         pa.field("text", pa.string()),
-        pa.field("label", pa.dictionary(pa.int8(), pa.string())),
+        pa.field("label", pa.dictionary(pa.int32(), pa.string())),
         pa.field("large", pa.large_string()),
         pa.field("money", pa.decimal128(20, 4)),
         pa.field("at", pa.timestamp("us", "Europe/Berlin")),

@@ -57,13 +57,16 @@ def assert_kept(table, wanted, folder):
 
 def test_pandas(tmp_path):
     table = read(PANDAS)
-    assert_kept(table, pq.read_table(PANDAS), tmp_path)
+    wanted = pq.read_table(PANDAS)
+    kind = wanted.schema.get_field_index("kind")
+    wide = wanted.column("kind").cast(pa.dictionary(pa.int32(), pa.string()))
+    assert_kept(table, wanted.set_column(kind, "kind", wide), tmp_path)
     kinds = {field.name: str(field.type) for field in table.schema}
     assert kinds == {
         "text": "large_string",
         "small": "int16",
         "flag": "bool",
-        "kind": "dictionary<values=string, indices=int8, ordered=0>",
+        "kind": "dictionary<values=string, indices=int32, ordered=0>",
         "at": "timestamp[us, tz=Asia/Tokyo]",
         "wait": "duration[us]",
         "money": "decimal128(3, 2)",
@@ -129,7 +132,7 @@ def test_folders_by_duckdb(duck, tmp_path):
 @pytest.mark.parametrize("name", ["table", "table.parquet"])
 def test_folders_by_spark(tmp_path, name):
     folder = tmp_path / name
-    kinds = pa.schema([("id", pa.int64()), ("at", pa.timestamp("ns"))])
+    kinds = pa.schema([("id", pa.int64()), ("at", pa.timestamp("us"))])
     for i, day in enumerate(("2024-01-01", "2024-01-02", "__HIVE_DEFAULT_PARTITION__")):
         place = folder / f"dt={day}" / f"city=S%C3%A3o %2F {i}"
         place.mkdir(parents=True)
@@ -166,17 +169,10 @@ def test_some_columns_of_folders(tmp_path):
     assert read(tmp_path / "t", columns=("k",), limit=4).to_pydict() == {"k": thirds[:4]}
 
 
-def test_a_column_in_files_and_folders(tmp_path):
-    (tmp_path / "t" / "a=1").mkdir(parents=True)
-    pq.write_table(pa.table({"a": [1]}), tmp_path / "t" / "a=1" / "x.parquet")
-    with pytest.raises(OptionsError, match="'a' once, got it in its files and its folders"):
-        open_source(str(tmp_path / "t"))
-
-
 def test_a_column_twice(tmp_path):
     twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
     pq.write_table(twice, tmp_path / "x.parquet")
-    with pytest.raises(OptionsError, match="'a' once, got it in its files, twice"):
+    with pytest.raises(OptionsError, match="'a' once, got it twice"):
         open_source(str(tmp_path / "x.parquet"))
 
 
@@ -214,7 +210,7 @@ ODD = {
     "fixed binary": pa.array([uuid.UUID(int=1).bytes, None], pa.binary(16)),
     "dictionary": pa.DictionaryArray.from_arrays([1, None], pa.array(["a", "b"])),
     "dictionary of large": pa.DictionaryArray.from_arrays(
-        pa.array([1, 0], pa.int16()), pa.array(["a", "b"], pa.large_string())
+        pa.array([1, 0], pa.int32()), pa.array(["a", "b"], pa.large_string())
     ),
     "half": pa.array([np.float16(1.5), None], pa.float16()),
     "wide decimal": pa.array([decimal.Decimal(10**50), None], pa.decimal256(60, 2)),

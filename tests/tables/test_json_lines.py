@@ -17,20 +17,17 @@ def lines_of(*rows):
     return [json.dumps(row).encode() + b"\n" for row in rows]
 
 
-def schema_of(lines):
+def schema_of(lines, columns=None):
     """Return the types of all lines, and how many there are."""
-    schema, num_rows = pa.schema([]), 0
-    for chunk in json_lines.chunks(lines, "x.jsonl"):
-        schema = json_lines.unify_schemas(schema, chunk.schema, "x.jsonl")
-        num_rows += chunk.num_rows
-    return schema, num_rows
+    found = json_lines.Columns(columns)
+    num_rows = sum(chunk.num_rows for chunk in json_lines.chunks(lines, "x.jsonl", found))
+    return found.schema, num_rows
 
 
 def test_text_that_looks_like_a_time_stays_text():
     lines = lines_of({"day": "2020-01-01", "nested": [{"at": "2020-01-01 00:00:00"}]})
-    (chunk,) = json_lines.chunks(lines, "x.jsonl")
-    schema = chunk.schema
-    assert chunk.num_rows == 1
+    schema, num_rows = schema_of(lines)
+    assert num_rows == 1
     assert schema.field("day").type == pa.string()
     batch = json_lines.parse_lines(lines, schema)
     assert batch.to_pylist() == [{"day": "2020-01-01", "nested": [{"at": "2020-01-01 00:00:00"}]}]
@@ -38,33 +35,60 @@ def test_text_that_looks_like_a_time_stays_text():
 
 def test_types_hold_for_all_chunks(monkeypatch):
     monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1)
-    rows = [{"a": 1}, {"a": 2.5, "b": None}, {"b": "2020-01-01"}, {"b": "x", "c": {"d": [1]}}]
+    rows = [{"a": 1}, {"a": 2**63, "b": None}, {"b": "2020-01-01"}, {"b": "x", "c": {"d": [1]}}]
     schema, num_rows = schema_of(lines_of(*rows))
     assert num_rows == 4
-    assert schema.field("a").type == pa.float64()
+    assert schema.field("a").type == pa.uint64()
     assert schema.field("b").type == pa.string()
-    assert json_lines.parse_lines(lines_of(*rows), schema).column("a").to_pylist() == [
-        1,
-        2.5,
-        None,
-        None,
-    ]
+    batch = json_lines.parse_lines(lines_of(*rows), schema)
+    assert batch.column("a").to_pylist() == [1, 2**63, None, None]
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"a":}\n', b"[1]\n", b"3\n", b'{"a": 1} {"a": 2}\n', b'{"a": "\xff"}\n']
+    "line",
+    [
+        b'{"a":}\n',
+        b"[1]\n",
+        b"3\n",
+        b'{"a": 1} {"a": 2}\n',
+        b'{"a": "\xff"}\n',
+        b'{"a": 1, "a": 2}\n',
+        b'{"b": [{"c": 1, "c": 2}]}\n',
+        b'{"b": 1e400}\n',
+        b'{"b": ["\\ud83d"]}\n',
+        b'{"b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+    ],
 )
-def test_malformed_line_is_named(line):
+@pytest.mark.parametrize("chunk_bytes", [1, 1000])
+def test_malformed_line_is_named(monkeypatch, line, chunk_bytes):
+    monkeypatch.setattr(json_lines, "CHUNK_BYTES", chunk_bytes)
     lines = [b'{"a": 1}\n', b"\n", line]
     with pytest.raises(OptionsError, match=r"x\.jsonl, line 3: expected a JSON object"):
-        list(json_lines.chunks(lines, "x.jsonl"))
+        schema_of(lines)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1000])
-def test_mixed_types_name_the_file(monkeypatch, chunk_bytes):
+@pytest.mark.parametrize("values", [(1, "x"), ("x", [1]), (True, 1), ({"a": 1}, 2.5)])
+def test_values_of_several_kinds_name_the_line(monkeypatch, chunk_bytes, values):
     monkeypatch.setattr(json_lines, "CHUNK_BYTES", chunk_bytes)
-    with pytest.raises(OptionsError, match=r"x\.jsonl: expected"):
-        schema_of(lines_of({"a": 1}, {"a": "x"}))
+    first, second = values
+    lines = lines_of({"a": None}, {"a": first}, {"b": 1}, {"a": second})
+    with pytest.raises(OptionsError, match=r"x\.jsonl, line 4: column 'a': expected .* got"):
+        schema_of(lines)
+    assert schema_of(lines, ("b",)) == (pa.schema([("b", pa.int64())]), 4)
+
+
+def test_a_mark_of_byte_order_is_no_part_of_the_first_line():
+    lines = [b'\xef\xbb\xbf{"a": 1}\r\n', b'{"a": 2}\r\n']
+    schema, _ = schema_of(lines)
+    assert json_lines.parse_lines(lines, schema).to_pylist() == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("line", [b'{"a": 2.5}', b'{"a": "x"}', b'{"b": {"c": 1, "d": 2}}', b"3"])
+def test_a_line_that_changed_after_the_types_were_found(line):
+    schema, _ = schema_of(lines_of({"a": 1, "b": {"c": 1}}))
+    with pytest.raises((ValueError, pa.ArrowException)):
+        json_lines.parse_lines([line], schema)
 
 
 def test_line_longer_than_a_block_of_the_reader():
@@ -107,7 +131,7 @@ def test_values_that_json_does_not_have():
         "inf": [None, 1.0],
         "money": "1.50",
         "day": "2020-01-02",
-        "at": "1970-01-01T00:00:00+00:00",
+        "at": "1970-01-01T00:00:00.000000001+00:00",
         "raw": "AP8=",
         "text": "ü",
         "map": {"k": 1},

@@ -116,17 +116,17 @@ def test_json_lines_are_read_in_chunks_of_a_file(tmp_path, monkeypatch):
 
 def test_json_lines_are_read_with_types_of_all_files(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"key": i, "day": "2020-01-01"} for i in range(40)])
-    write_lines(tmp_path / "b.jsonl", [{"key": 40.5, "extra": [1]}, {"key": 41}])
+    write_lines(tmp_path / "b.jsonl", [{"key": 40, "extra": [1]}, {"key": 41}])
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write('\n  \n{"key": 42}')
     source = open_source(f"{tmp_path}/*.jsonl")
     assert source.num_rows == 43
     assert source.schema == pa.schema(
-        [("key", pa.float64()), ("day", pa.string()), ("extra", pa.list_(pa.int64()))]
+        [("key", pa.int64()), ("day", pa.string()), ("extra", pa.list_(pa.int64()))]
     )
     batches = read(source)
     assert all(batch.schema.equals(source.schema) for batch in batches)
-    assert sorted(keys_of(batches)) == [*range(40), 40.5, 41, 42]
+    assert sorted(keys_of(batches)) == [*range(43)]
 
 
 def test_empty_inputs(tmp_path):
@@ -201,7 +201,7 @@ def test_a_dry_run_looks_at_no_line_twice_and_at_all_of_a_short_table(
 def test_a_malformed_line_is_named_where_a_dry_run_meets_it(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"key": n} for n in range(10)])
     path.write_text(path.read_text() + "no JSON\n")
-    with pytest.raises(OptionsError, match=r"a\.jsonl, from byte 110 on, line 1: expected a JSON"):
+    with pytest.raises(OptionsError, match=r"a\.jsonl, line 11: expected a JSON object"):
         open_source(str(path), dry_run=True)
 
 
@@ -237,7 +237,7 @@ def test_head_and_limit_read_only_what_they_need(folder, monkeypatch):
     assert opened == ["a.parquet"] * 3
     assert groups == [[0], [0, 1]]
     read(source)
-    assert groups[2:] == [[0], [1]]
+    assert groups[2:] == [[0, 1]]
 
 
 def test_files_that_are_no_table_are_named(tmp_path):
@@ -251,9 +251,6 @@ def test_files_that_are_no_table_are_named(tmp_path):
     )
     with pytest.raises(OptionsError, match=r"b\.parquet: .*'text': int64 for string"):
         open_source(str(tmp_path))
-    write_parquet(tmp_path / "b.parquet", rich_table(range(3)).select(RICH.names[::-1]))
-    with pytest.raises(OptionsError, match=r"b\.parquet: .*order of columns"):
-        open_source(str(tmp_path))
     (tmp_path / "b.parquet").write_bytes(b"no table")
     with pytest.raises(OptionsError, match=r"b\.parquet: expected a Parquet file"):
         open_source(str(tmp_path))
@@ -262,7 +259,8 @@ def test_files_that_are_no_table_are_named(tmp_path):
 def test_json_files_that_are_no_table_are_named(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"a": 1}])
     write_lines(tmp_path / "b.jsonl", [{"a": "x"}])
-    with pytest.raises(OptionsError, match=r"b\.jsonl: expected the column types"):
+    match = r"b\.jsonl, line 1: column 'a': expected a number, as in the rows before it, got a text"
+    with pytest.raises(OptionsError, match=match):
         open_source(f"{tmp_path}/*.jsonl")
     (tmp_path / "b.jsonl").write_text('{"a": 2}\n{"a":\n')
     with pytest.raises(OptionsError, match=r"b\.jsonl, line 2: expected a JSON object"):
@@ -276,7 +274,7 @@ def test_json_files_that_are_no_table_are_named(tmp_path):
         ("none/", "at least one file, got none"),
         ("table.csv", r"end in \.parquet or \.jsonl"),
         ("*", r"end in \.parquet or \.jsonl"),
-        ("x.jsonl/", r"end in \.parquet or \.jsonl"),
+        ("x.jsonl/", "at least one file, got none"),
     ],
 )
 def test_inputs_that_are_not_there(tmp_path, name, match):
