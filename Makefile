@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix constraints requirements
+.PHONY: help setup demo test check fix audit constraints requirements
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ check: $(READY)
 fix: $(READY)  ## Format the code and repair what ruff can.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+audit: $(READY)  ## Compare the pinned versions with known vulnerabilities.
+	$(BIN)/python -m templates.audit
 
 constraints: $(READY)  ## Write down the versions that are installed now.
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new

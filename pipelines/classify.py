@@ -7,7 +7,7 @@ import sys
 
 from beam_gemma.cli.classify_flags import classify_parser, classify_settings
 from beam_gemma.cli.plan import plan
-from beam_gemma.cli.run import exit_code, run
+from beam_gemma.cli.run import command, run
 from beam_gemma.inference.handlers import GemmaClassifyModelHandler
 
 
@@ -18,4 +18,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(command(main))

@@ -121,8 +121,9 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompt",
         metavar="TEMPLATE",
-        help="Prompt template with column names in braces, such as 'Summarize: {text}'. Write "
-        "{{ and }} for literal braces. (default: none)",
+        help="Prompt template with column names in braces, such as 'Summarize: {text}'. Quote "
+        'names that are no plain words, as in {"user.name"}. Write {{ and }} for literal braces. '
+        "(default: none)",
     )
     add(
         "--prompt_column",

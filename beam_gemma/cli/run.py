@@ -10,9 +10,11 @@ import apache_beam as beam
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.runners.runner import PipelineResult
 
-from beam_gemma.beam_internals import sentence_of_worker
+from beam_gemma.cli.failures import failure
 from beam_gemma.cli.flags import in_one_process
+from beam_gemma.cli.held_logs import HeldLogs, is_verbose
 from beam_gemma.cli.plan import Job
+from beam_gemma.cli.stop import going_on_if, interruptible, tell
 from beam_gemma.dataflow.options import on_dataflow
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError, one_line
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE, Display
@@ -32,6 +34,7 @@ def run(job: Job[Any], step: str) -> int:
     if job.preview is not None:
         sys.stdout.write(job.preview)
         return SUCCESS
+    going_on_if(job.output.sink.is_unfinished)
     pipeline = beam.Pipeline(options=job.options)
     rows = pipeline | "Read" >> job.read()
     answers = rows | step >> job.infer()
@@ -45,25 +48,26 @@ def run_pipeline(pipeline: beam.Pipeline, job: Job[Any]) -> int:
     A Dataflow job is only submitted; its state and counters are in the Dataflow console.
     """
     if on_dataflow(job.options):
-        return _submit(pipeline)
+        return _submit(pipeline, job)
     started = time.monotonic()
     try:
-        with _display(job):
+        with _held(job) as held, _display(job, held):
             result = pipeline.run()
             result.wait_until_finish()
-    except (BeamGemmaError, RuntimeError) as error:
-        sentence = str(error) if isinstance(error, BeamGemmaError) else sentence_of_worker(error)
-        if sentence is None:
-            raise
-        sys.stderr.write(f"error: {sentence}\n")
+    except Exception as error:  # runners and their clients raise many types
+        tell(failure(error))
         return STOPPED if BudgetError.__name__ in repr(error) else FAILURE
     return report(counters(result), time.monotonic() - started)
 
 
-def _submit(pipeline: beam.Pipeline) -> int:
+def _submit(pipeline: beam.Pipeline, job: Job[Any]) -> int:
     try:
         result: Any = pipeline.run()
-    except Exception as error:  # service clients raise many types, with one remedy
+    except BaseException as error:  # also Ctrl-C: a job that is not submitted holds no lease
+        job.output.release()
+        if not isinstance(error, Exception):
+            raise
+        # Service clients raise many types, with one remedy.
         raise OptionsError(
             f"Dataflow: expected the job to be taken, got {one_line(error)}; "
             "docs/dataflow.md names the roles and settings that it takes"
@@ -91,9 +95,7 @@ def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
     sys.stdout.write(line + "\n")
     if read == ok + failed == written:
         return SUCCESS
-    sys.stderr.write(
-        "error: rows: expected the counts above to be equal; rows were lost or doubled\n"
-    )
+    tell("rows: expected the counts above to be equal; rows were lost or doubled")
     return FAILURE
 
 
@@ -118,16 +120,32 @@ def counters(result: PipelineResult) -> dict[str, int]:
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run a command; print an error of ours in one sentence and return `USAGE` for it."""
+    """Run a command and return its exit code; print the error that ends it in one sentence.
+
+    An error of ours is a wrong setting, `USAGE`; any other is a `FAILURE`.
+    """
     try:
         return main()
     except BeamGemmaError as error:
-        sys.stderr.write(f"error: {error}\n")
+        tell(str(error))
         return USAGE
+    except Exception as error:  # whatever it is, it ends the command in a sentence
+        tell(failure(error))
+        return FAILURE
 
 
-def _display(job: Job[Any]) -> AbstractContextManager[object]:
+def command(main: Callable[[], int]) -> int:
+    """Run a command of a process and return its exit code; signals end it in one sentence too."""
+    return interruptible(lambda: exit_code(main))
+
+
+def _held(job: Job[Any]) -> AbstractContextManager[HeldLogs | None]:
+    """Hold back what Beam tells of errors, unless all of it is to be shown."""
+    return nullcontext() if is_verbose() else HeldLogs(with_workers=not in_one_process(job.options))
+
+
+def _display(job: Job[Any], held: HeldLogs | None) -> AbstractContextManager[object]:
     """Return a live display if the job runs in this process, else a null context."""
     if in_one_process(job.options):
-        return Display(job.source.num_rows)
+        return Display(job.source.num_rows, stream=held.stream if held else None)
     return nullcontext()

@@ -1,9 +1,11 @@
-"""Memory of the host that this process may use: the machine's, or less in a container.
+"""Memory of the host that this process may use: the machine's, or less under a limit.
 
-A container's limit is a limit of its control group, which the machine's own figures do not show. A
-process that passes the limit is killed.
+A container's limit is one of its control group, which the machine's own figures do not show; a
+process that passes it is killed. A limit of `ulimit -v` is on addresses, so that nothing more can
+be allocated beyond it.
 """
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -47,14 +49,21 @@ VERSIONS = (
 
 
 def host_memory(root: Path = ROOT) -> HostMemory:
-    """Return the memory of the machine or of the tightest control group, whichever is less.
+    """Return the memory of the machine or of the tightest limit, whichever is less.
 
     Args:
         root: The folder that holds `proc` and `sys`.
     """
     machine = psutil.virtual_memory()
-    rooms = [HostMemory(machine.available, machine.total), *_groups(root)]
+    rooms = [HostMemory(machine.available, machine.total), *_groups(root), *_addresses()]
     return HostMemory(min(room.available for room in rooms), min(room.total for room in rooms))
+
+
+def _addresses() -> Iterator[HostMemory]:
+    """Yield the memory that a limit of this process's addresses leaves, if it has one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield HostMemory(max(limit - psutil.Process().memory_info().vms, 0), limit)
 
 
 def _groups(root: Path) -> Iterator[HostMemory]:

@@ -1,11 +1,13 @@
 """Opens a session for a model folder's graph, on the CPU or on a GPU."""
 
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, takewhile
 from pathlib import Path
 
+from beam_gemma.errors import OptionsError, one_line
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.signature import Signature
@@ -20,6 +22,12 @@ from beam_gemma.runtime.device_memory import (
 )
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.step_shapes import StepSizes
+
+NO_MEMORY = re.compile(
+    r"MemoryError|bad_alloc|bad allocation|[Cc]annot allocate memory|[Ff]ailed to allocate|"
+    r"pthread_create failed"
+)
+"""What errors of numpy, ONNX Runtime and the system say when no memory is left."""
 
 
 def open_session(
@@ -38,9 +46,17 @@ def open_session(
         return open_on(CudaMemory(), artifact, signature, limits)
     config = limits.engine_config(device)
     tokens = limits.embed_tokens(device) if head == "embed" else config.max_num_batched_tokens
-    return Session.of(
-        artifact, head=head, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=tokens
-    )
+    try:
+        return Session.of(
+            artifact, head=head, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=tokens
+        )
+    except Exception as error:  # ONNX Runtime raises several types, and those of a damaged graph
+        if NO_MEMORY.search(one_line(error)) is None:
+            raise
+        raise OptionsError(
+            f"memory: expected enough for the graph and caches of {artifact.path}, got "
+            f"{one_line(error)}; free memory, raise the limit of ulimit -v, or lower --max_num_seqs"
+        ) from error
 
 
 def open_on(

@@ -1,7 +1,10 @@
 """Launch: rows balance or the job fails, and errors are one sentence."""
 
+import logging
+
 import pytest
 
+from beam_gemma.cli.failures import failure
 from beam_gemma.cli.run import FAILURE, SUCCESS, USAGE, exit_code, report
 from beam_gemma.errors import OptionsError
 
@@ -13,6 +16,16 @@ BALANCED = {
     "prompt_tokens": 5120,
     "completion_tokens": 3072,
 }
+
+
+@pytest.fixture(autouse=True)
+def not_verbose():
+    """Jobs of other tests may have left the level of `--verbose`."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.WARNING)
+    yield
+    root.setLevel(level)
 
 
 def test_summary_of_a_job_that_balances(capsys):
@@ -57,13 +70,88 @@ def test_errors_of_ours_are_one_sentence(capsys):
     assert capsys.readouterr() == ("", "error: flag: expected this, got that\n")
 
 
-def test_errors_of_others_keep_their_trace():
+def test_errors_of_others_are_one_sentence_too(capsys):
     def main():
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by 0")
 
-    with pytest.raises(ZeroDivisionError):
-        exit_code(main)
+    assert exit_code(main) == FAILURE
+    assert capsys.readouterr().err == (
+        "error: job: expected to finish, got ZeroDivisionError: by 0; --verbose shows the "
+        "traceback\n"
+    )
 
 
 def test_exit_code_of_a_command_is_its_own():
     assert exit_code(lambda: 7) == 7
+
+
+TRACE = """Traceback (most recent call last):
+  File "apache_beam/runners/common.py", line 1512, in apache_beam.runners.common.DoFnRunner.process
+{}
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "apache_beam/runners/common.py", line 1623, in apache_beam.runners.common._reraise_augmented
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [
+        (
+            "beam_gemma.errors.ArtifactError: m: expected a folder, got none",
+            "beam_gemma.errors.ArtifactError: m: expected a folder, got none [while running 'Key']",
+            "m: expected a folder, got none",
+        ),
+        (
+            "KeyError: 'x'",
+            "KeyError: \"x [while running 'Generate/Key']\"",
+            "job: expected to finish, got KeyError: \"x\"; --verbose shows the traceback",
+        ),
+        (
+            "RuntimeError: odd",
+            "RuntimeError: odd [while running 'Generate/Key']",
+            "job: expected to finish, got RuntimeError: odd; --verbose shows the traceback",
+        ),
+        (
+            "OSError: [Errno 28] No space left on device",
+            "RuntimeError: OSError: [Errno 28] No space left on device [while running 'Stage']",
+            "disk: expected room for what the job writes, got OSError: [Errno 28] No space left on "
+            "device; make room, then go on with --resume",
+        ),
+        (
+            "MemoryError",
+            "beam_gemma.errors.EngineError: engine: stopped by MemoryError: [while running 'I']",
+            "memory: expected enough for the job, got MemoryError; free memory, lower "
+            "--max_num_seqs or take a machine with more, then go on with --resume",
+        ),
+        (
+            "ValueError: odd",
+            "beam_gemma.errors.EngineError: engine: stopped by ValueError: odd",
+            "engine: stopped by ValueError: odd",
+        ),
+    ],
+)  # fmt: skip
+def test_the_error_of_a_worker_is_one_sentence(first, last, told):
+    error = RuntimeError(TRACE.format(first, last))
+    assert failure(error) == told
+
+
+def test_a_worker_that_died_and_other_errors_of_runners_are_sentences_too():
+    died = failure(RuntimeError("Channel closed prematurely."))
+    assert died.startswith("worker: expected its process to finish, got RuntimeError: Channel clos")
+    assert failure(MemoryError("\n")).startswith("memory: expected enough for the job, got Memory")
+
+
+def test_verbose_shows_the_trace_before_the_sentence(capsys):
+    logging.getLogger().setLevel(logging.INFO)
+
+    def main():
+        raise ZeroDivisionError("by 0")
+
+    assert exit_code(main) == FAILURE
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "error: job: expected to finish, got ZeroDivisionError: by 0"
