@@ -56,6 +56,20 @@ def run(monkeypatch, capsys, model, rows, tmp_path):
 PROMPT = "--prompt={text}: "
 
 
+def test_a_record_and_a_report_hold_no_row_and_no_secret(run, tmp_path):
+    """Not even of few-shot examples, which are rows, nor of Beam's own flags."""
+    shots = ["--labels=no,yes", "--label_column=kind", "--num_fewshot=2"]
+    secrets = ["--s3_secret_access_key=HUSH", "--s3_session_token", "HUSH"]
+    code, stdout, stderr, _ = run(PROMPT, *shots, *secrets, f"--report={tmp_path}/x.html")
+    assert code == 0, stderr
+    record = (tmp_path / "out" / "_x.run.json").read_text()
+    for shown in (record, (tmp_path / "x.html").read_text(), stdout, stderr):
+        assert not re.search(r"HUSH|\b(cat|hat|tent|bin|no \d|o\d)\b", shown)
+    (task,) = json.loads(record)["tasks"]
+    assert task["settings"]["num_shots"] == 3
+    assert {*shots, "REDACTED"} < set(json.loads(record)["command"])
+
+
 def test_rows_in_rows_out(run):
     code, stdout, _, results = run(PROMPT, "--labels=no,yes", "--logliks")
     assert code == 0
@@ -144,7 +158,10 @@ def test_policies(tmp_path):
         ([PROMPT, "--label={knd}", "--label=b"], "'knd'.*did you mean kind"),
         ([PROMPT, "--labels=a,b", "--num_fewshot=2"], "--label_column: .*got none"),
         ([PROMPT, "--labels=a,b", "--label_column=kind"], "--label_column: .*got it alone"),
-        ([PROMPT, "--labels=a,b", "--num_fewshot=2", "--label_column=kind"], "a, b, got 'no'"),
+        (
+            [PROMPT, "--labels=a,b", "--num_fewshot=2", "--label_column=kind"],
+            r"in\.jsonl, row 0 .* a, b, got another str",
+        ),
         ([PROMPT, "--labels=no,yes", "--num_fewshot=9", "--label_column=kind"], "the 4 rows"),
         ([PROMPT, "--labels=a,b", "--threshold=0.3"], "--threshold: expected --policy"),
         (["--policy=all"], "--prompt_column beside it"),

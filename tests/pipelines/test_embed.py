@@ -18,9 +18,9 @@ from apache_beam.typehints import List, Optional
 from apache_beam.typehints.row_type import RowTypeConstraint
 
 from beam_gemma.cli import run as cli
-from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.errors import ArtifactError, OptionsError, RecordError
 from beam_gemma.inference.handlers import GemmaEmbedModelHandler
-from beam_gemma.inference.ml_transform import GemmaTextEmbeddings
+from beam_gemma.inference.ml_transform import GemmaTextEmbeddings, VectorHandler
 from beam_gemma.inference.transforms import Embed
 from beam_gemma.tasks.text_encoder import EmbedSettings
 from pipelines.embed import main
@@ -165,6 +165,15 @@ def test_columns_within_an_ml_transform(model, expected, tmp_path):
             close([row["b"] for row in found], expected[[2] * 4])
 
         assert_that(rows | ml, check)
+
+
+def test_a_text_without_an_embedding_is_not_quoted(model):
+    """The error ends the job and is in its log."""
+    handler = VectorHandler(model, EmbedSettings())
+    loaded = handler.load_model()
+    with pytest.raises(RecordError, match=r"^text 1 of a batch of 2 .*: text: .*shorten") as error:
+        handler.run_inference(["the cat", "hush " * 5000], loaded)
+    assert "hush" not in str(error.value)
 
 
 def test_chunks_of_a_rag_ingestion(model, two_sided, tmp_path):
