@@ -49,6 +49,8 @@ _LOCAL_WORKERS = {
     python_urns.EMBEDDED_PYTHON_GRPC,
     python_urns.SUBPROCESS_SDK,
 }
+_SOCKETS = "beam-gemma-workers-"
+"""Beginning of the name of a folder for sockets."""
 _MAX_SOCKET_PATH = 107
 """Longest path of a Unix socket, in bytes."""
 ParserT = TypeVar("ParserT", bound=argparse.ArgumentParser)
@@ -141,7 +143,7 @@ def _private(server_class: Any, workers: Any) -> type:
             with swap:
                 if self.is_private:
                     # Nobody else can enter the folder, which goes with the server.
-                    self._folder = tempfile.mkdtemp(prefix="beam-gemma-workers-")
+                    self._folder = _socket_folder()
                     weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
                     workers.grpc = _Grpc(original, self._listen)
                 try:
@@ -151,15 +153,26 @@ def _private(server_class: Any, workers: Any) -> type:
 
         def _listen(self, bind: Callable[[str], int], _: str) -> str:
             path = f"{self._folder}/{uuid.uuid4().hex[:8]}"
-            if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-                raise OptionsError(
-                    f"TMPDIR: expected a folder whose path leaves room for a socket's, got "
-                    f"{tempfile.gettempdir()!r}; set it to a folder with a shorter path"
-                )
             bind(f"unix:{path}")
             return path
 
     return PrivateServer
+
+
+def _socket_folder() -> str:
+    """Return a new folder that only this user can enter, whose path is short enough for a socket.
+
+    Raises:
+        OptionsError: neither the folder for temporary files nor /tmp will do.
+    """
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        longest = f"{parent}/{_SOCKETS}XXXXXXXX/XXXXXXXX"
+        if len(os.fsencode(longest)) <= _MAX_SOCKET_PATH and os.access(parent, os.W_OK):
+            return tempfile.mkdtemp(prefix=_SOCKETS, dir=parent)
+    raise OptionsError(
+        f"TMPDIR: expected a folder whose path leaves room for a socket's, got "
+        f"{tempfile.gettempdir()!r}; set it to a folder with a shorter path"
+    )
 
 
 class _Grpc:

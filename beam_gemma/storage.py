@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -206,11 +206,17 @@ def move(pairs: Sequence[tuple[str, str]]) -> None:
 
 def remove(paths: Sequence[str]) -> None:
     """Delete files."""
+    removers: dict[str | None, Callable[[str], Any]] = {
+        None: lambda path: Path(path).unlink(),
+        "gs": lambda path: blob_at(path).delete(),
+    }
     for path in paths:
-        if FileSystems.get_scheme(path) is None:
-            Path(path).unlink()
-        else:
-            FileSystems.delete([literal_pattern(path)])
+        remove_one = removers.get(FileSystems.get_scheme(path), _remove_elsewhere)
+        remove_one(path)
+
+
+def _remove_elsewhere(path: str) -> None:
+    FileSystems.delete([literal_pattern(path)])
 
 
 def make_private(folder: str) -> None:
@@ -251,6 +257,12 @@ def delete_folder(folder: str) -> None:
     (files,) = FileSystems.match([f"{pattern}/**"], limits=[1])
     if FileSystems.exists(folder) or files.metadata_list:
         FileSystems.delete([f"{pattern}/"])
+
+
+def open_file(path: str) -> BufferedIOBase:
+    """Open a file to read its bytes."""
+    stream: Any = FileSystems.open(path)  # only Beam's annotation says BinaryIO
+    return stream
 
 
 def create(path: str) -> BufferedIOBase:

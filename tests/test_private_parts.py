@@ -150,10 +150,27 @@ def test_workers_elsewhere_keep_their_ports() -> None:
         server.close()
 
 
-def test_a_path_too_long_for_a_socket_is_one_sentence(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def long_path(tmp_path, monkeypatch):
+    """A folder for temporary files whose path is too long for a socket in it."""
     beam_internals.private_ports()
-    (tmp_path / ("x" * 100)).mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
+@pytest.mark.usefixtures("long_path")
+def test_a_path_too_long_for_a_socket_gives_way_to_a_short_one() -> None:
+    manager = worker_handlers.WorkerHandlerManager({}, None)
+    server = worker_handlers.GrpcServer(manager.state_servicer, None, manager)
+    server.close()
+    assert Path(server.control_port).parent.parent == Path("/tmp")
+    assert Path(server.control_port).parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("long_path")
+def test_no_place_for_a_socket_is_one_sentence(monkeypatch) -> None:
+    monkeypatch.setattr(beam_internals.os, "access", lambda *_: False)
     manager = worker_handlers.WorkerHandlerManager({}, None)
     with pytest.raises(OptionsError, match=r"^TMPDIR: expected .*; set it to .* shorter path$"):
         worker_handlers.GrpcServer(manager.state_servicer, None, manager)

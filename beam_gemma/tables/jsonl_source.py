@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedIOBase
 
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located
 from beam_gemma.errors import StorageError, one_line
+from beam_gemma.storage import open_file
 from beam_gemma.tables import json_lines
 from beam_gemma.tables.source import (
     BATCH_ROWS,
@@ -126,7 +127,7 @@ class JsonlSource(Source):
     def read(self, part: Part) -> Iterator[Located]:
         """Return the rows of a chunk."""
         position = part.first_row
-        with _unchanged(part), FileSystems.open(part.path) as stream:
+        with _unchanged(part), open_file(part.path) as stream:
             stream.seek(part.start)
             lines = itertools.islice(json_lines.content_lines(stream), part.num_rows)
             while chunk := list(itertools.islice(lines, BATCH_ROWS)):
@@ -198,7 +199,7 @@ def _scan(
 ) -> list[Part]:
     """Return the lines of a stretch of a file in chunks, and add to the columns found so far."""
     parts = []
-    with FileSystems.open(stretch.path) as stream:
+    with open_file(stretch.path) as stream:
         start = first = _begin(stream, stretch.start)
         lines = _lines(stream, start, stretch.end)
         for chunk in json_lines.chunks(
@@ -224,12 +225,12 @@ def _scan(
 
 def _num_lines(path: str, end: int) -> int:
     """Return the number of lines in the first bytes of a file."""
-    with FileSystems.open(path) as stream:
+    with open_file(path) as stream:
         blocks = (stream.read(min(COUNT_BYTES, end - at)) for at in range(0, end, COUNT_BYTES))
         return sum(block.count(b"\n") for block in blocks)
 
 
-def _begin(stream: BinaryIO, place: int) -> int:
+def _begin(stream: BufferedIOBase, place: int) -> int:
     """Seek to the first line that begins at or after an offset and return its offset."""
     if place == 0:
         return 0

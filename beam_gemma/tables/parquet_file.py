@@ -1,6 +1,6 @@
 """Open Parquet files as they are meant, where PyArrow would read them otherwise or not at all."""
 
-from typing import BinaryIO
+from io import BufferedIOBase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +12,7 @@ ARROW_SCHEMA, UNUSED = b"ARROW:schema", b"ARROW:unused"
 """Key of the Arrow types that a writer had, and a key of the same length that nothing reads."""
 
 
-def open_parquet(stream: BinaryIO, *, is_bare: bool = False) -> pq.ParquetFile:
+def open_parquet(stream: BufferedIOBase, *, is_bare: bool = False) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Timestamps of 96 bits are read in microseconds, which is what Spark writes with them: as
@@ -69,7 +69,7 @@ def _with_plain_lists(kind: pa.DataType) -> pa.DataType:
     return with_inner(kind, _with_plain_lists)
 
 
-def _footer(stream: BinaryIO) -> bytes:
+def _footer(stream: BufferedIOBase) -> bytes:
     """Return a file's metadata with its length and the mark at its end."""
     stream.seek(-8, 2)
     length = int.from_bytes(stream.read(4), "little") + 8

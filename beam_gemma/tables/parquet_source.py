@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, NamedTuple
+from io import BufferedIOBase
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.batches import Located, with_schema
 from beam_gemma.errors import OptionsError, StorageError, one_line
+from beam_gemma.storage import open_file
 from beam_gemma.tables.hive_partitions import Partitions, partitions_of
 from beam_gemma.tables.parquet_file import (
     has_fixed_lists,
@@ -156,7 +157,7 @@ class ParquetSource(Source):
 
     def _row_groups(self, part: Part) -> list[tuple[Part, int]]:
         """Return the row groups that hold the rows of a part, with their sizes in bytes."""
-        with _named(part.path), FileSystems.open(part.path) as stream:
+        with _named(part.path), open_file(part.path) as stream:
             metadata = open_parquet(stream, is_bare=part.path in self.bare_files).metadata
         groups, first = [], 0
         for index in range(metadata.num_row_groups):
@@ -177,7 +178,7 @@ class ParquetSource(Source):
         """Return the rows of row groups, or the leading rows of a file."""
         names = [name for name in self.schema.names if name not in self.partition_schema.names]
         position, end = part.first_row, part.first_row + part.num_rows
-        with _named(part.path), FileSystems.open(part.path) as stream:
+        with _named(part.path), open_file(part.path) as stream:
             file = open_parquet(stream, is_bare=part.path in self.bare_files)
             groups = list(part.row_groups if part.row_groups is not None else _leading(file, part))
             size = batch_rows(_row_bytes(file.metadata, groups))
@@ -253,7 +254,7 @@ class _Footer(NamedTuple):
 
 def _footer(path: str, columns: tuple[str, ...] | None) -> _Footer:
     try:
-        with FileSystems.open(path) as stream:
+        with open_file(path) as stream:
             file, is_bare = _opened(stream, path, columns)
             found, metadata = file.schema_arrow, file.metadata
             wanted = _wanted(found.names, columns, path)
@@ -281,7 +282,7 @@ def _footer(path: str, columns: tuple[str, ...] | None) -> _Footer:
 
 
 def _opened(
-    stream: BinaryIO, path: str, columns: tuple[str, ...] | None
+    stream: BufferedIOBase, path: str, columns: tuple[str, ...] | None
 ) -> tuple[pq.ParquetFile, bool]:
     """Return a file, and whether it is bare, for columns of types that PyArrow does not have."""
     try:

@@ -105,7 +105,7 @@ def test_a_table_becomes_a_table(run, gcp, table, all_tasks_model, task):
         module, *flags, f"--model={all_tasks_model}", f"--input={gcp.table(table)}",
         f"--output={gcp.table(name)}",
     )  # fmt: skip
-    assert (code, stderr) == (0, "")
+    assert (code, stderr) == (0, ""), stderr
     assert "= ok 49 + failed 1 = written 50 rows" in stdout
     check_table(gcp, table, name, column, f"beam_gemma_{task}")
 
@@ -117,7 +117,7 @@ def test_processes_fetch_the_model_and_write_a_table(run, gcp, table, cloud_mode
         generate, *TASKS["generate"][2], *PROCESSES, f"--model={cloud_model}",
         f"--input={gcp.table(table)}", f"--output={gcp.table(name)}",
     )  # fmt: skip
-    assert (code, stderr) == (0, "")
+    assert (code, stderr) == (0, ""), stderr
     assert "= ok 49 + failed 1 = written 50 rows" in stdout
     check_table(gcp, table, name, "completion", "beam_gemma_generate")
 
@@ -149,7 +149,7 @@ def test_extracted_values_are_records(run, gcp, table, all_tasks_model):
         f"--output={gcp.table(name)}", "--prompt_column=text", "--limit=9", "--completion",
         f"--json_schema={gcp.bucket}/{name}.json", "--max_tokens=100", "--temperature=3",
     )  # fmt: skip
-    assert (code, stderr) == (0, "")
+    assert (code, stderr) == (0, ""), stderr
     assert "= ok 8 + failed 1 = written 9 rows" in stdout
     columns = {f.name: f for f in bigquery.Client().get_table(f"dataset.{name}").schema}
     parts = columns["extracted"].fields[1]
@@ -178,7 +178,7 @@ def test_files_and_the_model_are_on_cloud_storage(run, gcp, cloud_model):
         generate, *TASKS["generate"][2], f"--model={cloud_model}",
         f"--input={folder}/in.parquet", f"--output={folder}/out/x.parquet", "--num_shards=3",
     )  # fmt: skip
-    assert (code, stderr) == (0, "")
+    assert (code, stderr) == (0, ""), stderr
     assert "= ok 50 + failed 0 = written 50 rows" in stdout
     shards = [path for path in match_files(f"{folder}/out/**") if path.endswith(".parquet")]
     assert [path.rpartition("/")[2] for path in shards] == [
