@@ -19,6 +19,7 @@ from beam_gemma.errors import (
     EngineError,
     FailuresError,
     OptionsError,
+    StorageError,
 )
 from beam_gemma.inference.saved_results import PieceWriter
 from beam_gemma.inputs.row import Row
@@ -37,10 +38,16 @@ def save_finished() -> None:
     """Make all rows durable that the models of this process have finished.
 
     Raises:
-        StorageError: results cannot be made durable.
+        StorageError: results of a model cannot be made durable; those of the others are.
     """
+    failed: StorageError | None = None
     for writer in list(_WRITERS):
-        writer.flush()
+        try:
+            writer.flush()
+        except StorageError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 
 from beam_gemma.cli.stop import resuming
 from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.errors import StorageError
+from beam_gemma.inference import supervised_model
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision, save_finished
 from beam_gemma.tasks.generate import GenerateSettings
 from beam_gemma.tasks.row_keys import KEY_BYTES
@@ -171,22 +174,38 @@ def test_a_second_signal_ends_at_once() -> None:
         assert time.monotonic() - before < 3
 
 
-def test_what_a_model_has_finished_is_saved(tmp_path: Path) -> None:
+@pytest.fixture
+def model_of(monkeypatch):
+    """Return a model with a finished row that is not saved yet, with a folder for its pieces."""
+    monkeypatch.setattr(supervised_model, "_WRITERS", weakref.WeakSet())
     schema = pa.schema([("completion", pa.string()), ("error", pa.string())])
-    settings = Supervision(pieces=str(tmp_path))
-    model = SupervisedModel(
-        Echo(
-            fake_encoder(
-                GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=3))
-            )
-        ),
-        settings,
-        schema,
-    )
-    model._pieces.add(b"k" * KEY_BYTES, {"completion": "a", "error": None})
+    settings = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=3))
+
+    def model(pieces: Path) -> SupervisedModel:
+        model = SupervisedModel(
+            Echo(fake_encoder(settings)), Supervision(pieces=str(pieces)), schema
+        )
+        model._pieces.add(b"k" * KEY_BYTES, {"completion": "a", "error": None})
+        return model
+
+    return model
+
+
+def test_what_models_have_finished_is_saved(tmp_path: Path, model_of) -> None:
+    models = [model_of(tmp_path / name) for name in "ab"]
     assert list(tmp_path.rglob("*.arrow")) == []
     save_finished()
-    assert len(list(tmp_path.rglob("*.arrow"))) == 1
+    assert len(list(tmp_path.rglob("*.arrow"))) == len(models)
+
+
+def test_model_whose_rows_cannot_be_saved_does_not_keep_others_from_it(
+    tmp_path: Path, model_of
+) -> None:
+    (tmp_path / "file").write_text("")
+    models = [model_of(tmp_path / name) for name in ("a", "file/b", "c")]
+    with pytest.raises(StorageError):
+        save_finished()
+    assert len(list(tmp_path.rglob("*.arrow"))) == len(models) - 1
 
 
 def test_the_command_that_goes_on_can_be_typed_and_tells_no_secret() -> None:
