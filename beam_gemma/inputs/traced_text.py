@@ -32,10 +32,10 @@ class TracedText(str):
     def __str__(self) -> str:
         return self
 
-    def __add__(self, other: str) -> "TracedText":
+    def __add__(self, other: object) -> "TracedText":
         return concatenated((self, other)) if isinstance(other, str) else NotImplemented
 
-    def __radd__(self, other: str) -> "TracedText":
+    def __radd__(self, other: object) -> "TracedText":
         return concatenated((other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, number: SupportsIndex) -> "TracedText":
@@ -49,9 +49,17 @@ class TracedText(str):
     def __iter__(self) -> Iterator[str]:
         return map(TracedText, super().__iter__(), self._origins)
 
-    def join(self, texts: Iterable[str], /) -> "TracedText":
-        """Return texts as one, with this one between them."""
-        between = [part for text in texts for part in (self, text)]
+    def join(self, texts: Iterable[object], /) -> "TracedText":
+        """Return texts as one, with this one between them.
+
+        Raises:
+            TypeError: one of them is no text, as a template may have it.
+        """
+        between: list[str] = []
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"expected texts to join, got {type(text).__name__}")
+            between += (self, text)
         return concatenated(between[1:])
 
     def lstrip(self, chars: str | None = None, /) -> "TracedText":

@@ -61,3 +61,9 @@ def test_texts_without_origins_are_of_an_unknown_one_in_company_too():
 @pytest.mark.parametrize("write", [str.upper, str.title, str.casefold, repr])
 def test_operations_that_write_new_text_lose_the_origins(write):
     assert set(origins(write(TracedText("<bos>", TEMPLATE)))) == {0}
+
+
+def test_what_is_no_text_cannot_be_joined():
+    for others in (["a", 1], [["a"], "b"]):
+        with pytest.raises(TypeError):
+            TracedText(", ").join(others)
