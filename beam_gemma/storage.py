@@ -178,9 +178,8 @@ def read_file(path: str) -> bytes | None:
     """Return the content of a file, or None if there is none."""
     if not FileSystems.exists(path):
         return None
-    with FileSystems.open(path) as stream:
-        content: bytes = stream.read()
-    return content
+    with open_file(path) as stream:
+        return stream.read()
 
 
 def is_file(path: str) -> bool:

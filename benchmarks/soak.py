@@ -45,7 +45,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What all processes of a job hold at one time."""
+    """Memory, descriptors and threads of all processes of a job at one time."""
 
     memory: int
     """Resident memory in MiB; pages that processes share are counted for each."""

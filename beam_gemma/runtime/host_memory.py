@@ -24,7 +24,7 @@ class HostMemory(NamedTuple):
 
 
 class _Files(NamedTuple):
-    """Where a version of control groups says what its groups may use."""
+    """The files in which a version of control groups has the limit and the use of a group."""
 
     controller: str
     """The line of /proc/self/cgroup that names the process's group; v2 has no name."""

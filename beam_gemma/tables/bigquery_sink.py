@@ -34,9 +34,9 @@ WRITE_DISPOSITIONS: dict[Disposition, str] = {
 }
 EDITOR = "BigQuery Data Editor"
 MAX_DESCRIPTION = 16_384
+"""Maximum length of a BigQuery table description, in characters."""
 COMPARED = {"input", "rows", "tasks"}
 """Fields of a record that another job is compared by; a long record is described without some."""
-"""Maximum length of a BigQuery table description, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)

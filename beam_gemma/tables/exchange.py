@@ -31,7 +31,7 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
-    """What one job renames."""
+    """The files that one job renames."""
 
     old: tuple[Pair, ...]
     """Files of the earlier output, each with its place aside; the record of its run is first."""

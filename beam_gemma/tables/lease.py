@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Standing(IntEnum):
-    """What can be seen of the job that holds a lease, from the surest end to the surest run."""
+    """Whether the job that holds a lease still runs, as far as another process can see."""
 
     ENDED = 0
     """The job ran in a process of this machine that has ended, or earlier in this process."""
@@ -37,7 +37,7 @@ class Standing(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """What a job writes into its lease."""
+    """A lease: the job that holds it, and where that job was launched."""
 
     job: str
     """Random id of the job."""
@@ -68,7 +68,7 @@ class Lease:
 
     @property
     def standing(self) -> Standing:
-        """What can be seen of the job from this process."""
+        """Whether the job still runs, as far as this process can see."""
         if self.is_remote or not self.machine or self.machine != _machine():
             return Standing.UNSEEN
         # One process runs its jobs one after the other.
