@@ -44,6 +44,16 @@ def change(folder: Path, **settings: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
+def check_refused(
+    base: Checkpoint, folder: Path, settings: dict[str, object], sentence: str
+) -> None:
+    """Check that an adapter with other settings is refused with a sentence."""
+    save_adapter(folder)
+    change(folder, **settings)
+    with pytest.raises(CheckpointError, match=sentence):
+        merge_adapter(base, folder)
+
+
 def rename(folder: Path, old: str, new: str) -> None:
     file = folder / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)
@@ -191,10 +201,7 @@ def test_an_export_with_an_adapter_equals_the_export_of_the_merged_model(tmp_pat
 def test_what_is_more_than_a_sum_is_refused(
     base: Checkpoint, tmp_path: Path, settings: dict[str, object], sentence: str
 ) -> None:
-    save_adapter(tmp_path)
-    change(tmp_path, **settings)
-    with pytest.raises(CheckpointError, match=sentence):
-        merge_adapter(base, tmp_path)
+    check_refused(base, tmp_path, settings, sentence)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +253,7 @@ def test_the_adapter_of_another_size_is_refused(base: Checkpoint, tmp_path: Path
 def test_settings_of_another_kind_are_refused(
     base: Checkpoint, tmp_path: Path, settings: dict[str, object], sentence: str
 ) -> None:
-    save_adapter(tmp_path)
-    change(tmp_path, **settings)
-    with pytest.raises(CheckpointError, match=sentence):
-        merge_adapter(base, tmp_path)
+    check_refused(base, tmp_path, settings, sentence)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1, 48), (4, 47), (0, 48)])
