@@ -16,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from jaxtyping import UInt8
+
 from beam_gemma.engine.prefix import PrefixChain
 from beam_gemma.engine.sampling import SamplingParams, needs_logits
 from beam_gemma.errors import OptionsError
@@ -32,6 +35,18 @@ class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Picture:
+    """A picture of a prompt, whose embeddings take the place of those of token ids."""
+
+    start: int
+    """Position of its first token in the prompt."""
+    digest: bytes
+    """Hash of what the embeddings depend on: equal digests mean equal pixels."""
+    pixels: UInt8[np.ndarray, "3 I I"]
+    """Pixels in the model's size, channels first, red first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +67,8 @@ class Request:
     """True to sum the log-probabilities of the completion's tokens."""
     spans: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of the prompt, in order, with attention in both directions."""
+    pictures: tuple[Picture, ...] = ()
+    """Pictures of the prompt, in order; each takes as many tokens as the model says."""
     targets: tuple[tuple[int, int], ...] = ()
     """Pairs to score instead of completing: a prompt position and a possible next token, in order
     of positions; the last pair is at the prompt's last position."""

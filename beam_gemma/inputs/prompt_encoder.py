@@ -45,6 +45,13 @@ class PromptSettings:
     """Column with the text before a gap that the model fills; see `Infill`."""
     suffix_column: str | None = None
     """Column with the text after the gap."""
+    image_columns: tuple[str, ...] = ()
+    """Columns with pictures. A prompt template puts them where it names them; those that it does
+    not name come before its text, in this order."""
+    pan_and_scan: bool = False
+    """True to add crops of a picture that is much wider than high, or higher than wide."""
+    allow_missing_images: bool = False
+    """True if a null stands for no picture; otherwise such a row is an error."""
     system: str | None = None
     """System prompt for all rows."""
     prompt_format: PromptFormat = "auto"

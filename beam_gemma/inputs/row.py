@@ -1,9 +1,10 @@
 """Rows and their prompts: types for both, uses of columns, and errors of rows."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from beam_gemma.errors import BeamGemmaError, OptionsError, RecordError
 from beam_gemma.model.markup import Control, Part
@@ -11,9 +12,34 @@ from beam_gemma.model.markup import Control, Part
 Row = Mapping[str, Any] | str
 
 
-ColumnUse = Literal["text", "messages", "value", "key"]
-"""Use of a column in a task: a text, a conversation, a value for a template, or a key that names
-its row."""
+ColumnUse = Literal["text", "messages", "value", "key", "images"]
+"""Use of a column in a task: a text, a conversation, a value for a template, a key that names its
+row, or pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """The bytes of a picture's file, as a row has them."""
+
+    data: bytes
+    digest: str
+    """SHA-256 of the bytes, in hex."""
+
+    @classmethod
+    def of(cls, data: bytes) -> "ImageFile":
+        """Return a file with its digest."""
+        return cls(data, hashlib.sha256(data).hexdigest())
+
+
+class ImagePlace(NamedTuple):
+    """Where the tokens of a picture, or of one of its crops, are in a prompt."""
+
+    start: int
+    """Position of its first token."""
+    image: int
+    """Index of the picture among those of the row."""
+    crop: int = 0
+    """0 for the whole picture, else the number of the crop, in the order of pan and scan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +49,10 @@ class Prompt:
     parts: tuple[Part, ...]
     token_ids: tuple[int, ...]
     truncated: bool = False
+    places: tuple[ImagePlace, ...] = ()
+    """Where pictures are among the tokens, in order."""
+    images: tuple[ImageFile, ...] = ()
+    """All pictures of the row."""
 
     @property
     def text(self) -> str:
@@ -32,13 +62,28 @@ class Prompt:
     @property
     def identity(self) -> list[Any]:
         """JSON-serializable value that is equal only for equal prompts."""
-        return [self.token_ids, self.truncated]
+        if not self.places:
+            return [self.token_ids, self.truncated]
+        digests = [image.digest for image in self.images]
+        return [self.token_ids, self.truncated, self.places, digests]
 
     @classmethod
-    def of_identity(cls, identity: list[Any]) -> "Prompt":
-        """Return the prompt of an identity, without its parts."""
-        token_ids, truncated = identity
-        return cls(parts=(), token_ids=tuple(token_ids), truncated=truncated)
+    def of_identity(cls, identity: list[Any], images: Sequence[bytes] = ()) -> "Prompt":
+        """Return the prompt of an identity, without its parts.
+
+        Args:
+            identity: What `identity` returned, also after a round trip through JSON.
+            images: The bytes of the row's pictures, in the order of the digests.
+        """
+        token_ids, truncated, *others = identity
+        places, digests = others or ((), ())
+        return cls(
+            parts=(),
+            token_ids=tuple(token_ids),
+            truncated=truncated,
+            places=tuple(ImagePlace(*place) for place in places),
+            images=tuple(map(ImageFile, images, digests)),
+        )
 
 
 def as_text(parts: Sequence[Part]) -> str:

@@ -25,6 +25,7 @@ from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.field_types import first_fault
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.signature import HEADS, Signature
+from beam_gemma.model.vision_config import VisionConfig
 
 FORMAT = 1
 """Format number; increased when workers of older versions cannot run new exports."""
@@ -76,6 +77,8 @@ class Artifact:
     """Manifest entries by path relative to the folder."""
     embedding: EmbeddingConfig | None = None
     """Embedding configuration; None if the model makes no embeddings."""
+    vision: VisionConfig | None = None
+    """What the model needs for pictures; None if it takes none."""
 
     @classmethod
     def open(cls, path: str | Path, *, of_weights: bool = True) -> "Artifact":
@@ -117,6 +120,7 @@ class Artifact:
                 source=manifest["source"],
                 files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
                 embedding=_embedding_from_json(manifest.get("embedding")),
+                vision=_vision_from_json(manifest.get("vision")),
             )
         except _FAULTS as error:
             raise _not_of_the_format(folder, " ".join(str(error).split())[:200]) from error
@@ -172,7 +176,7 @@ class Artifact:
             ArtifactError: the folder was exported without that graph.
         """
         if (head, device) not in self.signatures:
-            tasks = {of: task for task, of in HEADS.items()}
+            tasks = {of: task for task, of in HEADS.items()} | {"vision": "see"}
             have = ", ".join(f"{tasks[h]} on {d}" for h, d in self.signatures)
             raise ArtifactError(
                 f"{self.path}: expected a graph to {tasks[head]} on {device}, got {have}; "
@@ -256,6 +260,7 @@ def write_manifest(
     eos_token_ids: tuple[int, ...],
     source: Mapping[str, str],
     embedding: EmbeddingConfig | None = None,
+    vision: VisionConfig | None = None,
     without_checksum: frozenset[str] = frozenset(),
 ) -> None:
     """Write the manifest of a finished folder, so that `Artifact.open` accepts it."""
@@ -276,6 +281,7 @@ def write_manifest(
         "eos_token_ids": list(eos_token_ids),
         "source": dict(source),
         "embedding": None if embedding is None else embedding.to_json(),
+        "vision": None if vision is None else vision.to_json(),
         "files": {
             n: {"num_bytes": (folder / n).stat().st_size, "sha256": sums.get(n)} for n in names
         },
@@ -342,6 +348,10 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _embedding_from_json(raw: Mapping[str, Any] | None) -> EmbeddingConfig | None:
     return None if raw is None else EmbeddingConfig.from_json(raw)
+
+
+def _vision_from_json(raw: Mapping[str, Any] | None) -> VisionConfig | None:
+    return None if raw is None else VisionConfig.from_json(raw)
 
 
 def _config_from_json(raw: Mapping[str, Any]) -> GemmaConfig:

@@ -6,7 +6,7 @@ from typing import Literal
 Device = Literal["cpu", "cuda"]
 
 
-Head = Literal["generate", "score", "embed"]
+Head = Literal["generate", "score", "embed", "vision"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

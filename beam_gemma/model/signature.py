@@ -7,7 +7,8 @@ the exporter nor the engine writes a name as a literal.
 Dimensions: B sequences of the step, T new tokens, R packed positions passed to the head, Q of these
 with a probability, F of these with the full distribution, Y targets, V vocabulary size, D hidden
 size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
-sequences, E positions with given embeddings, W width of an embedding, L places of a padded text.
+sequences, E embeddings of pictures, W width of an embedding, L places of a padded text or tokens of
+a picture, N pictures, I pixels of a side.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -33,9 +34,13 @@ Inputs for each kind of state of a model
         cross_key_cache.i, cross_value_cache.i
 
 Optional inputs, if a model declares them
-    inputs_embeds [E, D], embeds_rows [E]   embeddings that replace ids at these packed positions
+    inputs_embeds [E, D]           embeddings of pictures that take the place of those of ids; at
+                                   least one row, which may be of zeros
+    embeds_rows [T] int64          row of `inputs_embeds` for each token; -1 takes that of its id
     span_ends [T] int32            last position a token attends to: its own if causal, later inside
                                    a span with two-sided attention
+    first_keys [T] int32           CPU, models whose spans reach beyond windows: first position that
+                                   a token of a layer with a window attends to
     position_ids [T] int64         rotary positions, if they differ from the sequence positions
 
 Outputs of the `generate` head
@@ -54,6 +59,10 @@ Head `embed`: no state, since each text is computed in full in one step
     embedding [B, W] float32       output: embedding of each sequence
     first_state [B, D] float32     output: state of each sequence's first token; depends on all
                                    tokens if attention is two-sided, else on that token alone
+
+Head `vision`: no state and none of the inputs above; each picture is computed by itself
+    pixels [N, 3, I, I] uint8      pictures of the model's size, channels first, red first
+    image_features [N, L, D]       output: embeddings of each picture's L tokens, in `dtype`
 
 Inputs of CUDA graphs with the head `embed`, in addition
     position_ids [T]
@@ -116,7 +125,7 @@ PREFILL_ROWS = 64
 """CUDA: rows of a prefill step passed to the head, so most prompts that can end in one step."""
 TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
-OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "position_ids")
+OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "first_keys", "position_ids")
 CROSS = "cross_attention"
 
 
@@ -138,6 +147,10 @@ class Signature:
     top_k: int = TOP_K
     embedding_size: int = 0
     """Width of an embedding, for the head `embed`."""
+    image_size: int = 0
+    """Height and width of a picture in pixels, for the head `vision`."""
+    num_image_tokens: int = 0
+    """Tokens of the decoder that one picture takes, for the head `vision`."""
 
     def __post_init__(self) -> None:
         unknown = set(self.optional_inputs) - set(OPTIONAL_INPUTS)
@@ -167,6 +180,9 @@ class Signature:
 
     def step_inputs(self) -> tuple[Tensor, ...]:
         """Return the inputs that change with every step, in the order of the graph."""
+        if self.head == "vision":
+            pixels = ("N", 3, self.image_size, self.image_size)
+            return (Tensor(name="pixels", dtype="uint8", shape=pixels),)
         tensors = [*_tensors(("T",), input_ids="int64"), *_tensors(("B1",), cu_seqlens="int32")]
         if self.head == "embed":
             return (*tensors, *_TEXT_INPUTS) if self.device == "cuda" else tuple(tensors)
@@ -213,6 +229,9 @@ class Signature:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """Return the outputs that are not state."""
+        if self.head == "vision":
+            features = ("N", self.num_image_tokens, self.hidden_size)
+            return (Tensor(name="image_features", dtype=self.dtype, shape=features),)
         if self.head == "embed":
             return (
                 Tensor(name="embedding", dtype="float32", shape=("B", self.embedding_size)),
@@ -266,9 +285,10 @@ class Signature:
         tensors = {
             "inputs_embeds": [
                 Tensor(name="inputs_embeds", dtype=self.dtype, shape=("E", self.hidden_size)),
-                Tensor(name="embeds_rows", dtype="int64", shape=("E",)),
+                Tensor(name="embeds_rows", dtype="int64", shape=("T",)),
             ],
             "span_ends": [Tensor(name="span_ends", dtype="int32", shape=("T",))],
+            "first_keys": [Tensor(name="first_keys", dtype="int32", shape=("T",))],
             "position_ids": [Tensor(name="position_ids", dtype="int64", shape=("T",))],
         }
         return [t for name in self.optional_inputs for t in tensors[name]]

@@ -10,5 +10,7 @@ POSITION = "__position"
 """Column with the table position of one row."""
 ENCODED = "__encoded"
 """Column with the request that a row was encoded to; see `tasks/encoded_rows.py`."""
+IMAGES = "__images"
+"""Column with the files of a row's pictures, to which the request refers by their order."""
 KEY_BYTES = 16
 """Size of a request key in bytes; 10**12 requests have a collision with a chance of 1 in 10**15."""
