@@ -78,4 +78,5 @@ class VisionConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "VisionConfig":
         """Read what `to_json` wrote."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**values)
