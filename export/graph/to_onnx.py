@@ -215,17 +215,17 @@ def _node(function: OnnxFunction[..., Any]) -> Op:
 
 def _attention_cpu(  # type: ignore[no-untyped-def]
     query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, window: int, scale: float,
-    softcap: float, layout: str, attention_metadata=None,
+    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, window: int,
+    scale: float, softcap: float, layout: str, attention_metadata=None,
 ):  # fmt: skip
-    del layout, attention_metadata
+    del past_seqlens, window, layout, attention_metadata
     inputs = (
-        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
-        slot_mapping, context_starts, last_keys,
+        query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
+        context_starts, first_keys, last_keys,
     )  # fmt: skip
     shape = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "block_size": key_cache.shape[2],
-        "query_tile": QUERY_TILE, "window": window, "scale": scale,
+        "query_tile": QUERY_TILE, "scale": scale,
     }  # fmt: skip
     if softcap:
         return _node(lowering_cpu.RaggedAttentionSoftcap)(*inputs, **shape, softcap=softcap)
@@ -234,10 +234,10 @@ def _attention_cpu(  # type: ignore[no-untyped-def]
 
 def _attention_cuda(  # type: ignore[no-untyped-def]
     query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, window: int, scale: float,
-    softcap: float, layout: str, attention_metadata=None,
+    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, window: int,
+    scale: float, softcap: float, layout: str, attention_metadata=None,
 ):  # fmt: skip
-    del layout, context_starts, last_keys
+    del layout, context_starts, first_keys, last_keys
     return _node(lowering_cuda.RaggedAttention)(
         query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
         slot_mapping, attention_metadata,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.graph_tensors import cache_names
 from beam_gemma.model.signature import Signature
+from beam_gemma.model.vision_config import VisionConfig
 from export.modules.heads import Named, generate_head, score_head
 from export.modules.token_choice import choosing_head
 from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm, rotate, rotate_heads
@@ -140,10 +141,13 @@ class Layer(nn.Module):
 class GemmaLayers(nn.Module):
     """The part shared by decoders and encoders: everything from token ids to the last layer."""
 
-    def __init__(self, config: GemmaConfig, signature: Signature) -> None:
+    def __init__(
+        self, config: GemmaConfig, signature: Signature, vision: VisionConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.signature = signature
+        self.first_position = vision.first_position if vision else 0
         # Rounded to the model's dtype, as the reference does.
         round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))
@@ -164,7 +168,10 @@ class GemmaLayers(nn.Module):
         """
         x = self.embed_tokens(step["input_ids"])
         x = (x if self.inner is None else x.float()) * self.embedding_factor
-        rotations = {group: self._rotation(group, positions) for group in self.config.groups}
+        if "inputs_embeds" in step:
+            x = _with_pictures(x, step)
+        rotary_positions = positions + self.first_position if self.first_position else positions
+        rotations = {g: self._rotation(g, rotary_positions) for g in self.config.groups}
         for i, layer in enumerate(self.layers):
             x = layer(x, rotations[self.config.layer_types[i]], partial(attend, i))
         return x
@@ -193,15 +200,31 @@ class GemmaDecoder(GemmaLayers):
         """
         positions = step["position_ids"] if "position_ids" in step else sequence_positions(step)
         new_state = dict(state)
-        attend = partial(self._attend, step, positions.to(torch.int32), new_state)
+        attend = partial(self._attend, step, self._reach(step, positions), new_state)
         if self.signature.chooses:
             step = step | {"input_ids": _token_ids(step, state["next_ids"])}
         x = self.residual(step, positions, attend)
         rows = self.norm(x.index_select(0, step["logit_rows"]), self.inner)
         return self._head(rows, step, new_state), new_state
 
+    def _reach(self, step: Named, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the first and last position that each token reaches, for each layer type."""
+        own = positions.to(torch.int32)
+        last = step.get("span_ends", own)
+        reach = {}
+        for group in self.config.groups:
+            window = self.config.window(group)
+            first = own - ((window or NO_WINDOW) - 1)
+            reach[group] = (step.get("first_keys", first) if window else first), last
+        return reach
+
     def _attend(
-        self, step: Named, last_keys: Tensor, state: Named, layer: int, *rows: Tensor
+        self,
+        step: Named,
+        reach: dict[str, tuple[Tensor, Tensor]],
+        state: Named,
+        layer: int,
+        *rows: Tensor,
     ) -> Tensor:
         """Write the new tokens to a layer's cache and attend over it."""
         config = self.config
@@ -215,7 +238,7 @@ class GemmaDecoder(GemmaLayers):
             step[f"block_table.{group}"],
             step[f"slot_mapping.{group}"],
             step.get(f"context_starts.{group}", torch.zeros_like(step["past_seqlens"])),
-            last_keys,
+            *reach[group],
             config.num_attention_heads,
             config.num_key_value_heads,
             config.window(group) or NO_WINDOW,
@@ -270,6 +293,13 @@ def _token_ids(step: Named, next_ids: Tensor) -> Tensor:
     slots = step["token_slots"]
     chosen = next_ids.index_select(0, slots.clamp(min=0))
     return torch.where(slots >= 0, chosen, step["input_ids"])
+
+
+def _with_pictures(x: Tensor, step: Named) -> Tensor:
+    """Return x [T, D] with the embeddings of pictures in place of those of their token ids."""
+    rows = step["embeds_rows"]
+    given = step["inputs_embeds"].index_select(0, rows.clamp(min=0)).to(x.dtype)
+    return torch.where((rows >= 0)[:, None], given, x)
 
 
 def _split_poison(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,10 +107,10 @@ def QueryTiles(cu_seqlens, num_tokens, least_queries, most_queries):
 
 
 @script(DOMAIN, default_opset=op)
-def Reach(past_seqlens, context_starts, last_keys, rows, owner, first, num_chunks, window: int):
+def Reach(context_starts, first_keys, last_keys, rows, owner, num_chunks):
     """Return a key mask [U, S, 1, W * 64] and flags [U, W] of chunks that any query reaches.
 
-    reach(q, k) = q - window < k <= last_keys[q]; the mask is 0 in reach, else very negative.
+    reach(q, k) = first_keys[q] <= k <= last_keys[q]; the mask is 0 in reach, else very negative.
     """
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -118,19 +118,16 @@ def Reach(past_seqlens, context_starts, last_keys, rows, owner, first, num_chunk
     start = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
     chunk = op.Constant(value_int=CONTEXT_ALIGNMENT)
-    reach = op.Constant(value_int=window)
     begin = op.Unsqueeze(op.Gather(op.Cast(context_starts, to=7), owner), one)  # [U, 1]
-    past = op.Unsqueeze(op.Gather(op.Cast(past_seqlens, to=7), owner) + first, one)  # [U, 1]
+    first = op.Gather(op.Cast(first_keys, to=7), rows)  # [U, S]
     last = op.Gather(op.Cast(last_keys, to=7), rows)  # [U, S]
     count = op.Squeeze(num_chunks)
     chunks = begin + op.Unsqueeze(op.Range(start, count, step) * chunk, zero)  # [U, W]
     near = chunks <= op.ReduceMax(last, one, keepdims=1)
-    chunks_reached = op.And(near, chunks + chunk > past - reach + step)
+    chunks_reached = op.And(near, chunks + chunk > op.ReduceMin(first, one, keepdims=1))
     keys = begin + op.Unsqueeze(op.Range(start, count * chunk, step), zero)
     keys = op.Unsqueeze(keys, one)  # [U, 1, W * 64]
-    offsets = op.Range(start, op.Squeeze(op.Shape(rows, start=1, end=2)), step)
-    queries = op.Unsqueeze(past + op.Unsqueeze(offsets, zero), two)  # [U, S, 1]
-    keys_reached = op.And(keys <= op.Unsqueeze(last, two), keys > queries - reach)
+    keys_reached = op.And(keys <= op.Unsqueeze(last, two), keys >= op.Unsqueeze(first, two))
     mask = op.Where(keys_reached, op.Constant(value_float=0.0), op.Constant(value_float=MASKED))
     return op.Unsqueeze(mask, two), chunks_reached
 
@@ -211,9 +208,9 @@ def WeightedValues(weights, values, reached, item_of_place, num_groups):
 
 @script(DOMAIN, default_opset=op)
 def StoreAndScore(
-    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
-    window: int, scale: float,
+    query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
+    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, block_size: int,
+    query_tile: int, scale: float,
 ):  # fmt: skip
     """Write the new tokens, list the step's items, read each item's keys and score them."""
     one = op.Constant(value_ints=[1])
@@ -225,14 +222,12 @@ def StoreAndScore(
     # A product with a single row runs another kernel, whose results differ in bits.
     least = op.Where(op.Equal(groups, one), op.Constant(value_ints=[2]), one)
     most = op.Reshape(op.Constant(value_int=query_tile), one)
-    rows, owner, first, token_places = DOMAIN.QueryTiles(
+    rows, owner, _, token_places = DOMAIN.QueryTiles(
         cu_seqlens, op.Shape(query, start=0, end=1), least, most
     )
     chunk = op.Constant(value_int=CONTEXT_ALIGNMENT)
     num_chunks = op.Shape(block_table, start=1, end=2) * block / chunk
-    mask, reached = DOMAIN.Reach(
-        past_seqlens, context_starts, last_keys, rows, owner, first, num_chunks, window=window
-    )
+    mask, reached = DOMAIN.Reach(context_starts, first_keys, last_keys, rows, owner, num_chunks)
     tiles, places, blocks, items = DOMAIN.Items(reached, owner, block_table, num_chunks)
     keys = DOMAIN.GatherContext(key_out, blocks)
     item_rows = op.Gather(rows, tiles)
@@ -255,16 +250,15 @@ def Attend(scores, mask, value_cache, blocks, reached, items, places, token_plac
 
 @script(DOMAIN, default_opset=op)
 def RaggedAttention(
-    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
-    window: int, scale: float,
+    query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
+    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, block_size: int,
+    query_tile: int, scale: float,
 ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
     scores, mask, blocks, reached, items, places, token_places, groups, key_out, value_out = (
         DOMAIN.StoreAndScore(
-            query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
-            slot_mapping, context_starts, last_keys, num_heads=num_heads,
-            num_kv_heads=num_kv_heads, block_size=block_size, query_tile=query_tile,
-            window=window, scale=scale,
+            query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
+            context_starts, first_keys, last_keys, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, block_size=block_size, query_tile=query_tile, scale=scale,
         )
     )  # fmt: skip
     output = DOMAIN.Attend(
@@ -275,16 +269,15 @@ def RaggedAttention(
 
 @script(DOMAIN, default_opset=op)
 def RaggedAttentionSoftcap(
-    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, last_keys, num_heads: int, num_kv_heads: int, block_size: int, query_tile: int,
-    window: int, scale: float, softcap: float,
+    query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
+    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, block_size: int,
+    query_tile: int, scale: float, softcap: float,
 ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
     scores, mask, blocks, reached, items, places, token_places, groups, key_out, value_out = (
         DOMAIN.StoreAndScore(
-            query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
-            slot_mapping, context_starts, last_keys, num_heads=num_heads,
-            num_kv_heads=num_kv_heads, block_size=block_size, query_tile=query_tile,
-            window=window, scale=scale,
+            query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
+            context_starts, first_keys, last_keys, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, block_size=block_size, query_tile=query_tile, scale=scale,
         )
     )  # fmt: skip
     cap = op.Constant(value_float=softcap)

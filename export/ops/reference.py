@@ -6,7 +6,7 @@ g = n // (N / K):
 
     s[k]   = scale * <query[q, n], key[k, g]>
     s[k]   = softcap * tanh(s[k] / softcap)            where the model has a softcap
-    reach  = q - window < k <= last_keys[q]            last_keys[q] = q when causal
+    reach  = first_keys[q] <= k <= last_keys[q]        q - window + 1 and q when causal
     out[q] = sum over reached k of softmax(s)[k] * value[k, g]
 
 `packed_attention` is the same for whole sequences without a cache:
@@ -54,6 +54,7 @@ def ragged_attention(
     block_table: Tensor,
     slot_mapping: Tensor,
     context_starts: Tensor,
+    first_keys: Tensor,
     last_keys: Tensor,
     num_heads: int,
     num_kv_heads: int,
@@ -76,16 +77,18 @@ def ragged_attention(
         block_table: [B, M], cache blocks; the first slot is position `context_starts`.
         slot_mapping: [T], flat slot of each new token; negative skips the write.
         context_starts: [B], position of the first slot in each table row.
+        first_keys: [T], the first position that each token reaches; below 0 for all.
         last_keys: [T], the last position that each token reaches.
         num_heads: N.
         num_kv_heads: K.
-        window: Positions in reach to the left, including the query's own.
+        window: Positions in reach to the left, including the query's own; the CUDA kernel takes
+            it in place of `first_keys`, and the formula does not.
         scale: Factor of query-key products.
         softcap: Cap of the scores; 0 for none.
         layout: `cpu` or `cuda`.
         attention_metadata: [3], bounds for the CUDA kernel; not used in the formula.
     """
-    del attention_metadata
+    del attention_metadata, window
     shape = (-1, num_kv_heads, key.shape[1] // num_kv_heads)
     key_tokens = _stored(key_cache, key.view(shape), slot_mapping, layout)
     value_tokens = _stored(value_cache, value.view(shape), slot_mapping, layout)
@@ -95,9 +98,8 @@ def ragged_attention(
         new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
         q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2])
         context = _slots(block_table[b], block_size)
-        queries = int(past_seqlens[b]) + torch.arange(q.shape[0])
         keys = int(context_starts[b]) + torch.arange(context.shape[0])
-        reach = (keys <= last_keys[new, None]) & (keys > queries[:, None] - window)
+        reach = (keys <= last_keys[new, None]) & (keys >= first_keys[new, None])
         cached = key_tokens[context], value_tokens[context]
         outputs.append(_attend(q, *cached, reach, scale, softcap))
     output = torch.cat(outputs).reshape(query.shape)

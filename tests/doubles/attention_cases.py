@@ -58,6 +58,7 @@ class Case:
             "block_table": table,
             "slot_mapping": np.concatenate(slots).astype(np.int32),
             "context_starts": np.array(self.starts, np.int32),
+            "first_keys": (np.concatenate(positions) - self.window + 1).astype(np.int32),
             "last_keys": np.concatenate(last).astype(np.int32),
         }
 

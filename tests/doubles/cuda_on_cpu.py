@@ -168,11 +168,13 @@ def PagedAttention(  # noqa: N802
 ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
     """Attend over blocks in CUDA's layout."""
     table, last = TESTS.SmallTables(key_cache, block_table, cu_seqlens, past_seqlens, query)
+    reach = op.Constant(value_int=window) - op.Constant(value_int=1)
+    first = last - op.CastLike(reach, last)
     output, keys, values = DOMAIN.RaggedAttention(
         query, key, value, TESTS.SmallBlocks(key_cache), TESTS.SmallBlocks(value_cache),
-        cu_seqlens, past_seqlens, table, slot_mapping, past_seqlens - past_seqlens, last,
+        cu_seqlens, table, slot_mapping, past_seqlens - past_seqlens, first, last,
         num_heads=num_heads, num_kv_heads=num_kv_heads, block_size=BLOCK, query_tile=QUERY_TILE,
-        window=window, scale=scale,
+        scale=scale,
     )  # fmt: skip
     return (
         output, TESTS.LargeBlocks(keys, key_cache), TESTS.LargeBlocks(values, value_cache)
@@ -186,11 +188,13 @@ def PagedAttentionSoftcap(  # noqa: N802
 ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
     """Attend over blocks in CUDA's layout, with a softcap."""
     table, last = TESTS.SmallTables(key_cache, block_table, cu_seqlens, past_seqlens, query)
+    reach = op.Constant(value_int=window) - op.Constant(value_int=1)
+    first = last - op.CastLike(reach, last)
     output, keys, values = DOMAIN.RaggedAttentionSoftcap(
         query, key, value, TESTS.SmallBlocks(key_cache), TESTS.SmallBlocks(value_cache),
-        cu_seqlens, past_seqlens, table, slot_mapping, past_seqlens - past_seqlens, last,
+        cu_seqlens, table, slot_mapping, past_seqlens - past_seqlens, first, last,
         num_heads=num_heads, num_kv_heads=num_kv_heads, block_size=BLOCK, query_tile=QUERY_TILE,
-        window=window, scale=scale, softcap=softcap,
+        scale=scale, softcap=softcap,
     )  # fmt: skip
     return (
         output, TESTS.LargeBlocks(keys, key_cache), TESTS.LargeBlocks(values, value_cache)

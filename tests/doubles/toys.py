@@ -77,6 +77,7 @@ class SpanToy(torch.nn.Module):
             step[f"block_table.{FULL}"],
             step[f"slot_mapping.{FULL}"],
             torch.zeros_like(step["past_seqlens"]),
+            torch.zeros_like(step["span_ends"]),
             step["span_ends"],
             1,
             1,
