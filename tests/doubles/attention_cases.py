@@ -25,6 +25,8 @@ class Case:
     past: tuple[int, ...] = (0, 140, 20)
     starts: tuple[int, ...] = (0, 0, 0)
     spans: bool = False
+    beyond: bool = False
+    """True if tokens reach the start of their sequence in spite of a window."""
     query_tile: int = 64
     layout: Literal["cpu", "cuda"] = "cpu"
     block: int = BLOCK
@@ -58,9 +60,13 @@ class Case:
             "block_table": table,
             "slot_mapping": np.concatenate(slots).astype(np.int32),
             "context_starts": np.array(self.starts, np.int32),
-            "first_keys": (np.concatenate(positions) - self.window + 1).astype(np.int32),
+            "first_keys": np.concatenate([self._first(p) for p in positions]).astype(np.int32),
             "last_keys": np.concatenate(last).astype(np.int32),
         }
+
+    def _first(self, positions: np.ndarray) -> np.ndarray:
+        """Return the first position that each of a sequence's tokens reaches."""
+        return np.zeros_like(positions) if self.beyond else positions - self.window + 1
 
     def eager(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Return the reference in float64."""
@@ -83,6 +89,7 @@ CASES = {
     "table without its first blocks": Case(window=60, past=(0, 300, 200), starts=(0, 128, 0)),
     "span attended both ways": Case(spans=True),
     "span within a window": Case(spans=True, window=8),
+    "span beyond a window": Case(spans=True, window=8, beyond=True),
     "decode alone": Case(new=(1,), past=(77,), starts=(0,), num_heads=4, num_kv_heads=4),
     "long chunks": Case(new=(300, 2), past=(0, 0), starts=(0, 0)),
 }
