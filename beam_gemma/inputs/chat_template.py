@@ -1,6 +1,7 @@
 """Chat templates, which render a conversation as parts in the model's trained format."""
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,8 +47,15 @@ SPECIAL_TOKENS = {
 """Variables of a chat template with the special tokens of every Gemma."""
 
 
+PICTURE_KEYS = ("image", "bytes", "url", "path", "uri")
+"""Keys of a part that may hold its picture, which no template sees."""
+_SHORT = reprlib.Repr()
+"""Writes what rows hold in short, as they may hold pictures."""
+_SHORT.maxstring = _SHORT.maxother = 100
+_short = _SHORT.repr
+_CODES = ("source_lang_code", "target_lang_code")
 _PROBE = "probe"
-_QUESTION = {"role": "user", "content": "question"}
+_QUESTION = "question"
 
 
 # Exceptions that the expressions of a template can raise.
@@ -69,27 +77,50 @@ class ChatTemplate:
             `raise_exception` and `strftime_now`.
         control_pieces: The tokenizer's control pieces.
         allow_special_tokens: Whether to recognize control pieces in message contents as well.
+        image_piece: Control piece that stands for a picture; None if the model takes none.
+        languages: Codes of the languages to translate from and to, for a template that takes only
+            a text or a picture with such codes, as TranslateGemma's does; None for other templates.
 
     Raises:
-        OptionsError: the template is malformed, rejects a single user message, or writes control
-            pieces by an operation that loses track of whose text it is.
+        OptionsError: the template is malformed, rejects a single user message, knows no languages
+            though they are given, or writes control pieces by an operation that loses track of
+            whose text it is.
     """
 
     def __init__(
-        self, source: str, control_pieces: Iterable[str], *, allow_special_tokens: bool = False
+        self,
+        source: str,
+        control_pieces: Iterable[str],
+        *,
+        allow_special_tokens: bool = False,
+        image_piece: str | None = None,
+        languages: tuple[str, str] | None = None,
     ) -> None:
         self._pieces = ControlPieces(control_pieces)
         self._allow_special_tokens = allow_special_tokens
+        self._image = None if image_piece is None else TracedText(image_piece, TEMPLATE)
+        if languages and not takes_languages(source):
+            raise OptionsError(
+                "source_lang: expected a model whose chat template takes languages, such as "
+                "TranslateGemma, got one that ignores them"
+            )
+        text = {"type": "text", "text": _QUESTION}
+        codes = {} if languages is None else language_codes(*languages)
+        question: Any = [text | codes] if languages else _QUESTION
         try:
             self._sandbox = TemplateSandbox()
             self._template = self._sandbox.compiled(source)
-            rendered = self._run([_QUESTION])
-            self._check_origins(rendered, [_QUESTION["content"]])
+            rendered = self._run([_of_user(question)])
+            self._check_origins(rendered, [_QUESTION])
         except _FAULTS as error:
+            needs_codes = languages is None and takes_languages(source)
+            hint = "; give source_lang and target_lang" if needs_codes else ""
             raise OptionsError(
                 f"chat template: expected a template that takes one user message, got: {error}"
+                f"{hint}"
             ) from error
-        self._takes_parts = self._shows_parts(rendered)
+        self._takes_parts = languages is not None or self._shows(rendered, [text])
+        self._takes_images = languages is not None or self._shows_image()
         self._takes_system = self._shows_system()
 
     def render(self, messages: Any, system: str | None = None) -> tuple[Part, ...]:
@@ -101,15 +132,16 @@ class ChatTemplate:
 
         Args:
             messages: List of messages, each with a `role` of `ROLES` and a `content`: a string or
-                a list of `{"type": "text", "text": ...}`, treated as data, or a tuple of parts,
-                whose control pieces are kept. A template that knows no lists gets their texts
-                joined by line feeds.
+                a list of `{"type": "text", "text": ...}` and `{"type": "image"}`, treated as data,
+                or a tuple of parts, whose control pieces are kept. Other keys of a part are passed
+                on if they hold text. A template that knows no lists gets their texts joined by line
+                feeds, with the piece of a picture in place of each.
             system: System prompt for a conversation without one of its own.
 
         Raises:
             RecordError: the messages are malformed, or the template rejects them.
         """
-        conversation = [dict(message) for message in _checked(messages)]
+        conversation = [dict(message) for message in _checked(messages, self._image is not None)]
         if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         continues = ROLES[conversation[-1]["role"]] == "assistant"
@@ -117,9 +149,9 @@ class ChatTemplate:
         traced.append(self._traced(conversation[-1], LAST if continues else 0))
         try:
             if not self._takes_system:
-                traced = _fold_system(traced)
+                traced = self._fold_system(traced)
             rendered = self._run(traced, add_generation_prompt=not continues)
-            self._check_origins(rendered, [_joined(message["content"]) for message in traced])
+            self._check_origins(rendered, [self._joined(message["content"]) for message in traced])
         except _FAULTS as error:
             raise RecordError(
                 f"messages: expected a conversation that the chat template takes, got: {error}"
@@ -143,15 +175,22 @@ class ChatTemplate:
     def _shows_system(self) -> bool:
         """Return whether a system message appears in the prompt; Gemma 1 and 2 reject it."""
         try:
-            return _PROBE in self._run([{"role": "system", "content": _PROBE}, _QUESTION])
+            return _PROBE in self._run([{"role": "system", "content": _PROBE}, _of_user(_QUESTION)])
         except _FAULTS:
             return False
 
-    def _shows_parts(self, expected: str) -> bool:
-        """Return whether a list of one text appears in the prompt as the text does."""
-        parts = [{"type": "text", "text": _QUESTION["content"]}]
+    def _shows(self, expected: str, content: list[dict[str, str]]) -> bool:
+        """Return whether the prompt of a content is the expected one."""
         try:
-            return self._run([{"role": "user", "content": parts}]) == expected
+            return self._run([_of_user(content)]) == expected
+        except _FAULTS:
+            return False
+
+    def _shows_image(self) -> bool:
+        """Return whether a picture in a list appears in the prompt as its piece."""
+        try:
+            rendered = self._run([_of_user([{"type": "image"}])])
+            return self._image is not None and self._image in rendered
         except _FAULTS:
             return False
 
@@ -159,12 +198,41 @@ class ChatTemplate:
         """Return a message as the template sees it."""
         content = message["content"]
         if isinstance(content, list):
-            texts = [self._traced_text(part["text"], flag) for part in content]
-            content = [{"type": "text", "text": text} for text in texts]
-            content = content if self._takes_parts else _joined(content)
+            has_images = any(part["type"] == "image" for part in content)
+            takes_list = self._takes_parts and (self._takes_images or not has_images)
+            content = [self._traced_part(part, flag) for part in content]
+            content = content if takes_list else self._joined(content)
         else:
             content = self._traced_text(content, flag)
         return {"role": TracedText(ROLES[message["role"]], TEMPLATE), "content": content}
+
+    def _traced_part(self, part: Mapping[str, Any], flag: int) -> dict[str, str]:
+        traced = {
+            key: TracedText(value, ROW)
+            for key, value in part.items()
+            if isinstance(value, str) and key not in (*PICTURE_KEYS, "type", "text")
+        }
+        if part["type"] == "image":
+            return {"type": "image", **traced}
+        return {"type": "text", "text": self._traced_text(part["text"], flag), **traced}
+
+    def _joined(self, content: Any) -> TracedText:
+        """Return a content as one text, with line feeds between texts and none around pictures."""
+        if isinstance(content, str):
+            return concatenated([content])
+        joined: list[str] = []
+        for before, part in itertools.pairwise([{}, *content]):
+            if "text" in before and "text" in part:
+                joined.append(TracedText("\n", ROW))
+            joined.append(part.get("text", self._image or ""))
+        return concatenated(joined)
+
+    def _fold_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if messages[0]["role"] != "system":
+            return messages
+        system, first, *rest = messages
+        text = self._joined(system["content"]) + "\n\n" + self._joined(first["content"]).strip()
+        return [{**first, "content": text}, *rest]
 
     def _traced_text(self, content: str | tuple[Part, ...], flag: int) -> TracedText:
         if isinstance(content, str):
@@ -201,20 +269,36 @@ class ChatTemplate:
                 )
 
 
-def _checked(messages: Any) -> list[Mapping[str, Any]]:
+def takes_languages(source: str) -> bool:
+    """Return whether a chat template takes codes of languages, as TranslateGemma's does."""
+    return all(code in source for code in _CODES)
+
+
+def language_codes(source_lang: str, target_lang: str) -> dict[str, str]:
+    """Return the keys of a part of a message that TranslateGemma translates."""
+    return dict(zip(_CODES, (source_lang, target_lang), strict=True))
+
+
+def _of_user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _checked(messages: Any, takes_images: bool) -> list[Mapping[str, Any]]:
     """Return a row's messages as a list, after validation."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise RecordError(f"messages: expected a list of messages, got {messages!r}")
+        raise RecordError(f"messages: expected a list of messages, got {_short(messages)}")
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise RecordError(
-                f"messages: expected each with a role of {', '.join(ROLES)}, got {message!r}"
+                f"messages: expected each with a role of {', '.join(ROLES)}, got {_short(message)}"
             )
+        with_images = takes_images and message["role"] == "user"
         content = message.get("content")
-        if not isinstance(content, str | tuple) and not _is_texts(content):
+        if not isinstance(content, str | tuple) and not _is_parts(content, with_images):
+            kinds = "text, or image in a user's message," if takes_images else "text,"
             raise RecordError(
-                "messages: expected each with a text, or a list of parts of type text, as "
-                f"content, got {message!r}"
+                f"messages: expected each with a text, or a list of parts of type {kinds} as "
+                f"content, got {_short(message)}"
             )
     if any(message["role"] == "system" for message in messages[1:]):
         raise RecordError("messages: expected a system message only at the head, got a later one")
@@ -223,31 +307,18 @@ def _checked(messages: Any) -> list[Mapping[str, Any]]:
     return list(messages)
 
 
-def _is_texts(content: Any) -> bool:
-    """Return whether a content is a list of parts with texts."""
+def _is_parts(content: Any, with_images: bool) -> bool:
+    """Return whether a content is a list of parts with texts, or pictures where they may be."""
     if not isinstance(content, list) or not content:
         return False
     return all(
         isinstance(part, Mapping)
-        and part.get("type") == "text"
-        and isinstance(part.get("text"), str)
+        and (
+            (part.get("type") == "text" and isinstance(part.get("text"), str))
+            or (part.get("type") == "image" and with_images)
+        )
         for part in content
     )
-
-
-def _joined(content: Any) -> TracedText:
-    """Return a content as one text."""
-    if isinstance(content, str):
-        return concatenated([content])
-    return TracedText("\n", ROW).join(part["text"] for part in content)
-
-
-def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    text = _joined(system["content"]) + "\n\n" + _joined(first["content"]).strip()
-    return [{**first, "content": text}, *rest]
 
 
 def _up_to_answer(rendered: TracedText, content: Any) -> TracedText:

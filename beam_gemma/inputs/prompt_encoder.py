@@ -9,17 +9,35 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
-from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
+from beam_gemma.inputs.chat_template import (
+    GEMMA_CHAT_TEMPLATE,
+    ChatTemplate,
+    language_codes,
+    takes_languages,
+)
+from beam_gemma.inputs.image_prompt import ImagePrompts, Picture
+from beam_gemma.inputs.images import Fetch
 from beam_gemma.inputs.infill import Infill
-from beam_gemma.inputs.row import ColumnUse, Prompt, Row, rows_own_errors, shots_own_errors
+from beam_gemma.inputs.row import (
+    ColumnUse,
+    ImageFile,
+    Prompt,
+    Row,
+    as_text,
+    rows_own_errors,
+    shots_own_errors,
+)
 from beam_gemma.inputs.template import Template, column_text, format_value
 from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.model.vision_config import VisionConfig
 
 Turn = tuple[tuple[Part, ...], tuple[Part, ...]]
 """Question and answer of a shot."""
 PromptFormat = Literal["auto", "raw", "chat"]
 Side = Literal["left", "right"]
+RowPictures = Mapping[str, tuple[Picture, ...]]
+"""The pictures of a row, by column."""
 MAX_CUTS = 4
 """Most attempts to cut a prompt; retokenization may leave a few excess tokens each time."""
 
@@ -52,6 +70,11 @@ class PromptSettings:
     """True to add crops of a picture that is much wider than high, or higher than wide."""
     allow_missing_images: bool = False
     """True if a null stands for no picture; otherwise such a row is an error."""
+    source_lang: str | None = None
+    """Code of the language to translate from, as `cs`, for models whose chat template takes it:
+    those of TranslateGemma. They get one text or picture of a row."""
+    target_lang: str | None = None
+    """Code of the language to translate to, as `de-DE`."""
     system: str | None = None
     """System prompt for all rows."""
     prompt_format: PromptFormat = "auto"
@@ -71,6 +94,8 @@ class PromptSettings:
         if len(given) > 1:
             raise OptionsError(f"prompt: expected one source, got {' and '.join(given)}")
         self._check_infill()
+        self._check_images()
+        self._check_languages()
         if self.prompt_format == "raw" and (self.system is not None or self.messages_column):
             raise OptionsError(
                 "prompt_format: expected chat for a system prompt or messages, got raw; "
@@ -92,18 +117,51 @@ class PromptSettings:
                 "prompt_format chat"
             )
 
+    def _check_images(self) -> None:
+        if self.prefix_column and self.image_columns:
+            raise OptionsError(
+                "prefix_column: expected no image columns beside a gap to fill, got "
+                f"{', '.join(self.image_columns)}"
+            )
+        for column in self.image_columns:
+            if self.image_columns.count(column) > 1 or column in (
+                self.prompt_column,
+                self.messages_column,
+            ):
+                raise OptionsError(
+                    f"column {column!r}: expected once, for pictures alone, got it for another use "
+                    "too"
+                )
+
+    def _check_languages(self) -> None:
+        if (self.source_lang is None) != (self.target_lang is None):
+            raise OptionsError("source_lang: expected source_lang and target_lang, got one of them")
+        if self.source_lang is None:
+            return
+        others = ("prompt", "messages_column", "prefix_column", "system")
+        given = [name for name in others if getattr(self, name) is not None]
+        if len(self.image_columns) + (self.prompt_column is not None) > 1:
+            given.append(f"columns {', '.join(self.prompt_columns)}")
+        if given or self.prompt_format == "raw":
+            raise OptionsError(
+                "source_lang: expected only a prompt_column or one image column to translate, got "
+                f"{given[0] if given else 'prompt_format raw'}"
+            )
+
     @property
     def prompt_columns(self) -> dict[str, ColumnUse]:
         """Columns that a prompt is made of, with their use."""
+        images: dict[str, ColumnUse] = dict.fromkeys(self.image_columns, "images")
         if self.prompt is not None:
-            return dict.fromkeys(Template(self.prompt, ()).fields, "value")
+            values: dict[str, ColumnUse] = dict.fromkeys(Template(self.prompt, ()).fields, "value")
+            return values | images
         uses: dict[str | None, ColumnUse] = {
             self.prompt_column: "text",
             self.messages_column: "messages",
             self.prefix_column: "text",
             self.suffix_column: "text",
         }
-        return {column: use for column, use in uses.items() if column is not None}
+        return {column: use for column, use in uses.items() if column is not None} | images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +186,9 @@ class PromptEncoder:
         chat_template: str | None,
         max_tokens: int,
         shots: Shots = Shots(),
+        vision: VisionConfig | None = None,
+        vocab_size: int | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
         """Prepare the templates.
 
@@ -137,15 +198,26 @@ class PromptEncoder:
             chat_template: Chat template of the model; None if it has none.
             max_tokens: Most tokens of a prompt that the model accepts.
             shots: Examples that precede every prompt.
+            vision: What the model says of pictures; None if it takes none.
+            vocab_size: Number of token ids that the decoder knows; None for the tokenizer's.
+            fetch: Gets the bytes of pictures that rows name by path or URI; None to refuse those.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot yields no prompt.
         """
         self.tokenizer = tokenizer
         self.settings = settings
-        source = _template_source(settings, chat_template)
+        self._images = ImagePrompts(tokenizer, vision, settings, vocab_size=vocab_size, fetch=fetch)
+        source = _template_source(settings, chat_template, vision)
         pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
-        self._chat = source and ChatTemplate(source, pieces, allow_special_tokens=allow)
+        self._languages = _languages(settings, source)
+        self._chat = source and ChatTemplate(
+            source,
+            pieces,
+            allow_special_tokens=allow,
+            image_piece=self._images.piece,
+            languages=self._languages,
+        )
         self._template: Template | Infill | None = None
         self.stop_token_ids: tuple[int, ...] = ()
         """Token ids that end an answer, in addition to the model's own end tokens."""
@@ -158,7 +230,16 @@ class PromptEncoder:
         self._max_tokens = max_tokens
         self._shots = shots
         with shots_own_errors():
-            self._turns = [(self._content(row), answer) for row, answer in shots.examples]
+            self._turns = [
+                (self._content(row, self._images.of_row(row)), answer)
+                for row, answer in shots.examples
+            ]
+
+    @property
+    def shot_images(self) -> tuple[ImageFile, ...]:
+        """Pictures of the shots, which prompts show beside those of their rows."""
+        parts = itertools.chain.from_iterable(content for content, _ in self._turns)
+        return tuple(part.image for part in parts if isinstance(part, Picture))
 
     def __call__(self, row: Row, *, num_answer_tokens: int = 0) -> Prompt:
         """Return the prompt of one row.
@@ -175,15 +256,16 @@ class PromptEncoder:
             return self._prompt(row, min(limit, self.settings.max_prompt_tokens or limit))
 
     def _prompt(self, row: Row, max_tokens: int) -> Prompt:
-        """Return the prompt of one row, cut if necessary and allowed."""
-        turns = self._turns_before(row)
-        prompt = self._encode(row, turns)
+        """Return the prompt of one row, its texts cut if necessary and allowed."""
+        images = self._images.of_row(row)
+        turns = self._turns_before(row, images)
+        prompt = self._encode(row, images, turns)
         for _ in range(MAX_CUTS if self.settings.truncate else 0):
             excess = len(prompt.token_ids) - max_tokens
             if excess <= 0:
                 return prompt
             row = self._cut(row, excess)
-            prompt = self._encode(row, turns, truncated=True)
+            prompt = self._encode(row, images, turns, truncated=True)
         if len(prompt.token_ids) > max_tokens:
             raise PromptTooLongError(
                 f"prompt: expected at most {max_tokens:,} tokens, got "
@@ -191,40 +273,62 @@ class PromptEncoder:
             )
         return prompt
 
-    def _turns_before(self, row: Row) -> Sequence[Turn]:
+    def _turns_before(self, row: Row, images: RowPictures) -> Sequence[Turn]:
         """Return the shots for a row, without the row itself."""
         if not self._turns:
             return ()
-        content = self._content(row)
+        content = self._content(row, images)
         return [turn for turn in self._turns if turn[0] != content][: self._shots.number]
 
-    def _encode(self, row: Row, turns: Sequence[Turn], *, truncated: bool = False) -> Prompt:
-        parts = self._parts(row, turns)
-        ids = tuple(self.tokenizer.encode(parts))
-        return Prompt(parts=parts, token_ids=ids, truncated=truncated)
+    def _encode(
+        self, row: Row, images: RowPictures, turns: Sequence[Turn], *, truncated: bool = False
+    ) -> Prompt:
+        """Return the prompt of one row as it is."""
+        system, column = self.settings.system, self.settings.messages_column
+        if self._chat and column and not isinstance(row, str):
+            messages = _messages(row, column)
+            parts = self._chat.render(messages, system)
+            of_row = itertools.chain.from_iterable(images.values())
+            pictures = self._images.of_messages(messages, of_row, column)
+            return self._images.prompt(parts, pictures, truncated=truncated)
+        content = self._content(row, images)
+        delimiter = Text(self._shots.delimiter)
+        before = (part for asked, answer in turns for part in (*asked, *answer, delimiter))
+        parts = (*before, *content)
+        pictures = [part for part in parts if isinstance(part, Picture)]
+        if self._chat:
+            said = [*itertools.chain.from_iterable(turns), self._asked(content)]
+            roles = itertools.cycle(("user", "assistant"))
+            messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+            parts = self._chat.render(messages, system)
+        return self._images.prompt(parts, pictures, truncated=truncated)
 
-    def _parts(self, row: Row, turns: Sequence[Turn]) -> tuple[Part, ...]:
-        system = self.settings.system
-        if self._chat and self.settings.messages_column and not isinstance(row, str):
-            return self._chat.render(_messages(row, self.settings.messages_column), system)
-        content = self._content(row)
-        if not self._chat:
-            delimiter = Text(self._shots.delimiter)
-            before = (part for asked, answer in turns for part in (*asked, *answer, delimiter))
-            return (*before, *content)
-        messages = [
-            {"role": role, "content": said}
-            for turn in turns
-            for role, said in zip(("user", "assistant"), turn, strict=True)
-        ]
-        return self._chat.render([*messages, {"role": "user", "content": content}], system)
+    def _asked(self, content: tuple[Part, ...]) -> Any:
+        """Return the content of the last message: a prompt, or what is to be translated."""
+        if self._languages is None:
+            return content
+        codes = language_codes(*self._languages)
+        if not self.settings.image_columns:
+            return [{"type": "text", "text": as_text(content), **codes}]
+        if not content:
+            raise RecordError("prompt: expected a picture to translate the text of, got none")
+        return [{"type": "image", **codes} for _ in content]
 
-    def _content(self, row: Row) -> tuple[Part, ...]:
-        """Return a row's prompt before it is wrapped in a chat turn."""
-        if self._template and not isinstance(row, str):
-            return self._template.render(row)
-        text = row if isinstance(row, str) else self._column_text(row)
-        return self._split(text)
+    def _content(self, row: Row, images: RowPictures) -> tuple[Part, ...]:
+        """Return a row's prompt before it is wrapped in a chat turn; pictures come first."""
+        template = self._template
+        if isinstance(row, str):
+            return (*itertools.chain.from_iterable(images.values()), *self._split(row))
+        if isinstance(template, Infill):
+            return template.render(row)
+        named = template.fields if template else ()
+        unnamed = (images[column] for column in images if column not in named)
+        pictures = tuple(itertools.chain.from_iterable(unnamed))
+        if template:
+            return (*pictures, *template.render(row, images))
+        if self.settings.source_lang and self.settings.image_columns:
+            return pictures
+        return (*pictures, *self._split(self._column_text(row)))
 
     def _split(self, text: str) -> tuple[Part, ...]:
         """Return a text's parts: with control tokens only where rows may write them."""
@@ -240,16 +344,19 @@ class PromptEncoder:
         return column_text(row, column)
 
     def _cut(self, row: Row, num_tokens: int) -> Row:
-        """Return the row with its longest text cut by `num_tokens`; markup stays intact."""
+        """Return a row's texts, the longest cut by `num_tokens`; markup stays intact."""
         if isinstance(row, str):
             return self._cut_text(row, num_tokens)
         if self.settings.messages_column:
             column = self.settings.messages_column
             messages = [_copied(message) for message in _messages(row, column)]
-            holder, key = max(_texts(messages), key=lambda place: len(place[0][place[1]]))
+            if not (texts_of := list(_texts(messages))):
+                return row
+            holder, key = max(texts_of, key=lambda place: len(place[0][place[1]]))
             holder[key] = self._cut_text(holder[key], num_tokens)
             return {column: messages}
-        texts = {c: format_value(c, row[c]) for c in self.settings.prompt_columns}
+        uses = self.settings.prompt_columns.items()
+        texts = {c: format_value(c, row[c]) for c, use in uses if use != "images"}
         if not texts:
             return row
         column = max(texts, key=lambda c: len(texts[c]))
@@ -272,17 +379,33 @@ class PromptEncoder:
         return b"\x80" <= self.tokenizer.token_bytes(token_id)[:1] < b"\xc0"
 
 
-def _template_source(settings: PromptSettings, of_model: str | None) -> str | None:
+def _languages(settings: PromptSettings, template: str | None) -> tuple[str, str] | None:
+    """Return the codes of the languages to translate from and to; messages bring their own."""
+    if settings.source_lang is not None and settings.target_lang is not None:
+        return settings.source_lang, settings.target_lang
+    brings_own = settings.messages_column and template and takes_languages(template)
+    return ("en", "de") if brings_own else None
+
+
+def _template_source(
+    settings: PromptSettings, of_model: str | None, vision: VisionConfig | None
+) -> str | None:
     """Return the chat template to use, or None for prompts without a chat."""
     if settings.prompt_format == "raw" or settings.prefix_column is not None:
         return None
     own = GEMMA_CHAT_TEMPLATE if settings.chat_template == "gemma" else settings.chat_template
     source = own or of_model
     needs_chat = {
+        "languages": settings.source_lang is not None,
         "a system prompt": settings.system is not None,
         "messages": settings.messages_column,
         "prompt_format chat": settings.prompt_format == "chat",
     }
+    if vision is not None and vision.sight == "prefix":
+        if settings.chat_template or any(needs_chat.values()):
+            asked = next((need for need, is_asked in needs_chat.items() if is_asked), "a template")
+            raise OptionsError(f"prompt_format: expected no chat for PaliGemma, got {asked}")
+        return None
     for need, is_asked in needs_chat.items():
         if is_asked and source is None:
             raise OptionsError(
@@ -305,7 +428,7 @@ def _texts(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
         if isinstance(message["content"], str):
             yield message, "content"
         else:
-            yield from ((part, "text") for part in message["content"])
+            yield from ((p, "text") for p in message["content"] if p["type"] == "text")
 
 
 def _messages(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """Rows and their prompts: types for both, uses of columns, and errors of rows."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -68,21 +68,33 @@ class Prompt:
         return [self.token_ids, self.truncated, self.places, digests]
 
     @classmethod
-    def of_identity(cls, identity: list[Any], images: Sequence[bytes] = ()) -> "Prompt":
+    def of_identity(
+        cls, identity: list[Any], images: Sequence[bytes] = (), others: Iterable[ImageFile] = ()
+    ) -> "Prompt":
         """Return the prompt of an identity, without its parts.
 
         Args:
             identity: What `identity` returned, also after a round trip through JSON.
-            images: The bytes of the row's pictures, in the order of the digests.
+            images: The bytes of the row's pictures, in any order.
+            others: Pictures of the prompt that are not the row's, such as those of examples.
+
+        Raises:
+            RecordError: a picture of the prompt is missing.
         """
-        token_ids, truncated, *others = identity
-        places, digests = others or ((), ())
+        token_ids, truncated, *shown = identity
+        places, digests = shown or ((), ())
+        files = {image.digest: image for image in (*map(ImageFile.of, images), *others)}
+        if missing := [digest for digest in digests if digest not in files]:
+            raise RecordError(
+                f"pictures: expected the files of {len(digests)} beside the request, got none of "
+                f"{len(missing)}"
+            )
         return cls(
             parts=(),
             token_ids=tuple(token_ids),
             truncated=truncated,
             places=tuple(ImagePlace(*place) for place in places),
-            images=tuple(map(ImageFile, images, digests)),
+            images=tuple(files[digest] for digest in digests),
         )
 
 

@@ -6,7 +6,8 @@ text, which the tokenizer never turns into a control token.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from beam_gemma.errors import OptionsError, RecordError
@@ -42,23 +43,31 @@ class Template:
         self.fields = tuple(dict.fromkeys(field for _, field in self._segments if field))
         """Columns that the template uses, in order."""
 
-    def render(self, row: Mapping[str, Any]) -> tuple[Part, ...]:
+    def render(
+        self, row: Mapping[str, Any], pictures: Mapping[str, Sequence[Part]] = MappingProxyType({})
+    ) -> tuple[Part, ...]:
         """Return the prompt of one row.
+
+        Args:
+            row: A mapping of columns.
+            pictures: Parts for columns that hold pictures, in place of their values.
 
         Raises:
             RecordError: a column is missing or null, or cannot be written as text.
         """
-        if self._allow_special_tokens:
-            filled = (
-                lit + (column_text(row, field) if field else "") for lit, field in self._segments
-            )
-            return self._pieces.split("".join(filled))
         parts: list[Part] = []
+        markup = ""
         for literal, field in self._segments:
-            parts += self._pieces.split(literal)
-            if field:
-                parts.append(Text(column_text(row, field)))
-        return tuple(parts)
+            markup += literal
+            if field is None:
+                continue
+            if field not in pictures and self._allow_special_tokens:
+                markup += column_text(row, field)
+                continue
+            parts += self._pieces.split(markup)
+            markup = ""
+            parts += pictures[field] if field in pictures else [Text(column_text(row, field))]
+        return (*parts, *self._pieces.split(markup))
 
 
 def format_value(column: str, value: Any) -> str:

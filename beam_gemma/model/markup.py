@@ -19,6 +19,15 @@ class Control:
     piece: str
 
 
+@dataclass(frozen=True, slots=True)
+class SoftTokens(Control):
+    """The tokens of a picture, which a tower computes; `piece` is what people read instead."""
+
+    token_id: int
+    """Token id that stands for each of them."""
+    number: int
+
+
 Part = Text | Control
 
 

@@ -8,7 +8,7 @@ Dimensions: B sequences of the step, T new tokens, R packed positions passed to 
 with a probability, F of these with the full distribution, Y targets, V vocabulary size, D hidden
 size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
 sequences, E embeddings of pictures, W width of an embedding, L places of a padded text or tokens of
-a picture, N pictures, I pixels of a side.
+a picture, N pictures, I pixels of a side, X new tokens inside spans, Z spans of the step.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -37,11 +37,19 @@ Optional inputs, if a model declares them
     inputs_embeds [E, D]           embeddings of pictures that take the place of those of ids; at
                                    least one row, which may be of zeros
     embeds_rows [T] int64          row of `inputs_embeds` for each token; -1 takes that of its id
-    span_ends [T] int32            last position a token attends to: its own if causal, later inside
-                                   a span with two-sided attention
+    span_ends [T] int32            CPU: last position a token attends to: its own if causal, later
+                                   inside a span with two-sided attention; CUDA has the inputs below
     first_keys [T] int32           CPU, models whose spans reach beyond windows: first position that
                                    a token of a layer with a window attends to
     position_ids [T] int64         rotary positions, if they differ from the sequence positions
+
+CUDA decoders with `span_ends` take the spans of a step as sequences of their own, at least one, in
+place of that input
+    span_rows [X] int64            packed position of each token inside a span
+    span_places [T] int64          index of a token in `span_rows`; -1 outside of spans
+    span_cu_seqlens [Z+1] int32    where each span's tokens start in `span_rows`
+    span_past_seqlens [Z] int32    position of the first of these tokens in its sequence
+    span_block_table.g [Z, M] int32    cache blocks of each span's sequence, for group g
 
 Outputs of the `generate` head
     topk_logits [R, k] float32, topk_ids [R, k] int64    highest first; ties by id
@@ -287,11 +295,20 @@ class Signature:
                 Tensor(name="inputs_embeds", dtype=self.dtype, shape=("E", self.hidden_size)),
                 Tensor(name="embeds_rows", dtype="int64", shape=("T",)),
             ],
-            "span_ends": [Tensor(name="span_ends", dtype="int32", shape=("T",))],
+            "span_ends": self._span_tensors(),
             "first_keys": [Tensor(name="first_keys", dtype="int32", shape=("T",))],
             "position_ids": [Tensor(name="position_ids", dtype="int64", shape=("T",))],
         }
         return [t for name in self.optional_inputs for t in tensors[name]]
+
+    def _span_tensors(self) -> list[Tensor]:
+        if self.device == "cpu":
+            return list(_tensors(("T",), span_ends="int32"))
+        tables = (
+            Tensor(name=f"span_block_table.{s.group}", dtype="int32", shape=("Z", f"M_{s.group}"))
+            for s in self.paged_states
+        )
+        return [*_SPAN_INPUTS, *tables]
 
     def _cache_tensors(self, state: PagedState | CrossState) -> list[StateTensor]:
         prefix = ""
@@ -315,6 +332,12 @@ _TEXT_INPUTS = (
     *_tensors(("T",), position_ids="int64"),
     *_tensors(("B", "L"), token_rows="int64"),
     *_tensors(("T",), token_places="int64"),
+)
+_SPAN_INPUTS = (
+    *_tensors(("X",), span_rows="int64"),
+    *_tensors(("T",), span_places="int64"),
+    *_tensors(("Z1",), span_cu_seqlens="int32"),
+    *_tensors(("Z",), span_past_seqlens="int32"),
 )
 _CHOICE_INPUTS = (
     *_tensors(("T",), token_slots="int32"),

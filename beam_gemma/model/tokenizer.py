@@ -18,7 +18,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from beam_gemma.errors import ArtifactError, RecordError, one_line
-from beam_gemma.model.markup import Control, ControlPieces, Part, Text
+from beam_gemma.model.markup import Control, ControlPieces, Part, SoftTokens, Text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Piece types, numbered as in SentencePiece and GGUF."""
@@ -30,6 +30,8 @@ SPACE = "\u2581"
 """Character for a space in pieces."""
 SPECIAL_PIECES = ("unk", "bos", "eos", "pad")
 """Names of a model's special pieces, in the order of their field numbers."""
+SPOKEN_CONTROL = re.compile("<loc[0-9]{4}>|<seg[0-9]{3}>")
+"""Control pieces that have a text: PaliGemma's places and masks, which are what it answers."""
 HTML_TAG = re.compile(
     r"</?(a|b|bbox|blockquote|body|caption|code|div|em|footer|h[1-6]|html|i|iframe|img|li|s|span"
     r"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
@@ -61,7 +63,11 @@ class Tokenizer:
             if token_id < 0:
                 raise ArtifactError(f"expected a SentencePiece model with {name}, got none")
         self._markup = ControlPieces(self.control_pieces)
-        self._control_ids = frozenset(self.control_pieces.values())
+        self._silent_ids = frozenset(
+            token_id
+            for piece, token_id in self.control_pieces.items()
+            if not SPOKEN_CONTROL.fullmatch(piece)
+        )
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
@@ -112,18 +118,26 @@ class Tokenizer:
     def encode(self, parts: Sequence[Part], *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a prompt; with `add_bos`, exactly one `<bos>` is put first.
 
+        A prompt with pictures may have its `<bos>` behind them, as PaliGemma's do.
+
         Raises:
             RecordError: the text contains half of a surrogate pair, which has no UTF-8 form.
         """
         ids = [token_id for part in _joined(parts) for token_id in self._encode_part(part)]
-        if add_bos and ids[:1] != [self.bos_token_id]:
+        if add_bos and not self.has_bos(parts, ids):
             ids.insert(0, self.bos_token_id)
         return ids
+
+    def has_bos(self, parts: Sequence[Part], ids: Sequence[int]) -> bool:
+        """Return whether the token ids of parts have their `<bos>` where it belongs."""
+        is_behind = any(isinstance(part, SoftTokens) for part in parts)
+        return self.bos_token_id in (ids if is_behind else ids[:1])
 
     def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
         """Return the text of tokens; control pieces yield none, and no space is stripped.
 
-        Bytes of an incomplete character at the end are replaced, or left out unless `final`.
+        Those of `SPOKEN_CONTROL` yield their text. Bytes of an incomplete character at the end are
+        replaced, or left out unless `final`.
         """
         data = b"".join(map(self.token_bytes, ids))
         return codecs.getincrementaldecoder("utf-8")(errors="replace").decode(data, final)
@@ -131,7 +145,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's text in UTF-8; a byte piece may be only part of a character."""
         # Some checkpoints pad the embedding with rows that have no piece.
-        if token_id in self._control_ids or token_id >= self.vocab_size:
+        if token_id in self._silent_ids or token_id >= self.vocab_size:
             return b""
         piece = self._processor.id_to_piece(token_id)
         if self._processor.is_byte(token_id):
@@ -145,12 +159,14 @@ class Tokenizer:
         vocabulary: list[bytes] = [piece.replace(SPACE, " ").encode() for piece in pieces]
         # Few remain: byte pieces, and control pieces, which have no text.
         for token_id in itertools.chain(
-            self._control_ids, itertools.compress(ids, self._processor.is_byte(ids))
+            self._silent_ids, itertools.compress(ids, self._processor.is_byte(ids))
         ):
             vocabulary[token_id] = self.token_bytes(token_id)
         return vocabulary
 
     def _encode_part(self, part: Part) -> list[int]:
+        if isinstance(part, SoftTokens):
+            return [part.token_id] * part.number
         if isinstance(part, Control):
             return [self.control_pieces[part.piece]]
         try:

@@ -4,15 +4,60 @@ Facts follow the configuration classes and processors of transformers 5.23 (`mod
 `models/gemma3`, `models/paligemma`).
 """
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from beam_gemma.errors import ConfigError
+from beam_gemma.errors import ConfigError, nearest
+from beam_gemma.model.config import _Reader, _section, check_factor, check_keys
 
 Projector = Literal["pooled", "linear"]
 Sight = Literal["picture", "prefix"]
 Resample = Literal["bilinear", "bicubic"]
+
+VISION_MODEL_TYPES = ("gemma3", "shieldgemma2", "paligemma")
+"""Kinds of models in Hugging Face's `config.json` that have a tower of pictures."""
+BEGIN_TOKEN, END_TOKEN = "<start_of_image>", "<end_of_image>"
+"""Pieces around a picture in Gemma 3."""
+OUTER_KEYS = frozenset({
+    "_vocab_size", "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index",
+    "hidden_size", "ignore_index", "image_token_id", "image_token_index", "mm_tokens_per_image",
+    "no_token_index", "projection_dim", "text_config", "tie_word_embeddings", "vision_config",
+    "vocab_size", "yes_token_index",
+})  # fmt: skip
+"""Keys beside `text_config` and `vision_config` in config.json; those that nothing reads are copies
+of what the two sections say, or name tokens."""
+UNREAD_TOWER_KEYS = ("num_image_tokens", "projection_dim", "projector_hidden_act",
+                     "vision_use_head", "vocab_size")  # fmt: skip
+"""Keys of `vision_config` that change nothing: copies, and settings of parts that are not used."""
+MAX_TOWER_SIZES = {
+    "hidden_size": 1 << 14,
+    "intermediate_size": 1 << 16,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1 << 10,
+    "image_size": 1 << 13,
+    "patch_size": 1 << 10,
+    "mm_tokens_per_image": 1 << 12,
+}
+"""Largest sizes that are read: at least 8 times those of any released tower."""
+MAX_TOKEN_ID = 1 << 22
+RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of the filters in `preprocessor_config.json`."""
+PAN_AND_SCAN = {
+    "do_pan_and_scan": False,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
+"""What `null` stands for in the keys of crops."""
+UNREAD_PROCESSOR_KEYS = (
+    "_valid_processor_keys", "auto_map", "crop_size", "data_format", "default_to_square", "device",
+    "disable_grouping", "feature_extractor_type", "image_processor_type", "input_data_format",
+    "model_input_names", "pad_size", "processor_class", "return_tensors", "size_divisor",
+)  # fmt: skip
+"""Keys of `preprocessor_config.json` that change no pixel of a picture that is resized."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +106,48 @@ class VisionConfig:
                 f"divides, got {self.image_size}"
             )
 
+    @classmethod
+    def from_hf(
+        cls, raw: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None
+    ) -> "VisionConfig":
+        """Read the tower of a model that sees from its settings.
+
+        Args:
+            raw: Content of `config.json`.
+            preprocessor: Content of `preprocessor_config.json`; None for what is published with
+                every such model.
+
+        Raises:
+            ConfigError: a key is missing, unknown, or requests an unsupported feature.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in VISION_MODEL_TYPES:
+            raise ConfigError(
+                f"model_type: expected one of {', '.join(VISION_MODEL_TYPES)}, "
+                f"got {reprlib.repr(model_type)}"
+            )
+        check_keys(raw, OUTER_KEYS)
+        if not isinstance(raw.get("vision_config"), Mapping):
+            raise ConfigError(
+                f"vision_config: expected a dictionary in a {model_type} model, got "
+                f"{reprlib.repr(raw.get('vision_config'))}"
+            )
+        tower = _tower(raw["vision_config"])
+        is_pali = model_type == "paligemma"
+        side = tower["image_size"] // tower["patch_size"]
+        count = side**2 if is_pali else _pooled_tokens(raw, side)
+        return cls(
+            **tower,
+            projector="linear" if is_pali else "pooled",
+            num_image_tokens=count,
+            sight="prefix" if is_pali else "picture",
+            first_position=1 if is_pali else 0,
+            image_token_id=_image_token_id(raw, is_pali=is_pali),
+            begin_token=None if is_pali else BEGIN_TOKEN,
+            end_token=None if is_pali else END_TOKEN,
+            **_pixels(preprocessor or {}, tower["image_size"], count, is_pali=is_pali),
+        )
+
     @property
     def num_patches(self) -> int:
         """Number of patches of a picture."""
@@ -80,3 +167,132 @@ class VisionConfig:
         """Read what `to_json` wrote."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         return cls(**values)
+
+
+def _tower(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Read `vision_config`; published files leave out what is 224, 3 or 1e-6."""
+    reader = _Reader(section)
+    reader.require("model_type", ("siglip_vision_model",))
+    reader.require("hidden_act", ("gelu_pytorch_tanh",))
+    reader.require("num_channels", (3,))
+    values: dict[str, Any] = {
+        "image_size": _size(reader, "image_size", 224),
+        **{
+            key: _size(reader, key)
+            for key in (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "patch_size",
+            )
+        },
+        "layer_norm_eps": check_factor("layer_norm_eps", reader.take("layer_norm_eps", 1e-6)),
+    }
+    for key in UNREAD_TOWER_KEYS:
+        reader.take(key, None)
+    reader.finish()
+    return values
+
+
+def _size(source: _Reader, key: str, *default: int) -> int:
+    value = source.take(key, default[0] if default else None)
+    limit = MAX_TOWER_SIZES[key]
+    if type(value) is not int or not 1 <= value <= limit:
+        raise ConfigError(
+            f"vision_config: expected {key} as a whole number from 1 to {limit:,}, got "
+            f"{reprlib.repr(value)}"
+        )
+    return value
+
+
+def _pooled_tokens(raw: Mapping[str, Any], side: int) -> int:
+    """Return how many squares of patches Gemma 3 takes the means of."""
+    count = _size(_Reader(raw), "mm_tokens_per_image", 256)
+    root = math.isqrt(count)
+    if root**2 != count or side % root:
+        raise ConfigError(
+            f"mm_tokens_per_image: expected a square number whose root divides {side} patches of "
+            f"a side, got {count}"
+        )
+    return count
+
+
+def _image_token_id(raw: Mapping[str, Any], *, is_pali: bool) -> int:
+    """Return the id that stands for a token of a picture, under either name of its key."""
+    names = ("image_token_index", "image_token_id")
+    given = [raw[name] for name in names if raw.get(name) is not None]
+    if not given and is_pali:
+        raise ConfigError(f"config.json: expected the key {names[0]!r}, got none")
+    for value in given:
+        if type(value) is not int or not 0 <= value < MAX_TOKEN_ID or value != given[0]:
+            raise ConfigError(
+                f"{names[0]}: expected one whole number from 0 to {MAX_TOKEN_ID:,}, got "
+                f"{reprlib.repr(given)}"
+            )
+    return given[0] if given else 262144
+
+
+def _pixels(
+    settings: Mapping[str, Any], image_size: int, num_image_tokens: int, *, is_pali: bool
+) -> dict[str, Any]:
+    """Read what makes pixels of a picture; a key that is `null` stands for its default."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = {"image_mean", "image_std", "resample", "size", "rescale_factor", "image_seq_length",
+             "do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_center_crop",
+             "do_pad", *PAN_AND_SCAN, *UNREAD_PROCESSOR_KEYS}  # fmt: skip
+    for key in sorted(set(given) - known):
+        raise ConfigError(
+            f"preprocessor_config.json: the key {reprlib.repr(key)} is not known"
+            f"{nearest(key, known)}"
+        )
+    expected: dict[str, Any] = {
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
+        **dict.fromkeys(("do_center_crop", "do_pad"), False),
+        **PAN_AND_SCAN,
+        "image_seq_length": num_image_tokens,
+    }
+    for key, value in expected.items():
+        if given.get(key, value) != value:
+            raise ConfigError(f"{key}: expected {value}, got {reprlib.repr(given[key])}")
+    _check_size(given.get("size"), image_size)
+    _check_rescale(given.get("rescale_factor", 1 / 255))
+    resample = given.get("resample", 3 if is_pali else 2)
+    if type(resample) is not int or resample not in RESAMPLE:
+        raise ConfigError(
+            f"resample: expected 2 (bilinear) or 3 (bicubic), got {reprlib.repr(resample)}"
+        )
+    return {
+        "resample": RESAMPLE[resample],
+        "image_mean": _channels("image_mean", given.get("image_mean", (0.5,) * 3)),
+        "image_std": _channels("image_std", given.get("image_std", (0.5,) * 3)),
+    }
+
+
+def _check_size(size: Any, image_size: int) -> None:
+    section = {} if size is None else _section("size", size)
+    for key, value in section.items():
+        if key not in ("height", "width") or value != image_size:
+            raise ConfigError(
+                f"size: expected a height and a width of {image_size} as vision_config says, got "
+                f"{reprlib.repr(size)}"
+            )
+
+
+def _check_rescale(factor: Any) -> None:
+    if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ConfigError(f"rescale_factor: expected 1 / 255, got {reprlib.repr(factor)}")
+
+
+def _channels(key: str, values: Any) -> tuple[float, ...]:
+    """Return the three numbers of a mean or a deviation."""
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise ConfigError(f"{key}: expected three numbers, got {reprlib.repr(values)}")
+    for value in values:
+        is_number = type(value) in (int, float) and -1e3 < value < 1e3
+        if not is_number or (key == "image_std" and value < 1e-3):
+            raise ConfigError(
+                f"{key}: expected numbers that pixels from 0 to 1 can have, got "
+                f"{reprlib.repr(values)}"
+            )
+    return tuple(float(value) for value in values)

@@ -107,16 +107,16 @@ class Model:
         if (self.name, dtype) == (name, exported_dtype) and task in tasks:
             artifact = exported(name, "cuda", "bf16", tasks)
             assert artifact.signature(HEADS[task], "cuda") == signature
-            return _load(artifact.graph_path(HEADS[task], "cuda"), signature), signature
+            return load_graph(artifact.graph_path(HEADS[task], "cuda"), signature), signature
 
         def make(folder: Path) -> None:
             build = partial(graph_module, self.config, self.embedding, signature)
-            proto = _with_weights_as_inputs(trace(build, signature))
+            proto = with_weights_as_inputs(trace(build, signature))
             folder.mkdir()
             onnx.save(proto, folder / "graph.onnx")
 
         folder = kept(f"cuda-graph-{self.name}-{task}-{dtype}-{exporter_digest()}", make)
-        return _load(folder / "graph.onnx", signature), signature
+        return load_graph(folder / "graph.onnx", signature), signature
 
     def on_cpu(self, graph: ir.Model) -> bytes:
         """Change a graph for the CPU, and give it float32 weights."""
@@ -155,7 +155,7 @@ def exported(name: str, device: Device, precision: str, tasks: Sequence[str]) ->
     return Artifact.open(kept(f"few-layers-{of}-{exporter_digest()}", make) / "model")
 
 
-def _with_weights_as_inputs(graph: ir.Model) -> onnx.ModelProto:
+def with_weights_as_inputs(graph: ir.Model) -> onnx.ModelProto:
     """Serialize a graph; ONNX has no initializers without values."""
     proto = ir.to_proto(graph)
     for value in graph.graph.initializers.values():
@@ -164,7 +164,7 @@ def _with_weights_as_inputs(graph: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _load(file: Path, signature: Signature) -> ir.Model:
+def load_graph(file: Path, signature: Signature) -> ir.Model:
     """Return the graph of a file whose weights are inputs, or have values, without the values."""
     model = ir.load(file)
     graph, names = model.graph, {t.name for t in signature.step_inputs()}
@@ -201,7 +201,7 @@ def cuda_model(name: str, folder: Path) -> Model:
 
 def checked(graph: ir.Model) -> onnx.ModelProto:
     """Run ONNX's own checks on a graph for CUDA; its weights count as inputs."""
-    proto = _with_weights_as_inputs(graph)
+    proto = with_weights_as_inputs(graph)
     onnx.checker.check_model(proto)
     return onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
 

@@ -1,8 +1,9 @@
 """A graph for CUDA, made into one that the CPU provider runs.
 
 What is proven that way is everything but the kernels themselves. So little is changed, and all of
-it is listed here: `RaggedAttention` gets the project's CPU lowering behind a change of the cache's
-layout, and 16-bit floats become float32, which the CPU provider has kernels for. A node or a type
+it is listed here: `RaggedAttention` and `SpanAttention` get the project's CPU lowering behind a
+change of the cache's layout, and 16-bit floats become float32, which the CPU provider has kernels
+for. A node or a type
 that is not listed is refused, since nobody would know then what a test proves.
 
 Inputs, outputs and state keep their names and shapes; `state` gives the buffers.
@@ -38,16 +39,18 @@ KEPT = {
     "": {
         "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Cos",
         "CumSum", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
-        "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual", "MatMul", "Max",
-        "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
+        "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
+        "MatMul", "Max", "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
         "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "Sin",
         "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "TopK", "Transpose",
         "Unsqueeze", "Where",
     },
-    "com.microsoft": {"GatherBlockQuantized", "MatMulNBits"},
-    "beam_gemma": {"HalfRmsNorm", "PaddedAttention", "RmsNorm"},
+    "com.microsoft": {"GatherBlockQuantized", "MatMulNBits", "MultiHeadAttention"},
+    "beam_gemma": {"HalfRmsNorm", "PaddedAttention", "RmsNorm", "VisionAttention"},
 }  # fmt: skip
 """What stays as it is, by domain."""
+LOWERED = {"RaggedAttention": "PagedAttention", "SpanAttention": "TwoSidedAttention"}
+"""Functions for CUDA alone, and what takes their place."""
 RETYPED = {ir.DataType.BFLOAT16: ir.DataType.FLOAT, ir.DataType.FLOAT16: ir.DataType.FLOAT}
 """What every value and every `Cast` is changed to."""
 
@@ -56,16 +59,17 @@ def cuda_on_cpu(model: ir.Model) -> ir.Model:
     """Change a graph for CUDA in place, so that the CPU provider runs it; return it."""
     for function in model.functions.values():
         for node in function:
-            # The one function that is for CUDA alone goes; what it is made of has its own test.
-            if function.name != "RaggedAttention":
+            # The functions that are for CUDA alone go; what they are made of has its own test.
+            if function.name not in LOWERED:
                 _check(node)
     for node in list(model.graph):
-        if (node.domain, node.op_type) == ("beam_gemma", "RaggedAttention"):
+        if node.domain == "beam_gemma" and node.op_type in LOWERED:
             _lower(node)
         else:
             _check(node)
             _retype_cast(node)
-    model.functions.pop(("beam_gemma", "RaggedAttention", ""), None)
+    for name in LOWERED:
+        model.functions.pop(("beam_gemma", name, ""), None)
     for source in (*lowering_cpu.FUNCTIONS, *FUNCTIONS):
         function = ir.serde.deserialize_function(source.to_function_proto())
         model.functions.setdefault(function.identifier(), function)
@@ -101,11 +105,11 @@ def _lower(node: ir.Node) -> None:
     assert sorted(values) == ["num_heads", "num_kv_heads", "scale", "softcap", "window"], values
     window = NO_WINDOW if values["window"] == -1 else values["window"]
     node.domain = TESTS.domain
-    node.op_type = "PagedAttentionSoftcap" if values["softcap"] else "PagedAttention"
+    node.op_type = LOWERED[node.op_type] + ("Softcap" if values["softcap"] else "")
     node.attributes["window"] = ir.AttrInt64("window", window)
     if not values["softcap"]:
         del node.attributes["softcap"]
-    node.resize_inputs(9)  # all but the bounds in host memory
+    node.resize_inputs(len(node.inputs) - 1)  # all but the bounds in host memory
 
 
 def _retype_cast(node: ir.Node) -> None:
@@ -141,24 +145,43 @@ def LargeBlocks(cache, like):  # noqa: N802
 
 
 @script(TESTS, default_opset=op)
+def Owners(cu_seqlens, query):  # noqa: N802
+    """Return each token's index [T] and that of its sequence [T]."""
+    zero = op.Constant(value_int=0)
+    step = op.Constant(value_int=1)
+    first = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    tokens = op.Range(zero, op.Squeeze(op.Shape(query, start=0, end=1)), step)
+    tokens = op.CastLike(tokens, cu_seqlens)
+    ends = op.Slice(cu_seqlens, one, op.Constant(value_ints=[9223372036854775807]))
+    passed = op.Unsqueeze(tokens, one) >= op.Unsqueeze(ends, first)
+    return tokens, op.ReduceSum(op.Cast(passed, to=7), one, keepdims=0)
+
+
+@script(TESTS, default_opset=op)
 def SmallTables(cache, block_table, cu_seqlens, past_seqlens, query):  # noqa: N802
     """Return tables [B, M * block / 16] of small blocks, and the position of each token [T]."""
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    first = op.Constant(value_ints=[0])
     minus = op.Constant(value_ints=[-1])
     count = op.Shape(cache, start=1, end=2) / op.Constant(value_ints=[BLOCK])
     offsets = op.CastLike(op.Range(zero, op.Squeeze(count), step), block_table)
     wide = op.Unsqueeze(block_table, minus) * op.CastLike(count, block_table) + offsets
     table = op.Reshape(wide, op.Concat(op.Shape(block_table, start=0, end=1), minus, axis=0))
-    tokens = op.Range(zero, op.Squeeze(op.Shape(query, start=0, end=1)), step)
-    tokens = op.CastLike(tokens, cu_seqlens)
-    one = op.Constant(value_ints=[1])
-    ends = op.Slice(cu_seqlens, one, op.Constant(value_ints=[9223372036854775807]))
-    passed = op.Unsqueeze(tokens, one) >= op.Unsqueeze(ends, first)
-    owner = op.ReduceSum(op.Cast(passed, to=7), one, keepdims=0)
+    tokens, owner = TESTS.Owners(cu_seqlens, query)
     starts = op.Gather(cu_seqlens, owner)
     return table, tokens - starts + op.Gather(past_seqlens, owner)
+
+
+@script(TESTS, default_opset=op)
+def LastKeys(cu_seqlens, past_seqlens, query):  # noqa: N802
+    """Return the last position [T] of each token's sequence."""
+    minus = op.Constant(value_ints=[-1])
+    one = op.Constant(value_ints=[1])
+    starts = op.Slice(cu_seqlens, op.Constant(value_ints=[0]), minus)
+    ends = op.Slice(cu_seqlens, one, op.Constant(value_ints=[9223372036854775807]))
+    _, owner = TESTS.Owners(cu_seqlens, query)
+    return op.Gather(past_seqlens + ends - starts, owner) + op.CastLike(minus, past_seqlens)
 
 
 @script(TESTS, default_opset=op)
@@ -201,4 +224,45 @@ def PagedAttentionSoftcap(  # noqa: N802
     )  # fmt: skip
 
 
-FUNCTIONS = (SmallBlocks, LargeBlocks, SmallTables, PagedAttention, PagedAttentionSoftcap)
+@script(TESTS, default_opset=op)
+def TwoSidedAttention(  # noqa: N802
+    query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    num_heads: int, num_kv_heads: int, window: int, scale: float,
+) -> TensorType:  # fmt: skip
+    """Attend in both directions over blocks in CUDA's layout."""
+    table, own = TESTS.SmallTables(key_cache, block_table, cu_seqlens, past_seqlens, query)
+    last = TESTS.LastKeys(cu_seqlens, past_seqlens, query)
+    reach = op.Constant(value_int=window) - op.Constant(value_int=1)
+    first = own - op.CastLike(reach, own)
+    output, _, _ = DOMAIN.RaggedAttention(
+        query, key, key, TESTS.SmallBlocks(key_cache), TESTS.SmallBlocks(value_cache),
+        cu_seqlens, table, slot_mapping, past_seqlens - past_seqlens, first, last,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, block_size=BLOCK, query_tile=QUERY_TILE,
+        scale=scale,
+    )  # fmt: skip
+    return output
+
+
+@script(TESTS, default_opset=op)
+def TwoSidedAttentionSoftcap(  # noqa: N802
+    query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    num_heads: int, num_kv_heads: int, window: int, scale: float, softcap: float,
+) -> TensorType:  # fmt: skip
+    """Attend in both directions over blocks in CUDA's layout, with a softcap."""
+    table, own = TESTS.SmallTables(key_cache, block_table, cu_seqlens, past_seqlens, query)
+    last = TESTS.LastKeys(cu_seqlens, past_seqlens, query)
+    reach = op.Constant(value_int=window) - op.Constant(value_int=1)
+    first = own - op.CastLike(reach, own)
+    output, _, _ = DOMAIN.RaggedAttentionSoftcap(
+        query, key, key, TESTS.SmallBlocks(key_cache), TESTS.SmallBlocks(value_cache),
+        cu_seqlens, table, slot_mapping, past_seqlens - past_seqlens, first, last,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, block_size=BLOCK, query_tile=QUERY_TILE,
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return output
+
+
+FUNCTIONS = (
+    SmallBlocks, LargeBlocks, Owners, SmallTables, LastKeys, PagedAttention, PagedAttentionSoftcap,
+    TwoSidedAttention, TwoSidedAttentionSoftcap,
+)  # fmt: skip

@@ -7,6 +7,9 @@ former owners left in a block never shows, except for a NaN: it spreads to every
 holds its block, in use or not, as 0 * NaN does in a product. Whatever the session is not allowed to
 be given is kept in `faults`, since an engine answers for exceptions of its session.
 
+A token of a picture is cached as the first number of its embedding, and `FakeEncoder` makes
+embeddings whose first numbers no token ids are.
+
 `expected` computes the same completion from the request alone.
 """
 
@@ -19,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from beam_gemma.engine.sampling import sample
-from beam_gemma.engine.sequence import Completion, Request
+from beam_gemma.engine.sequence import Completion, Picture, Request
 from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
 from beam_gemma.runtime.step_interface import Finished, ScoreOutput, StepOutput
@@ -28,6 +31,9 @@ VOCAB_SIZE = 97
 RAREST = VOCAB_SIZE - 1
 """The last token of a vocabulary is never chosen."""
 NEVER_WRITTEN = -1.0
+NUM_IMAGE_TOKENS = 20
+"""More than a block."""
+IMAGE_SIZE = 4
 STATES = (
     PagedState(group="full", layers=(1,), num_key_value_heads=1, head_dim=8),
     PagedState(group="sliding", layers=(0,), num_key_value_heads=1, head_dim=8, sliding_window=40),
@@ -138,6 +144,8 @@ class FakeSession:
         self._check_names(feeds)
         if self.signature.chooses:
             feeds = {**feeds, "input_ids": self._known(feeds)}
+        if "embeds_rows" in feeds:
+            feeds = {**feeds, "input_ids": with_pictures(feeds)}
         num_new_tokens = np.diff(feeds["cu_seqlens"])
         self.steps.append(
             list(zip(feeds["past_seqlens"].tolist(), num_new_tokens.tolist(), strict=True))
@@ -266,6 +274,8 @@ def expected(
     params = request.params
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     ids = list(request.prompt_token_ids)
+    for picture in request.pictures:
+        ids[picture.start : picture.start + NUM_IMAGE_TOKENS] = soft_ids(picture.pixels)
     completion: list[int] = []
     finish_reason, logprob = "length", 0.0
     while len(completion) < params.max_tokens:
@@ -315,6 +325,59 @@ def recur(summary: int, ids: Sequence[int]) -> int:
     for i in ids:
         summary = (summary * 6364136223846793005 + i + 1) % 2**64
     return summary
+
+
+def with_pictures(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the step's tokens, with those of pictures in place of their ids."""
+    rows, embeds = feeds["embeds_rows"], feeds["inputs_embeds"]
+    assert 1 <= len(embeds) <= max(1, (rows >= 0).sum())
+    assert (embeds.max(axis=1) == embeds[:, 0]).all(), "numbers other than the first are zero"
+    return np.where(rows >= 0, embeds[rows, 0].astype(np.int64), feeds["input_ids"])
+
+
+def soft_ids(pixels: np.ndarray) -> list[int]:
+    """Return what stands for the tokens of a picture in the caches of a `FakeSession`."""
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=2).digest()
+    first = 1000 + 100 * int.from_bytes(digest, "little")
+    return list(range(first, first + NUM_IMAGE_TOKENS))
+
+
+class FakeEncoder:
+    """Stands in for the session that makes embeddings of pictures."""
+
+    signature = Signature(
+        head="vision",
+        device="cpu",
+        dtype="float32",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=8,
+        max_model_len=1000,
+        states=(),
+        image_size=IMAGE_SIZE,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+    )
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        """Number of pictures of each call."""
+        self.fails: Callable[[np.ndarray], bool] = lambda _: False
+        """Whether a call with such a picture raises."""
+
+    def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return embeddings made of the pixels."""
+        self.batches.append(len(pixels))
+        if any(map(self.fails, pixels)):
+            raise RuntimeError("the tower is gone")
+        embeddings = np.zeros((len(pixels), NUM_IMAGE_TOKENS, 8), np.float32)
+        for one, picture in zip(embeddings, pixels, strict=True):
+            one[:, 0] = soft_ids(picture)
+        return list(embeddings)
+
+
+def fake_picture(number: int, start: int) -> Picture:
+    """Return one of 200 pictures, from a position of a prompt on."""
+    pixels = np.full((3, IMAGE_SIZE, IMAGE_SIZE), number, np.uint8)
+    return Picture(start, hashlib.blake2b(pixels.tobytes()).digest(), pixels)
 
 
 def logsumexp(logits: np.ndarray) -> np.ndarray:

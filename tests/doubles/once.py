@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
 MAKING = Counter[str]()
 """CPU seconds that this process has spent on each folder that it made."""
-MAKERS = ("cuda_models", "real_model", "reference", "sentence_model", "tiny_tokenizer")
+MAKERS = (
+    "cuda_models",
+    "cuda_vision",
+    "real_model",
+    "reference",
+    "sentence_model",
+    "tiny_tokenizer",
+    "vision_models",
+)
 """The modules beside this one that make checkpoints or trace graphs."""
 
 
