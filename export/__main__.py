@@ -33,7 +33,8 @@ from export.graph.tasks import (
     default_tasks,
     embedding_config,
     graph_module,
-    graph_signature,
+    graph_signatures,
+    without_pictures,
 )
 from export.graph.to_onnx import trace
 from export.graph.weights import WEIGHTS, WRITTEN, attach
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision=args.precision,
             tasks=args.tasks,
             pooling=args.pooling,
+            text_only=args.text_only,
             checksums=args.checksums,
             overwrite=args.overwrite,
         )
@@ -85,6 +87,7 @@ def export(
     precision: str = "auto",
     tasks: Sequence[str] | None = None,
     pooling: Pooling | None = None,
+    text_only: bool = False,
     checksums: str = "now",
     overwrite: bool = False,
 ) -> None:
@@ -98,17 +101,16 @@ def export(
     _check(output, precision, device, overwrite=overwrite)
     start = time.monotonic()
     precision = PRECISIONS[device][0] if precision == "auto" else precision
-    checkpoint = read_checkpoint(checkpoint_path)
+    checkpoint = read_checkpoint(checkpoint_path, text_only=text_only)
     check_names(checkpoint.tensors, expected_shapes(checkpoint))
     if adapter is not None:
         checkpoint = merge_adapter(checkpoint, adapter)
     tasks = tasks or default_tasks(checkpoint)
-    check_tasks(checkpoint.config, tasks)
+    check_tasks(checkpoint.config, tasks, checkpoint.vision)
+    if set(tasks) == {"embed"}:
+        checkpoint = without_pictures(checkpoint)
     embedding = embedding_config(checkpoint, pooling) if "embed" in tasks else None
-    dtype = DTYPES[precision]
-    signatures = tuple(
-        graph_signature(t, checkpoint.config, embedding, device, dtype) for t in tasks
-    )
+    signatures = graph_signatures(checkpoint, embedding, tasks, device, DTYPES[precision])
     folder = output.with_name(output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WEIGHTS).mkdir(parents=True)
@@ -128,6 +130,7 @@ def export(
             "exporter": f"beam_gemma {beam_gemma.__version__}",
         },
         embedding=embedding,
+        vision=checkpoint.vision,
         without_checksum=frozenset(linked if checksums == "later" else ()),
     )
     if output.exists():
@@ -159,9 +162,11 @@ def _write_graphs(
     folder: Path,
 ) -> None:
     """Write one graph per head; all graphs share one set of weights."""
-    models = [trace(partial(graph_module, checkpoint.config, embedding, s), s) for s in signatures]
-    if precision in BITS:
-        for model in models:
+    parts = checkpoint.config, embedding
+    models = [trace(partial(graph_module, *parts, s, checkpoint.vision), s) for s in signatures]
+    for model, signature in zip(models, signatures, strict=True):
+        # A tower is small, and its matrices do not divide into blocks.
+        if precision in BITS and signature.head != "vision":
             quantize_graph(model, BITS[precision])
     attach(models, checkpoint, signatures[0].dtype, folder)
     for model, signature in zip(models, signatures, strict=True):
@@ -235,6 +240,10 @@ def _parser() -> argparse.ArgumentParser:
         help="How to make one embedding from the states of a text's tokens: their mean, or the "
         "state of the last token. Leave it out for a folder of sentence-transformers, which sets "
         "it. (default: mean)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text_only", action="store_true",
+        help="Leave out what a Gemma 3 has for pictures: its tower and projector. (default: false)",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",

@@ -1,7 +1,8 @@
 """Reads a `.ckpt` file of gemma_pytorch: Gemma 1, 2 or 3.
 
-The file does not name its architecture, so its shapes are matched with the released sizes. Source
-of the names: `gemma/model.py` and `gemma/gemma3_model.py` of gemma_pytorch.
+The file does not name its architecture, so its shapes are matched with the released sizes; all
+towers of pictures have one. Source of the names: `gemma/model.py`, `gemma/gemma3_model.py` and
+`gemma/siglip_vision/siglip_vision_model.py` of gemma_pytorch.
 """
 
 import logging
@@ -18,7 +19,7 @@ from beam_gemma.errors import CheckpointError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.tokenizer import Tokenizer
 from export.checkpoints.bounds import Span, check_count, check_name, check_shape
-from export.checkpoints.released_sizes import SIZES
+from export.checkpoints.released_sizes import SIZES, VISION_SIZES
 from export.checkpoints.sidecar_files import legal_files, tokenizer_bytes
 from export.checkpoints.tensors import (
     NUMPY_DTYPES,
@@ -30,6 +31,11 @@ from export.checkpoints.tensors import (
 )
 from export.checkpoints.tokenizer_model import turn_ends
 from export.checkpoints.torch_file import SavedTensor, saved_content, torch_records
+from export.checkpoints.vision_tensors import (
+    PROJECTION,
+    is_of_pictures,
+    with_flat_patches,
+)
 
 LOGGER = logging.getLogger("export")
 DTYPES = {
@@ -40,6 +46,17 @@ DTYPES = {
 }
 EMBEDDING = re.compile(r"(text_token_)?embedder\.")
 IMAGE_PREFIXES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
+TOWER_NAMES = (
+    ("siglip_vision_model.patch_embedding.", "vision_tower.embeddings.patch_embedding."),
+    ("siglip_vision_model.position_embedding.", "vision_tower.embeddings.position_embedding."),
+    ("siglip_vision_model.encoder_blocks.", "vision_tower.encoder.layers."),
+    ("siglip_vision_model.final_norm.", "vision_tower.post_layernorm."),
+    ("mm_soft_embedding_norm.", "multi_modal_projector.mm_soft_emb_norm."),
+    ("mm_input_projection.", f"{PROJECTION}:transposed."),
+)
+"""Starts of names of what a model has for pictures, and what we call it."""
+PROJECTED = f"{PROJECTION}:transposed.weight"
+"""Name of a projection [text, tower], which graphs read as [tower, text]."""
 ROTARY = "freqs_cis"
 SCALER = "_scaler"
 """Suffix of the tensor that holds an int8 weight's row factors."""
@@ -47,18 +64,26 @@ SCALER = "_scaler"
 Tensors = dict[str, StoredTensor]
 
 
-def read_ckpt(path: Path) -> Checkpoint:
+def read_ckpt(path: Path, *, text_only: bool = False) -> Checkpoint:
     """Open one `.ckpt` file with `tokenizer.model` beside it.
+
+    Args:
+        path: The file.
+        text_only: Whether to leave out what a model has for pictures.
 
     Raises:
         CheckpointError: the file is damaged, holds more than weights, or is of no released size.
     """
     found = _stored_tensors(path)
-    text = [t for t in found if not t.name.startswith(IMAGE_PREFIXES)]
-    if len(text) < len(found):
+    has_images = any(t.name.startswith(IMAGE_PREFIXES) for t in found)
+    if has_images and text_only:
+        found = [t for t in found if not t.name.startswith(IMAGE_PREFIXES)]
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", path)
-    tensors = _dequantized(by_name(path, [(_our_name(t.name), t) for t in text]))
-    config = _config(path, tensors)
+    vision = VISION_SIZES[0].vision if has_images and not text_only else None
+    tensors = _dequantized(by_name(path, [(_our_name(t.name), t) for t in found]))
+    if vision is not None:
+        tensors = _turned(with_flat_patches(tensors, vision))
+    config = _config(path, {n: t for n, t in tensors.items() if not is_of_pictures(n)})
     tokenizer = Tokenizer(tokenizer_bytes(path.parent))
     # Released files list no end tokens: add the end of turn if the vocabulary has one.
     return Checkpoint(
@@ -72,6 +97,7 @@ def read_ckpt(path: Path) -> Checkpoint:
         eos_token_ids=(tokenizer.eos_token_id, *turn_ends(tokenizer)),
         chat_template=None,
         legal_files=legal_files(path.parent),
+        vision=vision,
     )
 
 
@@ -128,6 +154,9 @@ def _stored(
 
 
 def _our_name(name: str) -> str:
+    for theirs, ours in TOWER_NAMES:
+        if name.startswith(theirs):
+            return (ours + name.removeprefix(theirs)).replace(".o_proj.", ".out_proj.")
     name = EMBEDDING.sub("embed_tokens.", name.removeprefix("model."))
     return name.replace(".query_norm.", ".q_norm.").replace(".key_norm.", ".k_norm.")
 
@@ -156,6 +185,21 @@ def _scaled_rows(tensor: StoredTensor, scaler: StoredTensor) -> Callable[[int, i
         return tensor.rows(start, stop).astype(np.float32) * factors[:, None]
 
     return rows
+
+
+def _turned(tensors: Tensors) -> Tensors:
+    """Return tensors with the projection of pictures as Hugging Face stores it."""
+    rest = dict(tensors)
+    matrix = rest.pop(PROJECTED, None)
+    if matrix is not None and len(matrix.shape) == 2:
+        rows, num_rows = matrix.rows, matrix.shape[0]
+        rest[PROJECTION] = replace(
+            matrix,
+            shape=matrix.shape[::-1],
+            raw=None,
+            rows=lambda start, stop: np.ascontiguousarray(rows(0, num_rows)[:, start:stop].T),
+        )
+    return rest
 
 
 def _split(tensors: Tensors, config: GemmaConfig) -> Tensors:

@@ -5,6 +5,7 @@ file of gemma_pytorch.
 """
 
 import logging
+import re
 import reprlib
 import struct
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from beam_gemma.errors import CheckpointError, ConfigError, nearest
-from beam_gemma.model.config import GemmaConfig, check_keys
+from beam_gemma.errors import CheckpointError, nearest
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.vision_config import VISION_MODEL_TYPES
 from export.checkpoints.bounds import (
     MAX_FILE_BYTES,
     Span,
@@ -49,43 +51,43 @@ from export.checkpoints.tensors import (
     raw_tensor,
     without_head,
 )
+from export.checkpoints.vision_folder import (
+    check_markers,
+    check_text_only,
+    read_vision,
+    text_config,
+)
+from export.checkpoints.vision_tensors import (
+    is_of_pictures,
+    vision_name,
+    vision_shapes,
+    with_flat_patches,
+)
 
 LOGGER = logging.getLogger("export")
-DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
-"""Prefixes of a decoder's tensor names: old and new Gemma 3 with images, and text models."""
-IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.")
-"""Prefixes of image tensors in Gemma 3, which a text model leaves out; `model.` may precede."""
-IMAGE_KEYS = frozenset({
-    "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
-    "image_token_index", "mm_tokens_per_image", "text_config", "tie_word_embeddings",
-    "vision_config",
-})  # fmt: skip
-"""Keys beside `text_config` in the config.json of a Gemma 3 with images."""
-TEXT_DEFAULTS = {
-    "vocab_size": 262208,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131072,
-}
-"""Values that published config.json files of Gemma 3 4B to 27B omit: transformers' defaults."""
+MODEL_PREFIX = re.compile(r"(model\.)*")
+"""What may precede the names of a model with pictures: ShieldGemma 2 has it twice."""
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, text_only: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a GGUF file or a file of gemma_pytorch.
+
+    Args:
+        path: The folder or file.
+        text_only: Whether to leave out what a model has for pictures.
 
     Raises:
         CheckpointError: the path holds none of them, or tensors are missing or left over.
         ConfigError: the architecture is not supported.
     """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, text_only=text_only)
     if path.suffix == ".gguf" and path.is_file():
         return read_gguf(path)
     if path.suffix == ".ckpt" and path.is_file():
-        return read_ckpt(path)
+        return read_ckpt(path, text_only=text_only)
     raise CheckpointError(
         f"{path}: expected a folder with config.json and safetensors files, or a .gguf or .ckpt "
         f"file, got {'another file' if path.exists() else 'nothing'}"
@@ -119,19 +121,29 @@ def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Return the shape that each tensor of a checkpoint has by its configuration."""
     shapes = tensor_shapes(checkpoint.config)
     width = checkpoint.config.hidden_size
+    if checkpoint.vision is not None:
+        shapes |= vision_shapes(checkpoint.vision, width)
     for i, size in enumerate(checkpoint.embedding.dense_sizes if checkpoint.embedding else ()):
         shapes[f"dense.{i}.weight"] = (size, width)
         width = size
     return shapes
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     raw = read_json(folder, "config.json")
-    has_images = raw.get("model_type") == "gemma3"
-    config = GemmaConfig.from_hf(_text_config(raw) if has_images else raw)
+    has_images = raw.get("model_type") in VISION_MODEL_TYPES
+    if has_images and text_only:
+        check_text_only(raw)
+        LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
+    config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
+    vision = read_vision(folder, raw) if has_images and not text_only else None
     stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
-    named = [(_decoder_name(t.name, config, has_images=has_images), t) for t in stored]
+    named = [(_our_name(t.name, config, has_images=has_images), t) for t in stored]
+    if vision is None:
+        named = [(name, t) for name, t in named if name is None or not is_of_pictures(name)]
     tensors = without_head(by_name(folder, [(name, t) for name, t in named if name is not None]))
+    if vision is not None:
+        tensors = with_flat_patches(tensors, vision)
     embedding = None
     if (folder / MODULES).exists():
         embedding, dense_folders = read_sentence_folder(folder, config)
@@ -140,10 +152,10 @@ def _read_folder(folder: Path) -> Checkpoint:
             tensors |= by_name(
                 folder, [(f"dense.{i}.{t.name.removeprefix('linear.')}", t) for t in parts]
             )
-    if has_images:
-        LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
     template = chat_template(folder)
     tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
+    if vision is not None:
+        check_markers(folder, vision, raw, tokenizer_model)
     return Checkpoint(
         name=folder.name,
         path=folder,
@@ -158,28 +170,19 @@ def _read_folder(folder: Path) -> Checkpoint:
         chat_template=template,
         legal_files=legal_files(folder),
         embedding=embedding,
+        vision=vision,
     )
 
 
-def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the text model's config of a Gemma 3 with images; check the keys beside it."""
-    check_keys(raw, IMAGE_KEYS)
-    text = raw.get("text_config", {})
-    if not isinstance(text, dict):
-        raise ConfigError(f"text_config: expected a dictionary, got {reprlib.repr(text)}")
-    # The reference does not apply this cap in a model with images.
-    return {**TEXT_DEFAULTS, **text, "final_logit_softcapping": None}
-
-
-def _decoder_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
-    """Return our name of a Hugging Face tensor, or None if a text model does not need it."""
-    if name.removeprefix("language_model.") == "lm_head.weight":
-        return HEAD
-    if has_images and name.removeprefix("model.").startswith(IMAGE_PREFIXES):
-        return None
-    prefixes = DECODER_PREFIXES if has_images else DECODER_PREFIXES[-1:]
-    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-    return layer_name(name.removeprefix(prefix), config)
+def _our_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
+    """Return our name of a Hugging Face tensor, or None if no graph needs it."""
+    if not has_images:
+        is_head = name.removeprefix("language_model.") == HEAD
+        return HEAD if is_head else layer_name(name.removeprefix("model."), config)
+    name = MODEL_PREFIX.sub("", name, count=1)
+    if is_of_pictures(name):
+        return vision_name(name)
+    return layer_name(name.removeprefix("language_model.").removeprefix("model."), config)
 
 
 def layer_name(name: str, config: GemmaConfig) -> str:

@@ -29,6 +29,7 @@ from export.checkpoints.hf_folder import layer_name, read_safetensors
 from export.checkpoints.sidecar_files import chat_template, read_json, with_names
 from export.checkpoints.tensors import EMBEDDING, HEAD, Checkpoint, StoredTensor, without_head
 from export.checkpoints.tokenizer_model import turn_ends
+from export.checkpoints.vision_tensors import vision_name
 
 LOGGER = logging.getLogger("export")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,13 @@ TENSOR = re.compile(
 PATTERN = re.compile(r"([\w.^|]|\\[.d]\+?)+", re.ASCII)
 """Keys of `alpha_pattern` that are read: regular expressions that take no time to match."""
 MAX_ALPHA = 1e6
-IMAGE_PARTS = re.compile(r"base_model\.model\.(model\.)?(vision_tower|multi_modal_projector)\.")
+IMAGE_PARTS = re.compile(r"base_model\.model\.(model\.)*(vision_tower|multi_modal_projector)\.")
+IMAGE_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>(model\.)*"
+    r"(?P<name>(vision_tower|multi_modal_projector)(\.[a-z0-9_]+?)*?))"
+    r"\.(?P<part>lora_[AB]\.weight|(base_layer\.)?(weight|bias)|mm_input_projection_weight)"
+)
+"""The same for a tower of pictures and its projector, one of whose weights is no module's."""
 # Settings that do not change the sum or whose value follows from the tensors.
 IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
@@ -79,7 +86,7 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     config = read_json(folder, CONFIG)
     _check(config)
     tensors = dict(checkpoint.tensors)
-    changes = _changes(folder, checkpoint.config)
+    changes = _changes(folder, checkpoint)
     _check_saved(config, changes, folder)
     for name, change in changes.items():
         if name == HEAD:
@@ -248,24 +255,24 @@ def _check_kinds(config: Mapping[str, Any]) -> None:
         )
 
 
-def _changes(folder: Path, model: GemmaConfig) -> dict[str, _Change]:
+def _changes(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
     """Return what the adapter says of each weight, under our names."""
     file = inside(folder, WEIGHTS)
     if not is_file(file):
         raise CheckpointError(f"{file}: expected an adapter's weights, got nothing")
     changes: dict[str, _Change] = {}
-    for stored in _of_text(read_safetensors(file), folder):
-        match = TENSOR.fullmatch(stored.name)
+    tensors = read_safetensors(file)
+    if checkpoint.vision is None:
+        tensors = _of_text(tensors, folder)
+    for stored in tensors:
+        match = TENSOR.fullmatch(stored.name) or IMAGE_TENSOR.fullmatch(stored.name)
         if match is None:
             raise CheckpointError(
                 f"{file}: the tensor {stored.name} is no factor of a layer's projection or of the "
                 "embedding, and no whole weight; only those can be merged here"
             )
-        name = layer_name(f"{match['name']}.weight", model)
+        name, part = _changed(match, checkpoint.config)
         change = changes.setdefault(name, _Change(module=match["module"], parts={}))
-        part = "weight" if match["part"].endswith("weight") else match["part"][-1]
-        if match["part"].startswith("lora_") and part == "weight":
-            part = match["part"][len("lora_")]
         if part in change.parts:
             raise CheckpointError(
                 f"{file}: expected one tensor for each factor, got {change.parts[part].name} and "
@@ -276,6 +283,21 @@ def _changes(folder: Path, model: GemmaConfig) -> dict[str, _Change]:
         if len({"A", "B"} & change.parts.keys()) == 1:
             raise CheckpointError(f"{file}: expected lora_A and lora_B of {name}, got one of them")
     return changes
+
+
+def _changed(match: re.Match[str], model: GemmaConfig) -> tuple[str, str]:
+    """Return our name of the weight that an adapter's tensor changes, and its part of `_Change`."""
+    part = match["part"]
+    leaf = "bias" if part.endswith("bias") else "weight"
+    if part.startswith("lora_"):
+        kind = part.removeprefix("lora_").removeprefix("embedding_")[0]
+    else:
+        kind = "weight"
+    if match.re is not IMAGE_TENSOR:
+        return layer_name(f"{match['name']}.weight", model), kind
+    leaf = part if part == "mm_input_projection_weight" else leaf
+    name = vision_name(f"{match['name']}.{leaf}")
+    return name or f"{match['name']}.{leaf}", kind
 
 
 def _of_text(tensors: Iterable[StoredTensor], folder: Path) -> list[StoredTensor]:

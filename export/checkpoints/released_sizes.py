@@ -1,7 +1,7 @@
-"""The released sizes of the text family, with the keys of Hugging Face's `config.json`.
+"""The released sizes of the family, with the keys of Hugging Face's `config.json`.
 
 Parameter counts are from the technical reports (Gemma 1 and 2, table 2 of each: non-embedding
-parameters) and from KerasHub's presets (Gemma 3, whole text models).
+parameters) and from KerasHub's presets (Gemma 3 and PaliGemma, whole models).
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from beam_gemma.model.config import FULL, GemmaConfig
+from beam_gemma.model.vision_config import VISION_MODEL_TYPES, VisionConfig
+from export.checkpoints.vision_folder import text_config
+from export.checkpoints.vision_tensors import vision_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +30,21 @@ class Size:
 
     @property
     def config(self) -> GemmaConfig:
-        """The architecture."""
-        return GemmaConfig.from_hf(self.raw)
+        """The architecture of the decoder."""
+        sees = self.raw["model_type"] in VISION_MODEL_TYPES
+        return GemmaConfig.from_hf(text_config(self.raw) if sees else self.raw)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """The tower of pictures, if there is one."""
+        sees = self.raw["model_type"] in VISION_MODEL_TYPES
+        return VisionConfig.from_hf(self.raw) if sees else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor, under the names of `export.modules.decoder`."""
-        return tensor_shapes(self.config)
+        """Return the shape of every tensor, under the names of `export.modules`."""
+        config, vision = self.config, self.vision
+        pictures = {} if vision is None else vision_shapes(vision, config.hidden_size)
+        return tensor_shapes(config) | pictures
 
 
 def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
@@ -194,3 +206,101 @@ SIZES = (
     ),
 )
 """Every size of the text family; EmbeddingGemma without the dense layers of its head."""
+
+
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+"""The tower of every release, SigLIP So400m."""
+
+
+def _gemma3_with_pictures(
+    of: str, *, vocab_size: int = 262144, model_type: str = "gemma3"
+) -> dict[str, Any]:
+    """Return the config.json of a Gemma 3 whose text model has the shapes of one of `SIZES`."""
+    [text] = [size.raw for size in SIZES if size.name == of]
+    return {
+        "model_type": model_type,
+        "mm_tokens_per_image": 256,
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "image_token_index": 262144,
+        "text_config": {**text, "vocab_size": vocab_size},
+        "vision_config": {**TOWER, "image_size": 896},
+    }
+
+
+def _paligemma(of: str, image_size: int) -> dict[str, Any]:
+    """Return the config.json of a PaliGemma whose text model has the shapes of one of `SIZES`."""
+    [text] = [size.raw for size in SIZES if size.name == of]
+    return {
+        "model_type": "paligemma",
+        "image_token_index": 257152,
+        "projection_dim": text["hidden_size"],
+        "text_config": {**text, "vocab_size": 257152},
+        "vision_config": {**TOWER, "image_size": image_size},
+    }
+
+
+def _paligemmas() -> tuple[Size, ...]:
+    """Return PaliGemma 1 and 2 in all resolutions.
+
+    KerasHub has one count for the 28B in all resolutions, that of 224 pixels.
+    """
+    counts = {
+        ("PaliGemma 3B", "Gemma 1 2B"): (2_923_335_408, 2_924_220_144, 2_927_759_088),
+        ("PaliGemma 2 3B", "Gemma 2 2B"): (3_032_094_960, 3_032_979_696, 3_036_518_640),
+        ("PaliGemma 2 10B", "Gemma 2 9B"): (9_662_409_456, 9_663_294_192, 9_666_833_136),
+        ("PaliGemma 2 28B", "Gemma 2 27B"): (27_650_192_112, None, None),
+    }
+    return tuple(
+        Size(name=f"{name} {side}", raw=_paligemma(text, side), num_parameters=count)
+        for (name, text), of_sides in counts.items()
+        for side, count in zip((224, 448, 896), of_sides, strict=True)
+    )
+
+
+VISION_SIZES = (
+    Size(
+        name="Gemma 3 4B with pictures",
+        shared_by=("TranslateGemma 4B",),
+        raw=_gemma3_with_pictures("Gemma 3 4B"),
+        num_parameters=4_299_915_632,
+    ),
+    Size(
+        name="Gemma 3 12B with pictures",
+        shared_by=("TranslateGemma 12B",),
+        raw=_gemma3_with_pictures("Gemma 3 12B"),
+        num_parameters=12_187_079_280,
+    ),
+    Size(
+        name="Gemma 3 27B with pictures",
+        shared_by=("TranslateGemma 27B",),
+        raw=_gemma3_with_pictures("Gemma 3 27B"),
+        num_parameters=27_432_062_576,
+    ),
+    Size(
+        name="MedGemma 4B with pictures",
+        raw=_gemma3_with_pictures("Gemma 3 4B", vocab_size=262208),
+        num_parameters=4_300_079_472,
+    ),
+    Size(
+        name="MedGemma 27B with pictures",
+        raw=_gemma3_with_pictures("Gemma 3 27B", vocab_size=262208),
+        num_parameters=27_432_406_640,
+    ),
+    Size(
+        name="ShieldGemma 2 4B",
+        raw=_gemma3_with_pictures("Gemma 3 4B", vocab_size=262208, model_type="shieldgemma2"),
+        num_parameters=4_300_079_472,
+    ),
+    *_paligemmas(),
+)
+"""Every released size that sees. Hugging Face's files have 64 rows more in the embedding where
+KerasHub's counts have 262,144 or 257,152."""

@@ -15,6 +15,7 @@ import numpy as np
 from beam_gemma.errors import CheckpointError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.vision_config import VisionConfig
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 """Names of the embedding, which is also the head, and of a copy of it that files may have."""
@@ -94,6 +95,8 @@ class Checkpoint:
     """License, terms and notices found beside the weights."""
     embedding: EmbeddingConfig | None = None
     """Embedding settings, if the checkpoint has any."""
+    vision: VisionConfig | None = None
+    """The tower of pictures, whose tensors are among `tensors`; None for a text model."""
 
 
 def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:

@@ -22,9 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from beam_gemma.model.graph_tensors import StateTensor, Tensor
 from beam_gemma.model.signature import QUERY_TILE, Signature
 from export.modules.decoder import RMSNorm, Rotary
+from export.modules.vision import LayerNorm
 from export.ops import lowering_cpu, lowering_cuda, lowering_packed
 from export.ops.lowering_packed import SUM_CHUNK, VALUE_SLICE
 from export.ops.reference import NO_WINDOW
+from export.ops.vision_attention import VisionAttention
 
 OPSET = 23
 TORCH_DTYPES = {
@@ -33,10 +35,15 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "int32": torch.int32,
     "int64": torch.int64,
+    "uint8": torch.uint8,
 }
 TENSOR_TYPES = [
     f"tensor({kind})" for kind in ("float", "bfloat16", "float16", "int32", "int64", "bool")
 ]
+VISION_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
+    "cpu": (VisionAttention, lowering_cpu.RmsNorm),
+    "cuda": (lowering_cuda.VisionAttention, lowering_cuda.RmsNorm, lowering_cuda.HalfRmsNorm),
+}
 DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
 
 
@@ -101,15 +108,17 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
 
 def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
     """Return the bodies of the custom ops in a graph."""
+    if signature.head == "vision":
+        return VISION_LOWERINGS[signature.device]
     if signature.head == "embed" and signature.device == "cpu":
         return lowering_packed.FUNCTIONS
     return DECODER_LOWERINGS[signature.device]
 
 
 def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """Convert the module's matrices to a dtype; norm weights and frequencies keep theirs."""
+    """Convert the module's matrices to a dtype; weights of norms and frequencies keep theirs."""
     for child in module.modules():
-        if not isinstance(child, RMSNorm | Rotary):
+        if not isinstance(child, RMSNorm | LayerNorm | Rotary):
             for name, parameter in child.named_parameters(recurse=False):
                 parameter = torch.nn.Parameter(parameter.to(TORCH_DTYPES[dtype]))
                 setattr(child, name, parameter)
@@ -172,10 +181,12 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.beam_gemma.ragged_attention.default: (
             _attention_cpu if device == "cpu" else _attention_cuda
         ),
+        torch.ops.beam_gemma.span_attention.default: _span_attention,
         torch.ops.beam_gemma.packed_attention.default: _packed_attention,
         torch.ops.beam_gemma.packed_sum.default: _packed_sum,
         torch.ops.beam_gemma.padded_attention.default: _padded_attention,
         torch.ops.beam_gemma.column_maxima.default: _column_maxima,
+        torch.ops.beam_gemma.vision_attention.default: _vision_attention,
         torch.ops.beam_gemma.rms_norm.default: _rms_norm_cpu if device == "cpu" else _rms_norm_cuda,
         torch.ops.beam_gemma.rotate.default: _rotate,
         torch.ops.aten.linear.default: _linear,
@@ -246,6 +257,21 @@ def _attention_cuda(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+def _span_attention(  # type: ignore[no-untyped-def]
+    output, query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, rows,
+    no_slots, is_inside, places, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float, attention_metadata,
+):  # fmt: skip
+    inside = _node(lowering_cuda.SpanAttention)(
+        op.Gather(query, rows), op.Gather(key, rows), key_cache, value_cache, cu_seqlens,
+        past_seqlens, block_table, no_slots, attention_metadata,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
+        window=-1 if window == NO_WINDOW else window,
+    )  # fmt: skip
+    inside.dtype = query.dtype  # ONNX cannot infer the type of a node that it does not know
+    return op.Where(is_inside, op.Gather(inside, places), output)
+
+
 def _packed_attention(  # type: ignore[no-untyped-def]
     query, key, value, cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int,
     scale: float, softcap: float,
@@ -284,6 +310,15 @@ def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
 
 def _column_maxima(x, parts: int):  # type: ignore[no-untyped-def]
     return op.Max(*op.Split(x, axis=1, num_outputs=parts))
+
+
+def _vision_attention(  # type: ignore[no-untyped-def]
+    query, key, value, num_patches: int, num_heads: int, scale: float
+):
+    width = query.shape[1]
+    rows = (op.Reshape(x, _ints(-1, num_patches, width)) for x in (query, key, value))
+    output = _node(VisionAttention)(*rows, num_heads=num_heads, scale=scale)
+    return op.Reshape(output, _ints(-1, width))
 
 
 def _rms_norm_cpu(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -36,6 +37,8 @@ IR_DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
 }
+LAYER_NORM = re.compile(r"\.(layer_norm[12]|post_layernorm)\.(weight|bias)$")
+"""Names of the weights of a tower's norms, which have no offset."""
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
@@ -99,8 +102,9 @@ def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folde
         writes += _coded(matrix, checkpoint.tensors[name])
     for name, shape in plain.items():
         stored = checkpoint.tensors[name]
-        is_norm = name.endswith("norm.weight")
-        kind = "float32" if is_norm else dtype
+        is_layer_norm = LAYER_NORM.search(name) is not None
+        is_norm = name.endswith("norm.weight") and not is_layer_norm
+        kind = "float32" if is_norm or is_layer_norm else dtype
         offset = checkpoint.norm_offset if is_norm else 0.0
         if stored.raw is not None and stored.dtype == kind and not is_norm:
             location = links.location(stored.raw.file)

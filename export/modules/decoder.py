@@ -23,6 +23,7 @@ from beam_gemma.model.vision_config import VisionConfig
 from export.modules.heads import Named, generate_head, score_head
 from export.modules.token_choice import choosing_head
 from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm, rotate, rotate_heads
+from export.ops.span_attention import span_attention
 
 
 class RMSNorm(nn.Module):
@@ -148,6 +149,7 @@ class GemmaLayers(nn.Module):
         self.config = config
         self.signature = signature
         self.first_position = vision.first_position if vision else 0
+        self.spans_keep_windows = vision is not None and vision.sight == "picture"
         # Rounded to the model's dtype, as the reference does.
         round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))
@@ -200,6 +202,8 @@ class GemmaDecoder(GemmaLayers):
         """
         positions = step["position_ids"] if "position_ids" in step else sequence_positions(step)
         new_state = dict(state)
+        if "span_rows" in step:
+            step = step | _of_spans(step)
         attend = partial(self._attend, step, self._reach(step, positions), new_state)
         if self.signature.chooses:
             step = step | {"input_ids": _token_ids(step, state["next_ids"])}
@@ -248,7 +252,37 @@ class GemmaDecoder(GemmaLayers):
             step.get("attention_metadata"),
         )
         state.update(zip(names, caches, strict=True))
-        return output
+        return self._attend_in_spans(step, group, output, *rows[:2], *caches)
+
+    def _attend_in_spans(self, step: Named, group: str, output: Tensor, *rows: Tensor) -> Tensor:
+        """Return the attention output, with two-sided attention inside spans where they are input.
+
+        Args:
+            step: The step's inputs, and what `_of_spans` made of them.
+            group: The layer's group.
+            output: [T, N * H], what each token attended to causally.
+            rows: Query, key, key cache and value cache.
+        """
+        if "span_rows" not in step:
+            return output
+        config = self.config
+        return span_attention(
+            output,
+            *rows,
+            step["span_cu_seqlens"],
+            step["span_past_seqlens"],
+            step[f"span_block_table.{group}"],
+            step["span_rows"],
+            step["no_slots"],
+            step["is_inside"],
+            step["places"],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            (config.window(group) if self.spans_keep_windows else None) or NO_WINDOW,
+            config.attention_scale,
+            config.attn_logit_softcapping or 0.0,
+            step["attention_metadata"],
+        )
 
     def _head(self, rows: Tensor, step: Named, state: Named) -> Named:
         """Return the outputs for normalized rows [R, D]; store chosen tokens in the state."""
@@ -300,6 +334,16 @@ def _with_pictures(x: Tensor, step: Named) -> Tensor:
     rows = step["embeds_rows"]
     given = step["inputs_embeds"].index_select(0, rows.clamp(min=0)).to(x.dtype)
     return torch.where((rows >= 0)[:, None], given, x)
+
+
+def _of_spans(step: Named) -> Named:
+    """Return what all layers take of a step's spans, by the names of `span_attention`."""
+    places, rows = step["span_places"], step["span_rows"]
+    return {
+        "is_inside": (places >= 0)[:, None],
+        "places": places.clamp(min=0),
+        "no_slots": rows.clamp(max=-1).to(torch.int32),
+    }
 
 
 def _split_poison(rows: Tensor) -> tuple[Tensor, Tensor]:

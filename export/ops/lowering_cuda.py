@@ -2,7 +2,8 @@
 
 Semantics of `com.microsoft::PagedAttention` 1 in ONNX Runtime 1.31: `local_window_size` counts the
 query's own position, scores are scaled, then soft-capped, then masked, and tables keep their full
-length, so `context_starts` is unused. The op is causal; bidirectional spans need another op.
+length, so `context_starts` is unused. With `is_causal` = 0, a query reaches all keys of its
+sequence after its own position, and those before it within the window, as if it were causal.
 
 Dimensions: B texts, L padded text length.
 """
@@ -36,6 +37,24 @@ def RaggedAttention(
 
 
 @script(DOMAIN, default_opset=op)
+def SpanAttention(
+    query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    attention_metadata, num_heads: int, num_kv_heads: int, window: int, scale: float,
+    softcap: float,
+) -> TensorType:  # fmt: skip
+    """Attend in both directions over caches that have the new keys and values already.
+
+    All slots are -1, so `key`, which stands for the values too, is written nowhere.
+    """
+    return MICROSOFT.PagedAttention(
+        query, key, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        None, None, slot_mapping, None, None, None, None, None, attention_metadata,
+        num_heads=num_heads, kv_num_heads=num_kv_heads, local_window_size=window, scale=scale,
+        softcap=softcap, is_causal=0,
+    )  # fmt: skip
+
+
+@script(DOMAIN, default_opset=op)
 def PaddedAttention(
     query, key, value, mask, num_heads: int, num_kv_heads: int, scale: float, softcap: float
 ) -> TensorType:
@@ -47,6 +66,17 @@ def PaddedAttention(
         query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_kv_heads, scale=scale,
         softcap=softcap,
     )  # fmt: skip
+
+
+@script(DOMAIN, default_opset=op)
+def VisionAttention(query, key, value, num_heads: int, scale: float) -> TensorType:
+    """Attend with [N, P, D], the patches of each picture as one sequence of a batch.
+
+    In `com.microsoft::MultiHeadAttention` ONNX Runtime asks for cuDNN, even where it is not used.
+    """
+    return op.Attention(
+        query, key, value, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale
+    )
 
 
 @script(DOMAIN, default_opset=op)
@@ -65,4 +95,6 @@ def HalfRmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
     return op.RMSNormalization(x, op.Cast(weight, to=to), axis=-1, epsilon=epsilon)
 
 
-FUNCTIONS = (RaggedAttention, PaddedAttention, RmsNorm, HalfRmsNorm)
+FUNCTIONS = (
+    RaggedAttention, SpanAttention, PaddedAttention, VisionAttention, RmsNorm, HalfRmsNorm,
+)  # fmt: skip

@@ -59,7 +59,8 @@ def test_a_ckpt_says_what_the_safetensors_say(
     released: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, images: bool
 ) -> None:
     expected, state = released.checkpoint, state_dict(released.checkpoint)
-    found = read_checkpoint(write_ckpt(tmp_path, with_images(state) if images else state))
+    path = write_ckpt(tmp_path, with_images(state) if images else state)
+    found = read_checkpoint(path, text_only=True)
     assert found.config == expected.config
     assert found.norm_offset == expected.norm_offset
     assert found.tensors.keys() == expected.tensors.keys()

@@ -19,6 +19,7 @@ from beam_gemma.model.signature import block_size_for
 from beam_gemma.runtime.device_memory import CudaMemory
 from export.ops import lowering_cuda
 from export.ops.reference import NO_WINDOW, padded_attention, rms_norm
+from export.ops.vision_attention import vision_attention
 from tests.doubles.attention_cases import CASES
 from tests.doubles.cuda_on_cpu import cuda_on_cpu
 from tests.doubles.op_models import op_model
@@ -29,6 +30,7 @@ TYPES = {"bfloat16": onnx.TensorProto.BFLOAT16, "float16": onnx.TensorProto.FLOA
 DIGITS = {"bfloat16": 8, "float16": 11}
 """Binary ones, of a number."""
 CAUSAL = [name for name, case in CASES.items() if not case.spans and not any(case.starts)]
+SPANS = [name for name, case in CASES.items() if case.spans]
 CACHES = {"key_cache": "key_out", "value_cache": "value_out"}
 
 on_host_and_card = pytest.mark.parametrize(
@@ -172,6 +174,57 @@ def test_attention_over_blocks(place: str, dtype: str, name: str) -> None:
     np.testing.assert_allclose(output, expected[0], rtol=0, atol=tolerance(place, dtype))
     for cache, stored in zip(caches, expected[1:], strict=True):
         np.testing.assert_array_equal(cache[1:], stored[1:])
+
+
+@on_host_and_card
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+def test_attention_in_both_directions(place: str, dtype: str, name: str, softcap: float) -> None:
+    """Over caches that have the keys already; nothing is written to them."""
+    block = block_size_for("cuda", 256)
+    case = replace(CASES[name], layout="cuda", block=block, head_dim=256, softcap=softcap)
+    inputs = rounded(case.inputs(), dtype)
+    expected, *caches = case.eager(inputs)
+    kept = ("query", "key", "cu_seqlens", "past_seqlens", "block_table", "slot_mapping")
+    inputs |= {"slot_mapping": np.full_like(inputs["slot_mapping"], -1)}
+    feeds = {n: inputs[n] for n in kept[:2]}
+    feeds |= dict(zip(CACHES, (c.astype(np.float32) for c in caches), strict=True))
+    feeds |= {n: inputs[n] for n in kept[2:]}
+    longest = feeds["block_table"].shape[1] * case.block
+    feeds["attention_metadata"] = np.array([max(case.new), longest, 0], np.int32)
+    node = onnx.helper.make_node(
+        "SpanAttention",
+        list(feeds),
+        ["output"],
+        domain="beam_gemma",
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        window=-1 if case.beyond or case.window == NO_WINDOW else case.window,
+        scale=case.head_dim**-0.5,
+        softcap=softcap,
+    )
+    [output] = run(place, node, feeds, dtype)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=tolerance(place, dtype))
+
+
+@on_host_and_card
+@pytest.mark.parametrize("dtype", TYPES)
+def test_attention_among_patches(place: str, dtype: str) -> None:
+    """With heads as wide as those of SigLIP."""
+    rng = np.random.default_rng(6)
+    count, patches, heads, dim = 3, 64, 4, 72
+    shape = (count, patches, heads * dim)
+    feeds = {n: rng.standard_normal(shape, np.float32) for n in ("query", "key", "value")}
+    feeds = rounded(feeds, dtype)
+    attributes = {"num_heads": heads, "scale": dim**-0.5}
+    node = onnx.helper.make_node(
+        "VisionAttention", list(feeds), ["y"], domain="beam_gemma", **attributes
+    )
+    [output] = run(place, node, feeds, dtype)
+    packed = [torch.from_numpy(a).double().flatten(0, 1) for a in feeds.values()]
+    expected = vision_attention(*packed, patches, *attributes.values()).view(shape)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=tolerance(place, dtype))
 
 
 @on_host_and_card

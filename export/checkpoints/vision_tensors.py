@@ -1,0 +1,98 @@
+"""Names and shapes of the tensors of a tower and its projector, as in `export.modules.vision`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from beam_gemma.model.vision_config import VisionConfig
+from export.checkpoints.tensors import StoredTensor
+
+TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
+PATCHES = "vision_tower.embeddings.patch_embedding.weight"
+HEAD = "vision_tower.head."
+"""Prefix of the pooling head of SigLIP, which no Gemma uses."""
+PROJECTION = "multi_modal_projector.mm_input_projection_weight"
+
+
+def vision_shapes(config: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor for pictures.
+
+    Args:
+        config: The tower.
+        hidden_size: Width of the decoder.
+    """
+    width, wide = config.hidden_size, config.intermediate_size
+    layer: dict[str, tuple[int, ...]] = {
+        **_affine("mlp.fc1", wide, width),
+        **_affine("mlp.fc2", width, wide),
+        **_affine("layer_norm1", width),
+        **_affine("layer_norm2", width),
+    }
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= _affine(f"self_attn.{name}", width, width)
+    tower: dict[str, tuple[int, ...]] = {
+        **_affine("embeddings.patch_embedding", width, 3 * config.patch_size**2),
+        "embeddings.position_embedding.weight": (config.num_patches, width),
+        **{
+            f"encoder.layers.{i}.{name}": shape
+            for i in range(config.num_hidden_layers)
+            for name, shape in layer.items()
+        },
+        **_affine("post_layernorm", width),
+    }
+    projector: dict[str, tuple[int, ...]] = (
+        _affine("linear", hidden_size, width)
+        if config.projector == "linear"
+        else {
+            "mm_soft_emb_norm.weight": (width,),
+            "mm_input_projection_weight": (width, hidden_size),
+        }
+    )
+    return {TOWER + name: shape for name, shape in tower.items()} | {
+        PROJECTOR + name: shape for name, shape in projector.items()
+    }
+
+
+def _affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def is_of_pictures(name: str) -> bool:
+    """Return whether a tensor, by its name without prefixes, belongs to a tower or projector."""
+    return name.startswith((TOWER, PROJECTOR))
+
+
+def vision_name(name: str) -> str | None:
+    """Return our name of a Hugging Face tensor for pictures.
+
+    Files have the tower under `vision_tower.vision_model.` or `vision_tower.`, as they come from
+    older or newer releases of transformers.
+
+    Args:
+        name: Name without the prefix of the whole model.
+
+    Returns:
+        None if no Gemma uses the tensor.
+    """
+    if name.startswith(TOWER):
+        name = TOWER + name.removeprefix(TOWER).removeprefix("vision_model.")
+    return None if name.startswith(HEAD) else name
+
+
+def with_flat_patches(
+    tensors: Mapping[str, StoredTensor], config: VisionConfig
+) -> dict[str, StoredTensor]:
+    """Return tensors with the kernel of the patches [C, 3, S, S] as a matrix [C, 3 * S * S].
+
+    A kernel of another shape stays as it is, to be refused with its own shape.
+    """
+    rest = dict(tensors)
+    kernel = rest.get(PATCHES)
+    expected = (config.hidden_size, 3, config.patch_size, config.patch_size)
+    if kernel is not None and kernel.shape == expected:
+        flat = (expected[0], math.prod(expected[1:]))
+        rows = kernel.rows
+        rest[PATCHES] = replace(
+            kernel, shape=flat, rows=lambda a, b: rows(a, b).reshape(b - a, flat[1])
+        )
+    return rest

@@ -1,0 +1,63 @@
+"""`vision_attention`: every patch of a picture attends to all patches of the same picture.
+
+For the query of patch i in head n:
+
+    s[j]      = scale * <query[i, n], key[j, n]>
+    out[i, n] = sum over patches j of softmax(s)[j] * value[j, n]
+
+Its lowering on both devices is `com.microsoft::MultiHeadAttention` without a mask, a kernel that
+never holds all scores: those of 4,096 patches and 16 heads would take 1 GiB. On the CPU it works on
+tiles of one picture and one head, whose size depends on the picture's patches and the processor's
+second-level cache alone, so the bits of a picture do not depend on what else is in its batch or on
+the number of threads.
+
+Dimensions: N pictures, P patches of a picture, T = N * P, H head dimension, D = heads * H.
+"""
+
+# The types of parameters of ONNX functions are tensors, not Python values.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+from onnxscript import script
+from onnxscript.onnx_opset import opset23 as op
+from onnxscript.onnx_types import TensorType
+from torch import Tensor
+
+from export.ops.lowering_cpu import DOMAIN, MICROSOFT
+
+
+@torch.library.custom_op("beam_gemma::vision_attention", mutates_args=())
+def vision_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_patches: int, num_heads: int, scale: float
+) -> Tensor:
+    """Attend within each picture, and return the output [T, D].
+
+    Args:
+        query: [T, D], the patches of one picture after those of another.
+        key: [T, D].
+        value: [T, D].
+        num_patches: P.
+        num_heads: Heads that D consists of.
+        scale: Factor of query-key products.
+    """
+    q, k, v = (
+        x.view(-1, num_patches, num_heads, x.shape[1] // num_heads) for x in (query, key, value)
+    )
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide).to(v.dtype)
+    return torch.einsum("bhij,bjhd->bihd", weights, v).reshape(query.shape)
+
+
+@vision_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, num_patches: int, num_heads: int, scale: float
+) -> Tensor:
+    del key, value, num_patches, num_heads, scale
+    return torch.empty_like(query)
+
+
+@script(DOMAIN, default_opset=op)
+def VisionAttention(query, key, value, num_heads: int, scale: float) -> TensorType:  # noqa: N802
+    """Attend with [N, P, D], the patches of each picture as one sequence of a batch."""
+    return MICROSOFT.MultiHeadAttention(query, key, value, num_heads=num_heads, scale=scale)
