@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError, Future
 from beam_gemma.engine.executor import Executor, failure
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.launched_step import StepCount
+from beam_gemma.engine.picture_store import PictureEncoder, PictureStore, check_encoder
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Completion, Request, Sequence
 from beam_gemma.engine.stats import EngineStats
@@ -33,6 +34,7 @@ class Engine:
         session: Runner,
         config: EngineConfig,
         *,
+        vision: PictureEncoder | None = None,
         on_step: Callable[[Count], None] = lambda _: None,
         device_stats: Callable[[], DeviceStats] = DeviceStats,
     ) -> None:
@@ -41,19 +43,18 @@ class Engine:
         Args:
             session: The session that runs the steps.
             config: The size limits of steps.
+            vision: The session that makes embeddings of pictures; without one, requests with
+                pictures are refused.
             on_step: Called after each step with the number of tokens that it computed.
             device_stats: Called after each step to read GPU statistics; all zero by default.
 
         Raises:
             OptionsError: the session has fewer recurrent state slots than the config needs.
+            ArtifactError: the embeddings of pictures do not suit the session's graph.
         """
+        _check(session, config, vision)
         self.signature = session.signature
         self.pulse = Pulse(self.signature.device, stats=device_stats)
-        if self.signature.has_recurrent_state and session.num_state_slots < config.max_num_seqs:
-            raise OptionsError(
-                f"max_num_seqs: expected at most the session's {session.num_state_slots} state "
-                f"slots, got {config.max_num_seqs}"
-            )
         self._config = config
         self._on_step = on_step
         cache = KVCache(
@@ -68,8 +69,12 @@ class Engine:
             self.signature,
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
+            vision=vision.signature if vision else None,
         )
-        self._executor = Executor(session, cache, self._scheduler, on_run=self._count)
+        self._pictures = PictureStore(vision) if vision else None
+        self._executor = Executor(
+            session, cache, self._scheduler, on_run=self._count, pictures=self._pictures
+        )
         self._stats = EngineStats(max_num_seqs=config.max_num_seqs)
         self._futures: dict[Sequence, Future[Completion]] = {}
         self._inbox: list[list[Sequence]] = []
@@ -164,7 +169,7 @@ class Engine:
         except Exception as error:  # waiting callers must learn of any error
             self._fail(error)
         finally:
-            del self._executor  # frees the session's memory for the next session
+            del self._executor, self._pictures  # frees the sessions' memory for the next ones
 
     def _receive(self) -> bool:
         """Queue submitted requests, waiting for some if idle; return False when all is done."""
@@ -231,6 +236,9 @@ class Engine:
             stats.num_cached_tokens += num_cached_tokens
             stats.num_preemptions = self._scheduler.num_preemptions
             stats.num_completion_tokens += num_new_tokens
+            if self._pictures is not None:
+                stats.num_pictures = self._pictures.num_computed
+                stats.num_reused_pictures = self._pictures.num_reused
         used_cache, whole_cache = self._cache.use
         self.pulse.add(
             Work(
@@ -248,3 +256,14 @@ class Engine:
     def _end_token_ids(self, request: Request) -> frozenset[int]:
         eos_token_ids = () if request.params.ignore_eos else self._config.eos_token_ids
         return frozenset((*eos_token_ids, *request.params.stop_token_ids))
+
+
+def _check(session: Runner, config: EngineConfig, vision: PictureEncoder | None) -> None:
+    slots = session.num_state_slots
+    if session.signature.has_recurrent_state and slots < config.max_num_seqs:
+        raise OptionsError(
+            f"max_num_seqs: expected at most the session's {slots} state slots, got "
+            f"{config.max_num_seqs}"
+        )
+    if vision is not None:
+        check_encoder(vision.signature, session.signature)

@@ -10,12 +10,12 @@ the host has to choose a token, no further step is launched before it has.
 Failures are handled as if there were one step at a time: all steps in flight are waited for first.
 Steps started after a failed step are discarded and run again after it.
 
-Exceptions of the session. Nothing of the step counts as computed. The step is halved, and the
-halves are tried in order, so that a sequence that computes a shared block still comes before those
-that read it. Halving goes on down to one block of a prompt, since half a chunk needs half the
-memory. A row that cannot be cut further and fails twice ends with an error. Recurrent state cannot
-be restored to before the step, so for such models all sequences of the step are preempted and
-computed anew one at a time: a row that fails alone is at fault.
+Exceptions of the session, or of the one that makes pictures' embeddings. Nothing of the step counts
+as computed. The step is halved, and the halves are tried in order, so that a sequence that computes
+a shared block still comes before those that read it. Halving goes on down to one block of a prompt,
+since half a chunk needs half the memory. A row that cannot be cut further and fails twice ends with
+an error. Recurrent state cannot be restored to before the step, so for such models all sequences of
+the step are preempted and computed anew one at a time: a row that fails alone is at fault.
 
 Rows that are not finite. A row's values follow from its own tokens, unless it has read blocks of
 other sequences, where later tokens may have left a NaN. So a row with such blocks is computed once
@@ -36,7 +36,8 @@ import numpy as np
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.launched_step import Flight, StepCount, is_finite, top_logits
 from beam_gemma.engine.next_token import candidates_of, next_token, wants_mask
-from beam_gemma.engine.packing import pack
+from beam_gemma.engine.packing import NO_FEATURES, Features, pack
+from beam_gemma.engine.picture_store import PictureStore
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Completion, FinishReason, Request, Sequence, Status, Step
@@ -61,6 +62,7 @@ class Executor:
         scheduler: Scheduler,
         *,
         on_run: Callable[[StepCount], None],
+        pictures: PictureStore | None = None,
     ) -> None:
         """Create an executor with no steps in flight.
 
@@ -69,12 +71,14 @@ class Executor:
             cache: The cache that holds the blocks of each step.
             scheduler: The scheduler of the steps; told which sequences end or start anew.
             on_run: Called after each run with its counts.
+            pictures: The embeddings of pictures; None if no sequence has pictures.
         """
         self._session = session
         self._signature = session.signature
         self._cache = cache
         self._scheduler = scheduler
         self._on_run = on_run
+        self._pictures = pictures
         # Recurrent state cannot be restored to before a failed step.
         self._most = 1 if self._signature.has_recurrent_state else session.max_steps_in_flight
         self._flights: deque[Flight] = deque()
@@ -118,7 +122,7 @@ class Executor:
         """Compute one token of a probe; raise the session's exception if even that fails."""
         probe = Sequence(PROBE, frozenset())
         self._scheduler.add([probe])
-        self._session.start(self._feeds(self._scheduler.schedule())).result()
+        self._session.start(self._feeds(self._scheduler.schedule(), NO_FEATURES)).result()
         self._scheduler.finish(probe, clean=False)
         self._settle()
 
@@ -127,30 +131,42 @@ class Executor:
         rows = [sequence for sequence, n in step if n == sequence.num_pending_tokens]
         with_logits = any(row.wants_logits for row in rows)
         host_chooses = with_logits or not self._signature.chooses
-        feeds = self._feeds(step)
         flight = Flight(
             step=step,
-            feeds=feeds,
             rows=rows,
             mask_of=self._begin_masks(rows),
             num_prompt_tokens=sum(n for sequence, n in step if sequence.is_prefilling),
             is_last=step[0][0].isolated or (self._signature.head == "generate" and host_chooses),
         )
         try:
-            flight.pending = self._session.start(
-                feeds, with_logits=with_logits, with_candidates=host_chooses
-            )
-        except Exception as error:  # a device may raise anything; only the rows at fault end
+            features = self._features(step)
+        except Exception as error:  # as below
             flight.fail(error)
+        else:
+            flight.feeds = self._feeds(step, features)
+            try:
+                flight.pending = self._session.start(
+                    flight.feeds, with_logits=with_logits, with_candidates=host_chooses
+                )
+            except Exception as error:  # a device may raise anything; only the rows at fault end
+                flight.fail(error)
         for sequence, num_new_tokens in step:
             sequence.launch(num_new_tokens)
         return flight
 
-    def _feeds(self, step: Step) -> dict[str, np.ndarray]:
+    def _feeds(self, step: Step, features: Features) -> dict[str, np.ndarray]:
         """Zero the step's unclean blocks, so that all are finite, and return its inputs."""
         for group, blocks in self._cache.take_unclean().items():
             self._session.zero_blocks(group, blocks)
-        return pack(step, self._signature, self._cache)
+        return pack(step, self._signature, self._cache, features)
+
+    def _features(self, step: Step) -> Features:
+        """Return the embeddings of the pictures that have tokens in a step."""
+        if self._pictures is None:
+            return NO_FEATURES
+        num_tokens = self._pictures.num_tokens
+        pictures = [p for sequence, n in step for p in sequence.pictures_within(n, num_tokens)]
+        return self._pictures.prepare(pictures) if pictures else NO_FEATURES
 
     def _begin_masks(self, rows: list[Sequence]) -> MaskOf:
         """Start computing the masks that are certain to be needed while the model runs."""

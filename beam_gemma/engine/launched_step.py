@@ -33,13 +33,14 @@ class Flight:
     """A step that was started, with the context needed to read its outputs."""
 
     step: Step
-    feeds: Feeds
     rows: list[Sequence]
     """Sequences that get their next token, in the order of the outputs."""
     mask_of: MaskOf
     num_prompt_tokens: int
     is_last: bool
     """True if no other step may be started before this one is over."""
+    feeds: Feeds = field(init=False)
+    """Inputs of the step; not set if pictures of the step have no embeddings."""
     pending: Pending = field(init=False)
     is_over: bool = False
 

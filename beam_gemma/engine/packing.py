@@ -4,23 +4,39 @@ Where the graph chooses next tokens, a token that a step in flight chooses is no
 the input then names the slot where the device keeps it. For a row whose token the host chooses, the
 device still makes a greedy choice, which is never read.
 
-Dimensions: B sequences, T new tokens, R rows that need a next token.
+Dimensions: B sequences, T new tokens, R rows that need a next token, L tokens of a picture, D
+hidden.
 """
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, Shaped
 
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import uniform_at
 from beam_gemma.engine.sequence import Sequence, Step
+from beam_gemma.engine.span_packing import span_inputs
 from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
+Features = Mapping[bytes, Shaped[np.ndarray, "L D"]]
+"""Embeddings of pictures by the pictures' digests."""
+NO_FEATURES: Features = {}
 
 
-def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarray]:
-    """Return the arrays of `signature.step_inputs` for a step whose cache blocks are in place."""
+def pack(
+    step: Step, signature: Signature, cache: KVCache, features: Features = NO_FEATURES
+) -> dict[str, np.ndarray]:
+    """Return the arrays of `signature.step_inputs` for a step whose cache blocks are in place.
+
+    Args:
+        step: The sequences of the step, with the number of new tokens of each.
+        signature: The graph's contract.
+        cache: The cache that holds the step's blocks.
+        features: Embeddings of all pictures that have tokens in the step.
+    """
     layout = _Layout(step)
     feeds: dict[str, np.ndarray] = {
         "input_ids": layout.input_ids,
@@ -36,12 +52,13 @@ def pack(step: Step, signature: Signature, cache: KVCache) -> dict[str, np.ndarr
     if signature.has_recurrent_state:
         feeds["state_slots"] = layout.slots
     if "inputs_embeds" in signature.optional_inputs:
-        # numpy has no bfloat16, so such values are passed as their bits.
-        dtype = "uint16" if signature.dtype == "bfloat16" else signature.dtype
-        feeds["inputs_embeds"] = np.zeros((0, signature.hidden_size), dtype)
-        feeds["embeds_rows"] = np.zeros(0, np.int64)
-    if "span_ends" in signature.optional_inputs:
+        feeds |= _embeddings(step, layout, signature, features)
+    if "span_ends" in signature.optional_inputs and signature.device == "cuda":
+        feeds |= span_inputs(step, signature, feeds)
+    elif "span_ends" in signature.optional_inputs:
         feeds["span_ends"] = _span_ends(step, layout)
+    if "first_keys" in signature.optional_inputs:
+        feeds["first_keys"] = _first_keys(step, layout, signature)
     if "position_ids" in signature.optional_inputs:
         feeds["position_ids"] = layout.positions.astype(np.int64)
     if signature.device == "cuda" and signature.paged_states:
@@ -161,16 +178,65 @@ def _tables(
     return tables
 
 
+def _embeddings(
+    step: Step, layout: _Layout, signature: Signature, features: Features
+) -> dict[str, np.ndarray]:
+    """Return the embeddings of the step's picture tokens, at most T, and which token has which.
+
+    Without any, one row of zeros stands for them.
+    """
+    rows = np.full(len(layout.positions), -1, np.int64)
+    parts: list[np.ndarray] = []
+    num_rows = 0
+    num_image_tokens = next((len(values) for values in features.values()), 0)
+    for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
+        past = sequence.num_computed_tokens
+        for picture in sequence.pictures_within(num_new_tokens, num_image_tokens):
+            first = max(past, picture.start)
+            end = min(past + num_new_tokens, picture.start + num_image_tokens)
+            parts.append(features[picture.digest][first - picture.start : end - picture.start])
+            rows[begin + first - past : begin + end - past] = np.arange(end - first) + num_rows
+            num_rows += end - first
+    # numpy has no bfloat16, so such values are passed as their bits.
+    dtype = "uint16" if signature.dtype == "bfloat16" else signature.dtype
+    embeds = np.zeros((max(num_rows, 1), signature.hidden_size), dtype)
+    if parts:
+        np.concatenate(parts, out=embeds)
+    return {"inputs_embeds": embeds, "embeds_rows": rows}
+
+
+def _spans(step: Step, layout: _Layout) -> Iterator[tuple[slice, int, int]]:
+    """Yield the packed positions, start and end of each span that has tokens in the step.
+
+    The beginning of a span may lie before the step, in blocks that another sequence has computed.
+    """
+    for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
+        past = sequence.num_computed_tokens
+        for start, end in sequence.request.spans:
+            if start < past + num_new_tokens and past < end:
+                shift = begin - past
+                yield slice(max(start, past) + shift, end + shift), start, end
+
+
 def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
     """Return the last position each token attends to: its own, or the end of its span."""
     ends = layout.positions.copy()
-    for row, (sequence, num_new_tokens) in enumerate(step):
-        past = sequence.num_computed_tokens
-        for start, end in sequence.request.spans:
-            if past <= start < past + num_new_tokens:
-                first = layout.cu_seqlens[row] + start - past
-                ends[first : first + end - start] = end - 1
+    for places, _, end in _spans(step, layout):
+        ends[places] = end - 1
     return ends
+
+
+def _first_keys(step: Step, layout: _Layout, signature: Signature) -> Int32[np.ndarray, " T"]:
+    """Return the first position each token attends to in layers with a window.
+
+    It is the start of the token's span if that lies before the window.
+    """
+    windows = (s.sliding_window for s in signature.paged_states if s.sliding_window is not None)
+    window = min(windows, default=signature.max_model_len)
+    first_keys = np.maximum(layout.positions - np.int32(window - 1), 0)
+    for places, start, _ in _spans(step, layout):
+        first_keys[places] = np.minimum(first_keys[places], start)
+    return first_keys
 
 
 def _attention_metadata(layout: _Layout, *, is_decode: bool) -> Int32[np.ndarray, " 3"]:

@@ -20,6 +20,10 @@ Ahead. A step may be scheduled while another is in flight, assuming that the lat
 that no row ends with the token it chooses. No sequence is preempted then, since all blocks may be
 in use; if blocks are short, nothing is scheduled until the steps in flight are over.
 
+Spans. The tokens of a span with attention in both directions run in one step, since each layer
+reads what the layer before has made of all of them. If leading tokens of a span are in the cache,
+the rest of it runs over these.
+
 Memory. A sequence is admitted when blocks are free for all tokens that it has, and one more for
 each running sequence. If no block is free for the next token of a running sequence, the newest one
 is preempted: it releases its blocks, waits in front of all others, and is computed again.
@@ -62,12 +66,27 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
+        vision: Signature | None = None,
     ) -> None:
+        """Create a scheduler of no sequences.
+
+        Args:
+            cache: The cache that holds the sequences' blocks.
+            signature: The contract of the graph that runs the steps.
+            max_num_batched_tokens: Maximum number of new tokens in a step.
+            enable_prefix_caching: Whether sequences share the blocks of equal first tokens.
+            vision: The contract of the graph that makes pictures' embeddings; None if requests
+                cannot have pictures.
+        """
         self.num_cached_tokens = 0
         """Number of tokens that admitted sequences found in the cache."""
         self.num_preemptions = 0
         self._cache = cache
         self._signature = signature
+        self._vision = vision
+        self._num_image_tokens = vision.num_image_tokens if vision else 0
+        windows = (s.sliding_window for s in signature.paged_states if s.sliding_window is not None)
+        self._shortest_window = min(windows, default=None)
         self._max_num_batched_tokens = max_num_batched_tokens
         all_paged = 0 < len(signature.paged_states) == len(signature.states)
         self._reuses_blocks = enable_prefix_caching and all_paged
@@ -94,6 +113,8 @@ class Scheduler:
             RecordError: the request does not suit this model, or exceeds a limit.
         """
         self._check_prompt(request)
+        self._check_spans(request)
+        self._check_pictures(request)
         num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         if request.constraint and (too_few := request.constraint.shortage(max_tokens)):
             raise RecordError(too_few)
@@ -112,10 +133,11 @@ class Scheduler:
         for sequence in sequences:
             # Called on the engine's thread, since a constraint may serve only one thread.
             sequence.begin(self._signature.candidates)
-            if self._reuses_blocks and not sequence.request.spans:
+            if self._reuses_blocks:
                 # CUDA decode results differ in bits from prefill: only prefilled blocks are shared.
                 token_ids = tuple(sequence.token_ids) if self._is_apart else sequence.token_ids
-                sequence.chain = PrefixChain(token_ids, self._signature.block_size)
+                marks = sequence.request.marks(self._num_image_tokens)
+                sequence.chain = PrefixChain(token_ids, self._signature.block_size, marks)
             self._arrived.append(sequence)
 
     def drop_waiting(self) -> list[Sequence]:
@@ -180,8 +202,6 @@ class Scheduler:
                 f"prompt: expected token ids from 0 to {vocab_size - 1}, "
                 f"got {min(ids)} to {max(ids)}"
             )
-        if request.spans and "span_ends" not in self._signature.optional_inputs:
-            raise RecordError("spans: expected none, since the model attends one way only")
         wants_targets = self._signature.head == "score"
         if wants_targets != bool(request.targets):
             raise RecordError(
@@ -193,12 +213,37 @@ class Scheduler:
                 raise RecordError(
                     f"targets: expected token ids from 0 to {vocab_size - 1}, got {token_id}"
                 )
+
+    def _check_spans(self, request: Request) -> None:
+        if request.spans and "span_ends" not in self._signature.optional_inputs:
+            raise RecordError("spans: expected none, since the model attends one way only")
         longest = max((end - start for start, end in request.spans), default=0)
         if longest > self._max_num_batched_tokens:
-            raise RecordError(
-                f"span of {longest:,} tokens: expected at most {self._max_num_batched_tokens:,} "
-                "(max_num_batched_tokens), since a span is never split over steps"
+            raise PromptTooLongError(
+                f"prompt of {len(request.prompt_token_ids):,} tokens: expected at most "
+                f"{self._max_num_batched_tokens:,} that attend in both directions, got "
+                f"{longest:,}; a step computes them together, so shorten the prompt or set "
+                f"--max_num_batched_tokens {longest}"
             )
+
+    def _check_pictures(self, request: Request) -> None:
+        pictures, num_prompt_tokens = request.pictures, len(request.prompt_token_ids)
+        if not pictures:
+            return
+        if self._vision is None:
+            raise RecordError(
+                f"pictures: expected none, since the model takes none, got {len(pictures)}"
+            )
+        size, num_tokens = self._vision.image_size, self._num_image_tokens
+        ends = [0, *(picture.start + num_tokens for picture in pictures)]
+        for end_before, picture in zip(ends, pictures, strict=False):
+            if not end_before <= picture.start <= num_prompt_tokens - num_tokens:
+                raise RecordError(
+                    f"pictures: expected places of {num_tokens:,} tokens in order inside a prompt "
+                    f"of {num_prompt_tokens:,}, got one from token {picture.start:,} on"
+                )
+            if (got := picture.pixels.shape[1]) != size:
+                raise RecordError(f"pictures: expected {size} by {size} pixels, got {got} by {got}")
 
     def _has_prompts_for_a_step(self, started: list[Sequence], num_completing: int) -> bool:
         """Return whether a step of prompts alone is worth making completions wait."""
@@ -255,10 +300,16 @@ class Scheduler:
 
     def _prefix_of(self, sequence: Sequence) -> Prefix:
         """Return the prefix of a waiting sequence that the cache holds."""
+        num_reusable_tokens = sequence.num_reusable_tokens
+        window = self._shortest_window
+        if window is not None and sequence.request.has_wide_spans(self._num_image_tokens):
+            # Tokens of such a span may attend to blocks before the window, which the cache gives
+            # back; as long as the prefix lies within the window, it holds all blocks.
+            num_reusable_tokens = min(num_reusable_tokens, window - 1)
         return self._cache.find_prefix(
             None if sequence.isolated else sequence.chain,
             len(sequence.token_ids),
-            num_reusable_tokens=sequence.num_reusable_tokens,
+            num_reusable_tokens=num_reusable_tokens,
         )
 
     def _chunk_beside(
@@ -286,11 +337,10 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, start: int) -> int:
         """Return how many prompt tokens to compute next: fewer whole tiles as `start` grows."""
         limit = self._max_num_batched_tokens
+        tiles = MAX_CHUNK_AREA // (start + limit) // QUERY_TILE
         # A span is never split, even above MAX_CHUNK_AREA.
-        if not sequence.request.spans:
-            tiles = MAX_CHUNK_AREA // (start + limit) // QUERY_TILE
-            limit = min(limit, max(tiles, 1) * QUERY_TILE)
-        return sequence.chunk(start, limit)
+        rest_of_span = sequence.span_end(start) - start
+        return sequence.chunk(start, min(limit, max(max(tiles, 1) * QUERY_TILE, rest_of_span)))
 
     def _start(self, sequence: Sequence, slot: int, num_cached_tokens: int) -> None:
         self._waiting.popleft()
@@ -369,19 +419,24 @@ class Scheduler:
 
 
 def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
-    """Return sequences with the most steps first, grouped by their first block."""
+    """Return sequences with the most steps first, grouped by their first picture or block."""
     # Requests that score several continuations of one prompt stay adjacent.
     by_length = sorted(
         sequences, key=lambda s: (-s.request.params.max_tokens, -s.num_reusable_tokens)
     )
     groups: dict[bytes | Sequence, list[Sequence]] = {}
     for sequence in by_length:
-        groups.setdefault(_first_block(sequence), []).append(sequence)
+        groups.setdefault(_beginning(sequence), []).append(sequence)
     return chain.from_iterable(groups.values())
 
 
-def _first_block(sequence: Sequence) -> bytes | Sequence:
-    """Return the digest of a sequence's first block, or the sequence if it shares no block."""
+def _beginning(sequence: Sequence) -> bytes | Sequence:
+    """Return the digest of the sequence's first picture, or else of its first block.
+
+    Without either, it shares nothing and is returned itself.
+    """
+    if sequence.request.pictures:
+        return sequence.request.pictures[0].digest
     if sequence.chain is None or sequence.chain.block_size > sequence.num_prompt_tokens:
         return sequence
     return sequence.chain.digests(0, 1)[0]

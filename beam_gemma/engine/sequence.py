@@ -8,10 +8,13 @@ While steps are in flight, a sequence is ahead of what the host has seen of it:
 
 The first counts tokens computed by steps that are over. The second includes those of steps in
 flight. The third includes tokens that those steps choose, which the host does not know yet.
+
+Dimensions: I pixels of a picture's side.
 """
 
 import bisect
 import enum
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +22,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from beam_gemma.engine.prefix import PrefixChain
+from beam_gemma.engine.prefix import Mark, PrefixChain, digest_of
 from beam_gemma.engine.sampling import SamplingParams, needs_logits
 from beam_gemma.errors import OptionsError
 from beam_gemma.structured.constraint import Constraint, Guide
@@ -98,6 +101,32 @@ class Request:
                     f"{len(self.prompt_token_ids)} tokens, got {self.spans}"
                 )
             end_before = end
+
+    def marks(self, num_image_tokens: int) -> tuple[Mark, ...]:
+        """Return the marks of pictures and spans, for the digests of the prompt's blocks.
+
+        Args:
+            num_image_tokens: Number of tokens of each picture.
+        """
+        pictures = [
+            Mark(p.start, p.start + num_image_tokens, digest_of(b"picture", p.digest))
+            for p in self.pictures
+        ]
+        spans = []
+        for start, end in self.spans:
+            inside = (
+                array("q", (p.start - start, p.end - start)).tobytes() + p.digest
+                for p in pictures
+                if p.start < end and start < p.end
+            )
+            token_ids = array("q", self.prompt_token_ids[start:end])
+            spans.append(Mark(start, end, digest_of(b"span", token_ids.tobytes(), *inside)))
+        return (*pictures, *spans)
+
+    def has_wide_spans(self, num_image_tokens: int) -> bool:
+        """Return whether any span is not just one of the pictures."""
+        pictures = {(p.start, p.start + num_image_tokens) for p in self.pictures}
+        return not pictures.issuperset(self.spans)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,6 +291,24 @@ class Sequence:
         halfway = start + num_new_tokens / 2
         cuts = [place for place in places if self._span_around(place) == (place, place)]
         return min(cuts, key=lambda place: abs(place - halfway), default=start) - start
+
+    def span_end(self, start: int) -> int:
+        """Return the end of the span that the token at `start` is in, else `start`."""
+        return next((b for a, b in self.request.spans if a <= start < b), start)
+
+    def pictures_within(self, num_new_tokens: int, num_image_tokens: int) -> list[Picture]:
+        """Return the pictures with tokens among the next `num_new_tokens`.
+
+        Args:
+            num_new_tokens: Number of next tokens.
+            num_image_tokens: Number of tokens of each picture.
+        """
+        start = self.num_computed_tokens
+        return [
+            p
+            for p in self.request.pictures
+            if p.start < start + num_new_tokens and start < p.start + num_image_tokens
+        ]
 
     def targets_within(self, start: int, num_new_tokens: int) -> range:
         """Return the indices of the targets at the `num_new_tokens` positions from `start` on."""

@@ -30,6 +30,10 @@ class EngineStats:
     """Tokens that completions gained: chosen ones, end tokens included, and forced ones."""
     num_preemptions: int = 0
     """Times a sequence was put back, to make room or after a failure, and computed again."""
+    num_pictures: int = 0
+    """Pictures whose embeddings were computed; counted again once they are kept no longer."""
+    num_reused_pictures: int = 0
+    """Pictures that steps needed and whose embeddings were kept, or shared within the step."""
     num_decode_rows: int = 0
     """Sequences in decode steps, summed over the steps."""
     num_backlog_decode_steps: int = 0
@@ -90,4 +94,6 @@ def _counts(stats: EngineStats) -> Counter[str]:
         backlog_decode_slots=stats.num_backlog_decode_steps * stats.max_num_seqs,
         cached_tokens=stats.num_cached_tokens,
         preemptions=stats.num_preemptions,
+        pictures=stats.num_pictures,
+        reused_pictures=stats.num_reused_pictures,
     )

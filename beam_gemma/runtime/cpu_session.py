@@ -50,7 +50,7 @@ class Session:
         self.signature = signature
         self.num_blocks = dict(capacity.num_blocks)
         self.num_state_slots = capacity.num_state_slots
-        self._session = _load(graph_path, num_threads)
+        self._session = load_graph(graph_path, num_threads)
         check_names(self._session, signature)
         # The pages of zeros take no memory until they are written.
         self._state = {
@@ -150,7 +150,12 @@ class Session:
         return binding
 
 
-def _load(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:
+def load_graph(graph_path: str, num_threads: int) -> onnxruntime.InferenceSession:
+    """Load a graph onto the CPU.
+
+    Raises:
+        ArtifactError: ONNX Runtime cannot load it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from beam_gemma.errors import DeviceError, OptionsError
+from beam_gemma.model.signature import Signature
 
 ALIGNMENT = 256
 """Alignment of every allocated address, in bytes; kernels read words of up to 16 bytes."""
@@ -26,6 +27,8 @@ MIN_DRIVER = 13000
 """Minimum `driver_version`: CUDA 13, first supported by driver release 580."""
 BF16_CAPABILITY = (8, 0)
 """Lowest compute capability with matrix units for bfloat16."""
+FLASH_CAPABILITY = (8, 0)
+"""Lowest compute capability with ONNX Runtime's flash attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +309,22 @@ def require_bfloat16(dtype: str, capability: Callable[[], tuple[int, int]]) -> N
         raise OptionsError(
             "device: expected a GPU that computes in the model's bfloat16, of compute capability "
             f"8.0 or higher, got {have[0]}.{have[1]}; export the model with --precision fp16"
+        )
+
+
+def require_two_sided(signature: Signature, capability: Callable[[], tuple[int, int]]) -> None:
+    """Check that the GPU has a kernel for attention in both directions if the graph takes spans.
+
+    Below 8.0 ONNX Runtime has no flash attention. What it runs in its place counts a window from
+    the first new token, not from the query's own position.
+
+    Raises:
+        OptionsError: the GPU does not; the message names the remedy.
+    """
+    if "span_ends" in signature.optional_inputs and (have := capability()) < FLASH_CAPABILITY:
+        raise OptionsError(
+            "device: expected a GPU that attends to pictures in both directions, of compute "
+            f"capability 8.0 or higher, got {have[0]}.{have[1]}; take such a GPU, or --device cpu"
         )
 
 

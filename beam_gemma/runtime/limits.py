@@ -6,6 +6,7 @@ from typing import Literal
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.vision_config import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ MAX_NUM_SEQS = {"cpu": EngineConfig().max_num_seqs, "cuda": 256}
 MAX_NUM_BATCHED_TOKENS = {"cpu": EngineConfig().max_num_batched_tokens, "cuda": 2048}
 EMBED_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Default token budget of a step over whole texts, by device."""
+TEXT_BESIDE_PICTURE = 1024
+"""Tokens that a step has room for beside a picture if the whole prompt must fit into the step."""
 GPU_MEMORY_UTILIZATION = 0.9
 FOR_CUDA = ("cudagraph_capture_sizes", "gpu_memory_utilization")
 
@@ -109,6 +112,25 @@ class Limits:
         for name in ("max_num_seqs", "cudagraph_capture_sizes"):
             if getattr(self, name) is not None:
                 raise OptionsError(f"{name}: expected none for embeddings, got one; leave it out")
+
+    def for_pictures(self, vision: VisionConfig | None, device: Device) -> "Limits":
+        """Return these limits with a step size that a prompt with a picture fits into.
+
+        The user's own step size stays as it is, as does the default where it suffices.
+
+        Args:
+            vision: What the model needs for pictures; None if it takes none.
+            device: Device of the default step size.
+        """
+        if (
+            vision is None
+            or vision.sight == "picture"
+            or self.max_num_batched_tokens is not None
+            or (least := vision.num_image_tokens + TEXT_BESIDE_PICTURE)
+            <= MAX_NUM_BATCHED_TOKENS[device]
+        ):
+            return self
+        return dataclasses.replace(self, max_num_batched_tokens=least)
 
     def engine_config(self, device: Device) -> EngineConfig:
         """Return the limits of an engine's steps on a device."""

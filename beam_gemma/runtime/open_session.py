@@ -19,6 +19,7 @@ from beam_gemma.runtime.device_memory import (
     DeviceMemory,
     compute_capability,
     require_bfloat16,
+    require_two_sided,
 )
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.step_shapes import StepSizes
@@ -39,10 +40,12 @@ def open_session(
         OptionsError: the device is missing, cannot run the graph, or has too little memory.
         ArtifactError: the graph is missing or damaged.
     """
+    limits = limits.for_pictures(artifact.vision, device)
     limits.check(device)
     if device == "cuda":
         signature = artifact.signature(head, device)
         require_bfloat16(signature.dtype, compute_capability)
+        require_two_sided(signature, compute_capability)
         return open_on(CudaMemory(), artifact, signature, limits)
     config = limits.engine_config(device)
     tokens = limits.embed_tokens(device) if head == "embed" else config.max_num_batched_tokens

@@ -15,7 +15,7 @@ from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.bound_graph import Place
 from beam_gemma.runtime.capacity import num_bytes
 from beam_gemma.runtime.device_memory import ALIGNMENT, DeviceMemory
-from beam_gemma.runtime.step_shapes import METADATA, StepShape
+from beam_gemma.runtime.step_shapes import METADATA, StepShape, host_dtype
 
 CANDIDATES = ("topk_logits", "topk_ids")
 """Outputs that are fetched only if the host chooses tokens itself."""
@@ -41,7 +41,8 @@ class Slot:
 
     def of(self, buffer: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Return a view of the array in a host buffer."""
-        return buffer[self.offset : self.end].view(self.tensor.dtype).reshape(self.shape)
+        part = buffer[self.offset : self.end]
+        return part.view(host_dtype(self.tensor.dtype)).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,15 +5,18 @@ are fixed. So a decode step has one of a few widths, with as many rows as tokens
 one number of tokens and `PREFILL_ROWS` rows. The padding tokens belong to padding sequences, which
 start at position 0, write nothing to a cache (slot -1) and read block 0, which is reserved for
 them: sequences of one token each in a decode step, one sequence of all padding tokens in a prefill
-step. Padding rows repeat row 0, and their chosen tokens go to a slot that no sequence has.
+step. Padding rows repeat row 0, and their chosen tokens go to a slot that no sequence has. A step
+without spans or pictures has a padding span of one token, and one row of embeddings; no token takes
+what they give.
 
 Dimensions: T tokens, B sequences, R rows that need a head, Q of these that need a probability,
 Y targets, F rows whose full distribution is fetched, M blocks in a row of a block table, L places
-of a text.
+of a text, E embeddings of pictures, X tokens inside spans, Z spans.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -28,7 +31,16 @@ MIN_CONTEXT = 1024
 """Tokens that the narrowest block table covers; a narrower one's graph costs more than it saves."""
 TOKENS_PER_TEXT = 16
 """Minimum average text length of an embedding step, in tokens; limits its number of texts."""
-_FILL = {"token_slots": -1, "slot_mapping": -1, "token_rows": -1, "top_ps": 1}
+_FILL = {
+    "token_slots": -1,
+    "slot_mapping": -1,
+    "token_rows": -1,
+    "embeds_rows": -1,
+    "span_places": -1,
+    "top_ps": 1,
+}
+MOST_SPANS = 2 * PREFILL_ROWS
+"""Most spans that a prefill step has room for."""
 _SLOTS = ("logit_slots", "state_slots")
 
 
@@ -50,6 +62,9 @@ class StepShape:
     """Blocks in a row of each block table."""
     text_length: int = 0
     """Places per text if texts lie side by side, otherwise 0."""
+    num_embeddings: int = 1
+    num_span_tokens: int = 1
+    num_spans: int = 1
 
     def of(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the shape of an input or output of the graph."""
@@ -72,6 +87,10 @@ class StepShape:
             "Y": self.num_targets,
             "F": self.num_full,
             "L": self.text_length,
+            "E": self.num_embeddings,
+            "X": self.num_span_tokens,
+            "Z": self.num_spans,
+            "Z1": self.num_spans + 1,
         }[letter]
 
 
@@ -112,6 +131,8 @@ class StepSizes:
         size = _least(self.prefill, num_tokens)
         padding = size - num_tokens
         num_rows = max(PREFILL_ROWS, _rounded(len(feeds["logit_rows"])))
+        spans = _span_sizes(feeds, size)
+        span_padding = spans["num_span_tokens"] - len(feeds.get("span_rows", ()))
         return StepShape(
             is_decode=False,
             size=size,
@@ -121,7 +142,8 @@ class StepSizes:
             num_full=num_rows if with_logits else 0,
             num_probabilities=_rounded(num_probabilities),
             num_targets=_rounded(len(feeds.get("target_ids", ()))),
-            num_blocks=_table_width(feeds, signature, padding),
+            num_blocks=_table_width(feeds, signature, max(padding, span_padding)),
+            **spans,
         )
 
 
@@ -164,6 +186,9 @@ def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
         num_targets=PREFILL_ROWS if signature.head == "score" else 0,
         num_full=PREFILL_ROWS if signature.head == "generate" else 0,
         num_blocks=max(widest, power_of_two(blocks_for(most, signature.block_size))),
+        num_embeddings=most,
+        num_span_tokens=most,
+        num_spans=min(MOST_SPANS, most) + 1,
     )
     if signature.head == "score":
         return [prefill]
@@ -192,7 +217,10 @@ def pad(
     for name, target in into.items():
         source = feeds[name]
         if name == "cu_seqlens":
-            _pad_starts(source, target, shape)
+            _pad_starts(source, target, shape.num_sequences, shape.num_tokens)
+            continue
+        if name == "span_cu_seqlens":
+            _pad_starts(source, target, shape.num_spans, shape.num_span_tokens)
             continue
         if name == "full_rows":
             source = source[: shape.num_full]
@@ -205,9 +233,16 @@ def pad(
 def no_step(signature: Signature) -> dict[str, np.ndarray]:
     """Return the inputs of a step without sequences."""
     return {
-        t.name: np.zeros([int(t.name == "cu_seqlens"), *[0] * (len(t.shape) - 1)], t.dtype)
+        t.name: np.zeros(
+            [int(t.name.endswith("cu_seqlens")), *[0] * (len(t.shape) - 1)], host_dtype(t.dtype)
+        )
         for t in signature.step_inputs()
     }
+
+
+def host_dtype(dtype: str) -> np.dtype[Any]:
+    """Return numpy's type for a tensor: bfloat16, which numpy lacks, is passed as its bits."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def num_texts(num_tokens: int) -> int:
@@ -236,15 +271,36 @@ def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepSha
 
 
 def _pad_starts(
-    source: Int32[np.ndarray, " B"], target: Int32[np.ndarray, "..."], shape: StepShape
+    source: Int32[np.ndarray, " B"],
+    target: Int32[np.ndarray, "..."],
+    num_sequences: int,
+    num_tokens: int,
 ) -> None:
     """Spread the padding tokens evenly over the padding sequences."""
     count = len(source)
     target[:count] = source
-    spare = shape.num_sequences - (count - 1)
-    left = shape.num_tokens - int(source[-1])
+    spare = num_sequences - (count - 1)
+    left = num_tokens - int(source[-1])
     if spare:
         target[count:] = source[-1] + np.arange(1, spare + 1) * left // spare
+
+
+def _span_sizes(feeds: Mapping[str, np.ndarray], num_tokens: int) -> dict[str, int]:
+    """Return the padded numbers of embeddings, of tokens inside spans and of spans.
+
+    Only attention and copies of rows have these sizes, so no row's result depends on them. Powers
+    of two, up to the tokens of the step, keep their number small. Padding tokens belong to one more
+    span.
+    """
+    num_real = len(feeds.get("span_rows", ()))
+    num_span_tokens = min(power_of_two(max(1, num_real)), num_tokens)
+    num_spans = len(feeds.get("span_past_seqlens", ()))
+    num_embeddings = power_of_two(max(1, len(feeds.get("inputs_embeds", ()))))
+    return {
+        "num_embeddings": min(num_embeddings, num_tokens),
+        "num_span_tokens": num_span_tokens,
+        "num_spans": num_spans + (num_span_tokens > num_real),
+    }
 
 
 def _table_width(feeds: Mapping[str, np.ndarray], signature: Signature, num_padding: int) -> int:

@@ -1,16 +1,18 @@
 """Packing: the arrays of a step, written out by hand, and the names a signature asks for."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from beam_gemma.engine.kv_cache import KVCache
-from beam_gemma.engine.packing import pack
+from beam_gemma.engine.packing import NO_FEATURES, pack
+from beam_gemma.engine.picture_store import PictureStore
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request, Sequence
 from beam_gemma.model.signature import OPTIONAL_INPUTS
-from tests.doubles.fakes import STATES, fake_signature
+from tests.doubles.fakes import STATES, FakeEncoder, fake_picture, fake_signature, soft_ids
 
 
 def make_cache(signature, max_num_seqs=4):
@@ -22,12 +24,13 @@ def make_cache(signature, max_num_seqs=4):
     )
 
 
-def admit(cache, prompt, *, computed=0, spans=(), logprob=False):
+def admit(cache, prompt, *, computed=0, spans=(), pictures=(), logprob=False):
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(max_tokens=9),
         spans=spans,
+        pictures=pictures,
         logprob=logprob,
     )
     sequence = Sequence(request, frozenset())
@@ -38,10 +41,10 @@ def admit(cache, prompt, *, computed=0, spans=(), logprob=False):
     return sequence
 
 
-def pack_step(step, signature, cache):
+def pack_step(step, signature, cache, features=NO_FEATURES):
     for sequence, num_new_tokens in step:
         cache.extend(sequence.slot, sequence.num_computed_tokens, num_new_tokens)
-    return pack(tuple(step), signature, cache)
+    return pack(tuple(step), signature, cache, features)
 
 
 def test_prefill_of_three_sequences():
@@ -112,13 +115,64 @@ def test_tokens_of_a_span_attend_to_its_last():
     assert feeds["span_ends"].tolist() == [0, 1, 2, 3, 4, 2, 5, 5, 5, 7, 7, 8, 9, 10, 11]
 
 
+def test_a_span_may_begin_in_blocks_that_others_have_computed():
+    signature = fake_signature()
+    cache = make_cache(signature)
+    sequence = admit(cache, range(12), computed=4, spans=((0, 2), (3, 6), (6, 8)))
+    feeds = pack_step([(sequence, 8)], signature, cache)
+    assert feeds["span_ends"].tolist() == [5, 5, 7, 7, 8, 9, 10, 11]
+
+
+def test_first_keys_reach_back_to_the_start_of_a_span_or_of_the_window():
+    signature = fake_signature(optional_inputs=("span_ends", "first_keys"))
+    cache = make_cache(signature)
+    first = admit(cache, range(60), spans=((0, 58),))
+    feeds = pack_step([(first, 60), (admit(cache, range(50), computed=48), 2)], signature, cache)
+    # The window is 40.
+    assert feeds["first_keys"].tolist() == [*[0] * 58, 58 - 39, 59 - 39, 48 - 39, 49 - 39]
+    inside = admit(cache, range(60), computed=50, spans=((20, 58),))
+    feeds = pack_step([(inside, 10)], signature, cache)
+    starts = [min(20, place - 39) for place in range(50, 58)]
+    assert feeds["first_keys"].tolist() == [*starts, 58 - 39, 59 - 39]
+
+
+def test_tokens_of_pictures_take_the_embeddings_of_their_places():
+    signature = fake_signature(optional_inputs=("inputs_embeds",))
+    cache = make_cache(signature)
+    one, other = fake_picture(1, 2), fake_picture(2, 3)
+    features = PictureStore(FakeEncoder()).prepare([one, other])
+    whole = admit(cache, range(25), pictures=(one,))
+    rest = admit(cache, range(70), computed=16, pictures=(other, fake_picture(1, 24)))
+    text = admit(cache, range(7))
+    feeds = pack_step([(whole, 24), (rest, 30), (text, 7)], signature, cache, features)
+    first, second = (soft_ids(picture.pixels) for picture in (one, other))
+    rows = feeds["embeds_rows"]
+    assert rows.dtype == np.int64
+    soft = np.where(rows >= 0, feeds["inputs_embeds"][rows, 0], -1).tolist()
+    # Of `other` 13 tokens are computed; the next picture lies behind one token of text.
+    assert soft == [-1, -1, *first, -1, -1, *second[13:], -1, *first, -1, -1, *[-1] * 7]
+    assert len(feeds["inputs_embeds"]) == 20 + 7 + 20
+
+
+def test_embeddings_in_bfloat16_stay_as_they_are():
+    signature = replace(fake_signature(optional_inputs=("inputs_embeds",)), dtype="bfloat16")
+    cache = make_cache(signature)
+    picture = fake_picture(1, 1)
+    bits = np.arange(20 * 8, dtype=np.uint16).reshape(20, 8)
+    step = [(admit(cache, range(25), pictures=(picture,)), 25)]
+    feeds = pack_step(step, signature, cache, {picture.digest: bits})
+    np.testing.assert_array_equal(feeds["inputs_embeds"], bits)
+    assert feeds["inputs_embeds"].dtype == np.uint16
+    assert feeds["embeds_rows"].tolist() == [-1, *range(20), *[-1] * 4]
+
+
 def test_positions_and_absent_embeddings():
     signature = fake_signature(optional_inputs=("position_ids", "inputs_embeds"))
     cache = make_cache(signature)
     feeds = pack_step([(admit(cache, range(7), computed=4), 3)], signature, cache)
     assert feeds["position_ids"].tolist() == [4, 5, 6]
-    assert feeds["inputs_embeds"].shape == (0, 8)
-    assert feeds["embeds_rows"].shape == (0,)
+    assert feeds["inputs_embeds"].tolist() == [[0] * 8], "an input is never empty"
+    assert feeds["embeds_rows"].tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -5,9 +5,12 @@ import itertools
 import pytest
 
 from beam_gemma.engine.block_pool import BlockPool
-from beam_gemma.engine.prefix import DIGEST_SIZE, PrefixChain
+from beam_gemma.engine.prefix import DIGEST_SIZE, Mark, PrefixChain, digest_of
+from beam_gemma.engine.sampling import SamplingParams
+from beam_gemma.engine.sequence import Request
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT
 from tests.doubles.caches import BLOCK, GROUPS, admit, chain_of, found, make_cache
+from tests.doubles.fakes import NUM_IMAGE_TOKENS, fake_picture
 
 
 def test_a_digest_stands_for_all_tokens_up_to_its_blocks_end():
@@ -21,6 +24,66 @@ def test_a_digest_stands_for_all_tokens_up_to_its_blocks_end():
         first = position // BLOCK
         assert chain_of(other).digests(0, first) == digests[:first]
         assert not set(chain_of(other).digests(first, 5)) & set(digests)
+
+
+def test_a_digest_stands_for_the_marks_that_its_block_overlaps():
+    base = [7] * 80
+
+    def digests(*marks):
+        return PrefixChain(base, BLOCK, [Mark(*mark) for mark in marks]).digests(0, 5)
+
+    one, other = (digest_of(text) for text in (b"1", b"2"))
+    plain, marked = digests(), digests((20, 40, one))
+    assert [a == b for a, b in zip(plain, marked, strict=True)] == [True, *[False] * 4]
+    variants = [(20, 40, other), (19, 40, one), (20, 41, one), (36, 56, one)]
+    for variant in variants:
+        first = variant[0] // BLOCK
+        assert digests(variant)[:first] == plain[:first]
+        assert not set(digests(variant)[first:]) & {*plain, *marked}
+    # Up to the end of the block where a mark begins, what comes later makes no difference.
+    assert digests((20, 40, one), (48, 60, other))[:3] == marked[:3]
+    assert digests((20, 40, one), (48, 60, other))[3] != marked[3]
+
+
+def request_with(pictures=(), spans=(), last=8):
+    return Request(
+        request_id="r",
+        prompt_token_ids=(*[7] * 79, last),
+        params=SamplingParams(max_tokens=1),
+        pictures=tuple(fake_picture(number, start) for number, start in pictures),
+        spans=spans,
+    )
+
+
+def prefixes(request):
+    return PrefixChain(request.prompt_token_ids, BLOCK, request.marks(NUM_IMAGE_TOKENS)).digests(
+        0, 5
+    )
+
+
+def num_shared(request, other):
+    return sum(a == b for a, b in zip(prefixes(request), prefixes(other), strict=True))
+
+
+def test_pictures_share_the_blocks_up_to_the_first_that_differs():
+    spans = ((20, 40), (44, 64))
+    base = request_with([(1, 20), (2, 44)], spans)
+    assert num_shared(base, request_with([(1, 20), (2, 44)], spans)) == 5
+    assert num_shared(base, request_with([(3, 20), (2, 44)], spans)) == 1
+    # The second picture begins in the third block.
+    assert num_shared(base, request_with([(1, 20), (3, 44)], spans)) == 2
+    assert num_shared(base, request_with([(1, 20), (2, 44)], spans, last=9)) == 4
+    assert num_shared(base, request_with([], spans)) == 1
+    assert num_shared(base, request_with([(1, 20), (2, 44)])) == 1, "it is seen one way only"
+
+
+def test_blocks_of_a_wide_span_are_shared_if_all_of_the_span_is_equal():
+    base = request_with([(1, 40)], ((0, 80),))
+    assert num_shared(base, request_with([(1, 40)], ((0, 80),))) == 5
+    assert num_shared(base, request_with([(1, 40)], ((0, 80),), last=9)) == 0
+    assert num_shared(base, request_with([(2, 40)], ((0, 80),))) == 0
+    assert num_shared(base, request_with([(1, 41)], ((0, 80),))) == 0
+    assert num_shared(base, request_with([(1, 40)], ((0, 79),))) == 0
 
 
 def test_a_chain_follows_its_sequence_and_has_no_digest_of_a_part():

@@ -19,8 +19,8 @@ from tests.engine.test_scheduler import make_request, make_scheduler
         (make_request(200, 58), PromptTooLongError, "17 cache blocks of full, the cache has 16"),
         (
             make_request(200, spans=((10, 111),)),
-            RecordError,
-            r"^span of 101 tokens: .* at most 100 \(max_num_batched_tokens\), since a span is",
+            PromptTooLongError,
+            "at most 100 that attend in both directions, got 101; .*--max_num_batched_tokens 101",
         ),
     ],
 )

@@ -286,11 +286,11 @@ def test_chunks_shrink_as_the_context_grows_down_to_one_tile(monkeypatch):
     assert chunks == [150, 57, 57, 56, 56, 56, 56, 56, 56]
 
 
-def test_chunks_with_spans_do_not_shrink(monkeypatch):
+def test_chunks_shrink_around_spans_but_not_within(monkeypatch):
     monkeypatch.setattr("beam_gemma.engine.scheduler.MAX_CHUNK_AREA", 1)
     scheduler = make_scheduler(max_num_batched_tokens=200)
-    scheduler.add([make_sequence(600, 1, spans=((400, 600),))])
-    assert [n for ((_, _, n, _),) in run_all(scheduler)] == [200, 200, 200]
+    scheduler.add([make_sequence(630, 1, spans=((400, 600),))])
+    assert [n for ((_, _, n, _),) in run_all(scheduler)] == [*[63] * 6, 22, 200, 30]
 
 
 @pytest.mark.parametrize(("num_forced", "step"), [(0, [320, 1]), (1, [320]), (17, [320])])
@@ -346,10 +346,22 @@ def test_no_prefix_is_shared_without_prefix_caching_or_with_recurrent_states(set
     assert [n for _, _, n, _ in run_all(scheduler)[0]] == [180, 179]
 
 
-def test_rows_with_spans_share_nothing():
-    scheduler = make_scheduler(states=PAGED, max_num_batched_tokens=1000)
-    scheduler.add([make_sequence(n, 5, spans=((0, 2),)) for n in (180, 179)])
-    assert [n for _, n in scheduler.schedule()] == [180, 179]
+@pytest.mark.parametrize(
+    ("states", "spans", "steps"),
+    [
+        # All 176 tokens in full blocks, those of the span included.
+        (PAGED[:1], [((20, 150),)] * 2, [180, 3]),
+        (PAGED[:1], [((20, 180),), ((20, 179),)], [180, 163]),
+        (PAGED[:1], [((20, 150),), ()], [180, 163]),
+        # A token of the span attends to blocks that a window of 40 may have left behind.
+        (PAGED, [((0, 150),)] * 2, [180, 147]),
+    ],
+)
+def test_rows_share_a_span_if_all_of_it_is_equal(states, spans, steps):
+    scheduler = make_scheduler(states=states, max_num_batched_tokens=1000)
+    rows = zip((180, 179), spans, strict=True)
+    scheduler.add([make_sequence(n, 5, spans=span) for n, span in rows])
+    assert [n for _, n in scheduler.schedule()] == steps
 
 
 def test_admission_reserves_nothing_and_the_newest_makes_room():

@@ -1,8 +1,4 @@
-"""The session for GPUs, on plain memory: graphs for CUDA whose attention is the CPU's.
-
-`LateMemory` does what a stream may do: what is copied to the host arrives when it is waited for,
-and until then, what was copied from there must stay as it is.
-"""
+"""The session for GPUs, on plain memory: graphs for CUDA whose attention is the CPU's."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -28,50 +24,15 @@ from beam_gemma.runtime.limits import EngineConfig
 from beam_gemma.runtime.step_shapes import StepSizes
 from tests.doubles.cuda_models import TWO_SIDED, cuda_model, exported
 from tests.doubles.cuda_on_cpu import cuda_file_on_cpu
+from tests.doubles.late_memory import MEMORY, LateMark, LateMemory
 from tests.doubles.ragged import Feeder
 from tests.doubles.reference import VOCAB
 
 SLOTS = 4
 TOKENS = 160
-MEMORY = 64 << 20
 DECODE = np.array([1, 256, 0], np.int32)
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(3, VOCAB, n).tolist() for n in (9, 70, 40)]
-
-
-class LateMemory(HostMemory):
-    def __init__(self, num_bytes=MEMORY):
-        super().__init__(num_bytes)
-        self.late = []
-
-    def copy_in(self, address, source):
-        super().copy_in(address, source)
-        self.late.append((source, source.copy(), False))
-
-    def copy_out(self, target, address):
-        value = np.empty_like(target)
-        super().copy_out(value, address)
-        target.view(np.uint8)[...] = 0xAA
-        self.late.append((target, value, True))
-
-    def mark(self):
-        return LateMark(super().mark(), self, len(self.late))
-
-
-class LateMark:
-    def __init__(self, mark, memory, count):
-        self.mark, self.memory, self.count = mark, memory, count
-
-    def wait(self):
-        for i, (array, value, is_output) in enumerate(self.memory.late[: self.count]):
-            if value is not None and is_output:
-                array[...] = value
-            elif value is not None:
-                np.testing.assert_array_equal(array, value, "changed on its way")
-            self.memory.late[i] = (None, None, False)
-
-    def seconds_since(self, earlier):
-        return self.mark.seconds_since(earlier.mark)
 
 
 class Model(NamedTuple):

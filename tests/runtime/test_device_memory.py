@@ -1,6 +1,7 @@
 """Memory of devices: what NVIDIA's own package says here, and what plain memory does."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from beam_gemma.runtime.device_memory import (
     has_gpu,
     require_bfloat16,
     require_gpu,
+    require_two_sided,
 )
 from beam_gemma.runtime.open_session import PIECE_BYTES, read_ahead
+from tests.doubles.fakes import fake_signature
 
 
 class Runtime:
@@ -128,6 +131,15 @@ def test_a_gpu_without_bfloat16_is_refused():
     require_bfloat16("bfloat16", lambda: (8, 0))
     with pytest.raises(OptionsError, match=r"8\.0 or higher, got 7\.5; .*--precision fp16"):
         require_bfloat16("bfloat16", lambda: (7, 5))
+
+
+def test_a_gpu_without_attention_in_both_directions_is_refused():
+    text = fake_signature(device="cuda", optional_inputs=("position_ids",))
+    sees = replace(text, optional_inputs=("span_ends", "position_ids"))
+    require_two_sided(text, lambda: (7, 5))
+    require_two_sided(sees, lambda: (8, 0))
+    with pytest.raises(OptionsError, match=r"8\.0 or higher, got 7\.5; .*--device cpu"):
+        require_two_sided(sees, lambda: (7, 5))
 
 
 def test_plain_memory_is_zeroed_aligned_and_limited():

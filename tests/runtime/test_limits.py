@@ -1,9 +1,12 @@
 """What was said of steps and memory, and what the device decides."""
 
+from dataclasses import replace
+
 import pytest
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.handlers import GemmaGenerateModelHandler
+from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.runtime.limits import Limits
 
 
@@ -20,6 +23,44 @@ def test_defaults_are_those_of_the_device():
     assert Limits().memory_utilization == 0.9
 
 
+@pytest.mark.parametrize(
+    ("sight", "num_image_tokens", "cpu", "cuda"),
+    [
+        ("picture", 256, 1024, 2048),
+        ("prefix", 256, 1280, 2048),
+        ("prefix", 1024, 2048, 2048),
+        ("prefix", 4096, 5120, 5120),
+    ],
+)
+def test_a_step_has_room_for_a_prompt_that_is_seen_whole(sight, num_image_tokens, cpu, cuda):
+    vision = replace(VISION, sight=sight, num_image_tokens=num_image_tokens)
+    for device, expected in (("cpu", cpu), ("cuda", cuda)):
+        config = Limits().for_pictures(vision, device).engine_config(device)
+        assert config.max_num_batched_tokens == expected
+        said = Limits(max_num_batched_tokens=300)
+        assert said.for_pictures(vision, device) == said
+        assert Limits().for_pictures(None, device) == Limits()
+
+
+VISION = VisionConfig(
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=7,
+    layer_norm_eps=1e-3,
+    projector="linear",
+    num_image_tokens=16,
+    sight="prefix",
+    first_position=1,
+    image_token_id=9,
+    begin_token=None,
+    end_token=None,
+    resample="bicubic",
+    image_mean=(0.5,) * 3,
+    image_std=(0.5,) * 3,
+)
 WRONG = {
     "capture sizes on the CPU": ("cpu", {"cudagraph_capture_sizes": (64,)}, "expected none on the"),
     "memory on the CPU": ("cpu", {"gpu_memory_utilization": 0.5}, "expected none on the CPU"),

@@ -1,5 +1,7 @@
 """Padded steps: what was there stays as it is, and what is added harms nobody."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from beam_gemma.model.signature import PREFILL_ROWS, Signature
 from beam_gemma.runtime.step_shapes import (
     METADATA,
     StepSizes,
+    host_dtype,
     largest_shapes,
     no_step,
     pad,
@@ -45,7 +48,9 @@ def signature(head="generate", block_size=64):
 def padded(feeds, sig, *, with_logits=False, sizes=SIZES):
     shape = sizes.shape(feeds, sig, with_logits=with_logits)
     into = {
-        t.name: np.full(shape.of(t), 77, t.dtype) for t in sig.step_inputs() if t.name != METADATA
+        t.name: np.full(shape.of(t), 77, host_dtype(t.dtype))
+        for t in sig.step_inputs()
+        if t.name != METADATA
     }
     pad(feeds, shape, into, spare_slot=SPARE)
     return shape, into
@@ -114,6 +119,42 @@ def test_shapes_are_few(some):
         assert shape.is_decode or shape.num_rows == PREFILL_ROWS
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=4), st.booleans())
+def test_spans_are_padded_by_one_that_no_token_takes(gaps, is_decode):
+    sig = replace(signature(), optional_inputs=("inputs_embeds", "span_ends", "position_ids"))
+    ends = np.cumsum([gap + length for gap, length in gaps]) if not is_decode else np.array([], int)
+    lengths = [length for _, length in gaps][: len(ends)]
+    num_tokens = int(ends[-1]) + 3 if len(ends) else 1
+    feeder = Feeder(sig, 1, 300)
+    feeds = feeder.feeds([(0, [5] * num_tokens)], all_rows=False)
+    feeds[METADATA][0] = 1 if is_decode else 2
+    parts = [np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+    rows = np.concatenate([np.zeros(0, np.int64), *parts])
+    places = np.full(num_tokens, -1)
+    places[rows] = np.arange(len(rows))
+    embeds = np.ones((max(1, len(rows)), sig.hidden_size), np.uint16)
+    feeds |= {"span_rows": rows, "span_places": places, "embeds_rows": places}
+    feeds |= {"span_cu_seqlens": np.cumsum([0, *lengths]).astype(np.int32)}
+    feeds |= {"span_past_seqlens": (ends - lengths).astype(np.int32), "inputs_embeds": embeds}
+    for group in ("full", "near"):
+        feeds[f"span_block_table.{group}"] = feeds[f"block_table.{group}"].repeat(len(ends), axis=0)
+    shape, into = padded(feeds, sig)
+    sizes = [shape.num_span_tokens, shape.num_embeddings]
+    assert sizes == ([1, 1] if not len(rows) else [min(power_of_two(len(rows)), 300)] * 2)
+    for name in ("span_rows", "span_places", "span_past_seqlens", "inputs_embeds"):
+        real = into[name][: len(feeds[name])]
+        np.testing.assert_array_equal(real, feeds[name])
+    for name in ("span_places", "embeds_rows"):
+        assert (into[name][num_tokens:] == -1).all()
+    starts = into["span_cu_seqlens"]
+    assert (np.diff(starts) > 0).all()
+    assert starts[-1] == shape.num_span_tokens == len(into["span_rows"])
+    assert len(starts) - 1 == len(ends) + (shape.num_span_tokens > len(rows))
+    assert not into["span_block_table.full"][len(ends) :].any()
+    context = into["span_past_seqlens"] + np.diff(starts)
+    assert (context <= into["span_block_table.full"].shape[1] * sig.block_size).all()
+
+
 def test_a_prompt_of_one_token_is_no_decode_step():
     sig = signature()
     feeds = Feeder(sig, 1, 100).feeds([(0, [5])])
@@ -132,17 +173,23 @@ def test_a_step_has_room_for_the_logits_of_all_rows_or_of_none():
         assert into["full_rows"].tolist() == wanted
 
 
+@pytest.mark.parametrize("optional", [(), ("inputs_embeds", "span_ends")])
 @pytest.mark.parametrize("head", ["generate", "score"])
-def test_a_step_for_nobody_writes_nothing(head):
-    sig = signature(head)
+def test_a_step_for_nobody_writes_nothing(head, optional):
+    sig = replace(signature(head), optional_inputs=(*optional, "position_ids"))
     for shape in largest_shapes(SIZES, sig):
-        into = {t.name: np.full(shape.of(t), 77, t.dtype) for t in sig.step_inputs()}
+        into = {t.name: np.full(shape.of(t), 77, host_dtype(t.dtype)) for t in sig.step_inputs()}
         pad(no_step(sig), shape, {n: a for n, a in into.items() if n != METADATA}, spare_slot=SPARE)
         assert into["cu_seqlens"][0] == 0
         assert into["cu_seqlens"][-1] == shape.num_tokens
         for group in ("full", "near"):
             assert (into[f"slot_mapping.{group}"] == -1).all()
             assert (into[f"block_table.{group}"] == 0).all()
+        if optional:
+            assert (np.diff(into["span_cu_seqlens"]) > 0).all()
+            assert (into["span_places"] == -1).all()
+            assert (into["embeds_rows"] == -1).all()
+            assert all(array.size for array in into.values()), "no input is empty"
         if head == "generate":
             assert (into["logit_slots"] == SPARE).all()
 

@@ -1,0 +1,98 @@
+"""Embeddings of pictures: computed once, kept within bounds, never lost before a step has them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from beam_gemma.engine.picture_store import PictureStore, check_encoder
+from beam_gemma.errors import ArtifactError
+from tests.doubles.fakes import (
+    NUM_IMAGE_TOKENS,
+    FakeEncoder,
+    fake_picture,
+    fake_signature,
+    soft_ids,
+)
+
+ONE = NUM_IMAGE_TOKENS * 8 * 4
+"""Bytes of the embeddings of one picture."""
+
+
+def pictures(*numbers):
+    return [fake_picture(number, 0) for number in numbers]
+
+
+def test_equal_pictures_are_computed_once_and_new_ones_together():
+    store = PictureStore(encoder := FakeEncoder())
+    features = store.prepare(pictures(1, 2, 1))
+    assert encoder.batches == [2]
+    for picture in pictures(1, 2):
+        assert features[picture.digest][:, 0].tolist() == soft_ids(picture.pixels)
+    assert features.keys() == {p.digest for p in pictures(1, 2)}
+    store.prepare(pictures(2, 3, 1, 4))
+    assert encoder.batches == [2, 2]
+    store.prepare(pictures(4, 1))
+    assert encoder.batches == [2, 2], "nothing is left to compute"
+    assert (store.num_computed, store.num_reused) == (4, 5)
+
+
+def test_what_was_needed_longest_ago_goes_first():
+    store = PictureStore(encoder := FakeEncoder(), max_bytes=3 * ONE)
+    for number in (1, 2, 3, 1, 4):
+        store.prepare(pictures(number))
+    assert store.num_bytes == 3 * ONE
+    encoder.batches.clear()
+    store.prepare(pictures(1))
+    store.prepare(pictures(3))
+    assert encoder.batches == [], "only picture 2 is gone"
+    store.prepare(pictures(2))
+    assert encoder.batches == [1]
+
+
+def test_a_step_gets_all_of_its_pictures_whatever_the_bound():
+    store = PictureStore(encoder := FakeEncoder(), max_bytes=2 * ONE)
+    store.prepare(pictures(1, 2))
+    features = store.prepare(pictures(3, 4, 1, 5))
+    assert features.keys() == {p.digest for p in pictures(3, 4, 1, 5)}
+    assert store.num_bytes == 4 * ONE
+    store.prepare(pictures(6))
+    assert store.num_bytes == 2 * ONE
+    encoder.batches.clear()
+    store.prepare(pictures(5, 6))
+    assert encoder.batches == []
+
+
+def test_a_failure_changes_nothing():
+    store = PictureStore(encoder := FakeEncoder(), max_bytes=2 * ONE)
+    store.prepare(pictures(1, 2))
+    encoder.fails = lambda pixels: pixels[0, 0, 0] == 3
+    with pytest.raises(RuntimeError, match="the tower is gone"):
+        store.prepare(pictures(4, 3))
+    assert (store.num_computed, store.num_reused, store.num_bytes) == (2, 0, 2 * ONE)
+    encoder.batches.clear()
+    store.prepare(pictures(1, 2))
+    assert encoder.batches == []
+
+
+def test_embeddings_that_a_decoder_cannot_take_are_refused():
+    decoder = fake_signature(optional_inputs=("inputs_embeds", "span_ends"))
+    check_encoder(FakeEncoder.signature, decoder)
+    with pytest.raises(ArtifactError, match=r"takes them, .*no embeddings.*export the model again"):
+        check_encoder(FakeEncoder.signature, fake_signature())
+    with pytest.raises(ArtifactError, match=r"\(8, 'float32'\), got \(8, 'bfloat16'\)"):
+        check_encoder(replaced(dtype="bfloat16"), decoder)
+    with pytest.raises(ArtifactError, match=r"\(8, 'float32'\), got \(9, 'float32'\)"):
+        check_encoder(replaced(hidden_size=9), decoder)
+
+
+def replaced(**changes):
+    return replace(FakeEncoder.signature, **changes)
+
+
+def test_kept_embeddings_are_those_that_were_computed():
+    store = PictureStore(FakeEncoder())
+    first = store.prepare(pictures(1))
+    again = store.prepare(pictures(2, 1))
+    [picture] = pictures(1)
+    np.testing.assert_array_equal(first[picture.digest], again[picture.digest])
