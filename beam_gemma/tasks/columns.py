@@ -5,6 +5,7 @@ import pyarrow as pa
 from beam_gemma.batches import is_json_text
 from beam_gemma.errors import OptionsError, nearest
 from beam_gemma.inputs.row import ColumnUse
+from beam_gemma.model.artifact import Artifact
 from beam_gemma.tasks.interface import Settings
 
 
@@ -31,6 +32,31 @@ def check_columns(settings: Settings, schema: pa.Schema) -> None:
             )
 
 
+def check_pictures(settings: Settings, artifact: Artifact, image_size: int | None = None) -> None:
+    """Check that a model sees, if a task has pictures for it.
+
+    Args:
+        settings: The settings of the task.
+        artifact: The model.
+        image_size: Height and width that its pictures must have, in pixels; None for any.
+
+    Raises:
+        OptionsError: the model takes no pictures, or such of another size.
+    """
+    vision = artifact.vision
+    if vision is None and (settings.image_columns or image_size is not None):
+        what = ", ".join(settings.image_columns) or f"image_size {image_size}"
+        raise OptionsError(
+            f"image_columns: expected a model that takes pictures, for {what}, got "
+            f"{artifact.path}, which reads text only; export a checkpoint that has a vision tower"
+        )
+    if vision is not None and image_size not in (None, vision.image_size):
+        raise OptionsError(
+            f"image_size: expected {vision.image_size}, that of {artifact.path}, got {image_size}; "
+            f"export the checkpoint for {image_size}"
+        )
+
+
 def _check_type(field: pa.Field, use: ColumnUse) -> None:
     kind, is_json = field.type, is_json_text(field)
     fits, wanted = {
@@ -39,6 +65,11 @@ def _check_type(field: pa.Field, use: ColumnUse) -> None:
         "text": (is_text(kind) and not is_json, "string"),
         "value": (not _is_bytes(kind), "a type that can be written as text"),
         "key": (True, "any type"),
+        "images": (
+            is_images(kind) and not is_json,
+            "bytes, a path or URI as string, struct<bytes, path>, an ObjectRef with its uri, or a "
+            "list of these",
+        ),
     }[use]
     if not fits:
         found = "JSON values of several types" if is_json else kind
@@ -57,14 +88,41 @@ def is_messages(kind: pa.DataType) -> bool:
 
     A content is a text, or a list of parts with `type` and `text`.
     """
-    message = _fields(kind)
-    parts = _fields(message.get("content"))
+    message = inner_fields(kind)
+    parts = inner_fields(message.get("content"))
     return _is_texts(message, "role") and (
         _is_texts(message, "content") or _is_texts(parts, "type", "text")
     )
 
 
-def _fields(kind: pa.DataType | None) -> dict[str, pa.DataType]:
+def is_images(kind: pa.DataType) -> bool:
+    """Return whether a column type holds pictures: bytes, paths, structs, or lists of these."""
+    if _is_list(kind):
+        kind = kind.value_type
+    if not pa.types.is_struct(kind):
+        return _is_bytes(kind) or is_text(kind)
+    fields = {field.name: field.type for field in kind}
+    return bool(fields.keys() & {"bytes", "path", "uri"}) and all(
+        fits(fields[name])
+        for name, fits in (("bytes", _is_bytes_or_null), ("path", _is_path), ("uri", _is_path))
+        if name in fields
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    checks = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(check(kind) for check in checks)
+
+
+def _is_bytes_or_null(kind: pa.DataType) -> bool:
+    return _is_bytes(kind) or pa.types.is_null(kind)
+
+
+def _is_path(kind: pa.DataType) -> bool:
+    return is_text(kind) or pa.types.is_null(kind)
+
+
+def inner_fields(kind: pa.DataType | None) -> dict[str, pa.DataType]:
     """Return the fields of the structs in a type of lists, or none for any other type."""
     if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return {}

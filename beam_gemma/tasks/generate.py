@@ -6,9 +6,7 @@ A row that fails reports the failure in its `error` column and does not affect o
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, as_completed
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -19,16 +17,21 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Completion, Request
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.image_processor import read_header
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 from beam_gemma.inputs.template import column_value
 from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
+from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import StructuredOutput
+from beam_gemma.tasks.boxes import LOCATION_PIECE, box_type, read_boxes
 from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.interface import Settings
+from beam_gemma.tasks.mask_decoder import MaskDecoder, digest_of
+from beam_gemma.tasks.picture_requests import PictureDecoder, Work
 from beam_gemma.tasks.row_keys import ENCODED, ROW_KEY
 
 
@@ -57,11 +60,17 @@ class GenerateSettings(PromptSettings, Settings):
     """True to return the token ids of the completion."""
     statistics: bool = False
     """True to return the queries that DataGemma writes into a completion; see `data_commons`."""
+    boxes: bool = False
+    """True to return the boxes that PaliGemma writes into a completion; see `boxes.py`."""
+    mask_decoder: str | None = None
+    """File that decodes the masks of boxes; see `mask_decoder.py`. None leaves them as tokens."""
 
     def __post_init__(self) -> None:
         PromptSettings.__post_init__(self)
         if "" in self.stop:
             raise OptionsError("stop: expected texts that are not empty, got an empty one")
+        if self.mask_decoder is not None and not self.boxes:
+            raise OptionsError("mask_decoder: expected boxes beside it, whose masks it decodes")
         if self.structured is not None:
             self._check_structured()
 
@@ -72,6 +81,7 @@ class GenerateSettings(PromptSettings, Settings):
             "ignore_eos": self.sampling.ignore_eos,
             "prefix_column": self.prefix_column,
             "statistics": self.statistics,
+            "boxes": self.boxes,
         }
         if given := [name for name, value in others.items() if value]:
             raise OptionsError(
@@ -85,6 +95,12 @@ class GenerateSettings(PromptSettings, Settings):
                     f"flatten: expected properties that are not named as other results are, got "
                     f"{name!r}; rename it in the schema or leave out flatten"
                 )
+
+    @property
+    def has_source(self) -> bool:
+        """True if settings define a row's input: one of `SOURCES`, or a picture to translate."""
+        is_translated = self.source_lang is not None and bool(self.image_columns)
+        return is_translated or any(getattr(self, name) is not None for name in self.SOURCES)
 
     @property
     def columns(self) -> dict[str, ColumnUse]:
@@ -106,6 +122,8 @@ class GenerateSettings(PromptSettings, Settings):
             "completion_token_ids": pa.list_(pa.int64()) if self.token_ids else None,
             "statistic_queries": pa.list_(pa.string()) if self.statistics else None,
             "statistic_values": pa.list_(pa.string()) if self.statistics else None,
+            "boxes": box_type(with_mask=self.mask_decoder is not None) if self.boxes else None,
+            "num_unreadable_boxes": pa.int64() if self.boxes else None,
             "truncated": pa.bool_() if self.truncate else None,
             "error": pa.string(),
         }
@@ -137,6 +155,8 @@ class GenerateSettings(PromptSettings, Settings):
             parameters["structured"] = asdict(self.structured)
             # llguidance chooses how forced text is tokenized.
             parameters["llguidance"] = version("llguidance")
+        if self.mask_decoder is not None:
+            parameters["mask_decoder"] = digest_of(self.mask_decoder)
         return parameters
 
     def max_prompt(self, max_model_len: int) -> int:
@@ -175,6 +195,28 @@ def constraint_of(
     return constraint
 
 
+def mask_decoder_of(settings: GenerateSettings) -> MaskDecoder | None:
+    """Return the decoder of masks that the settings name, or None if they name none.
+
+    Raises:
+        OptionsError: the file cannot be read, or is none.
+    """
+    return None if settings.mask_decoder is None else MaskDecoder.from_file(settings.mask_decoder)
+
+
+def check_boxes(settings: GenerateSettings, tokenizer: Tokenizer) -> None:
+    """Check that a model writes boxes, if the task wants them.
+
+    Raises:
+        OptionsError: its vocabulary has no places.
+    """
+    if settings.boxes and LOCATION_PIECE not in tokenizer.control_pieces:
+        raise OptionsError(
+            f"boxes: expected a model such as PaliGemma, with {LOCATION_PIECE} in its vocabulary, "
+            "got one without"
+        )
+
+
 class _Stop:
     """Watches a growing completion for the first stop text."""
 
@@ -200,16 +242,15 @@ class _Stop:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Completing(Work):
     """A row whose request the engine is processing."""
 
     prompt: Prompt
-    request: Request
     stop: _Stop | None
 
 
-class Generator(EngineModel):
+class Generator(EngineModel[_Completing]):
     """Completes rows on an engine; many threads can share one generator."""
 
     def __init__(
@@ -219,6 +260,7 @@ class Generator(EngineModel):
         settings: GenerateSettings,
         *,
         constraint: Constraint | None = None,
+        vision: VisionConfig | None = None,
         on_result: Callable[[Count], None],
     ) -> None:
         """Initialize the generator.
@@ -228,39 +270,30 @@ class Generator(EngineModel):
             encoder: The encoder that turns rows into prompts.
             settings: The settings of the task.
             constraint: The result of `constraint_of` for these settings.
+            vision: The model's picture half; None if it has none.
             on_result: Called with a count of each row as soon as the row is done, from any thread.
                 The engine counts tokens itself.
+
+        Raises:
+            OptionsError: the mask decoder cannot be read.
         """
-        super().__init__(engine, settings, on_result=on_result)
+        pictures = None if vision is None else PictureDecoder(vision, settings)
+        super().__init__(engine, settings, pictures=pictures, on_result=on_result)
         self._encoder = encoder
         self._settings = settings
         self._constraint = constraint
+        self._mask_decoder = mask_decoder_of(settings)
         stops = (*settings.sampling.stop_token_ids, *encoder.stop_token_ids)
         self._sampling = replace(settings.sampling, stop_token_ids=stops)
 
-    def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield each row's index and result columns as soon as they are known."""
-        tasks = {index: self._task(row) for index, row in enumerate(rows)}
-        sent = {index: task for index, task in tasks.items() if isinstance(task, _Task)}
-        futures = self._engine.submit([task.request for task in sent.values()])
-        for future in futures:
-            future.add_done_callback(self._count)
-        for index, task in tasks.items():
-            if isinstance(task, str):
-                yield index, self._failure(task)
-        owners = dict(zip(futures, sent.items(), strict=True))
-        for future in as_completed(owners):
-            index, task = owners[future]
-            with suppress(CancelledError):
-                yield index, self._result(task, future.result())
-
-    def _task(self, row: Row) -> _Task | str:
-        """Return the task for a row, or the error message if it makes no request."""
-        try:
-            prompt = request_in(row, self._encoder, Prompt.of_identity)
-            key = self._sampling_key(row, prompt)
-        except RecordError as error:
-            return str(error)
+    def _work(self, index: int, row: Row) -> _Completing:
+        prompt = request_in(row, self._encoder, Prompt.of_identity)
+        if self._settings.boxes and len(prompt.images) != 1:
+            raise RecordError(
+                "boxes: expected one picture in the row, whose pixels they are in, got "
+                f"{len(prompt.images)}"
+            )
+        key = self._sampling_key(row, prompt)
         stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
         request = Request(
             request_id=key,
@@ -271,7 +304,7 @@ class Generator(EngineModel):
             constraint=self._constraint,
             logprob=self._settings.logprob,
         )
-        return _Task(prompt, request, stop)
+        return _Completing(index=index, asked=[(prompt, request)], prompt=prompt, stop=stop)
 
     def _sampling_key(self, row: Row, prompt: Prompt) -> str:
         """Return the key that seeds a row's random draws; it is the same in every run."""
@@ -286,19 +319,15 @@ class Generator(EngineModel):
         ids = array("q", prompt.token_ids).tobytes()
         return hashlib.blake2b(ids, digest_size=16).hexdigest()
 
-    def _count(self, future: Future[Completion]) -> None:
-        if future.cancelled() or future.exception() is not None:
-            return
-        self._on_result(Count(rows=1, failed=int(future.result().error is not None)))
-
-    def _result(self, task: _Task, completion: Completion) -> dict[str, Any]:
+    def _result(self, work: _Completing) -> dict[str, Any]:
+        (completion,) = (future.result() for future in work.futures)
         result = dict.fromkeys(self._names)
-        result["num_prompt_tokens"] = len(task.prompt.token_ids)
+        result["num_prompt_tokens"] = len(work.prompt.token_ids)
         if "truncated" in result:
-            result["truncated"] = task.prompt.truncated
+            result["truncated"] = work.prompt.truncated
         if completion.error is not None:
             return result | {"error": completion.error}
-        text = self._text(task, completion)
+        text = self._text(work, completion)
         structured = self._settings.structured
         result |= {"completion": text} if structured is None else structured.values_of(text)
         result["finish_reason"] = completion.finish_reason
@@ -310,12 +339,24 @@ class Generator(EngineModel):
         if "statistic_queries" in result:
             queries, values = find_statistics(text)
             result |= {"statistic_queries": queries, "statistic_values": values}
+        if "boxes" in result:
+            result |= self._boxes(work.prompt, text)
         return result
 
-    def _text(self, task: _Task, completion: Completion) -> str:
+    def _boxes(self, prompt: Prompt, text: str) -> dict[str, Any]:
+        (image,) = prompt.images
+        header = read_header(image.data)
+        boxes, num_unreadable = read_boxes(text)
+        values = [box.in_pixels(height=header.height, width=header.width) for box in boxes]
+        if self._mask_decoder is not None:
+            for box, value in zip(boxes, values, strict=True):
+                value["mask"] = self._mask_decoder.png(box.segment) if box.segment else None
+        return {"boxes": values, "num_unreadable_boxes": num_unreadable}
+
+    def _text(self, work: _Completing, completion: Completion) -> str:
         # The last token may be only part of a character.
         text = self._encoder.tokenizer.decode(completion.token_ids, final=False)
-        return text if task.stop is None else text[: task.stop.position]
+        return text if work.stop is None else text[: work.stop.position]
 
 
 STATISTIC = re.compile(r'\[__DC__\("([^"]+)"\) --> "([^"]*)"\]?')

@@ -21,7 +21,23 @@ class Asked:
     prompts: tuple[Prompt, ...]
     """One prompt, or one per question."""
     sequences: tuple[tuple[int, ...], ...]
-    """Token ids to compute before any new token: the prompts, possibly with labels."""
+    """Token ids to compute before any new token: the prompts, possibly with labels. Those of
+    pictures are below 0, and differ between pictures; see `told_apart`."""
+
+
+def told_apart(prompt: Prompt, token_ids: Sequence[int], num_image_tokens: int) -> tuple[int, ...]:
+    """Return the token ids of a sequence with those of pictures told apart, as the engine does.
+
+    Args:
+        prompt: The prompt that the sequence starts with.
+        token_ids: The token ids of the sequence.
+        num_image_tokens: The tokens that a picture takes.
+    """
+    told = list(token_ids)
+    for start, image, crop in prompt.places:
+        number = -1 - int(prompt.images[image].digest[:12], 16) - crop
+        told[start : start + num_image_tokens] = [number] * num_image_tokens
+    return tuple(told)
 
 
 class Settings(ABC):
@@ -46,6 +62,16 @@ class Settings(ABC):
     @abstractmethod
     def result_schema(self) -> pa.Schema:
         """Columns that the task adds to each row."""
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Columns with pictures, in the order in which requests have them."""
+        return ()
+
+    @property
+    def allow_missing_images(self) -> bool:
+        """True if a null stands for no picture; otherwise such a row is an error."""
+        return False
 
     @property
     def is_sampled(self) -> bool:

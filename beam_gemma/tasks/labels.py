@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from beam_gemma.errors import RecordError
-from beam_gemma.model.markup import Part, Text
+from beam_gemma.model.markup import Control, Part, Text
 from beam_gemma.model.tokenizer import SPACE, Tokenizer
 
 
@@ -39,10 +39,12 @@ def join(tokenizer: Tokenizer, prompt: Sequence[Part], label: Sequence[Part]) ->
         RecordError: the label has no text.
     """
     text = "".join(part.text for part in label if isinstance(part, Text))
-    if not text:
-        raise RecordError("label: expected some text, got none")
     # token_bytes returns a space for U+2581, even if the text itself contains U+2581.
     num_left = len(text.replace(SPACE, " ").encode(errors="surrogatepass"))
+    controls = (tokenizer.control_pieces[p.piece] for p in label if isinstance(p, Control))
+    num_left += sum(len(tokenizer.token_bytes(token_id)) for token_id in controls)
+    if not num_left:
+        raise RecordError("label: expected some text, got none")
     ids = tokenizer.encode([*prompt, *label])
     start = len(ids)
     while num_left > 0:

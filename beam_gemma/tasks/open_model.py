@@ -30,10 +30,11 @@ from beam_gemma.monitoring.timeline import Pulse, Work
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.open_session import open_session
 from beam_gemma.runtime.step_shapes import num_texts
+from beam_gemma.runtime.vision_session import VisionSession
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.embed import Embedder
-from beam_gemma.tasks.generate import GenerateSettings, Generator, constraint_of
+from beam_gemma.tasks.generate import GenerateSettings, Generator, check_boxes, constraint_of
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
@@ -49,11 +50,15 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
         ArtifactError: the tokenizer is missing or damaged.
         OptionsError: the model does not support the settings.
     """
+    tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+    check_boxes(settings, tokenizer)
     return PromptEncoder(
-        Tokenizer.from_file(artifact.tokenizer_path),
+        tokenizer,
         settings,
         chat_template=artifact.chat_template,
         max_tokens=settings.max_prompt(artifact.config.max_position_embeddings),
+        vision=artifact.vision,
+        vocab_size=artifact.config.vocab_size,
     )
 
 
@@ -84,8 +89,10 @@ def question_encoders(
             question,
             chat_template=artifact.chat_template,
             max_model_len=artifact.config.max_position_embeddings,
+            vision=artifact.vision,
+            vocab_size=artifact.config.vocab_size,
         )
-        for question in settings.questions
+        for question in settings.questions_for(artifact.chat_template)
     ]
 
 
@@ -123,9 +130,17 @@ def open_generator(
     if held is not None:
         # The first mask takes seconds to prepare, so start before any row waits for it.
         held.start()
-    engine = start_engine(artifact, "generate", device, limits)
+    sees = bool(settings.image_columns)
+    engine = start_engine(artifact, "generate", device, limits, sees=sees)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
-    return Generator(engine, encoder, settings, constraint=held, on_result=on_result)
+    return Generator(
+        engine,
+        encoder,
+        settings,
+        constraint=held,
+        vision=artifact.vision,
+        on_result=on_result,
+    )
 
 
 def open_classifier(
@@ -136,9 +151,10 @@ def open_classifier(
 ) -> Classifier:
     """Load the scoring graph and return a model that classifies rows."""
     encoders = question_encoders(artifact, settings)
-    engine = start_engine(artifact, "score", device, limits)
+    sees = bool(settings.image_columns)
+    engine = start_engine(artifact, "score", device, limits, sees=sees)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
-    return Classifier(engine, encoders, settings, on_result=on_result)
+    return Classifier(engine, encoders, settings, vision=artifact.vision, on_result=on_result)
 
 
 def open_embedder(
@@ -175,8 +191,26 @@ def open_embedder(
     return Embedder(steps, encoder, settings, pulse=pulse, on_result=on_result)
 
 
-def start_engine(artifact: Artifact, head: Head, device: Device, limits: Limits) -> Engine:
-    """Load a graph of a model folder and start an engine that runs it."""
+def start_engine(
+    artifact: Artifact, head: Head, device: Device, limits: Limits, *, sees: bool = True
+) -> Engine:
+    """Load a graph of a model folder and start an engine that runs it.
+
+    The graph of pictures, if there is one, is loaded with the first picture. On a GPU, where the
+    decoder's caches take what memory is left, it is loaded before the decoder.
+
+    Args:
+        artifact: The model folder.
+        head: Head of the graph.
+        device: Device that runs it.
+        limits: Limits on steps and memory.
+        sees: Whether rows have pictures.
+    """
+    limits = limits.for_pictures(artifact.vision, device)
+    has_tower = artifact.vision is not None and ("vision", device) in artifact.signatures
+    vision = VisionSession.of(artifact, device) if has_tower else None
+    if vision is not None and device == "cuda" and sees:
+        vision.load()
     session = open_session(artifact, head, device, limits)
     config = dataclasses.replace(limits.engine_config(device), eos_token_ids=artifact.eos_token_ids)
-    return Engine(session, config, on_step=METER.add, device_stats=session.stats)
+    return Engine(session, config, vision=vision, on_step=METER.add, device_stats=session.stats)

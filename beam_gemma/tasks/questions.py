@@ -16,6 +16,7 @@ from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_erro
 from beam_gemma.inputs.template import Template
 from beam_gemma.model.markup import Part
 from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.labels import Continuation, Plan, join, softmax
 
@@ -168,6 +169,10 @@ class ClassifySettings(PromptSettings, Settings):
         """Settings of the questions for each row: a single question with these settings."""
         return (self,)
 
+    def questions_for(self, _: str | None) -> "tuple[ClassifySettings, ...]":
+        """Return the same question, whatever the model's chat template is."""
+        return self.questions
+
     def result(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Return the result columns of a row that depend on its answers."""
         (answer,) = answers
@@ -187,6 +192,8 @@ class QuestionEncoder:
         *,
         chat_template: str | None,
         max_model_len: int,
+        vision: VisionConfig | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """Initialize the encoder: parse the templates and render the shots.
 
@@ -195,6 +202,8 @@ class QuestionEncoder:
             settings: The settings of the question.
             chat_template: The model's own chat template, if it has one.
             max_model_len: Maximum number of tokens that the model accepts, including labels.
+            vision: The model's picture half; None if it has none.
+            vocab_size: Number of token ids that the model knows; None for the tokenizer's.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot cannot be rendered.
@@ -217,6 +226,8 @@ class QuestionEncoder:
             chat_template=chat_template,
             max_tokens=max_model_len,
             shots=self._shots(settings),
+            vision=vision,
+            vocab_size=vocab_size,
         )
 
     def __call__(self, row: Row) -> Question:
@@ -240,12 +251,18 @@ class QuestionEncoder:
         self._check_length(max(len(continuation.token_ids) for continuation in joined))
         return self._question(prompt, texts, joined)
 
-    def restore(self, identity: list[Any]) -> Question:
-        """Return the question of an identity; its prompt has no parts."""
+    def restore(self, identity: list[Any], images: Sequence[bytes] = ()) -> Question:
+        """Return the question of an identity; its prompt has no parts.
+
+        Args:
+            identity: What `Question.identity` returned, also after a round trip through JSON.
+            images: The files of the row's pictures.
+        """
         prompt, labels = identity
         texts = tuple(text for text, _, _ in labels)
         joined = [Continuation(tuple(token_ids), start) for _, start, token_ids in labels]
-        return self._question(Prompt.of_identity(prompt), texts, joined)
+        shots = self._encoder.shot_images
+        return self._question(Prompt.of_identity(prompt, images, shots), texts, joined)
 
     def _question(
         self, prompt: Prompt, labels: tuple[str, ...], joined: Sequence[Continuation]

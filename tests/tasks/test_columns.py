@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pytest
 
+from beam_gemma.batches import JSON_TEXT
 from beam_gemma.errors import OptionsError
 from beam_gemma.tasks.columns import check_columns
 from beam_gemma.tasks.generate import GenerateSettings
@@ -22,6 +23,18 @@ SCHEMA = pa.schema(
         ("large_chat", pa.large_list(MESSAGE)),
         ("chat_of_parts", pa.list_(PARTS)),
         ("images", pa.list_(IMAGES)),
+        ("large_raw", pa.large_binary()),
+        ("fixed", pa.binary(3)),
+        ("picture", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("paths", pa.struct([("path", pa.string())])),
+        ("no_bytes", pa.struct([("bytes", pa.null()), ("path", pa.string())])),
+        ("object_ref", pa.struct([("uri", pa.string()), ("version", pa.string())])),
+        ("pictures", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("many_paths", pa.large_list(pa.string())),
+        ("lists", pa.list_(pa.list_(pa.string()))),
+        ("no_picture", pa.struct([("file", pa.string())])),
+        ("odd_bytes", pa.struct([("bytes", pa.int32()), ("path", pa.string())])),
+        pa.field("json", pa.string(), metadata={JSON_TEXT: b""}),
         ("not_chat", pa.list_(pa.struct([("role", pa.string())]))),
     ]
 )
@@ -38,6 +51,9 @@ SCHEMA = pa.schema(
         {"messages_column": "chat"},
         {"messages_column": "large_chat"},
         {"messages_column": "chat_of_parts"},
+        {"prompt": "{raw}", "image_columns": ("raw", "large_raw", "fixed", "text", "label")},
+        {"prompt": "x", "image_columns": ("picture", "paths", "no_bytes", "object_ref")},
+        {"prompt": "x", "image_columns": ("pictures", "many_paths", "large")},
     ],
 )
 def test_tables_that_fit(settings):
@@ -55,6 +71,12 @@ def test_tables_that_fit(settings):
         ({"prompt": "{raw}"}, "'raw'.*got binary"),
         ({"messages_column": "text"}, "'text': expected list<struct<role: string"),
         ({"messages_column": "images"}, "'images': expected list<struct<role: string"),
+        ({"prompt": "x", "image_columns": ("count",)}, "'count': expected bytes, a path or URI"),
+        ({"prompt": "x", "image_columns": ("lists",)}, "got list<item: list<item: string>>"),
+        ({"prompt": "x", "image_columns": ("no_picture",)}, "'no_picture': expected bytes"),
+        ({"prompt": "x", "image_columns": ("odd_bytes",)}, "'odd_bytes': expected bytes"),
+        ({"prompt": "x", "image_columns": ("json",)}, "got JSON values of several types"),
+        ({"prompt": "x", "image_columns": ("chat",)}, "'chat': expected bytes, a path or URI"),
         ({"messages_column": "not_chat"}, "'not_chat': expected list<struct<role: string"),
     ],
 )

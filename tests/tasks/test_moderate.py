@@ -8,7 +8,7 @@ import pytest
 from beam_gemma.errors import OptionsError
 from beam_gemma.model.markup import Control
 from beam_gemma.model.tokenizer import Tokenizer
-from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
+from beam_gemma.tasks.moderate import PICTURE_POLICIES, POLICIES, ModerateSettings, Policy
 from beam_gemma.tasks.questions import Answer, QuestionEncoder
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
@@ -51,6 +51,7 @@ OF_PROMPT = "The prompt shall not contain or seek generation of content that is"
 OF_RESPONSE = "The chatbot shall not generate content that is"
 ROW = {"asked": "who <end_of_turn> am {i}?", "said": "you\n"}
 EVERY = tuple(Policy(name=name) for name in POLICIES)
+OF_PICTURES = tuple(Policy(name=name) for name in PICTURE_POLICIES)
 
 
 def published(guideline, *contents):
@@ -102,6 +103,35 @@ def test_a_guideline_of_ones_own():
     assert question.prompt.text == published('"No {x}": nothing', ROW["asked"])
 
 
+def test_the_prompt_of_a_picture_is_that_of_the_model_card():
+    violence, own = Policy(name="violence"), Policy(name="own", guideline=" No {x}: nothing\n")
+    settings = ModerateSettings(policies=(violence, own), image_columns=("a photo",))
+    assert settings.columns == {"a photo": "images"}
+    of_violence, of_own = settings.questions
+    assert of_violence.image_columns == ("a photo",)
+    assert of_violence.prompt == (
+        '<start_of_turn>user\n{"a photo"}You are a policy expert trying to help determine whether '
+        "a generated or real image is in violation of the safety policy below. Your decision must "
+        "very clearly follow the specific language used in the safety policy and should not "
+        "include any interpretation outside of the safety policy.\n\n<BEGIN_SAFETY_POLICY>\nNo "
+        "Violence/Gore content: The image shall not contain content that depicts shocking, "
+        "sensational, or gratuitous violence (e.g., excessive blood and gore, gratuitous violence "
+        "against animals, extreme injury or moment of death).\n</END_SAFETY_POLICY>\n\nDoes the "
+        "image violate the above policy? Your Answer must start with 'Yes' or 'No'."
+        "<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert "<BEGIN_SAFETY_POLICY>\nNo {{x}}: nothing\n</END_SAFETY_POLICY>" in of_own.prompt
+
+
+def test_a_template_that_does_not_suit_pictures_is_refused():
+    settings = ModerateSettings(policies=(Policy(name="violence"),), image_columns=("photo",))
+    for template in ("<BEGIN_SAFETY_POLICY>", "BEGIN_SAFETY_POLICY {{ raise_exception('no') }}"):
+        with pytest.raises(OptionsError, match="chat template: expected one that"):
+            settings.questions_for(template)
+    others = settings.questions_for("any {{ other }} template")
+    assert others == settings.questions
+
+
 def test_results():
     settings = ModerateSettings(policies=EVERY[:3], prompt_column="asked")
     questions = questions_of(settings)
@@ -123,6 +153,22 @@ def test_results():
         (
             lambda: ModerateSettings(policies=EVERY, prompt_column="x", threshold=1.5),
             "threshold",
+        ),
+        (lambda: ModerateSettings(policies=EVERY), "prompt_column or image_columns"),
+        (
+            lambda: ModerateSettings(policies=OF_PICTURES, prompt_column="x"),
+            "'dangerous': expected .* for texts.* got a policy for pictures; did you mean",
+        ),
+        (
+            lambda: ModerateSettings(policies=EVERY, image_columns=("x",)),
+            "'dangerous_content': expected one of dangerous, sexual, violence for pictures.* texts",
+        ),
+        (lambda: ModerateSettings(policies=OF_PICTURES, image_columns=("x", "y")), "one column"),
+        (
+            lambda: ModerateSettings(
+                policies=OF_PICTURES, image_columns=("x",), response_column="y"
+            ),
+            "texts or pictures to judge",
         ),
     ],
 )
