@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from beam_gemma.cli.estimate_flags import add_estimate
@@ -11,6 +12,7 @@ from beam_gemma.cli.flag_groups import (
     add_files,
     add_job,
     add_prompt,
+    image_reading,
     prompt_settings,
 )
 from beam_gemma.cli.flag_types import SWITCH, count
@@ -19,7 +21,7 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.jobs.fewshot import POOL_ROWS, all_shots, draw_shots
 from beam_gemma.tables.bigquery_client import SCHEME
 from beam_gemma.tables.open_table import open_source
-from beam_gemma.tasks.moderate import POLICIES, ModerateSettings, Policy
+from beam_gemma.tasks.moderate import PICTURE_POLICIES, POLICIES, ModerateSettings, Policy
 from beam_gemma.tasks.questions import ClassifySettings, Shot
 
 EXAMPLES = """\
@@ -32,10 +34,14 @@ EXAMPLES = """\
 
   python -m pipelines.classify --model models/shieldgemma-2b --input chats.parquet \\
       --output out/chats.parquet --policy all --prompt_column asked --response_column answered
+
+  python -m pipelines.classify --model models/shieldgemma-2-4b-it --input photos.parquet \\
+      --output out/photos.parquet --policy all --image_column photo
 """
 NOT_WITH_A_POLICY = (
     "prompt", "messages_column", "system", "chat_template", "allow_special_tokens", "labels",
     "label", "labels_file", "label_norm", "logliks", "num_fewshot", "fewshot_file", "label_column",
+    "pan_and_scan", "allow_missing_images",
 )  # fmt: skip
 """Flags that conflict with --policy, which sets its own prompt and labels."""
 
@@ -117,10 +123,16 @@ def _shots(flags: argparse.Namespace, settings: ClassifySettings) -> tuple[Shot,
             "knows which rows come first; write some to a file"
         )
     source = open_source(pool, limit=POOL_ROWS)
+    reading = image_reading(flags, source.folder, is_local=True)
     if flags.num_fewshot is None:
-        return all_shots(source, settings, flags.label_column)
+        return all_shots(source, settings, flags.label_column, reading=reading)
     return draw_shots(
-        source, settings, flags.label_column, number=flags.num_fewshot, seed=flags.fewshot_seed
+        source,
+        settings,
+        flags.label_column,
+        number=flags.num_fewshot,
+        seed=flags.fewshot_seed,
+        reading=reading,
     )
 
 
@@ -132,24 +144,34 @@ def _moderate_settings(flags: argparse.Namespace) -> ModerateSettings:
             f"--policy: expected only columns beside it, since it has its own prompt and labels, "
             f"got --{idle[0]}"
         )
-    if flags.prompt_column is None:
-        raise OptionsError("--policy: expected --prompt_column beside it, got none")
+    if flags.prompt_column is None and not flags.image_column:
+        raise OptionsError(
+            "--policy: expected --prompt_column or --image_column beside it, got none"
+        )
+    names = PICTURE_POLICIES if flags.image_column else POLICIES
     threshold = {} if flags.threshold is None else {"threshold": flags.threshold}
     return ModerateSettings(
-        policies=tuple(policy for name in flags.policy for policy in _policies(name)),
+        policies=tuple(policy for name in flags.policy for policy in _policies(name, names)),
         prompt_column=flags.prompt_column,
         response_column=flags.response_column,
+        image_columns=tuple(flags.image_column),
         max_prompt_tokens=flags.max_prompt_tokens,
         truncate=flags.truncate,
         **threshold,
     )
 
 
-def _policies(name_or_file: str) -> tuple[Policy, ...]:
+def _policies(name_or_file: str, names: Sequence[str]) -> tuple[Policy, ...]:
+    """Return the policies that one value of the flag stands for.
+
+    Args:
+        name_or_file: The value.
+        names: The published policies for what is judged, texts or pictures.
+    """
     if name_or_file == "all":
-        return tuple(Policy(name=name) for name in POLICIES)
+        return tuple(Policy(name=name) for name in names)
     path = Path(name_or_file)
-    if name_or_file in POLICIES or not path.suffix:
+    if not path.suffix:
         return (Policy(name=name_or_file),)
     return (Policy(name=path.stem, guideline=text_of("--policy", name_or_file)),)
 
@@ -239,7 +261,7 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "policies",
         "For ShieldGemma, which scores whether the text in --prompt_column violates\n"
-        "safety policies.",
+        "safety policies, and ShieldGemma 2, which scores the picture in --image_column.",
     )
     add = group.add_argument
     add(
@@ -247,8 +269,9 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME_OR_FILE",
-        help=f"Policy to check: {', '.join(POLICIES)}, all (every one of these), or a .txt file "
-        "with a guideline; may be repeated. (default: none)",
+        help=f"Policy to check: {', '.join(POLICIES)} for texts, {', '.join(PICTURE_POLICIES)} for "
+        "pictures, all (every one of these), or a .txt file with a guideline; may be repeated. "
+        "(default: none)",
     )
     add(
         "--response_column",

@@ -31,6 +31,9 @@ EXAMPLES = """\
   python -m pipelines.generate --model models/gemma-3-270m-it --input mails.parquet \\
       --output out/orders.parquet --prompt 'The order in this mail, as JSON: {text}' \\
       --json_schema order.json --max_tokens 200
+
+  python -m pipelines.generate --model models/paligemma2-3b-mix-448 --input photos.parquet \\
+      --output out/cats.parquet --image_column photo --prompt 'detect cat' --boxes
 """
 
 
@@ -44,6 +47,7 @@ def generate_parser() -> FlagParser:
     add_files(parser)
     add_prompt(parser)
     _add_infill(parser)
+    _add_languages(parser)
     _add_sampling(parser)
     _add_structured(parser)
     _add_results(parser)
@@ -78,6 +82,10 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
         logprob=flags.logprob,
         token_ids=flags.token_ids,
         statistics=flags.statistics,
+        boxes=flags.boxes,
+        mask_decoder=flags.mask_decoder,
+        source_lang=flags.source_lang,
+        target_lang=flags.target_lang,
     )
     if not settings.has_source:
         raise OptionsError(
@@ -170,6 +178,25 @@ def _add_infill(parser: argparse.ArgumentParser) -> None:
         "--suffix_column",
         metavar="COLUMN",
         help="Column with the text after the gap. (default: none)",
+    )
+
+
+def _add_languages(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "translation",
+        "For TranslateGemma, which translates the text in --prompt_column or in the\n"
+        "picture in --image_column. Set both languages.",
+    ).add_argument
+    add(
+        "--source_lang",
+        metavar="CODE",
+        help="Language to translate from, as the model's chat template names it, such as cs or "
+        "de-DE. (default: none)",
+    )
+    add(
+        "--target_lang",
+        metavar="CODE",
+        help="Language to translate to, named likewise. (default: none)",
     )
 
 
@@ -304,4 +331,17 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         **SWITCH,
         help="Add the columns statistic_queries and statistic_values: the statistics that "
         "DataGemma RIG marks in a completion. (default: false)",
+    )
+    add(
+        "--boxes",
+        **SWITCH,
+        help="Add the columns boxes and num_unreadable_boxes: what PaliGemma answers to a prompt "
+        "such as 'detect cat ; dog' or 'segment cat', in pixels of the row's picture. "
+        "(default: false)",
+    )
+    add(
+        "--mask_decoder",
+        metavar="FILE",
+        help="File vae-oid.npz, which Google publishes beside PaliGemma. It decodes the masks of "
+        "--boxes into PNG pictures; without it, masks are left as tokens. (default: none)",
     )

@@ -11,7 +11,7 @@ import pyarrow as pa
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.cli.estimate_flags import check_estimate, means_of
-from beam_gemma.cli.flag_groups import limits_of
+from beam_gemma.cli.flag_groups import image_reading, limits_of
 from beam_gemma.cli.flags import FlagParser, in_one_process, is_local, parse
 from beam_gemma.cli.output_places import is_done, make_room
 from beam_gemma.cli.table_flags import refuse_streams, sink_of, source_of
@@ -34,7 +34,7 @@ from beam_gemma.tables.lease import new_job
 from beam_gemma.tables.open_table import ReadTable
 from beam_gemma.tables.sink import PIECES
 from beam_gemma.tables.source import Source
-from beam_gemma.tasks.columns import check_columns
+from beam_gemma.tasks.columns import check_columns, check_pictures
 from beam_gemma.tasks.interface import Settings
 
 WHOLE = "the output is whole, so there is nothing to go on with"
@@ -100,6 +100,10 @@ def plan(
     artifact, options = _open(handler, flags, options, device)
     source = source_of(flags, options)
     check_columns(handler.settings, source.schema)
+    # A preview runs on this machine, whatever the workers may read.
+    handler.image_reading = image_reading(
+        flags, source.folder, is_local=is_local(options) or flags.dry_run is not None
+    )
     command = [*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)]
     facts = facts_of(
         command,
@@ -140,6 +144,7 @@ def _open(
     artifact = handler.artifact()
     options = worker_options(flags, options, artifact)
     handler.run_on(resource_hints(flags, options))
+    check_pictures(handler.settings, artifact, getattr(flags, "image_size", None))
     handler.check(artifact)
     if is_local(options):
         choose_device(artifact, handler.head, device)
@@ -170,7 +175,7 @@ def _output(
         facts=facts,
         errors=errors,
         max_error_fraction=flags.max_error_fraction,
-        page=_page(flags),
+        page=_page(flags, settings),
         copies=source.copies,
     )
 
@@ -184,14 +189,15 @@ def _stage(output: Output, options: PipelineOptions) -> None:
         raise
 
 
-def _page(flags: argparse.Namespace) -> Page | None:
+def _page(flags: argparse.Namespace, settings: Settings) -> Page | None:
     if flags.report is None:
         if flags.report_rows:
             raise OptionsError(
                 f"--report_rows {flags.report_rows}: expected a --report to show them in, got none"
             )
         return None
-    return Page(flags.report, flags.report_rows)
+    images = tuple(name for name, use in settings.columns.items() if use in ("images", "messages"))
+    return Page(flags.report, flags.report_rows, images)
 
 
 def _set_up_logs(*, verbose: bool) -> None:

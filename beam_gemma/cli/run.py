@@ -1,6 +1,7 @@
 """Run a planned job, show its progress, and check that every row came back."""
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,18 +11,23 @@ import apache_beam as beam
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.runners.runner import PipelineResult
 
+from beam_gemma.batches import held_in
 from beam_gemma.cli.failures import failure
-from beam_gemma.cli.flags import in_one_process
+from beam_gemma.cli.flags import in_one_process, is_local
 from beam_gemma.cli.held_logs import HeldLogs, is_verbose
 from beam_gemma.cli.plan import Job
 from beam_gemma.cli.stop import going_on_if, interruptible, tell
 from beam_gemma.dataflow.options import on_dataflow
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError, one_line
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE, Display
+from beam_gemma.tables.sink import STAGED
 
 SUCCESS, FAILURE, USAGE, STOPPED = 0, 1, 2, 3
 """Exit codes: row counts balance; they do not, or the job failed; a setting is wrong; the job
 stopped at its token budget and can be resumed."""
+
+HELD = "held"
+"""Subfolder of what a job has staged, for rows that are held in files."""
 
 
 def run(job: Job[Any], step: str) -> int:
@@ -51,7 +57,7 @@ def run_pipeline(pipeline: beam.Pipeline, job: Job[Any]) -> int:
         return _submit(pipeline, job)
     started = time.monotonic()
     try:
-        with _held(job) as held, _display(job, held):
+        with _rows_in_files(job), _held(job) as held, _display(job, held):
             result = pipeline.run()
             result.wait_until_finish()
     except Exception as error:  # runners and their clients raise many types
@@ -142,6 +148,17 @@ def command(main: Callable[[], int]) -> int:
 def _held(job: Job[Any]) -> AbstractContextManager[HeldLogs | None]:
     """Hold back what Beam tells of errors, unless all of it is to be shown."""
     return nullcontext() if is_verbose() else HeldLogs(with_workers=not in_one_process(job.options))
+
+
+def _rows_in_files(job: Job[Any]) -> AbstractContextManager[None]:
+    """Hold rows with pictures in files, if the job runs in Beam's runner on this machine."""
+    if not (is_local(job.options) and job.handler.settings.image_columns):
+        return nullcontext()
+    work = job.output.sink.work
+    if "://" in work:
+        return held_in(tempfile.mkdtemp(prefix="beam-gemma-"))
+    # What a killed job leaves is deleted with what it has staged.
+    return held_in(f"{work}/{STAGED}/{HELD}")
 
 
 def _display(job: Job[Any], held: HeldLogs | None) -> AbstractContextManager[object]:

@@ -126,13 +126,13 @@ def _check_places(flags: argparse.Namespace, options: PipelineOptions) -> None:
             f"--temp_location: expected a folder on {CLOUD_STORAGE} for what is not finished, got "
             f"{cloud.temp_location or 'none'}"
         )
-    for name in ("model", "input", "output", "errors", "report"):
-        place = getattr(flags, name)
-        schemes = (CLOUD_STORAGE,) if name in ("model", "report") else (CLOUD_STORAGE, BIGQUERY)
+    tables = ("input", "output", "errors")
+    for name in ("model", *tables, "report", "mask_decoder"):
+        place = getattr(flags, name, None)
+        schemes = (CLOUD_STORAGE, BIGQUERY) if name in tables else (CLOUD_STORAGE,)
         if place is not None and not place.startswith(schemes):
-            remedy = (
-                "; copy it there with gcloud storage cp -r" if name in ("model", "input") else ""
-            )
+            has_to_be_copied = name in ("model", "input", "mask_decoder")
+            remedy = "; copy it there with gcloud storage cp -r" if has_to_be_copied else ""
             raise OptionsError(
                 f"--{name} {place}: expected a place on {' or '.join(schemes)} that workers of "
                 f"Dataflow reach, got a path of this machine{remedy}"

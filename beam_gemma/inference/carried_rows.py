@@ -1,7 +1,8 @@
 """Rows on their way to the process that has the model: each as the request that it makes.
 
 A request is made here, where the row is, of whatever values Python can hold. What crosses is its
-token ids as JSON, with the keys of the row; see `tasks/encoded_rows.py`.
+token ids as JSON, with the keys of the row and the files of its pictures; see
+`tasks/encoded_rows.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,13 +10,20 @@ from typing import Any
 
 import pyarrow as pa
 
+from beam_gemma.inference.picture_rows import files_of
 from beam_gemma.inference.wire import batch_bytes, batch_of
 from beam_gemma.inputs.row import Row
 from beam_gemma.tasks.encoded_rows import request_of
-from beam_gemma.tasks.row_keys import ENCODED, REQUEST_KEY, ROW_KEY
+from beam_gemma.tasks.interface import Settings
+from beam_gemma.tasks.row_keys import ENCODED, IMAGES, REQUEST_KEY, ROW_KEY
 
 SCHEMA = pa.schema(
-    {ENCODED: pa.large_binary(), REQUEST_KEY: pa.large_binary(), ROW_KEY: pa.large_string()}
+    {
+        ENCODED: pa.large_binary(),
+        REQUEST_KEY: pa.large_binary(),
+        ROW_KEY: pa.large_string(),
+        IMAGES: pa.large_list(pa.large_binary()),
+    }
 )
 Identify = Callable[[Row], Any]
 """Function that returns the JSON-serializable identity of a row's request."""
@@ -26,10 +34,19 @@ DrawKey = Callable[[Row], str | None]
 class RowCarrier:
     """Turns rows into bytes; needs no weights."""
 
-    def __init__(self, identify: Identify, draw_key: DrawKey) -> None:
-        """Initialize the carrier with what a task makes of a row."""
+    def __init__(
+        self, identify: Identify, draw_key: DrawKey, settings: Settings | None = None
+    ) -> None:
+        """Initialize the carrier with what a task makes of a row.
+
+        Args:
+            identify: Returns the identity of a row's request.
+            draw_key: Returns the key of a row's random draws.
+            settings: The settings of the task; None if rows have no pictures.
+        """
         self._identify = identify
         self._draw_key = draw_key
+        self._settings = settings
 
     def __call__(self, rows: Sequence[Row]) -> bytes:
         """Return rows as bytes that `rows_of_bytes` decodes.
@@ -47,10 +64,12 @@ class RowCarrier:
         if ROW_KEY in row:
             keys[ROW_KEY] = str(row[ROW_KEY])
         if ENCODED in row:
-            return {ENCODED: row[ENCODED], **keys}
+            return {ENCODED: row[ENCODED], IMAGES: row.get(IMAGES), **keys}
 
         def identify(row: Row) -> Any:
             identity = self._identify(row)
+            if self._settings is not None and (files := files_of(row, self._settings)):
+                keys[IMAGES] = files
             if ROW_KEY not in row:
                 keys[ROW_KEY] = self._draw_key(row)
             return identity

@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from beam_gemma import moved
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.task_handler import TaskHandler
+from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference.task_handler import TaskHandler, image_tokens
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.row import Row
 from beam_gemma.inputs.template import column_value
@@ -22,8 +22,8 @@ from beam_gemma.structured.output import StructuredOutput
 from beam_gemma.tasks import open_model
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.embed import Embedder
-from beam_gemma.tasks.generate import GenerateSettings, Generator
-from beam_gemma.tasks.interface import Asked, Encoder
+from beam_gemma.tasks.generate import GenerateSettings, Generator, mask_decoder_of
+from beam_gemma.tasks.interface import Asked, Encoder, told_apart
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import ClassifySettings
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
@@ -38,6 +38,8 @@ class GemmaGenerateModelHandler(TaskHandler):
         device: `auto` is CUDA if the model and the machine have it, else the CPU.
         limits: Step and memory limits.
         large_model: True if the processes of a machine share one model.
+        image_reading: Limits of reading the pictures that rows name by path or URI; by default,
+            none of the machine's own disk.
 
     Raises:
         OptionsError: the limits do not fit the device.
@@ -66,6 +68,7 @@ class GemmaGenerateModelHandler(TaskHandler):
         device: DeviceChoice = "auto",
         limits: Limits = Limits(),
         large_model: bool = True,
+        image_reading: ImageReading = ImageReading(),
     ) -> None:
         super().__init__(
             model,
@@ -73,6 +76,7 @@ class GemmaGenerateModelHandler(TaskHandler):
             device=device,
             limits=limits,
             large_model=large_model,
+            image_reading=image_reading,
         )
 
     def encoder(self, artifact: Artifact) -> PromptEncoder:
@@ -82,6 +86,7 @@ class GemmaGenerateModelHandler(TaskHandler):
     def check(self, artifact: Artifact) -> None:
         """Check the settings against the model; no weights are loaded."""
         open_model.constraint(artifact, self.settings, self.encoder(artifact))
+        mask_decoder_of(self.settings)
 
     def with_schema(self, schema: Mapping[str, Any] | type) -> "GemmaGenerateModelHandler":
         """Return a copy of the handler whose completions are JSON of a schema.
@@ -123,6 +128,8 @@ class GemmaClassifyModelHandler(TaskHandler):
         device: `auto` is CUDA if the model and the machine have it, else the CPU.
         limits: Step and memory limits.
         large_model: True if the processes of a machine share one model.
+        image_reading: Limits of reading the pictures that rows name by path or URI; by default,
+            none of the machine's own disk.
 
     Raises:
         OptionsError: the limits do not fit the device.
@@ -146,8 +153,16 @@ class GemmaClassifyModelHandler(TaskHandler):
         device: DeviceChoice = "auto",
         limits: Limits = Limits(),
         large_model: bool = True,
+        image_reading: ImageReading = ImageReading(),
     ) -> None:
-        super().__init__(model, settings, device=device, limits=limits, large_model=large_model)
+        super().__init__(
+            model,
+            settings,
+            device=device,
+            limits=limits,
+            large_model=large_model,
+            image_reading=image_reading,
+        )
 
     def encoder(self, artifact: Artifact) -> Encoder:
         """Return the encoder of a row's first prompt; no weights are loaded."""
@@ -157,13 +172,16 @@ class GemmaClassifyModelHandler(TaskHandler):
     def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
         """Return a function from a row to the token ids to compute; no weights are loaded."""
         encoders = open_model.question_encoders(artifact, self.settings)
+        size = image_tokens(artifact)
 
         def asks(row: Row) -> Asked:
             questions = [encode(row) for encode in encoders]
             return Asked(
                 prompts=tuple(question.prompt for question in questions),
                 sequences=tuple(
-                    path.token_ids for question in questions for path in question.plan.paths
+                    told_apart(question.prompt, path.token_ids, size)
+                    for question in questions
+                    for path in question.plan.paths
                 ),
             )
 
@@ -228,8 +246,3 @@ class GemmaEmbedModelHandler(TaskHandler):
 
     def _load(self, artifact: Artifact, device: Device) -> Embedder:
         return open_model.open_embedder(artifact, self.settings, device, self._limits)
-
-
-def __getattr__(name: str) -> Any:
-    """Resolve the handler's name from version 0.7."""
-    return moved.attribute(__name__, name)

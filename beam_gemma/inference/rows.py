@@ -9,6 +9,7 @@ from apache_beam.pvalue import Row
 from beam_gemma.batches import python_value
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row as Columns
+from beam_gemma.tasks.row_keys import ENCODED, IMAGES
 
 Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
 """Input of inference; a Beam Row that has passed between two steps is a named tuple."""
@@ -57,6 +58,20 @@ def num_rows(example: Any) -> int:
     return example.num_rows if isinstance(example, pa.RecordBatch) else 1
 
 
+def weight(example: Any, full: int, full_bytes: int) -> int:
+    """Return what an example with pictures counts for in a batch: its rows, or more if it is large.
+
+    Args:
+        example: The example.
+        full: What a full batch counts for, which is the most that is returned.
+        full_bytes: Bytes that fill a batch.
+    """
+    size = num_bytes(example)
+    if isinstance(example, pa.RecordBatch) and ENCODED in example.schema.names:
+        size = example.column(IMAGES).nbytes if IMAGES in example.schema.names else 0
+    return max(num_rows(example), min(full, -(-size * full // full_bytes)))
+
+
 def num_bytes(value: Any) -> int:
     """Return the size of a value's content in bytes; a number counts as eight."""
     match as_mapping(value):
@@ -72,6 +87,8 @@ def num_bytes(value: Any) -> int:
             return sum(map(num_bytes, items))
         case None:
             return 0
+        case _ if hasattr(value, "getbands"):  # a picture of Pillow
+            return value.width * value.height * len(value.getbands())
         case _:
             return 8
 

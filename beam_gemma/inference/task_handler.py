@@ -14,7 +14,9 @@ from apache_beam.pvalue import PCollection
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.carried_rows import RowCarrier
-from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of
+from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference.picture_rows import may_show, parts
+from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of, weight
 from beam_gemma.inference.shared_model import SharedModel
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
 from beam_gemma.inputs.row import Row
@@ -27,11 +29,22 @@ from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.runtime.download import open_description, open_model
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.tasks.encoded_rows import request_of
-from beam_gemma.tasks.interface import Asked, Encoder, Model, Settings, StreamingModel, task_name
+from beam_gemma.tasks.interface import (
+    Asked,
+    Encoder,
+    Model,
+    Settings,
+    StreamingModel,
+    task_name,
+    told_apart,
+)
 from beam_gemma.versions import check_versions, versions
 
 BATCH_ROWS = 4096
 """Rows per batch for the engine: enough that few steps run with empty slots."""
+BATCH_BYTES = 128 << 20
+"""Bytes per batch of rows with pictures, however few rows these are. Pictures of 200 KB make 640
+rows, more than run at once. Of larger ones, steps are as full as threads have batches at once."""
 
 
 class SampledResults(NamedTuple):
@@ -62,6 +75,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         device: DeviceChoice,
         limits: Limits,
         large_model: bool,
+        image_reading: ImageReading = ImageReading(),
     ) -> None:
         """Create a handler for a model and a task; nothing is loaded yet.
 
@@ -72,13 +86,17 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             limits: Step and memory limits.
             large_model: True if the processes of a machine share one model. If False, each
                 process loads its own, which is right if there is only one.
+            image_reading: Limits of reading the pictures that rows name by path or URI.
         """
         limits.check_choice(device)
+        size = partial(weight, full=BATCH_ROWS, full_bytes=BATCH_BYTES)
         super().__init__(
             min_batch_size=BATCH_ROWS,
             max_batch_size=BATCH_ROWS,
-            element_size_fn=num_rows,
+            element_size_fn=size if may_show(settings) else num_rows,
         )
+        self.image_reading = image_reading
+        """Limits of reading the pictures that rows name by path or URI."""
         self._is_shared = large_model
         self._key = uuid.uuid4().hex
         self._supervision: Supervision | None = None
@@ -129,11 +147,12 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
     def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
         """Return a function from a row to the token ids to compute; no weights are loaded."""
-        encode = self.encoder(artifact)
+        encode, size = self.encoder(artifact), image_tokens(artifact)
 
         def asks(row: Row) -> Asked:
             prompt = encode(row)
-            return Asked(prompts=(prompt,), sequences=(prompt.token_ids,))
+            sequence = told_apart(prompt, prompt.token_ids, size)
+            return Asked(prompts=(prompt,), sequences=(sequence,))
 
         return asks
 
@@ -208,7 +227,8 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         """
         self.validate_inference_args(inference_args)
         rows = [row for example in batch for row in rows_of(example)]
-        results, counts, pulse = model(rows), model.take_counts(), model.take_pulse()
+        results = self._results(rows, model)
+        counts, pulse = model.take_counts(), model.take_pulse()
         self._report(results, counts)
         if (memory := used_mib(pulse)) is not None:
             Metrics.distribution(METRICS_NAMESPACE, "gpu_used_mib").update(memory)
@@ -221,6 +241,12 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             PredictionResult(example, inference)
             for example, inference in zip(batch, inferences, strict=True)
         ]
+
+    def _results(self, rows: list[Row], model: Model) -> list[dict[str, Any]]:
+        if not may_show(self.settings):
+            return model(rows)
+        some = parts(rows, self.settings, self.image_reading, BATCH_BYTES)
+        return [result for part in some for result in model(part)]
 
     def get_num_bytes(self, batch: Sequence[Example]) -> int:
         """Return the size of the examples in bytes."""
@@ -248,7 +274,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
     def _carrier(self) -> RowCarrier:
         """Return what makes rows ready to cross to another process; no weights are loaded."""
-        return RowCarrier(self._identify(self.artifact()), self._draw_key)
+        return RowCarrier(self._identify(self.artifact()), self._draw_key, self.settings)
 
     def _draw_key(self, row: Row) -> str | None:
         """Return the key that seeds a row's random draws, or None if its request seeds them."""
@@ -290,6 +316,11 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             return next(results)
         own = [next(results) for _ in range(example.num_rows)]
         return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
+
+
+def image_tokens(artifact: Artifact) -> int:
+    """Return the number of tokens that a picture takes in a model."""
+    return 0 if artifact.vision is None else artifact.vision.num_image_tokens
 
 
 def check_bounded(rows: PCollection[Any]) -> None:

@@ -27,6 +27,7 @@ PYTHON_TYPES: dict[pa.DataType, type] = {
     pa.float32(): float,
     pa.float64(): float,
     pa.bool_(): bool,
+    pa.binary(): bytes,
     pa.date32(): datetime.date,
     pa.timestamp("us", "UTC"): datetime.datetime,
     pa.time64("us"): datetime.time,

@@ -1,7 +1,11 @@
-"""Make requests from rows as record batches, and merge rows with equal requests."""
+"""Make requests from rows as record batches, and merge rows with equal requests.
+
+Requests of rows with pictures have the pictures' files beside them, which are not small: the files
+of merged rows are never held together.
+"""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +13,14 @@ import pyarrow as pa
 
 from beam_gemma.batches import joined
 from beam_gemma.errors import RecordError
+from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference.picture_rows import files_of, with_files
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inputs.row import Row
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import (
     ENCODED,
+    IMAGES,
     KEY_BYTES,
     POSITION,
     POSITIONS,
@@ -21,28 +28,41 @@ from beam_gemma.tasks.row_keys import (
     ROW_KEY,
 )
 
+FILES = pa.list_(pa.large_binary())
+
 
 def keyed(
     position: int,
     rows: pa.RecordBatch,
     settings: Settings,
     encode: Callable[[Row], bytes],
+    reading: ImageReading = ImageReading(),
 ) -> pa.RecordBatch:
     """Return one request per row: its key, its position, and what the row is encoded to.
 
-    With sampling, rows never share a request: the row's own key becomes part of the request key.
+    Rows with pictures also have the files of these in `IMAGES`; rows that fail have none. With
+    sampling, rows never share a request: the row's own key becomes part of the request key.
 
     Args:
         position: The position of the first row.
-        rows: The rows, with all columns of the table.
+        rows: The rows, with all columns of the table; columns of pictures are fetched.
         settings: The settings of the task.
         encode: Encodes a row to its request, or to its error; equal requests are merged.
+        reading: The limits of reading the pictures that conversations name.
     """
     used = rows.select([name for name in rows.schema.names if name in settings.columns])
-    requests = [encode(row) for row in rows_of(used)]
+    requests: list[bytes] = []
+    files: list[list[bytes]] = []
+    for row in with_files(rows_of(used), settings, reading):
+        requests.append(encode(row))
+        files.append(files_of(row, settings))
     keys = [_digest(request) for request in requests]
     own: dict[str, pa.Array] = {}
+    if settings.image_columns or any(files):
+        own[IMAGES] = pa.array(files, FILES)
     if settings.is_sampled:
+        if IMAGES in own:
+            rows = _with_digests(rows.drop_columns(list(settings.image_columns)), files)
         row_keys = _row_keys(rows, settings)
         keys = [_digest(key + name.encode()) for key, name in zip(keys, row_keys, strict=True)]
         own[ROW_KEY] = pa.array(row_keys, pa.string())
@@ -54,6 +74,12 @@ def keyed(
             **own,
         }
     )
+
+
+def _with_digests(rows: pa.RecordBatch, files: Sequence[Sequence[bytes]]) -> pa.RecordBatch:
+    """Return rows with the digests of their pictures, which tell rows apart as the files do."""
+    digests = [[_digest(file).hex() for file in some] for some in files]
+    return rows.append_column(IMAGES, pa.array(digests, pa.list_(pa.string())))
 
 
 def key_ranges(requests: pa.RecordBatch, num_ranges: int) -> np.ndarray:
@@ -76,6 +102,37 @@ def distinct(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
     first = rows.take(pa.array(order[offsets[:-1]]))
     at = first.schema.get_field_index(POSITION)
     return first.set_column(at, POSITIONS, positions)
+
+
+def without_files(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return requests without the files of their pictures, which can then be forgotten."""
+    if IMAGES not in batch.schema.names:
+        return batch
+    # A copy: columns that came together share their memory.
+    return batch.drop_columns([IMAGES]).take(pa.array(np.arange(batch.num_rows)))
+
+
+def with_their_files(
+    requests: pa.RecordBatch, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Yield merged requests with the files of their pictures, in batches as small as these came.
+
+    Args:
+        requests: Requests of `distinct`, of rows `without_files`.
+        batches: The requests of all rows, with their files.
+    """
+    positions = requests.column(POSITIONS).to_pylist()
+    first = {own[0]: index for index, own in enumerate(positions)}
+    for batch in batches:
+        found = [first.get(position, -1) for position in batch.column(POSITION).to_pylist()]
+        indices = np.array(found, np.int64)
+        wanted = indices >= 0
+        if not wanted.any():
+            continue
+        some = requests.take(pa.array(indices[wanted]))
+        if IMAGES in batch.schema.names:
+            some = some.append_column(IMAGES, batch.column(IMAGES).filter(pa.array(wanted)))
+        yield some
 
 
 def split_durable(

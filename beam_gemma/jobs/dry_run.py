@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import pyarrow as pa
 
 from beam_gemma.errors import RecordError
+from beam_gemma.inference.picture_rows import with_files
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inference.task_handler import TaskHandler
-from beam_gemma.inputs.row import Prompt, Row
+from beam_gemma.inputs.row import Prompt
 from beam_gemma.jobs.estimate import Estimate, Means, Sample, distribution
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.monitoring.result_summary import reason_of
@@ -18,6 +19,8 @@ from beam_gemma.tables.source import SAMPLE_ROWS, Source
 from beam_gemma.tasks.interface import Asked
 
 Form = Literal["text", "json"]
+SAMPLE_IMAGE_ROWS = 100
+"""Rows to sample of a table with pictures, which are read."""
 SHOWN_PROMPTS = 3
 SHOWN_REASONS = 3
 
@@ -34,7 +37,7 @@ def preview(
         means: The throughput, workers and price to assume.
         form: Output form; `json` has only figures and no row contents.
     """
-    asked, reasons = _ask(source, handler.asks(artifact))
+    asked, reasons = _ask(source, handler, artifact)
     sample = Sample(
         lengths=[sum(len(prompt.token_ids) for prompt in row.prompts) for row in asked],
         sequences=[row.sequences for row in asked],
@@ -63,17 +66,26 @@ def preview(
     return "\n".join(lines) + "\n"
 
 
-def _ask(source: Source, asks: Callable[[Row], Asked]) -> tuple[list[Asked], Counter[str]]:
+def _ask(
+    source: Source, handler: TaskHandler, artifact: Artifact
+) -> tuple[list[Asked], Counter[str]]:
     """Return the requests of the sampled rows, and the counts of reasons for failed rows."""
+    settings, asks = handler.settings, handler.asks(artifact)
     asked = []
     reasons: Counter[str] = Counter()
-    for batch in source.sample(SAMPLE_ROWS):
-        for row in rows_of(batch):
+    num_rows = SAMPLE_IMAGE_ROWS if settings.image_columns else SAMPLE_ROWS
+    for batch in source.sample(num_rows):
+        for row in with_files(rows_of(batch), settings, handler.image_reading):
             try:
-                asked.append(asks(row))
+                asked.append(_without_files(asks(row)))
             except RecordError as error:
                 reasons[reason_of(str(error))] += 1
     return asked, reasons
+
+
+def _without_files(asked: Asked) -> Asked:
+    """Return a row's requests without the files of its pictures, of which there may be many."""
+    return replace(asked, prompts=tuple(replace(prompt, images=()) for prompt in asked.prompts))
 
 
 def _block_tokens(handler: TaskHandler, artifact: Artifact) -> int | None:

@@ -4,12 +4,15 @@ Errors name a row by its number, since the text of rows is shown nowhere at laun
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from beam_gemma.errors import OptionsError, nearest
+from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference.picture_rows import with_files
 from beam_gemma.inference.rows import rows_of
-from beam_gemma.inputs.row import as_text, shots_own_errors
+from beam_gemma.inputs.row import Row, as_text, shots_own_errors
 from beam_gemma.inputs.template import Template
 from beam_gemma.tables.source import Source
 from beam_gemma.tasks.questions import ClassifySettings, Shot
@@ -19,7 +22,13 @@ POOL_ROWS = 10_000
 
 
 def draw_shots(
-    source: Source, settings: ClassifySettings, label_column: str, *, number: int, seed: int
+    source: Source,
+    settings: ClassifySettings,
+    label_column: str,
+    *,
+    number: int,
+    seed: int,
+    reading: ImageReading = ImageReading(),
 ) -> tuple[Shot, ...]:
     """Draw shots at random, plus one spare, because a row never serves as its own shot.
 
@@ -31,26 +40,40 @@ def draw_shots(
         label_column: The column with the index or the text of a row's label.
         number: The number of shots in each prompt.
         seed: The random seed; the same table and seed give the same shots.
+        reading: The limits of reading the pictures that rows name.
 
     Raises:
         OptionsError: the table lacks a column or has too few rows with a label, or a label is not
             among the settings' labels.
     """
-    pool = all_shots(source, settings, label_column)
+    pool = _pool(source, settings, label_column)
     if len(pool) < number:
         raise OptionsError(
             f"num_fewshot: expected at most the {len(pool):,} rows with a label among the first "
             f"{POOL_ROWS:,} of {source.uri}, got {number}"
         )
-    return tuple(random.Random(seed).sample(pool, min(number + 1, len(pool))))
+    drawn = random.Random(seed).sample(list(pool.items()), min(number + 1, len(pool)))
+    return _with_pictures(source, drawn, settings, reading)
 
 
-def all_shots(source: Source, settings: ClassifySettings, label_column: str) -> tuple[Shot, ...]:
+def all_shots(
+    source: Source,
+    settings: ClassifySettings,
+    label_column: str,
+    *,
+    reading: ImageReading = ImageReading(),
+) -> tuple[Shot, ...]:
     """Return all rows of the pool that can be shots, in order.
 
     Raises:
         OptionsError: the table lacks a column, or a label is not among the settings' labels.
     """
+    pool = _pool(source, settings, label_column)
+    return _with_pictures(source, list(pool.items()), settings, reading)
+
+
+def _pool(source: Source, settings: ClassifySettings, label_column: str) -> dict[int, Shot]:
+    """Return the rows that can be shots by their positions, without their pictures."""
     columns = (*settings.columns, label_column)
     for column in columns:
         if column not in source.schema.names:
@@ -59,15 +82,46 @@ def all_shots(source: Source, settings: ClassifySettings, label_column: str) -> 
                 f"{', '.join(source.schema.names)}{nearest(column, source.schema.names)}"
             )
     templates = [Template(label, ()) for label in settings.labels]
-    rows = (row for batch in source.head(POOL_ROWS) for row in rows_of(batch))
-    return tuple(
-        Shot(
-            row={column: row[column] for column in settings.columns},
+    texts = [column for column in settings.columns if column not in settings.image_columns]
+    return {
+        position: Shot(
+            row={column: row[column] for column in texts},
             label=_index(settings, templates, row, label_column, f"{source.uri}, row {position}"),
         )
-        for position, row in enumerate(rows)
+        for position, row in _rows(source)
         if isinstance(row, Mapping) and all(row[column] is not None for column in columns)
-    )
+    }
+
+
+def _with_pictures(
+    source: Source,
+    shots: Sequence[tuple[int, Shot]],
+    settings: ClassifySettings,
+    reading: ImageReading,
+) -> tuple[Shot, ...]:
+    """Return shots with their pictures, which are read for these alone."""
+    columns = settings.image_columns
+    if not columns:
+        return tuple(shot for _, shot in shots)
+    wanted = {position for position, _ in shots}
+    found = {
+        position: {column: read[column] for column in columns}
+        for position, row in _rows(source)
+        if position in wanted
+        for read in with_files([row], settings, reading)
+        if isinstance(read, Mapping)
+    }
+    return tuple(_joined(shot, found[place]) for place, shot in shots)
+
+
+def _joined(shot: Shot, pictures: Mapping[str, Any]) -> Shot:
+    assert isinstance(shot.row, Mapping)
+    return replace(shot, row={**shot.row, **pictures})
+
+
+def _rows(source: Source) -> Iterator[tuple[int, Row]]:
+    batches = source.head(POOL_ROWS)
+    return enumerate(row for batch in batches for row in rows_of(batch))
 
 
 def _index(

@@ -5,7 +5,7 @@ their keys, so that equal ones meet on one worker wherever their rows are in the
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -17,10 +17,21 @@ from apache_beam.typehints.decorators import no_annotations
 
 from beam_gemma.batches import Grouped, Located, Tagged, by_group
 from beam_gemma.inference import saved_results
+from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference.picture_rows import messages_column
 from beam_gemma.inference.task_handler import TaskHandler, check_bounded
-from beam_gemma.jobs.deduplicate import distinct, key_ranges, keyed, split_durable, spread
+from beam_gemma.jobs.deduplicate import (
+    distinct,
+    key_ranges,
+    keyed,
+    split_durable,
+    spread,
+    with_their_files,
+    without_files,
+)
+from beam_gemma.jobs.fetch_images import fetched, in_slices
 from beam_gemma.monitoring.progress import METER, METRICS_NAMESPACE, Count
-from beam_gemma.tasks.row_keys import POSITIONS, REQUEST_KEY
+from beam_gemma.tasks.row_keys import IMAGES, POSITIONS, REQUEST_KEY
 
 ROWS, PIECES = 0, 1
 """Tags of the batches of a key range: rows of the table, and pieces of durable results."""
@@ -29,13 +40,16 @@ LEDGER, DURABLE = "ledger", "durable"
 MAX_RANGES = 1024
 
 
-def num_ranges(num_rows: int | None) -> int:
+def num_ranges(num_rows: int | None, *, with_images: bool = False) -> int:
     """Return the number of key ranges to group a table's requests by.
 
     There are enough for all workers, but few enough that the batches of a range are not tiny.
+    Requests with pictures are large, so that their ranges have few.
     """
     if num_rows is None:
         return MAX_RANGES // 4
+    if with_images:
+        return min(MAX_RANGES, max(1, num_rows // REQUESTS_PER_BATCH))
     return min(MAX_RANGES, max(1, min(num_rows // 64, 64), num_rows // 4096))
 
 
@@ -52,7 +66,8 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
     """Runs a task on every row of a table.
 
     Takes the rows of a `ReadTable` and returns what `WriteTable` joins with them again. Rows that
-    make equal requests are computed once.
+    make equal requests are computed once. Pictures that rows name by path or URI are fetched, as
+    the handler's `image_reading` allows.
 
     Args:
         handler: The handler of the task, with its model.
@@ -71,14 +86,19 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
     ) -> None:
         super().__init__()
         self._handler = handler
-        self._num_ranges = num_ranges(num_rows)
+        self._num_ranges = num_ranges(num_rows, with_images=bool(handler.settings.image_columns))
         self._durable = durable
 
     @no_annotations  # type: ignore[untyped-decorator]
     def expand(self, rows: PCollection[Located]) -> Answers:
         """Apply the transform."""
         check_bounded(rows)
-        requests = rows | "Key" >> beam.ParDo(
+        seen = rows
+        if columns := self._handler.settings.image_columns:
+            seen = rows | "Images" >> beam.ParDo(
+                _FetchImages(columns, self._handler.image_reading)
+            ).with_output_types(tuple[int, pa.RecordBatch])
+        requests = seen | "Key" >> beam.ParDo(
             _Key(self._handler, self._num_ranges)
         ).with_output_types(Grouped)
         if self._durable is not None:
@@ -102,6 +122,17 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
         return Answers((unique[DURABLE], asked["results"]), ledger)
 
 
+class _FetchImages(beam.DoFn):
+    """Fetches the pictures of rows, and yields rows in batches that are small with pictures."""
+
+    def __init__(self, columns: Sequence[str], reading: ImageReading) -> None:
+        self._columns = columns
+        self._reading = reading
+
+    def process(self, located: Located) -> Iterator[Located]:
+        yield from fetched(located, self._columns, self._reading)
+
+
 class _Key(beam.DoFn):
     """Encodes each row to its request, once, and groups requests by ranges of their keys."""
 
@@ -117,9 +148,11 @@ class _Key(beam.DoFn):
         self._encode = self._handler.request_encoder(self._handler.artifact())
 
     def process(self, located: Located) -> Iterator[Grouped]:
-        requests = keyed(*located, self._handler.settings, self._encode)
-        for group, some in by_group(key_ranges(requests, self._num_ranges), requests):
-            yield group, (ROWS, 0, some)
+        settings, reading = self._handler.settings, self._handler.image_reading
+        for position, rows in in_slices(located, messages_column(settings)):
+            requests = keyed(position, rows, settings, self._encode, reading)
+            for group, some in by_group(key_ranges(requests, self._num_ranges), requests):
+                yield group, (ROWS, 0, some)
 
 
 class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
@@ -141,15 +174,21 @@ class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
 
 
 class _Unique(beam.DoFn):
-    """Merges equal requests into one, and answers those whose results are durable."""
+    """Merges equal requests into one, and answers those whose results are durable.
+
+    Batches of requests with pictures are read twice, and one at a time: first their keys, then the
+    files of the requests that are left.
+    """
 
     def __init__(self, results: pa.Schema) -> None:
         self._results = results
 
     def process(self, group: tuple[int, Iterable[Tagged]]) -> Iterator[Any]:
         batches = defaultdict(list)
+        have_files = False
         for tag, _, batch in group[1]:
-            batches[tag].append(batch)
+            have_files |= IMAGES in batch.schema.names
+            batches[tag].append(without_files(batch))
         if not batches[ROWS]:
             return
         requests = distinct(batches[ROWS])
@@ -158,8 +197,12 @@ class _Unique(beam.DoFn):
             results = [durable[key] for key in known.column(REQUEST_KEY).to_pylist()]
             found = pa.RecordBatch.from_pylist(results, self._results)
             yield TaggedOutput(DURABLE, spread(known, found))
-        for start in range(0, left.num_rows, REQUESTS_PER_BATCH):
-            yield left.slice(start, REQUESTS_PER_BATCH)
+        if have_files:
+            rows = (batch for tag, _, batch in group[1] if tag == ROWS)
+            yield from with_their_files(left, rows)
+        else:
+            for start in range(0, left.num_rows, REQUESTS_PER_BATCH):
+                yield left.slice(start, REQUESTS_PER_BATCH)
         yield TaggedOutput(LEDGER, {"counts": _counted(known, left)})
 
 

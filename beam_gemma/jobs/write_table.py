@@ -20,6 +20,7 @@ from apache_beam.typehints.decorators import no_annotations
 from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.task_handler import TaskHandler
+from beam_gemma.jobs.fetch_images import described
 from beam_gemma.jobs.infer_table import Answers
 from beam_gemma.jobs.publish import Columns, Output, Staged, publish
 from beam_gemma.jobs.run_record import facts_of
@@ -209,11 +210,15 @@ class _Stage(beam.DoFn):
             written = _with_results(batch, answers, output)
             file.write(written)
             failures.write(written)
-            shown = shown or json_lines.format_rows(written.slice(0, num_shown))
+            shown = shown or self._shown(written.slice(0, num_shown))
             _count(written, output.tasks)
             summaries = [total + Summary.of(a) for total, a in zip(summaries, answers, strict=True)]
         file.close()
         yield Staged(shard, path, failures.close(), summaries, shown)
+
+    def _shown(self, rows: pa.RecordBatch) -> bytes:
+        page = self._output.page
+        return json_lines.format_rows(rows if page is None else described(rows, page.images))
 
 
 class _ResultsByShard(beam.DoFn):

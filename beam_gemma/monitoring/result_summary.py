@@ -40,6 +40,8 @@ class Summary:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     """Rows by index of their label, or by each policy they violate."""
+    unreadable_boxes: int = 0
+    """Entries of completions that are no box."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Failed rows by their reason; see `reason_of`."""
 
@@ -60,6 +62,7 @@ class Summary:
             completion_lengths=_binned(completion_lengths),
             finish_reasons=_values(results, "finish_reason"),
             labels=Counter({str(label): count for label, count in labels.items()}),
+            unreadable_boxes=_total(_values(results, "num_unreadable_boxes")),
             reasons=_reasons(errors),
         )
 

@@ -67,6 +67,7 @@ class JsonlSource(Source):
     num_rows: int | None
     num_bytes: int
     is_dense: bool = True
+    folder: str | None = None
 
     @classmethod
     def open(

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -58,9 +59,12 @@ def open_source(
     found = _find(uri)
     if not found.paths:
         raise OptionsError(f"{uri}: expected at least one file, got none; check the path")
+    source: JsonlSource | ParquetSource
     if found.is_jsonl:
-        return JsonlSource.open(uri, found.paths, limit=limit, columns=columns, dry_run=dry_run)
-    return ParquetSource.open(uri, found.paths, root=found.root, limit=limit, columns=columns)
+        source = JsonlSource.open(uri, found.paths, limit=limit, columns=columns, dry_run=dry_run)
+    else:
+        source = ParquetSource.open(uri, found.paths, root=found.root, limit=limit, columns=columns)
+    return replace(source, folder=found.root or "/" * uri.startswith("/"))
 
 
 class _Found(NamedTuple):

@@ -68,6 +68,7 @@ class ParquetSource(Source):
     num_rows: int
     num_bytes: int
     is_dense: bool = True
+    folder: str | None = None
 
     @classmethod
     def open(

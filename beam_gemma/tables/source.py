@@ -34,6 +34,8 @@ class Source(ABC):
     """True if positions count rows from 0 without gaps."""
     files: tuple[str, ...] = ()
     """Files to read, if the table consists of files."""
+    folder: str | None = None
+    """Folder of the table, if it consists of files: where paths in its rows start from."""
     copies: str | None = None
     """Folder of temporary copies to read from; may be deleted after the last read."""
 

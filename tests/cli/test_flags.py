@@ -209,7 +209,7 @@ def test_help_has_groups_and_examples_of_known_flags():
         assert f"\n{group}:\n" in text
     examples = text.partition("examples:")[2].partition("Any other")[0]
     used = set(re.findall(r"--\w+", examples))
-    assert len(re.findall("python -m pipelines.generate", examples)) == 3
+    assert len(re.findall("python -m pipelines.generate", examples)) == 4
     assert used <= set(generate_parser()._option_string_actions)
 
 

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.inference.image_files import ImageReading
 from beam_gemma.jobs.fewshot import all_shots, draw_shots
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.questions import ClassifySettings
@@ -81,3 +82,26 @@ def test_labels_of_rows_are_in_no_error(tmp_path):
 def test_a_column_that_is_missing(tmp_path):
     with pytest.raises(OptionsError, match=r"'anser'.*did you mean answer"):
         all_shots(source_of(tmp_path), SETTINGS, "anser")
+
+
+def test_pictures_are_read_of_drawn_rows_alone(tmp_path):
+    settings = ClassifySettings(
+        prompt="{photo} {text}", image_columns=("photo",), labels=("yes", "no")
+    )
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
+    texts = [f"t{number}" for number in range(20)]
+    names = [f"{number}.png" for number in range(20)]
+    table = table_of(tmp_path, photo=names, text=texts, answer=["yes"] * 20)
+    reading = ImageReading(allow_local=True, folder=str(tmp_path))
+    plain = ClassifySettings(prompt="{text}", labels=("yes", "no"))
+    wanted = draw_shots(table, plain, "answer", number=3, seed=5)
+    drawn = {shot.row["text"][1:] for shot in wanted}
+    for number in range(20):
+        if str(number) not in drawn:
+            (tmp_path / f"{number}.png").unlink()
+    shots = draw_shots(table, settings, "answer", number=3, seed=5, reading=reading)
+    assert [shot.row["text"] for shot in shots] == [shot.row["text"] for shot in wanted]
+    for shot in shots:
+        ((image,),) = (shot.row["photo"],)
+        assert image == {"bytes": shot.row["text"][1:].encode(), "error": None}

@@ -1,0 +1,378 @@
+"""Files of pictures that rows name by path or URI, read within limits of place, size and time.
+
+A picture that cannot be read is an error of its row, which `inputs/images.py` gives the column's
+name. Only the file that the row names is read: on a file system that Beam knows, never from a web
+server, which could be any machine of a network.
+"""
+
+import errno
+import io
+import os
+import posixpath
+import re
+import shutil
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.filesystems import FileSystems
+
+from beam_gemma.errors import OptionsError, RecordError, one_line
+from beam_gemma.inputs.images import image_value
+from beam_gemma.storage import CLOUD_STORAGE, blob_at, open_file
+
+MAX_IMAGE_BYTES = 20_000_000
+MAX_SECS = 60.0
+NUM_READ_AT_ONCE = 16
+"""Most files that a process reads at the same time."""
+CHUNK_BYTES = 1 << 20
+TRIES = 3
+"""Attempts to read a file that is not on this machine, unless it is missing or forbidden."""
+PAUSE_SECS = 0.5
+"""Pause before the second attempt; it doubles before each further one."""
+MAX_SHOWN = 200
+"""Characters of a path that an error shows."""
+T = TypeVar("T")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_WEB = ("http", "https", "ftp")
+_SLOTS = threading.BoundedSemaphore(NUM_READ_AT_ONCE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageReading:
+    """Limits of reading the pictures that rows name by path or URI.
+
+    Example:
+        >>> reading = ImageReading(max_bytes=5_000_000, folder="gs://shop/products")
+        >>> reading.place_of("shoes/1.jpg")
+        'gs://shop/products/shoes/1.jpg'
+    """
+
+    max_bytes: int = MAX_IMAGE_BYTES
+    """Most bytes of a file."""
+    max_secs: float = MAX_SECS
+    """Longest time that a file may take."""
+    allow_local: bool = False
+    """True if rows may name files of the machine that reads them."""
+    folder: str | None = None
+    """Folder that relative paths start from; None if they are errors."""
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise OptionsError(f"max_image_bytes: expected at least 1, got {self.max_bytes}")
+
+    def place_of(self, name: str) -> str:
+        """Return where the picture is that a row names by a path or URI.
+
+        Raises:
+            RecordError: no file at that place may be read.
+        """
+        scheme = _SCHEME.match(name)
+        if scheme is None:
+            place = name if name.startswith("/") else self._within_folder(name)
+        elif scheme[1].lower() in _WEB:
+            _refuse(
+                "a path or a URI such as gs://, as web servers are not asked",
+                f"the address {_shown(name)}; copy its picture to a bucket or folder",
+            )
+        else:
+            place = _of_file_uri(name) if scheme[1].lower() == "file" else name
+        if "://" not in place and not self.allow_local:
+            _refuse(
+                "a URI such as gs://, as files of a worker's own disk are read only if "
+                "allow_local_images is set",
+                _shown(name),
+            )
+        return place
+
+    def check_size(self, num_bytes: int) -> None:
+        """Check the size of a picture's file.
+
+        Raises:
+            RecordError: it is too large.
+        """
+        if num_bytes > self.max_bytes:
+            _refuse(
+                f"at most {self.max_bytes:,} bytes", "a larger file; set max_image_bytes higher"
+            )
+
+    def _within_folder(self, name: str) -> str:
+        """Return the place of a relative path in the table's folder."""
+        if self.folder is None:
+            _refuse("a URI such as gs://, as the table has no folder for paths", _shown(name))
+        path = posixpath.normpath(name)
+        if path == ".." or path.startswith("../"):
+            _refuse("a path that stays in the folder of the table", _shown(name))
+        return f"{self.folder.rstrip('/')}/{path}" if self.folder else path
+
+
+IMAGE = pa.struct([("bytes", pa.large_binary()), ("error", pa.string())])
+"""A picture once it is fetched: the bytes of its file, or why they cannot be had."""
+
+
+class FileInReading:
+    """A file that a thread of its own reads, so that one that hangs stops nothing else."""
+
+    def __init__(self, name: str, reading: ImageReading, version: str | None = None) -> None:
+        """Start to read; wait first while this process reads as many files as it may.
+
+        Args:
+            name: The path or URI of the file.
+            reading: The limits.
+            version: Generation of an object on Cloud Storage; None for the newest.
+        """
+        self._name, self._reading, self._version = name, reading, version
+        self._future: Future[bytes] = Future()
+        self._is_free = threading.Lock()
+        _SLOTS.acquire()
+        self._due = time.monotonic() + reading.max_secs
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def result(self) -> bytes:
+        """Wait for the file and return its bytes.
+
+        Raises:
+            RecordError: the file cannot be read, is too large, or takes too long.
+        """
+        try:
+            return self._future.result(max(0.0, self._due - time.monotonic()))
+        except TimeoutError:
+            self._free()
+            _too_slow(self._name, self._reading)
+
+    def _run(self) -> None:
+        try:
+            content = _read(self._name, self._version, self._reading, self._due)
+            self._future.set_result(content)
+        except Exception as error:  # it is the waiting thread that raises it
+            self._future.set_exception(error)
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        """Let another file be read in place of this one; only the first call has an effect."""
+        if self._is_free.acquire(blocking=False):
+            _SLOTS.release()
+
+
+def read_image(column: str, name: str, reading: ImageReading = ImageReading()) -> bytes:
+    """Return the bytes of a picture's file.
+
+    Args:
+        column: The column that names the file.
+        name: The path or URI of the file.
+        reading: The limits.
+
+    Raises:
+        RecordError: the file cannot be read, is too large, or takes too long.
+    """
+    try:
+        return FileInReading(name, reading).result()
+    except RecordError as error:
+        raise RecordError(f"column {column!r}: {error}") from error
+
+
+def begin(item: Any, reading: ImageReading) -> dict[str, Any] | FileInReading | None:
+    """Return a picture as the fields of `IMAGE`, or the reading of its file; None for no picture.
+
+    Args:
+        item: What a column may have for a picture; see `inputs/images.py`.
+        reading: The limits of reading files.
+    """
+    try:
+        source = None if item is None else image_value(item, "value")
+        if isinstance(source, str):
+            version = item.get("version") if isinstance(item, Mapping) else None
+            return FileInReading(source, reading, version and str(version))
+        if source is None:
+            return None
+        reading.check_size(len(source))
+    except RecordError as error:
+        return failed(str(error))
+    return {"bytes": source, "error": None}
+
+
+def failed(message: str) -> dict[str, Any]:
+    """Return a picture that cannot be had as the fields of `IMAGE`."""
+    return {"bytes": None, "error": message}
+
+
+def finished(rows: Iterable[dict[T, list[Any] | None]]) -> Iterator[dict[T, list[Any] | None]]:
+    """Yield the pictures of rows once their files are read; files of later rows are read meanwhile.
+
+    Args:
+        rows: The pictures of each row, by whatever names them, as `begin` returns them. Rows are
+            asked for as their files can be read.
+    """
+    begun: deque[dict[T, list[Any] | None]] = deque()
+    num_begun = 0
+    for row in rows:
+        begun.append(row)
+        num_begun += _num_files(row)
+        while begun and (max(num_begun, len(begun)) >= NUM_READ_AT_ONCE or not num_begun):
+            num_begun -= _num_files(begun[0])
+            yield _waited(begun.popleft())
+    yield from map(_waited, begun)
+
+
+def _num_files(row: dict[Any, list[Any] | None]) -> int:
+    return sum(isinstance(i, FileInReading) for images in row.values() for i in images or ())
+
+
+def _waited(row: dict[T, list[Any] | None]) -> dict[T, list[Any] | None]:
+    return {
+        name: None if images is None else [_file(image) for image in images]
+        for name, images in row.items()
+    }
+
+
+def _file(image: Any) -> Any:
+    if not isinstance(image, FileInReading):
+        return image
+    try:
+        return {"bytes": image.result(), "error": None}
+    except RecordError as error:
+        return failed(str(error))
+
+
+class _Received(io.BytesIO):
+    """The bytes of a file so far; more than the limits allow are an error."""
+
+    def __init__(self, name: str, reading: ImageReading, due: float) -> None:
+        super().__init__()
+        self.reading = reading
+        self._name, self._due = name, due
+
+    @property
+    def secs_left(self) -> float:
+        """Time until the file is due; at least a little."""
+        return max(0.01, self._due - time.monotonic())
+
+    def write(self, chunk: "bytes | memoryview") -> int:  # type: ignore[override]
+        """Add bytes.
+
+        Raises:
+            RecordError: there are too many, or they come too late.
+        """
+        self.reading.check_size(self.tell() + len(chunk))
+        if time.monotonic() > self._due:
+            _too_slow(self._name, self.reading)
+        return super().write(chunk)
+
+
+def _read(name: str, version: str | None, reading: ImageReading, due: float) -> bytes:
+    place = reading.place_of(name)
+    read, tries = _reader(place, version)
+    for number in range(1, tries + 1):
+        received = _Received(name, reading, due)
+        try:
+            read(place, received)
+            return received.getvalue()
+        except RecordError:
+            raise
+        except Exception as error:  # each file system has its own exceptions
+            _raise_if_final(name, place, error)
+            pause = PAUSE_SECS * 2 ** (number - 1)
+            is_final = number == tries or isinstance(error, ValueError)
+            if is_final or pause >= received.secs_left:
+                raise RecordError(
+                    f"expected a file that can be read, got {one_line(error)[:MAX_SHOWN]} for "
+                    f"{_shown(name)}"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _reader(place: str, version: str | None) -> tuple[Callable[[str, _Received], None], int]:
+    """Return the function that reads a place, and how often to try."""
+    if place.startswith(CLOUD_STORAGE):
+        return partial(_read_object, version), TRIES
+    return (_read_elsewhere, TRIES) if "://" in place else (_read_local, 1)
+
+
+def _read_local(place: str, received: _Received) -> None:
+    # A pipe that nobody writes to would block the opening.
+    number = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(number, "rb", buffering=0) as file:  # noqa: PTH123 - it is open already
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "no file", place)
+        received.reading.check_size(found.st_size)
+        shutil.copyfileobj(file, received, CHUNK_BYTES)
+
+
+def _read_object(version: str | None, place: str, received: _Received) -> None:
+    blob = blob_at(place)
+    if version is not None:
+        blob = blob.bucket.blob(blob.name, generation=version)
+    # One request, whose answer is read piece by piece.
+    blob.download_to_file(received, timeout=received.secs_left, retry=None)
+
+
+def _read_elsewhere(place: str, received: _Received) -> None:
+    with open_file(place) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            received.write(chunk)
+
+
+def _raise_if_final(name: str, place: str, error: Exception) -> None:
+    """Raise an error of the row if another attempt would end in the same one."""
+    code = getattr(error, "code", None)  # of Google's clients
+    if isinstance(error, IsADirectoryError):
+        _refuse("a file", f"a folder, pipe or device at {_shown(name)}")
+    if isinstance(error, PermissionError) or code in (401, 403):
+        _refuse("a file that may be read", f"no permission for {_shown(name)}")
+    is_missing = isinstance(error, FileNotFoundError | NotADirectoryError) or code == 404
+    if is_missing or (isinstance(error, BeamIOError) and not _is_there(place)):
+        _refuse("a file that is there", f"none at {_shown(name)}")
+    if isinstance(error, ValueError) and "://" in place and not _is_known(place):
+        _refuse("a path or a URI of a known file system", _shown(name))
+
+
+def _is_there(place: str) -> bool:
+    with suppress(Exception):  # the first error tells more
+        return bool(FileSystems.exists(place))
+    return True
+
+
+def _is_known(place: str) -> bool:
+    try:
+        FileSystems.get_filesystem(place)
+    except ValueError:
+        return False
+    return True
+
+
+def _of_file_uri(name: str) -> str:
+    """Return the path of a file:// URI."""
+    try:
+        parts = urlsplit(name)
+        is_here = parts.netloc in ("", "localhost")
+    except ValueError:
+        is_here = False
+    if not is_here:
+        _refuse("a file URI of this machine, such as file:///photos/1.jpg", _shown(name))
+    return str(Path("/", unquote(parts.path)))
+
+
+def _too_slow(name: str, reading: ImageReading) -> NoReturn:
+    _refuse(f"a file that is read within {reading.max_secs:g} s", f"no end of {_shown(name)}")
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}...")
+
+
+def _refuse(expected: str, got: str) -> NoReturn:
+    raise RecordError(f"expected {expected}, got {got}")

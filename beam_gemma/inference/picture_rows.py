@@ -1,0 +1,154 @@
+"""Rows with pictures: their files are read, wherever a row names them, and carried beside requests.
+
+A row may name files in its columns of pictures and in the parts of a conversation. Rows go to a
+model in parts, so that the pictures of all of them are never held together.
+"""
+
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from beam_gemma.errors import RecordError
+from beam_gemma.inference.image_files import FileInReading, ImageReading, begin, finished
+from beam_gemma.inference.rows import num_bytes
+from beam_gemma.inputs.chat_template import PICTURE_KEYS
+from beam_gemma.inputs.images import image_value, row_images
+from beam_gemma.inputs.row import Row
+from beam_gemma.tasks.interface import Settings
+from beam_gemma.tasks.row_keys import ENCODED
+
+
+def may_show(settings: Settings) -> bool:
+    """Return whether rows of a task may have pictures."""
+    return bool(settings.image_columns) or messages_column(settings) is not None
+
+
+def messages_column(settings: Settings) -> str | None:
+    """Return the column of conversations that a task reads; None if it reads none."""
+    return next((name for name, use in settings.columns.items() if use == "messages"), None)
+
+
+def with_files(rows: Sequence[Row], settings: Settings, reading: ImageReading) -> Iterator[Row]:
+    """Yield rows with the files that they name; files of the next rows are read meanwhile.
+
+    Args:
+        rows: The rows.
+        settings: The settings of the task, which name its columns.
+        reading: The limits of reading files.
+    """
+    spoken = messages_column(settings)
+    begun = (_begun(row, settings.image_columns, spoken, reading) for row in rows)
+    for row, found in zip(rows, finished(begun), strict=True):
+        if isinstance(row, str) or not found:
+            yield row
+            continue
+        read: dict[str, Any] = dict(found)
+        if spoken in read:
+            read[spoken] = list(_spoken(row[spoken], iter(read[spoken])))
+        # What is read stands before the columns of the row.
+        yield ChainMap(read, row)  # type: ignore[arg-type]
+
+
+def parts(
+    rows: Sequence[Row], settings: Settings, reading: ImageReading, part_bytes: int
+) -> Iterator[list[Row]]:
+    """Yield rows `with_files` in parts.
+
+    Args:
+        rows: The rows.
+        settings: The settings of the task.
+        reading: The limits of reading files.
+        part_bytes: Bytes of read pictures that end a part.
+    """
+    part: list[Row] = []
+    size = 0
+    for row in with_files(rows, settings, reading):
+        part.append(row)
+        size += num_bytes(row.maps[0]) if isinstance(row, ChainMap) else 0
+        if size >= part_bytes:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def files_of(row: Row, settings: Settings) -> list[bytes]:
+    """Return the files of a row's pictures, each once; none if one of them cannot be had.
+
+    Args:
+        row: The row, `with_files`.
+        settings: The settings of the task.
+    """
+    try:
+        files = [image.data for image in row_images(row, settings)]
+        spoken = messages_column(settings)
+        if spoken is not None and not isinstance(row, str):
+            values = (value for _, value in _shown(row.get(spoken)))
+            found = (image_value(value, spoken) for value in values)
+            files += [file for file in found if isinstance(file, bytes)]
+    except RecordError:
+        return []
+    return files if len(files) < 2 else list(dict.fromkeys(files))
+
+
+def _begun(
+    row: Row, columns: Iterable[str], spoken: str | None, reading: ImageReading
+) -> dict[str, list[Any] | None]:
+    """Return the pictures of a row in the columns that name files; these are begun to be read."""
+    found: dict[str, list[Any] | None] = {}
+    if isinstance(row, str) or ENCODED in row:
+        return found
+    items: dict[str, list[Any]] = {}
+    for name in columns:
+        value = _value(row, name)
+        items[name] = list(value) if isinstance(value, list | tuple) else [value]
+    if spoken is not None:
+        items[spoken] = [value for _, value in _shown(_value(row, spoken))]
+    for name, own in items.items():
+        images = [begin(item, reading) if _names_file(item) else item for item in own]
+        if any(isinstance(image, FileInReading) for image in images):
+            found[name] = images
+    return found
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    try:
+        return row.get(name)
+    except RecordError:
+        return None  # it is the row's error when it is encoded
+
+
+def _names_file(item: Any) -> bool:
+    return isinstance(item, str) or (isinstance(item, Mapping) and item.get("bytes") is None)
+
+
+def _shown(messages: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the key and the picture of each part that brings one, of a conversation or no such."""
+    for message in messages if isinstance(messages, list | tuple) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list | tuple) else ():
+            if (key := _picture_key(part)) is not None:
+                yield key, part[key]
+
+
+def _picture_key(part: Any) -> str | None:
+    if not isinstance(part, Mapping) or part.get("type") != "image":
+        return None
+    return next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
+
+
+def _spoken(messages: Iterable[Any], images: Iterator[Any]) -> Iterator[Any]:
+    """Yield the messages of a conversation with pictures in place of those that parts bring."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            yield message
+            continue
+        keys = [_picture_key(part) for part in content]
+        yield {
+            **message,
+            "content": [
+                part if key is None else {**part, key: next(images)}
+                for key, part in zip(keys, content, strict=True)
+            ],
+        }
