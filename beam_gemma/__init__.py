@@ -1,4 +1,4 @@
-"""Generate, embed and classify text with Gemma in Apache Beam pipelines.
+"""Generate, embed and classify texts and pictures with Gemma in Apache Beam pipelines.
 
 A pipeline imports what it needs from here:
 
@@ -12,8 +12,6 @@ transformers. Models are exported by the `export` package of the same repository
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
-
-from beam_gemma import moved
 
 if TYPE_CHECKING:
     from beam_gemma.engine.sampling import SamplingParams as SamplingParams
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
 # set here so that the exporter and all child processes have it too.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-__version__ = "0.8.1"
+__version__ = "0.9.0"
 PUBLIC = {
     "SamplingParams": "beam_gemma.engine.sampling",
     "ArtifactError": "beam_gemma.errors",
@@ -89,8 +87,6 @@ PUBLIC = {
     "EmbedSettings": "beam_gemma.tasks.text_encoder",
 }
 """The module that defines each public name."""
-
-moved.install()
 
 
 def __getattr__(name: str) -> Any:

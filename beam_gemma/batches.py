@@ -4,17 +4,27 @@ Some columns of JSON lines have values that no one Arrow type holds as they are,
 whose keys differ. They are columns of JSON text, which a mark in their fields tells from texts.
 
 Elements of a shuffle are `Grouped`: group number, tag for the kind of rows, position of the first
-row, and the rows.
+row, and the rows. Beam's local runner keeps them in memory; rows with pictures are too large for
+that, and are held in files (`held_in`).
 """
 
 import json
+import os
+import struct
+import threading
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from apache_beam.coders.coders import Coder
 from apache_beam.coders.typecoders import registry
+
+from beam_gemma.errors import StorageError, one_line
+from beam_gemma.storage import delete_folder, make_private
 
 Located: TypeAlias = tuple[int, pa.RecordBatch]
 """Position of the first row, and consecutive rows of a table."""
@@ -27,11 +37,34 @@ UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _WIRE = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
+HELD_IN = "BEAM_GEMMA_HELD_IN"
+"""Environment variable with the folder of held batches. It is set for a job on this machine alone,
+and reaches all of its threads and processes."""
+MIN_HELD_BYTES = 16 << 10
+"""Least size of a batch that is held in a file."""
+FILE_BYTES = 256 << 20
+"""Size from which on a file of held batches takes no more; a reader maps one file into memory."""
+_HELD = struct.Struct("!4s16sQ")
+_MARK = b"held"
+"""Beginning of a reference to a held batch: the id of a file, and an offset. No stream has it."""
+_PAGE = 4096
+
+
 class RecordBatchCoder(Coder):
-    """Coder of record batches as Arrow streams; pickle would include the buffers behind a slice."""
+    """Coder of record batches as Arrow streams; pickle would include the buffers behind a slice.
+
+    Of a large batch in a job that holds them in files, only a reference is encoded.
+    """
 
     def encode(self, value: pa.RecordBatch) -> bytes:
-        """Return the batch and its schema as bytes."""
+        """Return the batch and its schema as bytes.
+
+        Raises:
+            StorageError: the batch is to be held in a file, which cannot be written.
+        """
+        folder = os.environ.get(HELD_IN)
+        if folder is not None and value.nbytes >= MIN_HELD_BYTES:
+            return _HOLDER.put(folder, value)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, value.schema, options=_WIRE) as writer:
             writer.write_batch(value)
@@ -39,7 +72,13 @@ class RecordBatchCoder(Coder):
 
     def decode(self, encoded: bytes) -> pa.RecordBatch:
         """Return the batch that `encode` serialized."""
+        if encoded.startswith(_MARK):
+            return _held(os.environ[HELD_IN], encoded)
         return pa.ipc.open_stream(encoded).read_next_batch()
+
+    def estimate_size(self, value: pa.RecordBatch) -> int:
+        """Return the size of a batch in memory; Beam samples it, without need of an encoding."""
+        return int(value.nbytes)
 
     def to_type_hint(self) -> type:
         """Return the type that this coder encodes."""
@@ -47,6 +86,70 @@ class RecordBatchCoder(Coder):
 
 
 registry.register_coder(pa.RecordBatch, RecordBatchCoder)
+
+
+@contextmanager
+def held_in(folder: str) -> Iterator[None]:
+    """Hold large batches of a job in files of a folder while the block runs.
+
+    Args:
+        folder: A folder on this machine that is not there yet; it is deleted in the end.
+    """
+    make_private(folder)
+    os.environ[HELD_IN] = folder
+    try:
+        yield
+    finally:
+        del os.environ[HELD_IN]
+        delete_folder(folder)
+
+
+class _Holder:
+    """Appends batches to files, which belong to this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._path: Path | None = None
+        self._owner = 0
+
+    def put(self, folder: str, batch: pa.RecordBatch) -> bytes:
+        """Write a batch and return a reference to it."""
+        with self._lock:
+            try:
+                path = self._file_in(Path(folder))
+                # Arrow reads without a copy what begins on a page.
+                start = -(-path.stat().st_size // _PAGE) * _PAGE
+                with path.open("r+b") as file:
+                    file.seek(start)
+                    with pa.ipc.new_stream(file, batch.schema) as writer:
+                        writer.write_batch(batch)
+            except OSError as error:
+                raise StorageError(
+                    f"{folder}: expected to hold {batch.nbytes:,} bytes of rows, got "
+                    f"{one_line(error)}; make room there, then go on with --resume"
+                ) from error
+            return _HELD.pack(_MARK, bytes.fromhex(path.name), start)
+
+    def _file_in(self, folder: Path) -> Path:
+        """Return the file to append to, a new one if the last is full."""
+        path = self._path
+        is_own = path is not None and path.parent == folder and self._owner == os.getpid()
+        if path is None or not is_own or path.stat().st_size >= FILE_BYTES:
+            path = self._path = folder / uuid.uuid4().hex
+            self._owner = os.getpid()
+            path.touch(mode=0o600)
+        return path
+
+
+_HOLDER = _Holder()
+
+
+def _held(folder: str, reference: bytes) -> pa.RecordBatch:
+    """Return a held batch, whose columns stay in the file until they are looked at."""
+    _, name, start = _HELD.unpack(reference)
+    with pa.memory_map(f"{folder}/{name.hex()}") as file:
+        file.seek(start)
+        return pa.ipc.open_stream(file).read_next_batch()
 
 
 def with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

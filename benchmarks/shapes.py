@@ -4,14 +4,16 @@
     python -m benchmarks.shapes --folder /tmp/shapes --only 'Gemma 3 27B'
 
 Each checkpoint consists of sparse safetensors files (nominally 54 GB for 27B, a few KB on disk),
-exported in its own process: decoders in bfloat16 for CUDA, EmbeddingGemma in float32 for the CPU
-with its sentence-transformers modules. Prints a Markdown table.
+exported in its own process: decoders in bfloat16 for CUDA, with their towers of pictures, and
+EmbeddingGemma in float32 for the CPU with its sentence-transformers modules. Prints a Markdown
+table.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +27,19 @@ import onnx
 from beam_gemma.model.artifact import graph_name
 from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
-from export.checkpoints.released_sizes import SIZES, Size
+from export.checkpoints.released_sizes import SIZES, VISION_SIZES, Size
+from export.checkpoints.vision_tensors import PATCHES, PROJECTOR, TOWER
 from export.graph.weights import safetensors_header
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
+ALL_SIZES = (*SIZES, *VISION_SIZES)
+END = "<end_of_image>"
+MARKER_IDS = {"boi_token_index": 6, "eoi_token_index": 300}
+"""Ids of the pieces around a picture in the tiny tokenizer, the last of which is `END`."""
+ROUNDED = re.compile(r"\d+B")
+"""What a name says of the number of parameters."""
 DENSE = 3072
 """Width between the two dense layers of EmbeddingGemma."""
 HEADER = ("size", "parameters", "published", "seconds", "memory, GB", "written, MB", "linked, GB")
@@ -52,11 +61,12 @@ class Export:
 def make_checkpoint(size: Size, folder: Path) -> None:
     """Write config, index and sparse shards with Hugging Face's names."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(size.raw))
-    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model())
+    markers = MARKER_IDS if "boi_token_index" in size.raw else {}
+    (folder / "config.json").write_text(json.dumps({**size.raw, **markers}))
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model((END,)))
     is_encoder = size.config.use_bidirectional_attention
     dtype = "F32" if is_encoder else "BF16"
-    shapes = [(hf_name(name, size), shape) for name, shape in size.tensor_shapes().items()]
+    shapes = [(hf_name(name, size), shape) for name, shape in hf_shapes(size).items()]
     num_bytes = ITEM_BYTES[dtype] * sum(math.prod(shape) for _, shape in shapes)
     num_shards = math.ceil(num_bytes / SHARD_BYTES)
     weight_map = {}
@@ -98,8 +108,19 @@ def make_modules(folder: Path, width: int) -> None:
         write_sparse(folder / path / "model.safetensors", shapes, "F32")
 
 
+def hf_shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a published checkpoint, with patches' kernel as it is stored."""
+    shapes, vision = size.tensor_shapes(), size.vision
+    if vision is not None:
+        shapes[PATCHES] = (vision.hidden_size, 3, vision.patch_size, vision.patch_size)
+    return shapes
+
+
 def hf_name(name: str, size: Size) -> str:
     """Return a tensor's name in a published checkpoint."""
+    if size.vision is not None:
+        tower = name.replace(TOWER, f"{TOWER}vision_model.", 1)
+        return tower if name.startswith((TOWER, PROJECTOR)) else f"language_model.model.{name}"
     if size.config.model_type == "vaultgemma":
         name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
     return name if size.config.use_bidirectional_attention else f"model.{name}"
@@ -120,9 +141,11 @@ def export(size: Size, folder: Path) -> Export:
     seconds = time.monotonic() - start
     if status:
         raise SystemExit(f"{size.name}: the export failed")
-    file = folder / "exported" / graph_name(HEADS[task], device)
-    graph = onnx.load(file, load_external_data=False).graph
-    counts = {value.name: math.prod(value.dims) for value in graph.initializer}
+    counts = {}
+    for head in (HEADS[task], "vision") if size.vision is not None else (HEADS[task],):
+        file = folder / "exported" / graph_name(head, device)
+        graph = onnx.load(file, load_external_data=False).graph
+        counts |= {value.name: math.prod(value.dims) for value in graph.initializer}
     sizes = {False: 0, True: 0}
     for file in (folder / "exported").rglob("*"):
         if file.is_file():
@@ -147,7 +170,7 @@ def row(size: Size, result: Export) -> list[str]:
     return [
         size.name,
         f"{result.num_parameters:,}",
-        f"{size.num_parameters:,}{what}" if size.num_parameters else "1B",
+        f"{size.num_parameters:,}{what}" if size.num_parameters else ROUNDED.findall(size.name)[0],
         f"{result.seconds:.0f}",
         f"{result.memory_bytes / 1e9:.2f}",
         f"{result.written_bytes / 1e6:.1f}",
@@ -159,10 +182,10 @@ def main() -> None:
     """Export the chosen sizes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="Where to work; emptied.")
-    names = [size.name for size in SIZES]
+    names = [size.name for size in ALL_SIZES]
     parser.add_argument("--only", action="append", choices=names, help="Sizes (default: all).")
     args = parser.parse_args()
-    chosen = [size for size in SIZES if size.name in (args.only or names)]
+    chosen = [size for size in ALL_SIZES if size.name in (args.only or names)]
     print(table(HEADER, [row(size, export(size, args.folder)) for size in chosen]))
 
 

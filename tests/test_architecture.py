@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CODE = ("beam_gemma", "export", "pipelines", "templates")
 PACKAGES = (*CODE, "examples", "benchmarks")
 # A wing of beam_gemma may import the ground and the wings named with it, nothing else of ours.
-GROUND = ("errors", "moved", "beam_internals", "batches", "versions", "storage")
+GROUND = ("errors", "beam_internals", "batches", "versions", "storage")
 WINGS = {
     "monitoring": "",
     "model": "",
@@ -32,6 +32,7 @@ WINGS = {
 }
 EXPORT_MAY_USE = {"errors", "model"}
 HOMES = {
+    "PIL": {"inputs.image_processor", "inputs.images"},
     "apache_beam": {
         "beam_internals", "storage", "batches", "tables.source", "tables.sink",
         "tables.parquet_source", "tables.jsonl_source", "tables.bigquery_source",

@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import apache_beam as beam
 import pytest
 
 import beam_gemma
-from beam_gemma import moved
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -83,29 +81,3 @@ def test_examples_and_readme_use_the_public_face_alone() -> None:
         nodes = ast.walk(ast.parse(source))
         used = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
         assert {module for module in used if module.startswith("beam_gemma")} == {"beam_gemma"}
-
-
-@pytest.mark.parametrize("old", sorted(moved.MODULES))
-def test_a_module_of_0_7_is_found_with_a_warning(old: str) -> None:
-    sys.modules.pop(old, None)
-    with pytest.warns(DeprecationWarning, match=rf"{old}: expected {moved.MODULES[old]}, got"):
-        module = importlib.import_module(old)
-    new = importlib.import_module(moved.MODULES[old])
-    classes = [name for name, value in vars(new).items() if isinstance(value, type)]
-    assert classes
-    assert all(getattr(module, name) is getattr(new, name) for name in classes)
-
-
-@pytest.mark.parametrize(("module", "name"), sorted(moved.CLASSES))
-def test_a_class_of_0_7_is_found_with_a_warning(module: str, name: str) -> None:
-    new = moved.CLASSES[module, name]
-    with pytest.warns(DeprecationWarning, match=rf"{module}.{name}: expected beam_gemma.{new}"):
-        value = getattr(importlib.import_module(module), name)
-    assert value is getattr(beam_gemma, new)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = importlib.import_module(module).nothing
-
-
-def test_the_example_of_moved_names_runs() -> None:
-    sys.modules.pop("beam_gemma.sampling", None)
-    assert doctest.testmod(moved).failed == 0
