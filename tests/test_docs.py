@@ -18,6 +18,7 @@ from beam_gemma.cli.flags import FlagParser, beam_flag_parser
 from beam_gemma.cli.generate_flags import generate_parser
 from beam_gemma.preflight import preflight_parser
 from export.__main__ import _parser as export_parser
+from tests.doubles.picture_requests import model_of
 
 ROOT = Path(__file__).parent.parent
 PARSERS = (generate_parser, classify_parser, embed_parser, export_parser, preflight_parser)
@@ -37,13 +38,15 @@ def test_readme_commands_run(
     paths = {
         "gemma-3-270m.gguf": str(Path(all_tasks_model).with_name("checkpoint")),
         "models/gemma-3-270m": str(tmp_path / "model"),
+        "models/gemma-3-4b-it": str(model_of("gemma3")[1].path),
+        "Describe the product in one sentence.": "what",
     }
     monkeypatch.chdir(ROOT)
     # A tiny model takes no long prompt, so only the end of each.
     for name, end in (("keywords", 40), ("sales", 20)):
         template = (ROOT / f"examples/{name}.txt").read_text()
         paths[f"$(cat examples/{name}.txt)"] = template[-end:]
-    outputs = {"keywords": 70, "sales": 24, "sentiment": 48, "embeddings": 70}
+    outputs = {"keywords": 70, "sales": 24, "sentiment": 48, "embeddings": 70, "captions": 6}
     for command in readme_commands():
         words = [paths.get(word, word.replace("out/", f"{tmp_path}/out/")) for word in command[1:]]
         assert words[0] == "-m"
@@ -66,8 +69,8 @@ def test_links_lead_somewhere(name: str) -> None:
     assert (ROOT / name).exists()
 
 
-PAGES = ("dataflow", "design", "models", "structured", "classification", "reliability", "tables",
-         "gpu")  # fmt: skip
+PAGES = ("dataflow", "design", "models", "pictures", "structured", "classification",
+         "reliability", "tables", "gpu")  # fmt: skip
 
 
 OTHERS = re.compile(r"^(?:gcloud|bq) (?:.*\\\n)*.*$", re.MULTILINE)
