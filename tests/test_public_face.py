@@ -1,4 +1,4 @@
-"""The public face: what `beam_gemma` exports, its documentation, and its names of version 0.7."""
+"""The public face: what `beam_gemma` exports, and its documentation."""
 
 import ast
 import doctest
@@ -17,9 +17,9 @@ NAMES = {
     "Classify", "ClassifySettings", "ConfigError", "DeviceError", "Embed", "EmbedSettings",
     "EngineError", "FailuresError", "GemmaClassifyModelHandler", "GemmaEmbedModelHandler",
     "GemmaGenerateModelHandler", "GemmaTextEmbeddings", "Generate", "GenerateSettings",
-    "InferTable", "Limits", "ModerateSettings", "OptionsError", "Policy", "PromptTooLongError",
-    "ReadTable", "RecordError", "SamplingParams", "Shot", "StorageError", "StructuredOutput",
-    "WriteTable",
+    "ImageReading", "InferTable", "Limits", "ModerateSettings", "OptionsError", "Policy",
+    "PromptTooLongError", "ReadTable", "RecordError", "SamplingParams", "Shot", "StorageError",
+    "StructuredOutput", "WriteTable",
 }  # fmt: skip
 
 

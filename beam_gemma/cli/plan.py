@@ -98,12 +98,7 @@ def plan(
     )
     check_estimate(flags, handler.settings.max_new_tokens)
     artifact, options = _open(handler, flags, options, device)
-    source = source_of(flags, options)
-    check_columns(handler.settings, source.schema)
-    # A preview runs on this machine, whatever the workers may read.
-    handler.image_reading = image_reading(
-        flags, source.folder, is_local=is_local(options) or flags.dry_run is not None
-    )
+    source = _source(handler, flags, options)
     command = [*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)]
     facts = facts_of(
         command,
@@ -153,6 +148,17 @@ def _open(
     return artifact, options
 
 
+def _source(handler: TaskHandler, flags: argparse.Namespace, options: PipelineOptions) -> Source:
+    """Open the table and check it against the task; the task learns where its pictures may be."""
+    source = source_of(flags, options)
+    check_columns(handler.settings, source.schema)
+    # A preview runs on this machine, whatever the workers may read.
+    handler.image_reading = image_reading(
+        flags, source.folder, is_local=is_local(options) or flags.dry_run is not None
+    )
+    return source
+
+
 def _output(
     flags: argparse.Namespace,
     options: PipelineOptions,
@@ -196,8 +202,7 @@ def _page(flags: argparse.Namespace, settings: Settings) -> Page | None:
                 f"--report_rows {flags.report_rows}: expected a --report to show them in, got none"
             )
         return None
-    images = tuple(name for name, use in settings.columns.items() if use in ("images", "messages"))
-    return Page(flags.report, flags.report_rows, images)
+    return Page(flags.report, flags.report_rows, settings.picture_columns)
 
 
 def _set_up_logs(*, verbose: bool) -> None:

@@ -19,6 +19,7 @@ from beam_gemma.cli.plan import Job
 from beam_gemma.cli.stop import going_on_if, interruptible, tell
 from beam_gemma.dataflow.options import on_dataflow
 from beam_gemma.errors import BeamGemmaError, BudgetError, OptionsError, one_line
+from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.monitoring.progress import METRICS_NAMESPACE, Display
 from beam_gemma.tables.sink import STAGED
 
@@ -150,9 +151,16 @@ def _held(job: Job[Any]) -> AbstractContextManager[HeldLogs | None]:
     return nullcontext() if is_verbose() else HeldLogs(with_workers=not in_one_process(job.options))
 
 
+def _has_pictures(handler: TaskHandler) -> bool:
+    """Return whether rows may have pictures, in columns or in conversations."""
+    if handler.settings.image_columns:
+        return True
+    return bool(handler.settings.picture_columns) and handler.artifact().vision is not None
+
+
 def _rows_in_files(job: Job[Any]) -> AbstractContextManager[None]:
     """Hold rows with pictures in files, if the job runs in Beam's runner on this machine."""
-    if not (is_local(job.options) and job.handler.settings.image_columns):
+    if not (is_local(job.options) and _has_pictures(job.handler)):
         return nullcontext()
     work = job.output.sink.work
     if "://" in work:

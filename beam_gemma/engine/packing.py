@@ -19,6 +19,7 @@ from beam_gemma.engine.sequence import Sequence, Step
 from beam_gemma.engine.span_packing import span_inputs
 from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
+from beam_gemma.runtime.step_shapes import host_dtype
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 Features = Mapping[bytes, Shaped[np.ndarray, "L D"]]
@@ -197,9 +198,7 @@ def _embeddings(
             parts.append(features[picture.digest][first - picture.start : end - picture.start])
             rows[begin + first - past : begin + end - past] = np.arange(end - first) + num_rows
             num_rows += end - first
-    # numpy has no bfloat16, so such values are passed as their bits.
-    dtype = "uint16" if signature.dtype == "bfloat16" else signature.dtype
-    embeds = np.zeros((max(num_rows, 1), signature.hidden_size), dtype)
+    embeds = np.zeros((max(num_rows, 1), signature.hidden_size), host_dtype(signature.dtype))
     if parts:
         np.concatenate(parts, out=embeds)
     return {"inputs_embeds": embeds, "embeds_rows": rows}
@@ -231,8 +230,7 @@ def _first_keys(step: Step, layout: _Layout, signature: Signature) -> Int32[np.n
 
     It is the start of the token's span if that lies before the window.
     """
-    windows = (s.sliding_window for s in signature.paged_states if s.sliding_window is not None)
-    window = min(windows, default=signature.max_model_len)
+    window = signature.shortest_window or signature.max_model_len
     first_keys = np.maximum(layout.positions - np.int32(window - 1), 0)
     for places, start, _ in _spans(step, layout):
         first_keys[places] = np.minimum(first_keys[places], start)

@@ -85,8 +85,6 @@ class Scheduler:
         self._signature = signature
         self._vision = vision
         self._num_image_tokens = vision.num_image_tokens if vision else 0
-        windows = (s.sliding_window for s in signature.paged_states if s.sliding_window is not None)
-        self._shortest_window = min(windows, default=None)
         self._max_num_batched_tokens = max_num_batched_tokens
         all_paged = 0 < len(signature.paged_states) == len(signature.states)
         self._reuses_blocks = enable_prefix_caching and all_paged
@@ -301,7 +299,7 @@ class Scheduler:
     def _prefix_of(self, sequence: Sequence) -> Prefix:
         """Return the prefix of a waiting sequence that the cache holds."""
         num_reusable_tokens = sequence.num_reusable_tokens
-        window = self._shortest_window
+        window = self._signature.shortest_window
         if window is not None and sequence.request.has_wide_spans(self._num_image_tokens):
             # Tokens of such a span may attend to blocks before the window, which the cache gives
             # back; as long as the prefix lies within the window, it holds all blocks.

@@ -34,8 +34,9 @@ from beam_gemma.storage import CLOUD_STORAGE, blob_at, open_file
 
 MAX_IMAGE_BYTES = 20_000_000
 MAX_SECS = 60.0
-NUM_READ_AT_ONCE = 16
-"""Most files that a process reads at the same time."""
+NUM_READ_AT_ONCE = 8
+"""Most files that a process reads at the same time; the client of Cloud Storage keeps 10
+connections."""
 CHUNK_BYTES = 1 << 20
 TRIES = 3
 """Attempts to read a file that is not on this machine, unless it is missing or forbidden."""
@@ -121,7 +122,7 @@ IMAGE = pa.struct([("bytes", pa.large_binary()), ("error", pa.string())])
 """A picture once it is fetched: the bytes of its file, or why they cannot be had."""
 
 
-class FileInReading:
+class PendingFile:
     """A file that a thread of its own reads, so that one that hangs stops nothing else."""
 
     def __init__(self, name: str, reading: ImageReading, version: str | None = None) -> None:
@@ -166,24 +167,7 @@ class FileInReading:
             _SLOTS.release()
 
 
-def read_image(column: str, name: str, reading: ImageReading = ImageReading()) -> bytes:
-    """Return the bytes of a picture's file.
-
-    Args:
-        column: The column that names the file.
-        name: The path or URI of the file.
-        reading: The limits.
-
-    Raises:
-        RecordError: the file cannot be read, is too large, or takes too long.
-    """
-    try:
-        return FileInReading(name, reading).result()
-    except RecordError as error:
-        raise RecordError(f"column {column!r}: {error}") from error
-
-
-def begin(item: Any, reading: ImageReading) -> dict[str, Any] | FileInReading | None:
+def begin_reading(item: Any, reading: ImageReading) -> dict[str, Any] | PendingFile | None:
     """Return a picture as the fields of `IMAGE`, or the reading of its file; None for no picture.
 
     Args:
@@ -194,26 +178,26 @@ def begin(item: Any, reading: ImageReading) -> dict[str, Any] | FileInReading | 
         source = None if item is None else image_value(item, "value")
         if isinstance(source, str):
             version = item.get("version") if isinstance(item, Mapping) else None
-            return FileInReading(source, reading, version and str(version))
+            return PendingFile(source, reading, version and str(version))
         if source is None:
             return None
         reading.check_size(len(source))
     except RecordError as error:
-        return failed(str(error))
+        return unreadable(str(error))
     return {"bytes": source, "error": None}
 
 
-def failed(message: str) -> dict[str, Any]:
+def unreadable(message: str) -> dict[str, Any]:
     """Return a picture that cannot be had as the fields of `IMAGE`."""
     return {"bytes": None, "error": message}
 
 
-def finished(rows: Iterable[dict[T, list[Any] | None]]) -> Iterator[dict[T, list[Any] | None]]:
+def read_ahead(rows: Iterable[dict[T, list[Any] | None]]) -> Iterator[dict[T, list[Any] | None]]:
     """Yield the pictures of rows once their files are read; files of later rows are read meanwhile.
 
     Args:
-        rows: The pictures of each row, by whatever names them, as `begin` returns them. Rows are
-            asked for as their files can be read.
+        rows: The pictures of each row, by whatever names them, as `begin_reading` returns them.
+            Rows are asked for as their files can be read.
     """
     begun: deque[dict[T, list[Any] | None]] = deque()
     num_begun = 0
@@ -227,7 +211,7 @@ def finished(rows: Iterable[dict[T, list[Any] | None]]) -> Iterator[dict[T, list
 
 
 def _num_files(row: dict[Any, list[Any] | None]) -> int:
-    return sum(isinstance(i, FileInReading) for images in row.values() for i in images or ())
+    return sum(isinstance(i, PendingFile) for images in row.values() for i in images or ())
 
 
 def _waited(row: dict[T, list[Any] | None]) -> dict[T, list[Any] | None]:
@@ -238,12 +222,12 @@ def _waited(row: dict[T, list[Any] | None]) -> dict[T, list[Any] | None]:
 
 
 def _file(image: Any) -> Any:
-    if not isinstance(image, FileInReading):
+    if not isinstance(image, PendingFile):
         return image
     try:
         return {"bytes": image.result(), "error": None}
     except RecordError as error:
-        return failed(str(error))
+        return unreadable(str(error))
 
 
 class _Received(io.BytesIO):

@@ -9,18 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from beam_gemma.errors import RecordError
-from beam_gemma.inference.image_files import FileInReading, ImageReading, begin, finished
+from beam_gemma.inference.image_files import ImageReading, PendingFile, begin_reading, read_ahead
 from beam_gemma.inference.rows import num_bytes
-from beam_gemma.inputs.chat_template import PICTURE_KEYS
+from beam_gemma.inputs.chat_template import picture_key
 from beam_gemma.inputs.images import image_value, row_images
 from beam_gemma.inputs.row import Row
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import ENCODED
-
-
-def may_show(settings: Settings) -> bool:
-    """Return whether rows of a task may have pictures."""
-    return bool(settings.image_columns) or messages_column(settings) is not None
 
 
 def messages_column(settings: Settings) -> str | None:
@@ -36,20 +31,21 @@ def with_files(rows: Sequence[Row], settings: Settings, reading: ImageReading) -
         settings: The settings of the task, which name its columns.
         reading: The limits of reading files.
     """
-    spoken = messages_column(settings)
-    begun = (_begun(row, settings.image_columns, spoken, reading) for row in rows)
-    for row, found in zip(rows, finished(begun), strict=True):
+    conversation = messages_column(settings)
+    begun = (_begun(row, settings.image_columns, conversation, reading) for row in rows)
+    for row, found in zip(rows, read_ahead(begun), strict=True):
         if isinstance(row, str) or not found:
             yield row
             continue
         read: dict[str, Any] = dict(found)
-        if spoken in read:
-            read[spoken] = list(_spoken(row[spoken], iter(read[spoken])))
+        if conversation in read:
+            images = iter(read[conversation])
+            read[conversation] = list(_with_images(row[conversation], images))
         # What is read stands before the columns of the row.
         yield ChainMap(read, row)  # type: ignore[arg-type]
 
 
-def parts(
+def in_parts(
     rows: Sequence[Row], settings: Settings, reading: ImageReading, part_bytes: int
 ) -> Iterator[list[Row]]:
     """Yield rows `with_files` in parts.
@@ -81,10 +77,10 @@ def files_of(row: Row, settings: Settings) -> list[bytes]:
     """
     try:
         files = [image.data for image in row_images(row, settings)]
-        spoken = messages_column(settings)
-        if spoken is not None and not isinstance(row, str):
-            values = (value for _, value in _shown(row.get(spoken)))
-            found = (image_value(value, spoken) for value in values)
+        conversation = messages_column(settings)
+        if conversation is not None and not isinstance(row, str):
+            brought = _brought(row.get(conversation))
+            found = (image_value(value, conversation) for value in brought)
             files += [file for file in found if isinstance(file, bytes)]
     except RecordError:
         return []
@@ -92,7 +88,7 @@ def files_of(row: Row, settings: Settings) -> list[bytes]:
 
 
 def _begun(
-    row: Row, columns: Iterable[str], spoken: str | None, reading: ImageReading
+    row: Row, columns: Iterable[str], conversation: str | None, reading: ImageReading
 ) -> dict[str, list[Any] | None]:
     """Return the pictures of a row in the columns that name files; these are begun to be read."""
     found: dict[str, list[Any] | None] = {}
@@ -102,11 +98,11 @@ def _begun(
     for name in columns:
         value = _value(row, name)
         items[name] = list(value) if isinstance(value, list | tuple) else [value]
-    if spoken is not None:
-        items[spoken] = [value for _, value in _shown(_value(row, spoken))]
+    if conversation is not None:
+        items[conversation] = list(_brought(_value(row, conversation)))
     for name, own in items.items():
-        images = [begin(item, reading) if _names_file(item) else item for item in own]
-        if any(isinstance(image, FileInReading) for image in images):
+        images = [begin_reading(item, reading) if _names_file(item) else item for item in own]
+        if any(isinstance(image, PendingFile) for image in images):
             found[name] = images
     return found
 
@@ -122,22 +118,21 @@ def _names_file(item: Any) -> bool:
     return isinstance(item, str) or (isinstance(item, Mapping) and item.get("bytes") is None)
 
 
-def _shown(messages: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the key and the picture of each part that brings one, of a conversation or no such."""
+def _brought(messages: Any) -> Iterator[Any]:
+    """Yield the pictures that parts of a conversation bring; none if the value is none."""
     for message in messages if isinstance(messages, list | tuple) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list | tuple) else ():
             if (key := _picture_key(part)) is not None:
-                yield key, part[key]
+                yield part[key]
 
 
 def _picture_key(part: Any) -> str | None:
-    if not isinstance(part, Mapping) or part.get("type") != "image":
-        return None
-    return next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
+    is_image = isinstance(part, Mapping) and part.get("type") == "image"
+    return picture_key(part) if is_image else None
 
 
-def _spoken(messages: Iterable[Any], images: Iterator[Any]) -> Iterator[Any]:
+def _with_images(messages: Iterable[Any], images: Iterator[Any]) -> Iterator[Any]:
     """Yield the messages of a conversation with pictures in place of those that parts bring."""
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None

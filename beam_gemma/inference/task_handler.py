@@ -15,7 +15,7 @@ from apache_beam.pvalue import PCollection
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.carried_rows import RowCarrier
 from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import may_show, parts
+from beam_gemma.inference.picture_rows import in_parts
 from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of, weight
 from beam_gemma.inference.shared_model import SharedModel
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
@@ -93,7 +93,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         super().__init__(
             min_batch_size=BATCH_ROWS,
             max_batch_size=BATCH_ROWS,
-            element_size_fn=size if may_show(settings) else num_rows,
+            element_size_fn=size if settings.picture_columns else num_rows,
         )
         self.image_reading = image_reading
         """Limits of reading the pictures that rows name by path or URI."""
@@ -243,10 +243,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         ]
 
     def _results(self, rows: list[Row], model: Model) -> list[dict[str, Any]]:
-        if not may_show(self.settings):
+        if not self.settings.picture_columns:
             return model(rows)
-        some = parts(rows, self.settings, self.image_reading, BATCH_BYTES)
-        return [result for part in some for result in model(part)]
+        parts = in_parts(rows, self.settings, self.image_reading, BATCH_BYTES)
+        return [result for part in parts for result in model(part)]
 
     def get_num_bytes(self, batch: Sequence[Example]) -> int:
         """Return the size of the examples in bytes."""

@@ -269,6 +269,11 @@ class ChatTemplate:
                 )
 
 
+def picture_key(part: Mapping[str, Any]) -> str | None:
+    """Return the key under which a part of a message brings a picture; None if it brings none."""
+    return next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
+
+
 def takes_languages(source: str) -> bool:
     """Return whether a chat template takes codes of languages, as TranslateGemma's does."""
     return all(code in source for code in _CODES)

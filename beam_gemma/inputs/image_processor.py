@@ -7,8 +7,11 @@ otherwise: of a grey value with 16 bits it takes the upper 8, where they cut at 
 picture would be white. Normalization is in the graph.
 """
 
+import ctypes
 import io
+import math
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,10 +33,16 @@ from PIL import (
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
+    _imaging,
 )
 
 from beam_gemma.errors import RecordError, one_line
-from beam_gemma.model.vision_config import VisionConfig
+from beam_gemma.model.vision_config import (
+    MAX_NUM_CROPS,
+    MIN_CROP_SIZE,
+    MIN_RATIO,
+    VisionConfig,
+)
 
 _PLUGINS: tuple[Any, ...] = (
     PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, WebPImagePlugin.WebPImageFile,
@@ -48,11 +57,26 @@ with suppress(ImportError):
     pillow_heif.register_heif_opener()
     KINDS.append("HEIF")
 
+with suppress(AttributeError, OSError):
+    # The library of TIFF files would write a line of its own about each that is damaged.
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+    ctypes.CDLL(_imaging.__file__).TIFFSetWarningHandler(None)
+
 MAX_PIXELS = 100_000_000
 """Most pixels of a picture; it takes up to 16 bytes of memory for each while it is decoded."""
-MIN_CROP, MAX_CROPS, MIN_RATIO = 256, 4, 1.2
-"""Parameters of pan and scan: the least height and width of a crop in pixels, the most crops, and
-the least ratio of sides; source: `images_kwargs` of transformers' `Gemma3Processor`."""
+MAX_SLOW_PIXELS = 2_000_000
+"""Most pixels of a picture of a kind that Pillow decodes in Python, such as a BMP with run lengths,
+which takes about a microsecond for each, and holds Python's lock meanwhile."""
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
+"""Most pixels of a JPEG times its scans: each goes over all pixels, and may be a few bytes."""
+MAX_PARTS = 10_000
+"""Most reads of a header; of notes in a GIF, Pillow copies all before for each further block."""
+MAX_TILE_PIXELS = 16_000_000
+"""Most pixels of a tile in a TIFF, which may be larger than the picture."""
+_TILE_SIDES = (322, 323)
+"""TIFF tags of the width and height of tiles."""
+MAX_REMARKS = 1_000
+"""Most comments of a PPM written as text; for each, Pillow copies what is behind it."""
 ORIENTATION = 274
 """EXIF tag of how a picture is turned."""
 _TURNS = {
@@ -71,6 +95,8 @@ _FILE_MODES = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "R
 """Modes that no file keeps, and those that take their place."""
 _PNG_ORIENTATION = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
 """Names of PNG's chunks that may hold an orientation; they may stand behind the pixels."""
+_JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
+"""A marker of a JPEG that has a length, or ends the picture; those within a scan have none."""
 HEIC = rb".{4}ftyp(hei|hev|mif1|msf1)"
 _FOREIGN = {
     rb"%PDF": "a PDF, which is a document",
@@ -181,10 +207,10 @@ def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
     longer, shorter = max(width, height), min(width, height)
     if longer / shorter < MIN_RATIO:
         return []
-    number = min(longer // MIN_CROP, int(longer / shorter + 0.5))
-    number = min(max(2, number), MAX_CROPS)
+    number = min(longer // MIN_CROP_SIZE, int(longer / shorter + 0.5))
+    number = min(max(2, number), MAX_NUM_CROPS)
     step = -(-longer // number)
-    if min(step, shorter) < MIN_CROP:
+    if min(step, shorter) < MIN_CROP_SIZE:
         return []
     spans = [(start, min(start + step, longer)) for start in range(0, number * step, step)]
     if width >= height:
@@ -212,7 +238,8 @@ def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
     if not data:
         raise RecordError(f"{name}: expected the file of a picture, got zero bytes")
     try:
-        picture = Image.open(io.BytesIO(data), formats=KINDS)
+        picture = Image.open(file := _File(data, name), formats=KINDS)
+        file.num_left = sys.maxsize
     except UnidentifiedImageError as error:
         raise RecordError(
             f"{name}: expected a picture in one of {', '.join(KINDS)}, got {_described(data)}"
@@ -224,7 +251,66 @@ def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
         raise _too_large(name, max_pixels, f"{width:,} x {height:,}")
     if not width * height:
         raise RecordError(f"{name}: expected a picture, got one of {width} x {height} pixels")
+    _check_time(picture, data, name)
     return picture
+
+
+class _File(io.BytesIO):
+    """A file whose header is read in a limited number of parts."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.num_left = MAX_PARTS
+        self._name = name
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes.
+
+        Raises:
+            RecordError: the header has too many parts.
+        """
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise RecordError(
+                f"{self._name}: expected a picture whose header has at most {MAX_PARTS:,} parts, "
+                "got more; save it without notes"
+            )
+        return super().read(size)
+
+
+def _check_time(picture: Image.Image, data: bytes, name: str) -> None:
+    """Refuse a file that would be decoded for minutes, though it is small."""
+    num_pixels = picture.width * picture.height
+    codecs = {tile[0] for tile in getattr(picture, "tile", ())}
+    if num_pixels > MAX_SLOW_PIXELS and codecs & Image.DECODERS.keys():
+        raise RecordError(
+            f"{name}: expected at most {MAX_SLOW_PIXELS:,} pixels of a {picture.format} in this "
+            f"form, got {picture.width:,} x {picture.height:,}; save it as PNG"
+        )
+    if "ppm_plain" in codecs and data.count(b"#") > MAX_REMARKS:
+        raise RecordError(f"{name}: expected at most {MAX_REMARKS:,} comments, got more")
+    sides = [getattr(picture, "tag_v2", {}).get(tag, 0) for tag in _TILE_SIDES]
+    if all(isinstance(side, int) for side in sides) and math.prod(sides) > MAX_TILE_PIXELS:
+        raise RecordError(
+            f"{name}: expected tiles of at most {MAX_TILE_PIXELS:,} pixels, got {sides[0]:,} x "
+            f"{sides[1]:,}; save it as PNG"
+        )
+    most = MAX_SCANNED_PIXELS // num_pixels
+    # The first count is fast, and also of what only looks like a scan.
+    if "jpeg" in codecs and data.count(b"\xff\xda") > most and _has_more_scans(data, most):
+        raise RecordError(
+            f"{name}: expected a JPEG of {picture.width:,} x {picture.height:,} pixels in at most "
+            f"{most} scans, got more; save it anew"
+        )
+
+
+def _has_more_scans(data: bytes, most: int) -> bool:
+    """Return whether the first picture of a JPEG has more than some number of scans."""
+    at, number = 2, 0
+    while number <= most and (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":
+        number += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return number > most
 
 
 def _too_large(name: str, max_pixels: int, got: str) -> RecordError:
@@ -238,7 +324,8 @@ def _described(data: bytes) -> str:
     for beginning, what in _FOREIGN.items():
         if re.match(beginning, data[:1000], re.DOTALL | re.IGNORECASE):
             return what
-    return f"{len(data):,} bytes that are none, or are damaged at the start: {data[:12]!r}"
+    # Of what else a path may lead to, as a file with a password, an error shows nothing.
+    return f"{len(data):,} bytes that are none, or are damaged at the start"
 
 
 def _rgb(picture: Image.Image, name: str) -> Image.Image:

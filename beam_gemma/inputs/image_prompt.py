@@ -7,18 +7,12 @@ of a prompt, never text: what a row writes, be it `<start_of_image>`, stays text
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.chat_template import PICTURE_KEYS
+from beam_gemma.inputs.chat_template import picture_key
 from beam_gemma.inputs.image_processor import ImageProcessor, read_header
-from beam_gemma.inputs.images import (
-    Fetch,
-    ImageSettings,
-    column_images,
-    image_file,
-    image_value,
-)
+from beam_gemma.inputs.images import ImageSettings, column_images, image_file, image_value
 from beam_gemma.inputs.row import ImageFile, ImagePlace, Prompt, Row
 from beam_gemma.model.markup import Control, Part, SoftTokens, Text
 from beam_gemma.model.tokenizer import Tokenizer
@@ -33,32 +27,23 @@ _BEFORE, _BETWEEN = (
 """Texts around a picture that has crops, as `Gemma3Processor` writes them."""
 
 
-@runtime_checkable
-class PictureSettings(ImageSettings, Protocol):
-    """The settings of pictures in prompts, such as `PromptSettings`."""
-
-    @property
-    def pan_and_scan(self) -> bool:
-        """Whether to add crops of pictures."""
-
-
 @dataclass(frozen=True, slots=True)
-class Picture(Control):
-    """A picture in a prompt; chat templates see its `piece`."""
+class PicturePart(Control):
+    """A picture among the parts of a prompt; chat templates see its `piece`."""
 
     image: ImageFile
     num_crops: int
+    """Number of crops that the prompt shows beside the whole picture."""
 
 
 class ImagePrompts:
-    """Puts the pictures of rows into prompts; without a model that sees, it refuses them.
+    """Puts the pictures of rows into prompts, or refuses them if the model takes none.
 
     Args:
         tokenizer: The model's tokenizer.
         vision: What the model says of pictures; None if it takes none.
         settings: The columns with pictures, and whether crops are added.
         vocab_size: Number of token ids that the decoder knows; None for that of the tokenizer.
-        fetch: Gets the bytes of a path or URI; None if rows hold the pictures themselves.
 
     Raises:
         OptionsError: the model takes no pictures, or cannot do without.
@@ -68,13 +53,11 @@ class ImagePrompts:
         self,
         tokenizer: Tokenizer,
         vision: VisionConfig | None,
-        settings: PictureSettings,
+        settings: ImageSettings,
         *,
         vocab_size: int | None = None,
-        fetch: Fetch | None = None,
     ) -> None:
         self._tokenizer, self._vision, self._settings = tokenizer, vision, settings
-        self._fetch = fetch
         _check(vision, settings)
         self.piece = None if vision is None else vision.begin_token or READABLE
         """What chat templates write for a picture; None if the model takes none."""
@@ -84,8 +67,12 @@ class ImagePrompts:
             self._tokens = SoftTokens(READABLE, token_id, vision.num_image_tokens)
             self._processor = ImageProcessor(vision, settings.pan_and_scan)
 
-    def of_row(self, row: Row) -> dict[str, tuple[Picture, ...]]:
+    def of_row(self, row: Row, *, decode: bool = False) -> dict[str, tuple[PicturePart, ...]]:
         """Return the pictures of each image column.
+
+        Args:
+            row: The row.
+            decode: True to decode the pictures too, so that a damaged one is found here.
 
         Raises:
             RecordError: a value is no picture, or is missing.
@@ -93,15 +80,15 @@ class ImagePrompts:
         settings = self._settings
         return {
             column: tuple(
-                self._picture(name, image)
-                for name, image in column_images(row, column, settings, self._fetch)
+                self._picture(name, image, decode=decode)
+                for name, image in column_images(row, column, settings)
             )
             for column in settings.image_columns
         }
 
     def of_messages(
-        self, messages: Sequence[Mapping[str, Any]], of_row: Iterable[Picture], column: str
-    ) -> list[Picture]:
+        self, messages: Sequence[Mapping[str, Any]], of_row: Iterable[PicturePart], column: str
+    ) -> list[PicturePart]:
         """Return the pictures of a conversation: those of its parts, or else the next of the row.
 
         Args:
@@ -124,7 +111,7 @@ class ImagePrompts:
         return [picture or left.pop(0) for picture in own]
 
     def prompt(
-        self, parts: Sequence[Part], pictures: Sequence[Picture], *, truncated: bool = False
+        self, parts: Sequence[Part], pictures: Sequence[PicturePart], *, truncated: bool = False
     ) -> Prompt:
         """Return the prompt of parts in which pictures or their pieces stand.
 
@@ -158,24 +145,24 @@ class ImagePrompts:
             images=tuple(images.values()),
         )
 
-    def _picture(self, name: str, image: ImageFile) -> Picture:
+    def _picture(self, name: str, image: ImageFile, *, decode: bool = False) -> PicturePart:
+        if decode:
+            self._processor.pixels(image.data, name)
         num_crops = self._processor.num_crops(read_header(image.data, name=name))
-        return Picture(self.piece or READABLE, image, num_crops)
+        return PicturePart(self.piece or READABLE, image, num_crops)
 
-    def _own(self, part: Mapping[str, Any], column: str, number: int) -> Picture | None:
+    def _own(self, part: Mapping[str, Any], column: str, number: int) -> PicturePart | None:
         """Return the picture that a part of a message brings."""
         name = f"column {column!r}, picture {number}"
-        value = next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
-        found = None if value is None else image_value(value, name)
-        if found is None:
-            return None
-        return self._picture(name, image_file(found, column, name, self._fetch))
+        key = picture_key(part)
+        source = None if key is None else image_value(part[key], name)
+        return None if source is None else self._picture(name, image_file(source, name))
 
     def _finished(self, parts: Sequence[Part]) -> Sequence[Part]:
         """Return the parts of a prompt with what PaliGemma has around its text."""
-        if self._vision is None or self._vision.sight != "prefix":
+        if self._vision is None or self._vision.bidirectional != "prefix":
             return parts
-        are_pictures = [isinstance(part, Picture) for part in parts]
+        are_pictures = [isinstance(part, PicturePart) for part in parts]
         start = len(parts) - are_pictures[::-1].index(True) if any(are_pictures) else 0
         return (*parts[:start], Control("<bos>"), *parts[start:], Text("\n"))
 
@@ -186,7 +173,7 @@ class ImagePrompts:
             begin, end = Control(vision.begin_token), Control(vision.end_token)
             one = (Text("\n\n"), begin, self._tokens, end, Text("\n\n"))
         for part in parts:
-            if not isinstance(part, Picture):
+            if not isinstance(part, PicturePart):
                 yield part
             elif not part.num_crops:
                 yield from one
@@ -196,7 +183,7 @@ class ImagePrompts:
                     yield from (Text(" "), *one)
 
 
-def _check(vision: VisionConfig | None, settings: PictureSettings) -> None:
+def _check(vision: VisionConfig | None, settings: ImageSettings) -> None:
     """Refuse settings that the model does not support."""
     if vision is None:
         if settings.image_columns or settings.pan_and_scan:
@@ -206,11 +193,11 @@ def _check(vision: VisionConfig | None, settings: PictureSettings) -> None:
                 else "pan_and_scan"
             )
             raise OptionsError(
-                f"{what}: expected no pictures, as the model takes none; choose one that sees, "
-                "such as Gemma 3 4B or PaliGemma"
+                f"{what}: expected no pictures, as the model takes none; choose another, such "
+                "as Gemma 3 4B or PaliGemma"
             )
         return
-    if vision.sight == "prefix":
+    if vision.bidirectional == "prefix":
         if settings.pan_and_scan:
             raise OptionsError("pan_and_scan: expected none for PaliGemma, which takes no crops")
         if not (settings.image_columns or settings.allow_missing_images):
@@ -220,7 +207,9 @@ def _check(vision: VisionConfig | None, settings: PictureSettings) -> None:
             )
 
 
-def _placed(parts: Sequence[Part], pictures: Sequence[Picture], piece: str | None) -> list[Part]:
+def _placed(
+    parts: Sequence[Part], pictures: Sequence[PicturePart], piece: str | None
+) -> list[Part]:
     """Return parts with a picture in place of each of its pieces."""
     places = [
         index

@@ -15,8 +15,7 @@ from beam_gemma.inputs.chat_template import (
     language_codes,
     takes_languages,
 )
-from beam_gemma.inputs.image_prompt import ImagePrompts, Picture
-from beam_gemma.inputs.images import Fetch
+from beam_gemma.inputs.image_prompt import ImagePrompts, PicturePart
 from beam_gemma.inputs.infill import Infill
 from beam_gemma.inputs.row import (
     ColumnUse,
@@ -36,7 +35,7 @@ Turn = tuple[tuple[Part, ...], tuple[Part, ...]]
 """Question and answer of a shot."""
 PromptFormat = Literal["auto", "raw", "chat"]
 Side = Literal["left", "right"]
-RowPictures = Mapping[str, tuple[Picture, ...]]
+RowPictures = Mapping[str, tuple[PicturePart, ...]]
 """The pictures of a row, by column."""
 MAX_CUTS = 4
 """Most attempts to cut a prompt; retokenization may leave a few excess tokens each time."""
@@ -188,7 +187,6 @@ class PromptEncoder:
         shots: Shots = Shots(),
         vision: VisionConfig | None = None,
         vocab_size: int | None = None,
-        fetch: Fetch | None = None,
     ) -> None:
         """Prepare the templates.
 
@@ -200,14 +198,13 @@ class PromptEncoder:
             shots: Examples that precede every prompt.
             vision: What the model says of pictures; None if it takes none.
             vocab_size: Number of token ids that the decoder knows; None for the tokenizer's.
-            fetch: Gets the bytes of pictures that rows name by path or URI; None to refuse those.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot yields no prompt.
         """
         self.tokenizer = tokenizer
         self.settings = settings
-        self._images = ImagePrompts(tokenizer, vision, settings, vocab_size=vocab_size, fetch=fetch)
+        self._images = ImagePrompts(tokenizer, vision, settings, vocab_size=vocab_size)
         source = _template_source(settings, chat_template, vision)
         pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
         self._languages = _languages(settings, source)
@@ -231,7 +228,7 @@ class PromptEncoder:
         self._shots = shots
         with shots_own_errors():
             self._turns = [
-                (self._content(row, self._images.of_row(row)), answer)
+                (self._content(row, self._images.of_row(row, decode=True)), answer)
                 for row, answer in shots.examples
             ]
 
@@ -239,7 +236,7 @@ class PromptEncoder:
     def shot_images(self) -> tuple[ImageFile, ...]:
         """Pictures of the shots, which prompts show beside those of their rows."""
         parts = itertools.chain.from_iterable(content for content, _ in self._turns)
-        return tuple(part.image for part in parts if isinstance(part, Picture))
+        return tuple(part.image for part in parts if isinstance(part, PicturePart))
 
     def __call__(self, row: Row, *, num_answer_tokens: int = 0) -> Prompt:
         """Return the prompt of one row.
@@ -295,7 +292,7 @@ class PromptEncoder:
         delimiter = Text(self._shots.delimiter)
         before = (part for asked, answer in turns for part in (*asked, *answer, delimiter))
         parts = (*before, *content)
-        pictures = [part for part in parts if isinstance(part, Picture)]
+        pictures = [part for part in parts if isinstance(part, PicturePart)]
         if self._chat:
             said = [*itertools.chain.from_iterable(turns), self._asked(content)]
             roles = itertools.cycle(("user", "assistant"))
@@ -380,7 +377,10 @@ class PromptEncoder:
 
 
 def _languages(settings: PromptSettings, template: str | None) -> tuple[str, str] | None:
-    """Return the codes of the languages to translate from and to; messages bring their own."""
+    """Return the codes of the languages to translate from and to; None for no translation.
+
+    Messages bring codes of their own. The template is only tried with those returned here.
+    """
     if settings.source_lang is not None and settings.target_lang is not None:
         return settings.source_lang, settings.target_lang
     brings_own = settings.messages_column and template and takes_languages(template)
@@ -401,7 +401,7 @@ def _template_source(
         "messages": settings.messages_column,
         "prompt_format chat": settings.prompt_format == "chat",
     }
-    if vision is not None and vision.sight == "prefix":
+    if vision is not None and vision.bidirectional == "prefix":
         if settings.chat_template or any(needs_chat.values()):
             asked = next((need for need, is_asked in needs_chat.items() if is_asked), "a template")
             raise OptionsError(f"prompt_format: expected no chat for PaliGemma, got {asked}")

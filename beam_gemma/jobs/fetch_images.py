@@ -11,7 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_gemma.batches import Located, is_json_text
-from beam_gemma.inference.image_files import IMAGE, ImageReading, begin, failed, finished
+from beam_gemma.inference.image_files import (
+    IMAGE,
+    ImageReading,
+    begin_reading,
+    read_ahead,
+    unreadable,
+)
 from beam_gemma.inputs.chat_template import PICTURE_KEYS
 from beam_gemma.tasks.columns import inner_fields
 
@@ -20,8 +26,8 @@ IMAGE_LIST = pa.list_(IMAGE)
 SLICE_ROWS = 16
 SLICE_BYTES = 32 << 20
 """Limits of one batch with pictures: at most `SLICE_ROWS` rows, about `SLICE_BYTES` bytes."""
-PART = '"image"'
-"""What JSON of a conversation with a picture holds: the type of a part."""
+IMAGE_TYPE = '"image"'
+"""Text that JSON of a conversation with a picture holds: the type of a part."""
 Images = list[dict[str, Any] | None] | None
 """The pictures of a row in one column, as `IMAGE_LIST` has them."""
 
@@ -44,7 +50,7 @@ def fetched(located: Located, columns: Sequence[str], reading: ImageReading) -> 
     )
     held: list[Mapping[str, Images]] = []
     num_bytes, start = 0, 0
-    for row in finished(begun):
+    for row in read_ahead(begun):
         held.append(row)
         num_bytes += sum(map(_num_bytes, row.values()))
         if len(held) == SLICE_ROWS or num_bytes >= SLICE_BYTES:
@@ -91,7 +97,7 @@ def _described(value: Any) -> Any:
 def _may_show(field: pa.Field, column: pa.Array) -> bool:
     """Return whether parts of conversations may bring pictures."""
     if is_json_text(field):
-        return bool(pc.any(pc.match_substring(column, PART)).as_py())
+        return bool(pc.any(pc.match_substring(column, IMAGE_TYPE)).as_py())
     parts = inner_fields(inner_fields(field.type).get("content"))
     return bool(parts.keys() & set(PICTURE_KEYS))
 
@@ -101,10 +107,11 @@ def _begin(value: pa.Scalar, reading: ImageReading) -> list[Any] | None:
     try:
         found = value.as_py()
     except (ValueError, OverflowError) as error:
-        return [failed(f"expected a value that Python can hold, got an error: {error}")]
+        return [unreadable(f"expected a value that Python can hold, got an error: {error}")]
     if found is None:
         return None
-    return [begin(item, reading) for item in (found if isinstance(found, list) else [found])]
+    items = found if isinstance(found, list) else [found]
+    return [begin_reading(item, reading) for item in items]
 
 
 def _num_bytes(images: Images) -> int:

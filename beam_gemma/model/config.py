@@ -230,7 +230,7 @@ class GemmaConfig:
         Raises:
             ConfigError: a key is missing, unknown, or requests an unsupported feature.
         """
-        reader = _Reader(raw)
+        reader = Reader(raw)
         model_type = reader.take("model_type")
         if model_type not in MODEL_TYPES:
             raise ConfigError(
@@ -269,14 +269,16 @@ class GemmaConfig:
         return config
 
 
-class _Reader:
+class Reader:
     """Takes keys out of a config.json and keeps track of unread ones."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
+        """Start with all keys unread."""
         self.left = dict(raw)
         self.seen: set[str] = set()
 
     def take(self, key: str, *default: Any) -> Any:
+        """Take a value, or the default where the key is missing; without one, that is an error."""
         self.seen.add(key)
         if key in self.left:
             return self.left.pop(key)
@@ -299,14 +301,16 @@ class _Reader:
     def section(self, key: str) -> Mapping[str, Any] | None:
         """Take a dictionary, or None if there is none."""
         value = self.take(key, None)
-        return None if value is None else _section(key, value)
+        return None if value is None else section_of(key, value)
 
     def require(self, key: str, allowed: tuple[Any, ...]) -> None:
+        """Take a value that must be one of those allowed; a missing key stands for the first."""
         value = self.take(key, allowed[0])
         if value not in allowed:
             raise ConfigError(f"{key}: expected one of {allowed}, got {reprlib.repr(value)}")
 
     def finish(self) -> None:
+        """Check that no key is left that is not known."""
         check_keys(self.left, self.seen)
 
 
@@ -324,13 +328,14 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
             )
 
 
-def _section(key: str, value: Any) -> Mapping[str, Any]:
+def section_of(key: str, value: Any) -> Mapping[str, Any]:
+    """Return the value of a key that must hold a dictionary."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{key}: expected a dictionary, got {reprlib.repr(value)}")
     return value
 
 
-def _check_activation(reader: _Reader) -> None:
+def _check_activation(reader: Reader) -> None:
     """Check that the feed-forward's function is GELU in its tanh form.
 
     The first releases of Gemma 1 call it `gelu` in `hidden_act`, which later models do not read.
@@ -339,7 +344,7 @@ def _check_activation(reader: _Reader) -> None:
     reader.require("hidden_act", ("gelu_pytorch_tanh", "gelu", None))
 
 
-def _query_scalar(reader: _Reader, model_type: str, head_dim: int) -> float:
+def _query_scalar(reader: Reader, model_type: str, head_dim: int) -> float:
     """Return the number under the root in the attention scale; in Gemma 1, the head size."""
     if model_type == "gemma":
         return float(head_dim)
@@ -347,7 +352,7 @@ def _query_scalar(reader: _Reader, model_type: str, head_dim: int) -> float:
     return check_factor("query_pre_attn_scalar", value)
 
 
-def _layer_types(reader: _Reader, model_type: str, num_layers: int) -> tuple[str, ...]:
+def _layer_types(reader: Reader, model_type: str, num_layers: int) -> tuple[str, ...]:
     """Return the type of each layer, by the published pattern if config.json does not list them.
 
     Gemma 1 has no windows; Gemma 2 starts with a sliding layer and alternates; in Gemma 3, every
@@ -393,7 +398,7 @@ def _period(patterns: Iterable[Any], model_type: str) -> int:
 
 
 def _rope_parameters(
-    reader: _Reader, model_type: str, layer_types: tuple[str, ...]
+    reader: Reader, model_type: str, layer_types: tuple[str, ...]
 ) -> tuple[tuple[str, RopeParameters], ...]:
     """Read rotary parameters in either form: `rope_parameters`, or theta with `rope_scaling`.
 
@@ -428,7 +433,7 @@ def _rope_parameters(
         raise ConfigError(
             f"rope_parameters: the key {reprlib.repr(key)} has no place beside {FULL}"
         )
-    return tuple((kind, _rope(kind, _section(kind, given.get(kind) or {}))) for kind in kinds)
+    return tuple((kind, _rope(kind, section_of(kind, given.get(kind) or {}))) for kind in kinds)
 
 
 def _rope(kind: str, raw: Mapping[str, Any]) -> RopeParameters:
@@ -453,7 +458,7 @@ def _rope(kind: str, raw: Mapping[str, Any]) -> RopeParameters:
     )
 
 
-def _softcap(reader: _Reader, key: str, model_type: str) -> float | None:
+def _softcap(reader: Reader, key: str, model_type: str) -> float | None:
     """Return a softcap; Gemma 3 configs may set one that the reference code never applies."""
     default = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}[key]
     value = reader.take(key, default if model_type in ("gemma2", "vaultgemma") else None)

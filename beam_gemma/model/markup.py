@@ -25,7 +25,7 @@ class SoftTokens(Control):
 
     token_id: int
     """Token id that stands for each of them."""
-    number: int
+    num_tokens: int
 
 
 Part = Text | Control

@@ -215,6 +215,12 @@ class Signature:
             tensors.append(Tensor(name="attention_metadata", dtype="int32", shape=(3,)))
         return tuple(tensors)
 
+    @property
+    def shortest_window(self) -> int | None:
+        """Fewest tokens that a layer with a window reaches, the query's own included; or None."""
+        windows = (s.sliding_window for s in self.paged_states if s.sliding_window is not None)
+        return min(windows, default=None)
+
     def state_tensors(self) -> tuple[StateTensor, ...]:
         """Return the buffers that live as long as the engine, in the order of the graph."""
         tensors: list[StateTensor] = []

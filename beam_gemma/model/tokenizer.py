@@ -30,8 +30,8 @@ SPACE = "\u2581"
 """Character for a space in pieces."""
 SPECIAL_PIECES = ("unk", "bos", "eos", "pad")
 """Names of a model's special pieces, in the order of their field numbers."""
-SPOKEN_CONTROL = re.compile("<loc[0-9]{4}>|<seg[0-9]{3}>")
-"""Control pieces that have a text: PaliGemma's places and masks, which are what it answers."""
+VISIBLE_CONTROL = re.compile("<loc[0-9]{4}>|<seg[0-9]{3}>")
+"""Control pieces that completions show: the locations and segments that PaliGemma answers with."""
 HTML_TAG = re.compile(
     r"</?(a|b|bbox|blockquote|body|caption|code|div|em|footer|h[1-6]|html|i|iframe|img|li|s|span"
     r"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
@@ -63,10 +63,10 @@ class Tokenizer:
             if token_id < 0:
                 raise ArtifactError(f"expected a SentencePiece model with {name}, got none")
         self._markup = ControlPieces(self.control_pieces)
-        self._silent_ids = frozenset(
+        self._hidden_ids = frozenset(
             token_id
             for piece, token_id in self.control_pieces.items()
-            if not SPOKEN_CONTROL.fullmatch(piece)
+            if not VISIBLE_CONTROL.fullmatch(piece)
         )
 
     @classmethod
@@ -136,7 +136,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
         """Return the text of tokens; control pieces yield none, and no space is stripped.
 
-        Those of `SPOKEN_CONTROL` yield their text. Bytes of an incomplete character at the end are
+        Those of `VISIBLE_CONTROL` yield their text. Bytes of an incomplete character at the end are
         replaced, or left out unless `final`.
         """
         data = b"".join(map(self.token_bytes, ids))
@@ -145,7 +145,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's text in UTF-8; a byte piece may be only part of a character."""
         # Some checkpoints pad the embedding with rows that have no piece.
-        if token_id in self._silent_ids or token_id >= self.vocab_size:
+        if token_id in self._hidden_ids or token_id >= self.vocab_size:
             return b""
         piece = self._processor.id_to_piece(token_id)
         if self._processor.is_byte(token_id):
@@ -159,14 +159,14 @@ class Tokenizer:
         vocabulary: list[bytes] = [piece.replace(SPACE, " ").encode() for piece in pieces]
         # Few remain: byte pieces, and control pieces, which have no text.
         for token_id in itertools.chain(
-            self._silent_ids, itertools.compress(ids, self._processor.is_byte(ids))
+            self._hidden_ids, itertools.compress(ids, self._processor.is_byte(ids))
         ):
             vocabulary[token_id] = self.token_bytes(token_id)
         return vocabulary
 
     def _encode_part(self, part: Part) -> list[int]:
         if isinstance(part, SoftTokens):
-            return [part.token_id] * part.number
+            return [part.token_id] * part.num_tokens
         if isinstance(part, Control):
             return [self.control_pieces[part.piece]]
         try:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from beam_gemma.errors import ConfigError, nearest
-from beam_gemma.model.config import _Reader, _section, check_factor, check_keys
+from beam_gemma.model.config import Reader, check_factor, check_keys, section_of
 
 Projector = Literal["pooled", "linear"]
-Sight = Literal["picture", "prefix"]
+Bidirectional = Literal["picture", "prefix"]
 Resample = Literal["bilinear", "bicubic"]
 
 VISION_MODEL_TYPES = ("gemma3", "shieldgemma2", "paligemma")
@@ -45,13 +45,16 @@ MAX_TOWER_SIZES = {
 MAX_TOKEN_ID = 1 << 22
 RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters in `preprocessor_config.json`."""
+MIN_CROP_SIZE, MAX_NUM_CROPS, MIN_RATIO = 256, 4, 1.2
+"""Parameters of pan and scan: the least height and width of a crop in pixels, the most crops of a
+picture, and the least ratio of its sides; source: `images_kwargs` of `Gemma3Processor`."""
 PAN_AND_SCAN = {
     "do_pan_and_scan": False,
-    "pan_and_scan_min_crop_size": 256,
-    "pan_and_scan_max_num_crops": 4,
-    "pan_and_scan_min_ratio_to_activate": 1.2,
+    "pan_and_scan_min_crop_size": MIN_CROP_SIZE,
+    "pan_and_scan_max_num_crops": MAX_NUM_CROPS,
+    "pan_and_scan_min_ratio_to_activate": MIN_RATIO,
 }
-"""What `null` stands for in the keys of crops."""
+"""What the keys of crops must say; `null` stands for it."""
 UNREAD_PROCESSOR_KEYS = (
     "_valid_processor_keys", "auto_map", "crop_size", "data_format", "default_to_square", "device",
     "disable_grouping", "feature_extractor_type", "image_processor_type", "input_data_format",
@@ -77,9 +80,9 @@ class VisionConfig:
     each patch (PaliGemma)."""
     num_image_tokens: int
     """Tokens of the decoder that one picture takes."""
-    sight: Sight
-    """Tokens with attention in both directions: those of each `picture`, within the window of a
-    layer (Gemma 3), or the whole `prefix`, beyond any window (PaliGemma)."""
+    bidirectional: Bidirectional
+    """Tokens that attend in both directions: those of each `picture`, within the window of a layer
+    (Gemma 3), or the whole `prefix`, which is the prompt, beyond any window (PaliGemma)."""
     first_position: int
     """Rotary position of the first token of a sequence: 0, or 1 in PaliGemma."""
     image_token_id: int
@@ -110,7 +113,7 @@ class VisionConfig:
     def from_hf(
         cls, raw: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None
     ) -> "VisionConfig":
-        """Read the tower of a model that sees from its settings.
+        """Read the tower of a model that takes pictures from its settings.
 
         Args:
             raw: Content of `config.json`.
@@ -140,7 +143,7 @@ class VisionConfig:
             **tower,
             projector="linear" if is_pali else "pooled",
             num_image_tokens=count,
-            sight="prefix" if is_pali else "picture",
+            bidirectional="prefix" if is_pali else "picture",
             first_position=1 if is_pali else 0,
             image_token_id=_image_token_id(raw, is_pali=is_pali),
             begin_token=None if is_pali else BEGIN_TOKEN,
@@ -171,7 +174,7 @@ class VisionConfig:
 
 def _tower(section: Mapping[str, Any]) -> dict[str, Any]:
     """Read `vision_config`; published files leave out what is 224, 3 or 1e-6."""
-    reader = _Reader(section)
+    reader = Reader(section)
     reader.require("model_type", ("siglip_vision_model",))
     reader.require("hidden_act", ("gelu_pytorch_tanh",))
     reader.require("num_channels", (3,))
@@ -195,7 +198,7 @@ def _tower(section: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _size(source: _Reader, key: str, *default: int) -> int:
+def _size(source: Reader, key: str, *default: int) -> int:
     value = source.take(key, default[0] if default else None)
     limit = MAX_TOWER_SIZES[key]
     if type(value) is not int or not 1 <= value <= limit:
@@ -208,7 +211,7 @@ def _size(source: _Reader, key: str, *default: int) -> int:
 
 def _pooled_tokens(raw: Mapping[str, Any], side: int) -> int:
     """Return how many squares of patches Gemma 3 takes the means of."""
-    count = _size(_Reader(raw), "mm_tokens_per_image", 256)
+    count = _size(Reader(raw), "mm_tokens_per_image", 256)
     root = math.isqrt(count)
     if root**2 != count or side % root:
         raise ConfigError(
@@ -270,7 +273,7 @@ def _pixels(
 
 
 def _check_size(size: Any, image_size: int) -> None:
-    section = {} if size is None else _section("size", size)
+    section = {} if size is None else section_of("size", size)
     for key, value in section.items():
         if key not in ("height", "width") or value != image_size:
             raise ConfigError(

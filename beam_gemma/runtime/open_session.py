@@ -40,7 +40,6 @@ def open_session(
         OptionsError: the device is missing, cannot run the graph, or has too little memory.
         ArtifactError: the graph is missing or damaged.
     """
-    limits = limits.for_pictures(artifact.vision, device)
     limits.check(device)
     if device == "cuda":
         signature = artifact.signature(head, device)

@@ -40,7 +40,8 @@ _FILL = {
     "top_ps": 1,
 }
 MOST_SPANS = 2 * PREFILL_ROWS
-"""Most spans that a prefill step has room for."""
+"""Most spans that a prefill step has room for: one that began earlier for each of its rows, and as
+many whole ones, which have the tokens of a picture or more each."""
 _SLOTS = ("logit_slots", "state_slots")
 
 

@@ -27,6 +27,7 @@ from beam_gemma.runtime.device_memory import (
     compute_capability,
     require_bfloat16,
 )
+from beam_gemma.runtime.step_shapes import host_dtype
 
 PATCHES_PER_BATCH = 8192
 """CUDA: most patches of a batch; bounds the memory of a run."""
@@ -188,6 +189,5 @@ class CudaTower:
 
     def _on_host(self, place: Place) -> np.ndarray:
         """Return host memory for what is copied to or from a place."""
-        dtype = np.uint16 if place.dtype == "bfloat16" else np.dtype(place.dtype)
         held = self._memory.allocate_host(num_bytes(place.dtype, place.shape))
-        return held.view(dtype).reshape(place.shape)
+        return held.view(host_dtype(place.dtype)).reshape(place.shape)

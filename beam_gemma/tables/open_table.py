@@ -64,7 +64,7 @@ def open_source(
         source = JsonlSource.open(uri, found.paths, limit=limit, columns=columns, dry_run=dry_run)
     else:
         source = ParquetSource.open(uri, found.paths, root=found.root, limit=limit, columns=columns)
-    return replace(source, folder=found.root or "/" * uri.startswith("/"))
+    return replace(source, folder=found.root or ("/" if uri.startswith("/") else ""))
 
 
 class _Found(NamedTuple):

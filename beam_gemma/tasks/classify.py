@@ -17,7 +17,7 @@ from beam_gemma.monitoring.progress import Count
 from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.moderate import ModerateSettings
-from beam_gemma.tasks.picture_requests import PictureDecoder, Work
+from beam_gemma.tasks.picture_requests import Work
 from beam_gemma.tasks.questions import Answer, ClassifySettings, Question, QuestionEncoder
 
 _NOTHING_NEW = SamplingParams(max_tokens=1)
@@ -52,8 +52,7 @@ class Classifier(EngineModel[_Asking]):
             on_result: Called with a count of each row as soon as the row is done, from any thread.
                 The engine counts tokens itself.
         """
-        pictures = None if vision is None else PictureDecoder(vision, settings)
-        super().__init__(engine, settings, pictures=pictures, on_result=on_result)
+        super().__init__(engine, settings, vision=vision, on_result=on_result)
         self._encoders = encoders
         self._settings = settings
 

@@ -4,6 +4,7 @@ import pyarrow as pa
 
 from beam_gemma.batches import is_json_text
 from beam_gemma.errors import OptionsError, nearest
+from beam_gemma.inputs.images import STRUCT_KEYS
 from beam_gemma.inputs.row import ColumnUse
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.tasks.interface import Settings
@@ -33,7 +34,7 @@ def check_columns(settings: Settings, schema: pa.Schema) -> None:
 
 
 def check_pictures(settings: Settings, artifact: Artifact, image_size: int | None = None) -> None:
-    """Check that a model sees, if a task has pictures for it.
+    """Check that a model takes pictures, if a task has some for it.
 
     Args:
         settings: The settings of the task.
@@ -102,7 +103,7 @@ def is_images(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
         return _is_bytes(kind) or is_text(kind)
     fields = {field.name: field.type for field in kind}
-    return bool(fields.keys() & {"bytes", "path", "uri"}) and all(
+    return bool(fields.keys() & set(STRUCT_KEYS)) and all(
         fits(fields[name])
         for name, fits in (("bytes", _is_bytes_or_null), ("path", _is_path), ("uri", _is_path))
         if name in fields

@@ -14,6 +14,7 @@ from beam_gemma.engine.sequence import Completion
 from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.inputs.row import Row
+from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.tasks.interface import Settings, in_order
 from beam_gemma.tasks.picture_requests import PictureDecoder, PictureWindow, W
@@ -32,7 +33,7 @@ class EngineModel(ABC, Generic[W]):
         engine: Engine,
         settings: Settings,
         *,
-        pictures: PictureDecoder | None,
+        vision: VisionConfig | None,
         on_result: Callable[[Count], None],
     ) -> None:
         """Initialize the model.
@@ -40,12 +41,12 @@ class EngineModel(ABC, Generic[W]):
         Args:
             engine: The engine that runs the model.
             settings: The settings of the task.
-            pictures: The decoder of pictures; None if the model takes none.
+            vision: The model's picture half; None if it has none.
             on_result: Called with a count of each row as soon as the row is done, from any thread.
                 The engine counts tokens itself.
         """
         self._engine = engine
-        self._pictures = pictures
+        self._pictures = None if vision is None else PictureDecoder(vision, settings)
         self._on_result = on_result
         self._names = settings.result_schema.names
         self._tally = Tally(engine)

@@ -31,7 +31,7 @@ from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.mask_decoder import MaskDecoder, digest_of
-from beam_gemma.tasks.picture_requests import PictureDecoder, Work
+from beam_gemma.tasks.picture_requests import Work
 from beam_gemma.tasks.row_keys import ENCODED, ROW_KEY
 
 
@@ -277,8 +277,7 @@ class Generator(EngineModel[_Completing]):
         Raises:
             OptionsError: the mask decoder cannot be read.
         """
-        pictures = None if vision is None else PictureDecoder(vision, settings)
-        super().__init__(engine, settings, pictures=pictures, on_result=on_result)
+        super().__init__(engine, settings, vision=vision, on_result=on_result)
         self._encoder = encoder
         self._settings = settings
         self._constraint = constraint

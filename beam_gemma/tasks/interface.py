@@ -74,6 +74,16 @@ class Settings(ABC):
         return False
 
     @property
+    def pan_and_scan(self) -> bool:
+        """True to add crops of pictures that are much wider than high, or higher than wide."""
+        return False
+
+    @property
+    def picture_columns(self) -> tuple[str, ...]:
+        """Columns whose values may bring pictures: `image_columns`, and conversations."""
+        return tuple(name for name, use in self.columns.items() if use in ("images", "messages"))
+
+    @property
     def is_sampled(self) -> bool:
         """True if results are random, so rows with equal requests may get different results."""
         return False

@@ -162,8 +162,7 @@ def _faults(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file may raise anything
         raise OptionsError(
-            f"mask decoder {path}: expected the .npz file of a decoder, got "
-            f"{type(error).__name__}: {one_line(error)[:300]}"
+            f"mask decoder {path}: expected the .npz file of a decoder, got {one_line(error)[:300]}"
         ) from error
 
 

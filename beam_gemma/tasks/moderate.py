@@ -152,7 +152,6 @@ class ModerateSettings(Settings):
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ("prompt_column", "image_columns")
-    pan_and_scan: ClassVar[bool] = False
 
     policies: tuple[Policy, ...]
     """Policies to check; each one takes a prompt of its own."""

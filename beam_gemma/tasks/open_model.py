@@ -130,8 +130,8 @@ def open_generator(
     if held is not None:
         # The first mask takes seconds to prepare, so start before any row waits for it.
         held.start()
-    sees = bool(settings.image_columns)
-    engine = start_engine(artifact, "generate", device, limits, sees=sees)
+    has_pictures = bool(settings.picture_columns)
+    engine = start_engine(artifact, "generate", device, limits, has_pictures=has_pictures)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
     return Generator(
         engine,
@@ -151,8 +151,8 @@ def open_classifier(
 ) -> Classifier:
     """Load the scoring graph and return a model that classifies rows."""
     encoders = question_encoders(artifact, settings)
-    sees = bool(settings.image_columns)
-    engine = start_engine(artifact, "score", device, limits, sees=sees)
+    has_pictures = bool(settings.picture_columns)
+    engine = start_engine(artifact, "score", device, limits, has_pictures=has_pictures)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
     return Classifier(engine, encoders, settings, vision=artifact.vision, on_result=on_result)
 
@@ -192,7 +192,7 @@ def open_embedder(
 
 
 def start_engine(
-    artifact: Artifact, head: Head, device: Device, limits: Limits, *, sees: bool = True
+    artifact: Artifact, head: Head, device: Device, limits: Limits, *, has_pictures: bool = True
 ) -> Engine:
     """Load a graph of a model folder and start an engine that runs it.
 
@@ -204,12 +204,12 @@ def start_engine(
         head: Head of the graph.
         device: Device that runs it.
         limits: Limits on steps and memory.
-        sees: Whether rows have pictures.
+        has_pictures: Whether rows may have pictures.
     """
     limits = limits.for_pictures(artifact.vision, device)
     has_tower = artifact.vision is not None and ("vision", device) in artifact.signatures
     vision = VisionSession.of(artifact, device) if has_tower else None
-    if vision is not None and device == "cuda" and sees:
+    if vision is not None and device == "cuda" and has_pictures:
         vision.load()
     session = open_session(artifact, head, device, limits)
     config = dataclasses.replace(limits.engine_config(device), eos_token_ids=artifact.eos_token_ids)

@@ -12,6 +12,7 @@ from beam_gemma.errors import OptionsError
 from beam_gemma.inputs.chat_template import SPECIAL_TOKENS
 from beam_gemma.inputs.template_sandbox import TemplateSandbox
 from beam_gemma.inputs.traced_text import TEMPLATE, TracedText, plain
+from beam_gemma.model.vision_config import BEGIN_TOKEN
 
 PICTURE_GUIDELINES = {
     "dangerous": (
@@ -31,7 +32,6 @@ PICTURE_GUIDELINES = {
     ),
 }
 """Guideline of each published policy."""
-_IMAGE = "<start_of_image>"
 _OF_SHIELD_GEMMA_2 = "BEGIN_SAFETY_POLICY"
 """Text that only the chat template of ShieldGemma 2 has."""
 _INSTRUCTION = (
@@ -58,8 +58,9 @@ def picture_prompt(guideline: str, column: str, chat_template: str | None) -> st
         text = _rendered(chat_template, guideline)
     else:
         instruction = _INSTRUCTION.replace("{guideline}", guideline)
-        text = f"<start_of_turn>user\n{_IMAGE}{instruction}<end_of_turn>\n<start_of_turn>model\n"
-    before, after = (_escaped(part) for part in text.split(_IMAGE, 1))
+        asked = f"{BEGIN_TOKEN}{instruction}"
+        text = f"<start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\n"
+    before, after = (_escaped(part) for part in text.split(BEGIN_TOKEN, 1))
     return f"{before}{{{json.dumps(column)}}}{after}"
 
 
@@ -83,9 +84,9 @@ def _rendered(chat_template: str, guideline: str) -> str:
         raise OptionsError(
             f"chat template: expected one that takes a picture and a policy, got: {error}"
         ) from error
-    if text.count(_IMAGE) != 1 or guideline not in text:
+    if text.count(BEGIN_TOKEN) != 1 or guideline not in text:
         raise OptionsError(
-            f"chat template: expected one that writes {_IMAGE} once, and the policy, got "
+            f"chat template: expected one that writes {BEGIN_TOKEN} once, and the policy, got "
             f"{text[:300]!r}"
         )
     return text

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from operator import eq
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,12 +26,13 @@ from jaxtyping import UInt8
 from beam_gemma.engine.sequence import Completion, Picture, Request
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.image_processor import ImageProcessor, read_header
+from beam_gemma.inputs.images import ImageSettings, picture_name
 from beam_gemma.inputs.row import ImageFile, Prompt
 from beam_gemma.model.vision_config import VisionConfig
 
 MAX_THREADS = 8
 LARGE_PIXELS = 16_000_000
-"""Pixels of a file beyond which it is decoded alone: each takes up to 12 bytes meanwhile."""
+"""Pixels of a file beyond which it is decoded alone: each takes up to 16 bytes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,10 @@ class View:
     """A picture that a row's prompts show."""
 
     file: ImageFile
-    place: int | None
+    index: int | None
     """Index of the picture among those of the prompt; None if it is the only one."""
-    number: int
-    """How many pictures of the model's size it makes: the whole, and perhaps its crops."""
+    num_crops: int
+    """Number of crops that are shown beside the whole picture."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class Work:
                 file = prompt.images[place.image]
                 index = place.image if len(prompt.images) > 1 else None
                 known = views.get(file.digest, View(file, index, 0))
-                views[file.digest] = replace(known, number=max(known.number, place.crop + 1))
+                views[file.digest] = replace(known, num_crops=max(known.num_crops, place.crop))
         return views
 
 
@@ -98,29 +99,16 @@ def spans_of(vision: VisionConfig, prompt: Prompt, request: Request) -> tuple[tu
 
     The tokens of a label, after the prompt of the request, are in none.
     """
-    if vision.sight == "picture":
+    if vision.bidirectional == "picture":
         return tuple((p.start, p.start + vision.num_image_tokens) for p in prompt.places)
     shared = takewhile(bool, map(eq, prompt.token_ids, request.prompt_token_ids))
     return ((0, sum(shared)),)
 
 
-@runtime_checkable
-class PictureSettings(Protocol):
-    """The settings that decide what of a picture is decoded."""
-
-    @property
-    def image_columns(self) -> tuple[str, ...]:
-        """Columns with pictures, named in errors."""
-
-    @property
-    def pan_and_scan(self) -> bool:
-        """Whether prompts show crops of pictures too."""
-
-
 class PictureDecoder:
     """Decodes the pictures of rows in threads; many windows can share one decoder."""
 
-    def __init__(self, vision: VisionConfig, settings: PictureSettings) -> None:
+    def __init__(self, vision: VisionConfig, settings: ImageSettings) -> None:
         """Initialize the decoder; its threads start with the first picture.
 
         Args:
@@ -151,9 +139,8 @@ class PictureDecoder:
 
     def error(self, view: View, error: RecordError) -> RecordError:
         """Return the error of `decode`, for the row of a view: it names the row's column."""
-        names = " or ".join(f"column {column!r}" for column in self._columns) or "messages"
-        which = "" if view.place is None else f", picture {view.place + 1}"
-        return RecordError(f"{names}{which}: {str(error).removeprefix('picture: ')}")
+        name = picture_name(self._columns, view.index)
+        return RecordError(f"{name}: {str(error).removeprefix('picture: ')}")
 
     def completed(
         self, prompt: Prompt, request: Request, pixels: Mapping[str, tuple[Pixels, ...]]
@@ -165,7 +152,7 @@ class PictureDecoder:
             request: The request of its tokens.
             pixels: The decoded pictures by the digests of their files.
         """
-        if not prompt.places and self.vision.sight == "picture":
+        if not prompt.places and self.vision.bidirectional == "picture":
             return request
         pictures = []
         for place in prompt.places:
@@ -240,7 +227,7 @@ class PictureWindow(Generic[W]):
                 return None
             views = self._waiting[0].views()
             new = {
-                digest: _Shared(view.number * self._decoder.num_bytes)
+                digest: _Shared((1 + view.num_crops) * self._decoder.num_bytes)
                 for digest, view in views.items()
                 if digest not in self._shared
             }

@@ -120,13 +120,7 @@ class ClassifySettings(PromptSettings, Settings):
 
     def __post_init__(self) -> None:
         PromptSettings.__post_init__(self)
-        if len(self.labels) < 2:
-            raise OptionsError(f"labels: expected at least two, got {len(self.labels)}")
-        for label in self.labels:
-            if not label:
-                raise OptionsError("labels: expected texts that are not empty, got an empty one")
-            if self.labels.count(label) > 1:
-                raise OptionsError(f"labels: expected each once, got {label!r} twice")
+        self._check_labels()
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise OptionsError(f"num_fewshot: expected at least 0, got {self.num_fewshot}")
         if self.shots and self.messages_column:
@@ -139,6 +133,17 @@ class ClassifySettings(PromptSettings, Settings):
                 raise OptionsError(
                     f"shots: expected labels from 0 to {len(self.labels) - 1}, got {shot.label}"
                 )
+
+    def _check_labels(self) -> None:
+        if len(self.labels) < 2:
+            raise OptionsError(f"labels: expected at least two, got {len(self.labels)}")
+        for label in self.labels:
+            if not label:
+                raise OptionsError("labels: expected texts that are not empty, got an empty one")
+            if self.labels.count(label) > 1:
+                raise OptionsError(f"labels: expected each once, got {label!r} twice")
+            for column in set(Template(label, ()).fields) & set(self.image_columns):
+                raise OptionsError(f"labels: expected texts, got {column!r}, a column of pictures")
 
     @property
     def columns(self) -> dict[str, ColumnUse]:

@@ -288,16 +288,13 @@ def _changes(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
 def _changed(match: re.Match[str], model: GemmaConfig) -> tuple[str, str]:
     """Return our name of the weight that an adapter's tensor changes, and its part of `_Change`."""
     part = match["part"]
-    leaf = "bias" if part.endswith("bias") else "weight"
-    if part.startswith("lora_"):
-        kind = part.removeprefix("lora_").removeprefix("embedding_")[0]
-    else:
-        kind = "weight"
-    if match.re is not IMAGE_TENSOR:
+    is_factor = part.startswith("lora_")
+    kind = part.removeprefix("lora_").removeprefix("embedding_")[0] if is_factor else "weight"
+    if match.re is TENSOR:
         return layer_name(f"{match['name']}.weight", model), kind
-    leaf = part if part == "mm_input_projection_weight" else leaf
-    name = vision_name(f"{match['name']}.{leaf}")
-    return name or f"{match['name']}.{leaf}", kind
+    leaf = "weight" if is_factor else part.removeprefix("base_layer.")
+    name = f"{match['name']}.{leaf}"
+    return vision_name(name) or name, kind
 
 
 def _of_text(tensors: Iterable[StoredTensor], folder: Path) -> list[StoredTensor]:

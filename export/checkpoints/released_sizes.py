@@ -31,14 +31,14 @@ class Size:
     @property
     def config(self) -> GemmaConfig:
         """The architecture of the decoder."""
-        sees = self.raw["model_type"] in VISION_MODEL_TYPES
-        return GemmaConfig.from_hf(text_config(self.raw) if sees else self.raw)
+        takes_pictures = self.raw["model_type"] in VISION_MODEL_TYPES
+        return GemmaConfig.from_hf(text_config(self.raw) if takes_pictures else self.raw)
 
     @property
     def vision(self) -> VisionConfig | None:
         """The tower of pictures, if there is one."""
-        sees = self.raw["model_type"] in VISION_MODEL_TYPES
-        return VisionConfig.from_hf(self.raw) if sees else None
+        takes_pictures = self.raw["model_type"] in VISION_MODEL_TYPES
+        return VisionConfig.from_hf(self.raw) if takes_pictures else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, under the names of `export.modules`."""
@@ -302,5 +302,5 @@ VISION_SIZES = (
     ),
     *_paligemmas(),
 )
-"""Every released size that sees. Hugging Face's files have 64 rows more in the embedding where
-KerasHub's counts have 262,144 or 257,152."""
+"""Every released size that takes pictures. Hugging Face's files have 64 rows more in the embedding
+where KerasHub's counts have 262,144 or 257,152."""

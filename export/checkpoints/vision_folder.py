@@ -1,4 +1,4 @@
-"""Reads the settings of a Hugging Face folder whose model sees: Gemma 3 and PaliGemma."""
+"""Reads a Hugging Face folder's settings of pictures: those of Gemma 3 and PaliGemma."""
 
 import reprlib
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ MARKER_IDS = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the text model's config in the `config.json` of a model that sees.
+    """Return the text model's config in the `config.json` of a model that takes pictures.
 
     Raises:
         ConfigError: a key beside it is not known, or the text model is none of such a model.
@@ -65,10 +65,10 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_text_only(raw: Mapping[str, Any]) -> None:
-    """Check that the text model of a model that sees is one of its own.
+    """Check that a model can be exported without its tower of pictures.
 
     Raises:
-        ConfigError: it is PaliGemma's, which attends in both directions within a prompt.
+        ConfigError: it is a PaliGemma, whose text model was trained with pictures alone.
     """
     if raw["model_type"] == "paligemma":
         raise ConfigError(

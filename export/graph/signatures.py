@@ -25,7 +25,7 @@ def decoder_signature(
         device: Device of the graph.
         dtype: Dtype of matrices and caches.
         head: Head of the graph.
-        vision: The tower of a model that sees; its decoder takes embeddings of pictures.
+        vision: The tower of a model that takes pictures; its decoder then takes embeddings of them.
     """
     _check_head_dim(config, device)
     states = tuple(
@@ -92,7 +92,7 @@ def _optional_inputs(
     """Return the optional inputs of a decoder, in the order of `OPTIONAL_INPUTS`."""
     names = ["inputs_embeds", "span_ends"] if vision is not None else []
     # On CUDA, each kind of reach is an attention of its own, so that none is input.
-    is_wide = vision is not None and vision.sight == "prefix" and SLIDING in config.groups
+    is_wide = vision is not None and vision.bidirectional == "prefix" and SLIDING in config.groups
     if is_wide and device == "cpu":
         names.append("first_keys")
     return (*names, "position_ids") if device == "cuda" else tuple(names)

@@ -38,7 +38,7 @@ def check_tasks(
         OptionsError: the model has bidirectional attention and a task is not `embed`, or it is a
             PaliGemma and a task is.
     """
-    if vision is not None and vision.sight == "prefix" and "embed" in tasks:
+    if vision is not None and vision.bidirectional == "prefix" and "embed" in tasks:
         raise OptionsError(
             "--tasks: expected generate or classify for a PaliGemma, which reads no text without "
             f"a picture, got {','.join(tasks)}"

@@ -26,7 +26,6 @@ from export.modules.vision import LayerNorm
 from export.ops import lowering_cpu, lowering_cuda, lowering_packed
 from export.ops.lowering_packed import SUM_CHUNK, VALUE_SLICE
 from export.ops.reference import NO_WINDOW
-from export.ops.vision_attention import VisionAttention
 
 OPSET = 23
 TORCH_DTYPES = {
@@ -41,7 +40,7 @@ TENSOR_TYPES = [
     f"tensor({kind})" for kind in ("float", "bfloat16", "float16", "int32", "int64", "bool")
 ]
 VISION_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
-    "cpu": (VisionAttention, lowering_cpu.RmsNorm),
+    "cpu": (lowering_cpu.VisionAttention, lowering_cpu.RmsNorm),
     "cuda": (lowering_cuda.VisionAttention, lowering_cuda.RmsNorm, lowering_cuda.HalfRmsNorm),
 }
 DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
@@ -317,7 +316,7 @@ def _vision_attention(  # type: ignore[no-untyped-def]
 ):
     width = query.shape[1]
     rows = (op.Reshape(x, _ints(-1, num_patches, width)) for x in (query, key, value))
-    output = _node(VisionAttention)(*rows, num_heads=num_heads, scale=scale)
+    output = _node(lowering_cpu.VisionAttention)(*rows, num_heads=num_heads, scale=scale)
     return op.Reshape(output, _ints(-1, width))
 
 

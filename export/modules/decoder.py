@@ -149,7 +149,7 @@ class GemmaLayers(nn.Module):
         self.config = config
         self.signature = signature
         self.first_position = vision.first_position if vision else 0
-        self.spans_keep_windows = vision is not None and vision.sight == "picture"
+        self.spans_keep_windows = vision is not None and vision.bidirectional == "picture"
         # Rounded to the model's dtype, as the reference does.
         round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))

@@ -293,6 +293,12 @@ def RmsNorm(x, weight, epsilon: float) -> TensorType:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
 
 
+@script(DOMAIN, default_opset=op)
+def VisionAttention(query, key, value, num_heads: int, scale: float) -> TensorType:
+    """Attend with [pictures, patches, D]: each picture is one sequence of a batch."""
+    return MICROSOFT.MultiHeadAttention(query, key, value, num_heads=num_heads, scale=scale)
+
+
 FUNCTIONS = (
     StoreTokens, GatherContext, QueryTiles, Reach, Items, Scores, Weights, WeightedValues,
     StoreAndScore, Attend, RaggedAttention, RaggedAttentionSoftcap, RmsNorm,

@@ -70,7 +70,7 @@ def PaddedAttention(
 
 @script(DOMAIN, default_opset=op)
 def VisionAttention(query, key, value, num_heads: int, scale: float) -> TensorType:
-    """Attend with [N, P, D], the patches of each picture as one sequence of a batch.
+    """Attend with [pictures, patches, D]: each picture is one sequence of a batch.
 
     In `com.microsoft::MultiHeadAttention` ONNX Runtime asks for cuDNN, even where it is not used.
     """

@@ -81,8 +81,7 @@ def ragged_attention(
         last_keys: [T], the last position that each token reaches.
         num_heads: N.
         num_kv_heads: K.
-        window: Positions in reach to the left, including the query's own; the CUDA kernel takes
-            it in place of `first_keys`, and the formula does not.
+        window: Positions in reach to the left; only the CUDA kernel takes it, for `first_keys`.
         scale: Factor of query-key products.
         softcap: Cap of the scores; 0 for none.
         layout: `cpu` or `cuda`.
@@ -97,11 +96,10 @@ def ragged_attention(
     for b in range(past_seqlens.shape[0]):
         new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
         q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2])
-        context = _slots(block_table[b], block_size)
+        context = slots_of(block_table[b], block_size)
         keys = int(context_starts[b]) + torch.arange(context.shape[0])
         reach = (keys <= last_keys[new, None]) & (keys >= first_keys[new, None])
-        cached = key_tokens[context], value_tokens[context]
-        outputs.append(_attend(q, *cached, reach, scale, softcap))
+        outputs.append(attend(q, key_tokens[context], value_tokens[context], reach, scale, softcap))
     output = torch.cat(outputs).reshape(query.shape)
     key_cache = _cache_view(key_tokens, key_cache, layout)
     return output, key_cache, _cache_view(value_tokens, value_cache, layout)
@@ -144,7 +142,7 @@ def packed_attention(
         positions = torch.arange(end - start)
         distance = positions - positions[:, None]
         reach = (distance >= -back) & (distance <= ahead)
-        outputs.append(_attend(q, k[:, :, 0], v[:, :, 0], reach, scale, softcap))
+        outputs.append(attend(q, k[:, :, 0], v[:, :, 0], reach, scale, softcap))
     return torch.cat(outputs).reshape(query.shape)
 
 
@@ -185,7 +183,7 @@ def padded_attention(
     for text, reach in zip(rows, mask, strict=True):
         q = query[text].view(len(text), num_kv_heads, num_heads // num_kv_heads, dim)
         k, v = (t[text].view(len(text), num_kv_heads, dim) for t in (key, value))
-        outputs.append(_attend(q, k, v, reach[0], scale, softcap))
+        outputs.append(attend(q, k, v, reach[0], scale, softcap))
     return torch.cat(outputs).reshape(-1, query.shape[1])[places]
 
 
@@ -224,12 +222,12 @@ def _(x: Tensor, parts: int) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] // parts)
 
 
-def _slots(blocks: Tensor, block_size: int) -> Tensor:
+def slots_of(blocks: Tensor, block_size: int) -> Tensor:
     """Return the flat slots of a table row."""
     return (blocks.long()[:, None] * block_size + torch.arange(block_size)).flatten()
 
 
-def _attend(
+def attend(
     q: Tensor, keys: Tensor, values: Tensor, reach: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """Attend with one sequence: q [S, K, G, H], keys and values [J, K, H], reach [S, J]."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.ops.reference import _attend, _slots
+from export.ops.reference import attend, slots_of
 
 
 @torch.library.custom_op("beam_gemma::span_attention", mutates_args=())
@@ -75,8 +75,8 @@ def span_attention(
         positions = int(past_seqlens[z]) + torch.arange(len(own))
         end = int(past_seqlens[z]) + len(own)
         reached = torch.arange(end) > positions[:, None] - window
-        context = _slots(block_table[z], block_size)[:end]
-        spans.append(_attend(q, keys[context], values[context], reached, scale, softcap))
+        context = slots_of(block_table[z], block_size)[:end]
+        spans.append(attend(q, keys[context], values[context], reached, scale, softcap))
     inside = torch.cat(spans).reshape(-1, query.shape[1])
     return torch.where(is_inside, inside[places], output)
 

@@ -14,16 +14,8 @@ the number of threads.
 Dimensions: N pictures, P patches of a picture, T = N * P, H head dimension, D = heads * H.
 """
 
-# The types of parameters of ONNX functions are tensors, not Python values.
-# mypy: disable-error-code="no-untyped-def"
-
 import torch
-from onnxscript import script
-from onnxscript.onnx_opset import opset23 as op
-from onnxscript.onnx_types import TensorType
 from torch import Tensor
-
-from export.ops.lowering_cpu import DOMAIN, MICROSOFT
 
 
 @torch.library.custom_op("beam_gemma::vision_attention", mutates_args=())
@@ -55,9 +47,3 @@ def _(
 ) -> Tensor:
     del key, value, num_patches, num_heads, scale
     return torch.empty_like(query)
-
-
-@script(DOMAIN, default_opset=op)
-def VisionAttention(query, key, value, num_heads: int, scale: float) -> TensorType:  # noqa: N802
-    """Attend with [N, P, D], the patches of each picture as one sequence of a batch."""
-    return MICROSOFT.MultiHeadAttention(query, key, value, num_heads=num_heads, scale=scale)

@@ -109,7 +109,7 @@ class SeeingModel(Model):
         reference: Any = self.reference
         ids = torch.tensor([prompt.token_ids])
         seen = torch.zeros_like(ids)
-        if self.vision.sight == "picture":
+        if self.vision.bidirectional == "picture":
             for start in prompt.starts:
                 ids[0, start : start + self.vision.num_image_tokens] = self.vision.image_token_id
             seen[ids == self.vision.image_token_id] = 1
@@ -164,15 +164,15 @@ def prompts(model: SeeingModel, *, seed: int = 0) -> list[Prompt]:
     made = []
     for before, after, num_pictures in ((5, 9, 1), (3, 21, 2), (0, 33, 0)):
         pixels = [rng.integers(0, 256, (3, size, size), np.uint8) for _ in range(num_pictures)]
-        between = [3, 0] if model.vision.sight == "picture" else [0, 0]
-        before = before if model.vision.sight == "picture" else 0
+        between = [3, 0] if model.vision.bidirectional == "picture" else [0, 0]
+        before = before if model.vision.bidirectional == "picture" else 0
         token_ids, starts = ids(before), []
         for gap, _ in zip(between, pixels, strict=False):
             starts.append(len(token_ids))
             token_ids += [0] * count + ids(gap)
         spans = tuple((start, start + count) for start in starts)
         token_ids += ids(after)
-        if model.vision.sight == "prefix":
+        if model.vision.bidirectional == "prefix":
             spans = ((0, len(token_ids) - 4),)
         made.append(Prompt(token_ids, starts, pixels, spans))
     return made

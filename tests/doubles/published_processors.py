@@ -29,7 +29,7 @@ GEMMA3_VISION = VisionConfig(
     layer_norm_eps=1e-6,
     projector="pooled",
     num_image_tokens=IMAGE_TOKENS,
-    sight="picture",
+    bidirectional="picture",
     first_position=0,
     image_token_id=301,
     begin_token="<start_of_image>",
@@ -48,7 +48,7 @@ PALIGEMMA_VISION = VisionConfig(
     layer_norm_eps=1e-6,
     projector="linear",
     num_image_tokens=IMAGE_TOKENS,
-    sight="prefix",
+    bidirectional="prefix",
     first_position=1,
     image_token_id=300 + len(MARKERS["paligemma"]),
     begin_token=None,
@@ -74,7 +74,7 @@ def image_processor(vision: VisionConfig, *, pan_and_scan: bool = False) -> Any:
         "image_seq_length": vision.num_image_tokens,
         "resample": {"bilinear": 2, "bicubic": 3}[vision.resample],
     }
-    if vision.sight == "prefix":
+    if vision.bidirectional == "prefix":
         return SiglipImageProcessorPil(**settings)
     return Gemma3ImageProcessorPil(
         **settings,

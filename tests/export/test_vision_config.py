@@ -66,7 +66,8 @@ PALIGEMMA: dict[str, Any] = {
 
 def test_a_published_gemma_3() -> None:
     vision = VisionConfig.from_hf(GEMMA3)
-    assert (vision.projector, vision.sight, vision.first_position) == ("pooled", "picture", 0)
+    assert (vision.projector, vision.bidirectional) == ("pooled", "picture")
+    assert vision.first_position == 0
     assert (vision.num_patches, vision.num_image_tokens, vision.head_dim) == (4096, 256, 72)
     assert (vision.begin_token, vision.end_token) == ("<start_of_image>", "<end_of_image>")
     assert vision.image_token_id == 262144
@@ -76,7 +77,8 @@ def test_a_published_gemma_3() -> None:
 
 def test_a_published_paligemma() -> None:
     vision = VisionConfig.from_hf(PALIGEMMA)
-    assert (vision.projector, vision.sight, vision.first_position) == ("linear", "prefix", 1)
+    assert (vision.projector, vision.bidirectional) == ("linear", "prefix")
+    assert vision.first_position == 1
     assert (vision.image_size, vision.num_patches, vision.num_image_tokens) == (224, 256, 256)
     assert (vision.begin_token, vision.end_token) == (None, None)
     assert (vision.image_token_id, vision.resample) == (257152, "bicubic")

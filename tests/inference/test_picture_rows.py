@@ -14,7 +14,7 @@ from beam_gemma.inference import task_handler
 from beam_gemma.inference.carried_rows import RowCarrier, rows_of_bytes
 from beam_gemma.inference.handlers import GemmaClassifyModelHandler, GemmaGenerateModelHandler
 from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import files_of, may_show, parts, with_files
+from beam_gemma.inference.picture_rows import files_of, in_parts, with_files
 from beam_gemma.inference.rows import num_bytes, weight
 from beam_gemma.inference.transforms import Classify, Generate
 from beam_gemma.tasks.generate import GenerateSettings
@@ -96,7 +96,7 @@ def test_transforms_take_pictures(model, reading):
 
 def test_requests_carry_pictures_to_another_process(model, reading):
     handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading)
-    [rows] = parts([*ways_of(0), {"photo": "none.png"}], SEES, reading, 1 << 30)
+    [rows] = in_parts([*ways_of(0), {"photo": "none.png"}], SEES, reading, 1 << 30)
     carried = rows_of_bytes(handler._carrier()(rows))
     *good, bad = carried
     assert all(row[IMAGES] == [picture(0)] or len(row[IMAGES]) == 1 for row in good)
@@ -137,12 +137,12 @@ def test_files_in_conversations_are_read(reading):
 def test_few_pictures_are_held_at_once(reading):
     size = len(picture(0))
     rows = [{"photo": "0.png"}] * 7 + [{"photo": picture(1)}] * 3
-    found = list(parts(rows, SEES, reading, 3 * size))
+    found = list(in_parts(rows, SEES, reading, 3 * size))
     assert [len(part) for part in found] == [3, 3, 4]
     assert [isinstance(row, ChainMap) for row in found[-1]] == [True, False, False, False]
-    assert may_show(SEES)
-    assert may_show(SPEAKS)
-    assert not may_show(GenerateSettings(prompt="{text}"))
+    assert SEES.picture_columns == ("photo",)
+    assert SPEAKS.picture_columns == ("chat",)
+    assert not GenerateSettings(prompt="{text}").picture_columns
 
 
 def test_batches_of_large_rows_are_small(model):

@@ -21,7 +21,7 @@ from beam_gemma.inputs.image_processor import (
     file_of_pillow,
     read_header,
 )
-from beam_gemma.inputs.images import image_values, picture_name, row_images
+from beam_gemma.inputs.images import picture_name, row_images
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.inputs.row import ImageFile
 from tests.doubles.nested import nested
@@ -191,11 +191,10 @@ def test_what_cannot_be_decoded_is_the_error_of_its_row(kind):
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "tiff_adobe_deflate"])
 def test_a_damaged_strip_of_a_tiff_is_the_error_of_its_row(compression, capfd):
-    """The library of TIFF files writes a line of its own besides, which nothing can stop."""
     with pytest.raises(RecordError) as caught:
         PROCESSOR.pixels(damaged_strip(compression), "column 'photo'")
     check_sentence(caught.value)
-    assert capfd.readouterr().err.count("\n") <= 1
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
@@ -293,15 +292,13 @@ def test_texts_of_a_png_are_read_within_limits():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_values_of_every_kind_are_the_same_picture(kind):
     data = file_of(kind)
-    fetched = {"a/1": data, "gs://b/1": data}
     values = [
         data, bytearray(data), memoryview(data), {"bytes": data, "path": "ignored.png"},
-        {"bytes": None, "path": "a/1"}, {"path": "a/1"}, {"bytes": data, "error": None}, "a/1",
-        {"uri": "gs://b/1", "version": None, "authorizer": "x", "details": {}},
+        {"bytes": data, "error": None}, {"bytes": data, "uri": None},
     ]  # fmt: skip
     settings = PromptSettings(prompt="say", image_columns=("photo",))
     for value in [*values, values, tuple(values)]:
-        found = row_images({"photo": value}, settings, lambda _, uri: fetched[uri])
+        found = row_images({"photo": value}, settings)
         number = len(values) if isinstance(value, list | tuple) else 1
         assert found == (ImageFile.of(data),) * number
         assert all(type(image.data) is bytes for image in found)
@@ -320,35 +317,19 @@ def test_pictures_of_pillow_are_taken_and_damaged_ones_are_errors():
         file_of_pillow(closed)
 
 
-def test_what_a_fetch_raises_is_the_error_of_its_row():
-    settings = PromptSettings(prompt="say", image_columns=("photo",))
-
-    def failing(_, uri):
-        raise OSError(f"no route to {uri}")
-
-    with pytest.raises(RecordError, match="expected a picture at 'x/y', got OSError: no route"):
-        row_images({"photo": "x/y"}, settings, failing)
-
-    def own(column, uri):
-        raise RecordError(f"column {column!r}: expected a file, got none at {uri!r}")
-
-    with pytest.raises(RecordError, match=r"^column 'photo': expected a file, got none at 'x/y'"):
-        row_images({"photo": "x/y"}, settings, own)
-
-
 def test_pictures_keep_the_order_of_columns():
     settings = PromptSettings(prompt="{b}{a}", image_columns=("a", "b"), allow_missing_images=True)
     one, two, three = (file_of("PNG", NOISE.resize((n, n))) for n in (1, 2, 3))
     found = row_images({"b": [three], "a": [one, None, two]}, settings)
     assert [image.data for image in found] == [one, two, three]
     assert row_images({"a": None, "b": []}, settings) == ()
-    assert image_values([one, None, "x"], "a") == (one, None, "x")
-    assert picture_name(("a",), 1) == "column 'a', picture 2"
+    assert picture_name(("a", "b"), 1) == "column 'a' or column 'b', picture 2"
+    assert picture_name(("a",), None) == "column 'a'"
     assert picture_name((), 0) == "messages, picture 1"
 
 
 def test_no_file_of_this_machine_is_read(tmp_path: Path):
-    """A path is a text to ask a fetch for, and nothing else, whatever stands there."""
+    """A path is a text and nothing else, whatever stands there."""
     place = tmp_path / "x.png"
     place.write_bytes(file_of("PNG"))
     for value in (str(place), f"file://{place}", {"bytes": None, "path": str(place)}):

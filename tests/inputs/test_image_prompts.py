@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
-from beam_gemma.inputs.image_prompt import Picture
+from beam_gemma.inputs.image_processor import read_header
+from beam_gemma.inputs.image_prompt import PicturePart
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
 from beam_gemma.inputs.row import ImagePlace, Prompt
 from beam_gemma.model.markup import Control, Text
@@ -37,7 +38,7 @@ FILES = {name: png(picture) for name, picture in PILLOW.items()}
 
 def encoder(name="gemma3", *, chat_template=None, vision=True, **options):
     """Return an encoder; options that are no settings go to it as they are."""
-    own = {key: options.pop(key) for key in ("shots", "fetch", "max_tokens") if key in options}
+    own = {key: options.pop(key) for key in ("shots", "max_tokens") if key in options}
     return PromptEncoder(
         TOKENIZERS[name],
         PromptSettings(**options),
@@ -197,16 +198,11 @@ def test_parts_of_messages_take_the_next_picture_of_the_row(messages, system):
 
 @pytest.mark.parametrize("key", ["image", "bytes", "url", "path", "uri"])
 def test_parts_of_messages_may_bring_their_own_picture(key):
-    own = FILES["c"] if key in ("image", "bytes") else "gs://c"
-    fetched = {"gs://c": FILES["c"]}
+    # What reading the file of a path or URI puts in its place.
+    own = FILES["c"] if key in ("image", "bytes") else {"bytes": FILES["c"], "error": None}
     none = {"text": None, "bytes": None, "path": None}  # as Arrow has it
     messages = [user(PICTURE | none, "and", PICTURE | none | {key: own})]
-    encode = encoder(
-        messages_column="m",
-        image_columns=("x",),
-        chat_template=CHAT,
-        fetch=lambda _, uri: fetched[uri],
-    )
+    encode = encoder(messages_column="m", image_columns=("x",), chat_template=CHAT)
     expected = published_chat([user(PICTURE, "and", PICTURE)], *"ac")
     check(encode({"m": messages, "x": FILES["a"]}), expected, *whole(*"ac"))
     alone = encoder(messages_column="m", chat_template=CHAT)
@@ -310,6 +306,17 @@ def test_shots_bring_their_own_pictures():
     assert [place.image for place in other.places] == [0, 1, 1]
 
 
+def test_a_damaged_picture_of_a_shot_is_a_wrong_setting():
+    """Its header is whole, so that otherwise each row would fail once pictures are decoded."""
+    damaged = FILES["a"][: len(FILES["a"]) * 2 // 3]
+    assert read_header(damaged)
+    shots = Shots(examples=(({"t": "x", "x": damaged}, (Text("it is a"),)),))
+    with pytest.raises(
+        OptionsError, match=r"^shots: expected rows .* column 'x': expected a pictu"
+    ):
+        encoder(prompt="{x}{t}", image_columns=("x",), shots=shots)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_texts_are_cut_and_pictures_are_not(side):
     row = {"t": "a" * 50 + "z" * 50, "x": FILES["a"]}
@@ -372,7 +379,7 @@ def test_prompts_are_restored_from_their_identity():
     assert found.places[0] == ImagePlace(found.places[0].start, 0, 0)
     # All that encodes parts again, as labels do, gives the same ids.
     assert TOKENIZERS["gemma3"].encode(found.parts) == list(found.token_ids)
-    assert not any(isinstance(part, Picture) for part in found.parts)
+    assert not any(isinstance(part, PicturePart) for part in found.parts)
 
 
 @pytest.mark.parametrize("name", VISIONS)

@@ -14,7 +14,7 @@ from apache_beam.io.localfilesystem import LocalFileSystem
 from beam_gemma.batches import JSON_TEXT
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inference import image_files
-from beam_gemma.inference.image_files import FileInReading, ImageReading, read_image
+from beam_gemma.inference.image_files import ImageReading, PendingFile
 from beam_gemma.jobs import fetch_images
 from beam_gemma.jobs.fetch_images import IMAGE_LIST, described, fetched, in_slices
 
@@ -57,7 +57,7 @@ def images_of(values, kind, reading=HERE):
 def error_of(name, reading=HERE):
     """Return the error of reading a file."""
     with pytest.raises(RecordError) as caught:
-        read_image("photo", str(name), reading)
+        PendingFile(str(name), reading).result()
     return str(caught.value)
 
 
@@ -110,16 +110,16 @@ def test_structs_of_datasets_and_of_bigquery_and_lists_of_them(folder):
         ("x" * 5000, "expected a file that can be read, got OSError: "),
     ],
 )
-def test_what_cannot_be_read_is_an_error_that_names_column_and_cause(folder, name, error):
+def test_what_cannot_be_read_is_an_error_that_names_the_cause(folder, name, error):
     os.mkfifo(folder / "pipe")
     reading = ImageReading(allow_local=True, folder=str(folder))
     found = error_of(name, reading)
-    assert found.startswith(f"column 'photo': {error}"), found
+    assert found.startswith(error), found
     assert len(found) < 600
     (other, image), (good,) = images_of(
         [[name, "a.png"], ["a.png"]], pa.list_(pa.string()), reading
     )
-    assert f"column 'photo': {other}" == found
+    assert other == found
     assert image == good == b"picture a"
 
 
@@ -136,7 +136,7 @@ def test_local_files_are_read_only_if_they_may_be(folder):
             name, remote
         )
     assert error_of("a.png", ImageReading(allow_local=True)).startswith(
-        "column 'photo': expected a URI such as gs://, as the table has no folder for paths, got"
+        "expected a URI such as gs://, as the table has no folder for paths, got"
     )
 
 
@@ -144,13 +144,11 @@ def test_a_large_file_is_refused_before_it_is_read(folder):
     reading = ImageReading(allow_local=True, max_bytes=8)
     with (folder / "huge.png").open("wb") as file:
         file.truncate(1 << 40)
-    wanted = (
-        "column 'photo': expected at most 8 bytes, got a larger file; set max_image_bytes higher"
-    )
+    wanted = "expected at most 8 bytes, got a larger file; set max_image_bytes higher"
     assert error_of(folder / "huge.png", reading) == error_of(folder / "a.png", reading) == wanted
     assert images_of([b"12345678", b"123456789"], pa.binary(), reading) == [
         [b"12345678"],
-        [wanted.removeprefix("column 'photo': ")],
+        [wanted],
     ]
     with pytest.raises(OptionsError, match="max_image_bytes: expected at least 1, got 0"):
         ImageReading(max_bytes=0)
@@ -187,7 +185,7 @@ def elsewhere(monkeypatch):
 def test_passing_errors_are_passed_over_and_lasting_ones_are_told(folder, elsewhere):
     name = f"elsewhere:/{folder}/a.png"
     elsewhere += [BeamIOError("busy"), ConnectionResetError("gone")]
-    assert read_image("photo", name) == b"picture a"
+    assert PendingFile(name, ImageReading()).result() == b"picture a"
     elsewhere += [ConnectionResetError("gone")] * 3
     assert "got ConnectionResetError: gone for" in error_of(name, ImageReading())
     assert not elsewhere
@@ -207,9 +205,9 @@ def test_a_file_that_hangs_is_an_error_and_holds_up_no_other(folder, elsewhere, 
     name = f"elsewhere:/{folder}/a.png"
     reading = ImageReading(max_secs=0.05, allow_local=True)
     assert error_of(name, reading) == (
-        f"column 'photo': expected a file that is read within 0.05 s, got no end of {name!r}"
+        f"expected a file that is read within 0.05 s, got no end of {name!r}"
     )
-    assert read_image("photo", name, HERE) == b"picture a"
+    assert PendingFile(name, HERE).result() == b"picture a"
     release.set()
 
 
@@ -262,9 +260,9 @@ def test_read_ahead_is_bounded_too(folder):
     def rows():
         for number in range(100):
             begun.append(number)
-            yield {"photo": [FileInReading("a.png", reading)] if number % 2 else None}
+            yield {"photo": [PendingFile("a.png", reading)] if number % 2 else None}
 
-    found = image_files.finished(rows())
+    found = image_files.read_ahead(rows())
     next(found)
     assert len(begun) <= image_files.NUM_READ_AT_ONCE
     assert len(list(found)) == 99

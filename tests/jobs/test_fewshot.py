@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_gemma.errors import OptionsError
+from beam_gemma.inference import image_files
 from beam_gemma.inference.image_files import ImageReading
 from beam_gemma.jobs.fewshot import all_shots, draw_shots
 from beam_gemma.tables.open_table import open_source
@@ -84,7 +85,7 @@ def test_a_column_that_is_missing(tmp_path):
         all_shots(source_of(tmp_path), SETTINGS, "anser")
 
 
-def test_pictures_are_read_of_drawn_rows_alone(tmp_path):
+def test_pictures_are_read_of_drawn_rows_alone(tmp_path, monkeypatch):
     settings = ClassifySettings(
         prompt="{photo} {text}", image_columns=("photo",), labels=("yes", "no")
     )
@@ -96,12 +97,11 @@ def test_pictures_are_read_of_drawn_rows_alone(tmp_path):
     reading = ImageReading(allow_local=True, folder=str(tmp_path))
     plain = ClassifySettings(prompt="{text}", labels=("yes", "no"))
     wanted = draw_shots(table, plain, "answer", number=3, seed=5)
-    drawn = {shot.row["text"][1:] for shot in wanted}
-    for number in range(20):
-        if str(number) not in drawn:
-            (tmp_path / f"{number}.png").unlink()
+    read, names_read = image_files._read, []
+    monkeypatch.setattr(image_files, "_read", lambda n, *a: names_read.append(n) or read(n, *a))
     shots = draw_shots(table, settings, "answer", number=3, seed=5, reading=reading)
     assert [shot.row["text"] for shot in shots] == [shot.row["text"] for shot in wanted]
+    assert sorted(names_read) == sorted(f"{shot.row['text'][1:]}.png" for shot in wanted)
     for shot in shots:
         ((image,),) = (shot.row["photo"],)
         assert image == {"bytes": shot.row["text"][1:].encode(), "error": None}

@@ -164,7 +164,7 @@ def test_policies(tmp_path):
         ),
         ([PROMPT, "--labels=no,yes", "--num_fewshot=9", "--label_column=kind"], "the 4 rows"),
         ([PROMPT, "--labels=a,b", "--threshold=0.3"], "--threshold: expected --policy"),
-        (["--policy=all"], "--prompt_column beside it"),
+        (["--policy=all"], "--prompt_column or --image_column beside it"),
         (["--policy=hate", "--prompt_column=text"], "'hate': expected one of dangerous_content"),
         (["--policy=all", "--prompt_column=text", "--labels=a,b"], "got --labels"),
         (["--policy=all", "--prompt_column=text", "--prompt_format=chat"], "got --prompt_format"),

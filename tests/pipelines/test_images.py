@@ -30,7 +30,7 @@ PROMPT = ("--prompt={image} is {text}", "--max_tokens=3", "--logprob", "--ignore
 
 @pytest.fixture(scope="module")
 def model():
-    """Folder of a tiny Gemma 3 that sees."""
+    """Folder of a tiny Gemma 3 that takes pictures."""
     return seeing_folder()
 
 
@@ -151,15 +151,23 @@ def test_however_rows_hold_pictures_the_results_are_the_same(
 
 @pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
 def test_threads_and_processes_say_the_same(run, model, folder, wanted, tmp_path, mode):
-    names = [f"pictures/{number}.png" for number in range(NUM)]
-    pq.write_table(table_of(names, pa.string()), folder / "in.parquet", row_group_size=2)
+    """There are as many rows as make several groups, which several workers share."""
+    names = [f"pictures/{number % NUM}.png" for number in range(40 * NUM)]
+    ids = [str(number // NUM) for number in range(len(names))]
+    table = table_of(names, pa.string(), id=ids)
+    pq.write_table(table, folder / "in.parquet", row_group_size=50)
+    flags = (f"--model={model}", f"--input={folder}/in.parquet", "--image_column=image", *PROMPT)
+    # Drawn rows are not merged, and at the lowest temperature the likeliest token is drawn.
+    flags += ("--temperature=1e-6", "--seed=1", "--key_column=id")
     code, _, stderr = run(
-        f"--model={model}", f"--input={folder}/in.parquet", f"--output={tmp_path}/out/x.parquet",
-        "--image_column=image", *PROMPT,
+        *flags, f"--output={tmp_path}/out/x.parquet",
         f"--direct_running_mode={mode}", "--direct_num_workers=2",
     )  # fmt: skip
     assert code == 0, stderr
-    assert results(written(tmp_path / "out")) == wanted
+    found = results(written(tmp_path / "out"))
+    assert [(text, error) for text, _, error in found] == [
+        (text, error) for text, _, error in wanted * 40
+    ]
     assert names_in(tmp_path / "out") == ["_x.run.json", "x-00000-of-00001.parquet"]
 
 

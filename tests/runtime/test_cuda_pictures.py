@@ -112,7 +112,7 @@ def test_a_prompt_goes_on_inside_a_span_whose_beginning_is_cached(name: str) -> 
     with engine(name) as (model, running):
         [first, *_] = prompts(model)
         text, count = list(range(20, 78)), model.vision.num_image_tokens
-        if model.vision.sight == "picture":
+        if model.vision.bidirectional == "picture":
             ids = [*text, *[0] * count, *range(30, 36)]
             row = dataclasses.replace(
                 first, token_ids=ids, starts=[len(text)], spans=((len(text), len(text) + count),)

@@ -24,7 +24,7 @@ def test_defaults_are_those_of_the_device():
 
 
 @pytest.mark.parametrize(
-    ("sight", "num_image_tokens", "cpu", "cuda"),
+    ("bidirectional", "num_image_tokens", "cpu", "cuda"),
     [
         ("picture", 256, 1024, 2048),
         ("prefix", 256, 1280, 2048),
@@ -32,8 +32,8 @@ def test_defaults_are_those_of_the_device():
         ("prefix", 4096, 5120, 5120),
     ],
 )
-def test_a_step_has_room_for_a_prompt_that_is_seen_whole(sight, num_image_tokens, cpu, cuda):
-    vision = replace(VISION, sight=sight, num_image_tokens=num_image_tokens)
+def test_a_step_has_room_for_a_two_sided_prompt(bidirectional, num_image_tokens, cpu, cuda):
+    vision = replace(VISION, bidirectional=bidirectional, num_image_tokens=num_image_tokens)
     for device, expected in (("cpu", cpu), ("cuda", cuda)):
         config = Limits().for_pictures(vision, device).engine_config(device)
         assert config.max_num_batched_tokens == expected
@@ -52,7 +52,7 @@ VISION = VisionConfig(
     layer_norm_eps=1e-3,
     projector="linear",
     num_image_tokens=16,
-    sight="prefix",
+    bidirectional="prefix",
     first_position=1,
     image_token_id=9,
     begin_token=None,

@@ -4,14 +4,18 @@ import functools
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from transformers import Gemma3Processor, PaliGemmaProcessor, ShieldGemma2Processor
 
+from beam_gemma.cli import run as cli
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.markup import Text
@@ -34,6 +38,7 @@ from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder, Shot
 from beam_gemma.tasks.row_keys import ENCODED, IMAGES
 from export.__main__ import export
 from export.checkpoints.tokenizer_model import sentencepiece_model
+from pipelines import generate as pipeline
 from tests.doubles.once import exporter_digest, kept
 from tests.doubles.published_processors import image_processor, published_tokenizer
 from tests.doubles.vision_models import (
@@ -183,6 +188,30 @@ def test_completions_are_those_of_transformers(name):
     assert [generate([row])[0] for row in reversed(rows)] == results[::-1]
     counts = generate.take_counts()
     assert counts["pictures"] == 5
+
+
+def test_64_rows_of_a_whole_job_are_completed_as_by_transformers(monkeypatch, tmp_path):
+    """Rows of no picture to three, of which several share some, from one file to another."""
+    rows = rows_of("gemma3", 64)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    flags = {
+        "model": model_of("gemma3")[1].path,
+        "input": tmp_path / "in.parquet",
+        "output": tmp_path / "out.parquet",
+        "prompt": "{text}",
+        "image_column": "photo",
+        "max_tokens": MAX_TOKENS,
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    words += ["--allow_missing_images", "--token_ids"]
+    monkeypatch.setattr(sys, "argv", ["pipelines.generate", *words])
+    assert cli.exit_code(pipeline.main) == 0
+    [shard] = tmp_path.glob("out-*.parquet")
+    results = pq.read_table(shard).to_pylist()
+    for row, result in zip(rows, results, strict=True):
+        assert result["photo"] == row["photo"]
+        tokens, _ = generated("gemma3", row)
+        assert result["completion_token_ids"] == (tokens[:-1] if tokens[-1:] == [1] else tokens)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma2"])

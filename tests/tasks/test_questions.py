@@ -169,6 +169,12 @@ def test_settings_are_checked(fields, message):
         settings_of(**fields)
 
 
+def test_a_picture_is_no_label():
+    settings_of(labels=("{photo}", "x"))
+    with pytest.raises(OptionsError, match="labels: expected texts, got 'photo', a column of pic"):
+        settings_of(labels=("{photo}", "x"), image_columns=("photo",))
+
+
 @pytest.mark.parametrize("row", [{"text": None}, {}, {"text": "x", "label": None}])
 def test_a_shot_without_a_prompt_is_a_wrong_setting(row):
     with pytest.raises(OptionsError, match="shots"):
