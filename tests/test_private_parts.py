@@ -45,6 +45,7 @@ OF_OTHERS = {
     "beam_internals": {"_add_argparse_args", "_environments", "_grpc_server"},
     "cli.flags": {"_ArgumentGroup", "_get_value", "_option_string_actions"},
     "cli.stop": {"_run_exitfuncs"},
+    "inputs.image_processor": {"_imaging"},
 }
 """Private names of others, by module of beam_gemma; a method also overrides `_get_values`."""
 PUBLIC = {"_asdict", "_exit"}

@@ -142,9 +142,11 @@ def _open(
     check_pictures(handler.settings, artifact, getattr(flags, "image_size", None))
     handler.check(artifact)
     if is_local(options):
-        choose_device(artifact, handler.head, device)
+        device = choose_device(artifact, handler.head, device)
     elif device != "auto":
         artifact.signature(handler.head, device)
+    if device != "auto" and handler.settings.image_columns:
+        artifact.signature("vision", device)
     return artifact, options
 
 

@@ -72,6 +72,8 @@ class ImageReading:
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
             raise OptionsError(f"max_image_bytes: expected at least 1, got {self.max_bytes}")
+        if not self.max_secs > 0:
+            raise OptionsError(f"max_secs: expected more than 0, got {self.max_secs}")
 
     def place_of(self, name: str) -> str:
         """Return where the picture is that a row names by a path or URI.
@@ -89,7 +91,7 @@ class ImageReading:
             )
         else:
             place = _of_file_uri(name) if scheme[1].lower() == "file" else name
-        if "://" not in place and not self.allow_local:
+        if not (_SCHEME.match(place) or self.allow_local):
             _refuse(
                 "a URI such as gs://, as files of a worker's own disk are read only if "
                 "allow_local_images is set",
@@ -282,7 +284,7 @@ def _reader(place: str, version: str | None) -> tuple[Callable[[str, _Received],
     """Return the function that reads a place, and how often to try."""
     if place.startswith(CLOUD_STORAGE):
         return partial(_read_object, version), TRIES
-    return (_read_elsewhere, TRIES) if "://" in place else (_read_local, 1)
+    return (_read_elsewhere, TRIES) if _SCHEME.match(place) else (_read_local, 1)
 
 
 def _read_local(place: str, received: _Received) -> None:
@@ -320,7 +322,7 @@ def _raise_if_final(name: str, place: str, error: Exception) -> None:
     is_missing = isinstance(error, FileNotFoundError | NotADirectoryError) or code == 404
     if is_missing or (isinstance(error, BeamIOError) and not _is_there(place)):
         _refuse("a file that is there", f"none at {_shown(name)}")
-    if isinstance(error, ValueError) and "://" in place and not _is_known(place):
+    if isinstance(error, ValueError) and _SCHEME.match(place) and not _is_known(place):
         _refuse("a path or a URI of a known file system", _shown(name))
 
 

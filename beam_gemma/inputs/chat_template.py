@@ -49,8 +49,17 @@ SPECIAL_TOKENS = {
 
 PICTURE_KEYS = ("image", "bytes", "url", "path", "uri")
 """Keys of a part that may hold its picture, which no template sees."""
-_SHORT = reprlib.Repr()
-"""Writes what rows hold in short, as they may hold pictures."""
+
+
+class _Short(reprlib.Repr):
+    """Writes what rows hold in short; of a picture's file, which may be any file, only its size."""
+
+    def repr_bytes(self, value: bytes, _: int) -> str:
+        """Return what stands for bytes."""
+        return f"{len(value):,} bytes"
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 100
 _short = _SHORT.repr
 _CODES = ("source_lang_code", "target_lang_code")

@@ -178,9 +178,10 @@ class Artifact:
         if (head, device) not in self.signatures:
             tasks = {of: task for task, of in HEADS.items()} | {"vision": "see"}
             have = ", ".join(f"{tasks[h]} on {d}" for h, d in self.signatures)
+            how = "without --text_only, with" if head == "vision" else f"with --tasks {tasks[head]}"
             raise ArtifactError(
                 f"{self.path}: expected a graph to {tasks[head]} on {device}, got {have}; "
-                f"export the model again with --tasks {tasks[head]} --device {device}"
+                f"export the model again {how} --device {device}"
             )
         return self.signatures[head, device]
 

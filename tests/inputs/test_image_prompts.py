@@ -306,6 +306,15 @@ def test_shots_bring_their_own_pictures():
     assert [place.image for place in other.places] == [0, 1, 1]
 
 
+def test_an_error_about_a_message_shows_nothing_of_its_file():
+    """A path may lead to any file, and it is read before the message is found to be none."""
+    part = {"type": "image", "path": {"bytes": b"TOKEN=secret", "error": None}}
+    encode = encoder(messages_column="m", chat_template=CHAT)
+    with pytest.raises(RecordError, match=r"got .*12 bytes") as caught:
+        encode({"m": [{"role": "assistant", "content": [part]}]})
+    assert "TOKEN" not in str(caught.value)
+
+
 def test_a_damaged_picture_of_a_shot_is_a_wrong_setting():
     """Its header is whole, so that otherwise each row would fail once pictures are decoded."""
     damaged = FILES["a"][: len(FILES["a"]) * 2 // 3]

@@ -152,6 +152,8 @@ def test_a_large_file_is_refused_before_it_is_read(folder):
     ]
     with pytest.raises(OptionsError, match="max_image_bytes: expected at least 1, got 0"):
         ImageReading(max_bytes=0)
+    with pytest.raises(OptionsError, match=r"max_secs: expected more than 0, got 0\.0"):
+        ImageReading(max_secs=0.0)
 
 
 class Elsewhere(LocalFileSystem):
@@ -308,6 +310,18 @@ def test_pictures_are_shown_by_their_size():
         },
         {"photo": "picture, 5 bytes", "all": None, "name": "b"},
     ]
+
+
+def test_a_path_that_holds_what_looks_like_a_scheme_is_a_path(tmp_path):
+    (tmp_path / "a:").mkdir()
+    (tmp_path / "1.png").write_bytes(b"x")
+    name = f"{tmp_path}/a://../1.png"
+    with pytest.raises(RecordError, match="files of a worker's own disk are read only if"):
+        PendingFile(name, ImageReading()).result()
+    assert PendingFile(name, ImageReading(allow_local=True)).result() == b"x"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecordError, match="a folder, pipe or device"):
+        PendingFile(f"{tmp_path}/a://../pipe", ImageReading(allow_local=True)).result()
 
 
 def test_the_folder_of_files_on_cloud_storage():

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,20 @@ def test_a_model_without_a_tower_is_refused(run, tiny_gemma3, hugging_face, tmp_
         assert code == cli.USAGE
         assert "image_columns: expected a model that takes pictures, for" in stderr
     assert IMAGE_SIZE["gemma3"] == 56
+
+
+def test_a_model_without_the_graph_of_its_tower_is_refused(run, model, hugging_face, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["signatures"] = [s for s in manifest["signatures"] if s["head"] != "vision"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    flags = (f"--model={folder}", f"--input={hugging_face}", f"--output={tmp_path}/out/x.jsonl")
+    code, _, stderr = run(*flags, "--image_column=image", *PROMPT)
+    assert code == cli.USAGE
+    assert "expected a graph to see on cpu, got generate on cpu, classify on cpu; export" in stderr
+    assert stderr.endswith("again without --text_only, with --device cpu\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_job_goes_on_where_it_was(run, model, folder, tmp_path):
