@@ -93,8 +93,8 @@ class ImageReading:
             place = _of_file_uri(name) if scheme[1].lower() == "file" else name
         if not (_SCHEME.match(place) or self.allow_local):
             _refuse(
-                "a URI such as gs://, as files of a worker's own disk are read only if "
-                "allow_local_images is set",
+                "a URI such as gs://, as files of a worker's own disk are read only with "
+                "--allow_local_images or ImageReading(allow_local=True)",
                 _shown(name),
             )
         return place
@@ -299,6 +299,8 @@ def _read_local(place: str, received: _Received) -> None:
 
 
 def _read_object(version: str | None, place: str, received: _Received) -> None:
+    if not all(place.removeprefix(CLOUD_STORAGE).partition("/")[::2]):
+        _refuse("a URI with a bucket and the name of an object in it", _shown(place))
     blob = blob_at(place)
     if version is not None:
         blob = blob.bucket.blob(blob.name, generation=version)

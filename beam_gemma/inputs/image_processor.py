@@ -66,7 +66,7 @@ MAX_PIXELS = 100_000_000
 """Most pixels of a picture; it takes up to 16 bytes of memory for each while it is decoded."""
 MAX_SLOW_PIXELS = 2_000_000
 """Most pixels of a picture of a kind that Pillow decodes in Python, such as a BMP with run lengths,
-which takes about a microsecond for each, and holds Python's lock meanwhile."""
+which takes up to 2 microseconds for each, and holds Python's lock meanwhile."""
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 """Most pixels of a JPEG times its scans: each goes over all pixels, and may be a few bytes."""
 MAX_PARTS = 10_000

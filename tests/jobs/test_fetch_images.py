@@ -316,12 +316,18 @@ def test_a_path_that_holds_what_looks_like_a_scheme_is_a_path(tmp_path):
     (tmp_path / "a:").mkdir()
     (tmp_path / "1.png").write_bytes(b"x")
     name = f"{tmp_path}/a://../1.png"
-    with pytest.raises(RecordError, match="files of a worker's own disk are read only if"):
+    with pytest.raises(RecordError, match="files of a worker's own disk are read only with"):
         PendingFile(name, ImageReading()).result()
     assert PendingFile(name, ImageReading(allow_local=True)).result() == b"x"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RecordError, match="a folder, pipe or device"):
         PendingFile(f"{tmp_path}/a://../pipe", ImageReading(allow_local=True)).result()
+
+
+@pytest.mark.parametrize("name", ["gs://", "gs://shop", "gs://shop/", "gs:///1.jpg"])
+def test_a_uri_without_an_object_is_refused(name):
+    with pytest.raises(RecordError, match="expected a URI with a bucket and the name of an object"):
+        PendingFile(name, ImageReading()).result()
 
 
 def test_the_folder_of_files_on_cloud_storage():
