@@ -3,9 +3,10 @@
 The tower has the shapes of every release, SigLIP So400m, with random weights: before PaliGemma's
 projector at 224, 448 and 896 pixels, and before that of Gemma 3 4B. A decoder of one small layer
 completes the checkpoint and is not run. Each system runs in its own process; transformers uses
-the fastest of several batch sizes.
+the fastest of several batch sizes. On the CPU all is float32, on a GPU bfloat16.
 
 python -m benchmarks.images --shape paligemma-224 --pictures 8 --output out/images.json
+python -m benchmarks.images --shape gemma3-4b --pictures 256 --device cuda
 """
 
 import argparse
@@ -17,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.runtime.vision_session import VisionSession
+from benchmarks.gpu import card
 from benchmarks.rate import matrix_rate
-from export.__main__ import export
+from export.__main__ import export, hide_messages
 
 TOWER = {
     "model_type": "siglip_vision_model",
@@ -34,7 +38,8 @@ TOWER = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-BATCH_SIZES = (1, 2, 4)
+BATCH_SIZES = {"cpu": (1, 2, 4), "cuda": (1, 4, 16, 64)}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 BAR, SHARE_BAR = 1.2, 0.7
 """Least speed beside transformers', and least share of the matrix rate."""
 
@@ -79,27 +84,30 @@ def pictures_of(number: int, image_size: int) -> np.ndarray:
     return rng.integers(0, 256, (number, 3, image_size, image_size), np.uint8)
 
 
-def run_ours(folder: Path, pictures: np.ndarray) -> dict[str, Any]:
+def run_ours(folder: Path, pictures: np.ndarray, device: Device) -> dict[str, Any]:
     """Return the time of our session in seconds; save its features."""
-    session = VisionSession.of(Artifact.open(folder / "model"), "cpu")
+    session = VisionSession.of(Artifact.open(folder / "model"), device)
     session.encode(list(pictures[:1]))
     start = time.perf_counter()
-    features = session.encode(list(pictures))
+    features = np.stack(session.encode(list(pictures)))
     seconds = time.perf_counter() - start
-    np.save(folder / "ours.npy", np.stack(features))
-    return {"seconds": seconds, "batch_size": 1}
+    if device == "cuda":  # bfloat16 comes as its bits
+        features = features.view(ml_dtypes.bfloat16).astype(np.float32)
+    np.save(folder / "ours.npy", features)
+    return {"seconds": seconds}
 
 
-def run_transformers(folder: Path, pictures: np.ndarray) -> dict[str, Any]:
+def run_transformers(folder: Path, pictures: np.ndarray, device: Device) -> dict[str, Any]:
     """Return transformers' least time in seconds and its batch size; save its features."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder / "checkpoint", attn_implementation="sdpa", dtype=torch.float32
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder / "checkpoint", attn_implementation="sdpa", dtype=getattr(torch, DTYPES[device])
     )
+    model = model.to(device)
     seconds = {}
-    for size in [size for size in BATCH_SIZES if size <= len(pictures)]:
+    for size in [size for size in BATCH_SIZES[device] if size <= len(pictures)]:
         _features(model, pictures[:size], size)
         start = time.perf_counter()
         features = _features(model, pictures, size)
@@ -116,16 +124,16 @@ def _features(model: Any, pictures: np.ndarray, batch_size: int) -> np.ndarray:
     found = []
     with torch.inference_mode():
         for first in range(0, len(pictures), batch_size):
-            batch = torch.from_numpy(pictures[first : first + batch_size])
-            values = (batch.float() / 255 - 0.5) / 0.5
-            found.append(model.get_image_features(values).pooler_output.numpy())
+            batch = torch.from_numpy(pictures[first : first + batch_size]).to(model.device)
+            values = ((batch.float() / 255 - 0.5) / 0.5).to(model.dtype)
+            found.append(model.get_image_features(values).pooler_output.float().cpu().numpy())
     return np.concatenate(found)
 
 
 SYSTEMS = {"ours": run_ours, "transformers": run_transformers}
 
 
-def prepare(folder: Path, shape: Shape) -> None:
+def prepare(folder: Path, shape: Shape, device: Device) -> None:
     """Write a checkpoint with random weights and export it, unless the model exists."""
     if (folder / "model").exists():
         return
@@ -138,7 +146,8 @@ def prepare(folder: Path, shape: Shape) -> None:
         "image_seq_length": shape.num_image_tokens,
     }
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(settings))
-    export(checkpoint, folder / "model", tasks=["generate"], checksums="later")
+    hide_messages()
+    export(checkpoint, folder / "model", device=device, tasks=["generate"], checksums="later")
 
 
 def _random_model(shape: Shape) -> Any:
@@ -184,21 +193,28 @@ def _random_model(shape: Shape) -> Any:
     return model
 
 
-def compare(folder: Path, shape: Shape, number: int) -> dict[str, Any]:
+def rate(device: Device) -> float:
+    """Return the operations per second of a large product on a device."""
+    if device == "cpu":
+        return matrix_rate()
+    return card.rates(device, DTYPES[device]).operations_per_sec
+
+
+def compare(folder: Path, shape: Shape, number: int, device: Device) -> dict[str, Any]:
     """Run each system in its own process and return the figures."""
     artifact = Artifact.open(folder / "model")
     assert artifact.vision is not None
     count = operations(artifact.vision, artifact.config.hidden_size)
-    rates = [matrix_rate()]
+    rates = [rate(device)]
     report: dict[str, Any] = {"pictures": number, "operations_per_picture": count}
     for name in SYSTEMS:
         command = [sys.executable, "-m", "benchmarks.images", "--system", name]
         command += ["--folder", str(folder), "--pictures", str(number)]
-        command += ["--image_size", str(shape.image_size)]
+        command += ["--image_size", str(shape.image_size), "--device", device]
         report[name] = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         )
-        rates.append(matrix_rate())
+        rates.append(rate(device))
     # The best of several measurements, since other processes may use the machine.
     report["matrix_rate"] = max(rates)
     for name in SYSTEMS:
@@ -221,18 +237,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("models/images-benchmark"))
     parser.add_argument("--shape", choices=SHAPES, default="paligemma-224")
     parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--device", choices=DTYPES, default="cpu")
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--image_size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.system:
         pictures = pictures_of(args.pictures, args.image_size)
-        sys.stdout.write(json.dumps(SYSTEMS[args.system](args.folder, pictures)))
+        figures = SYSTEMS[args.system](args.folder, pictures, args.device)
+        sys.stdout.write(json.dumps(figures))
         return
-    folder = args.folder / args.shape
+    folder = args.folder / args.shape / args.device
     shape = SHAPES[args.shape]
-    prepare(folder, shape)
-    report = json.dumps(compare(folder, shape, args.pictures), indent=1) + "\n"
+    prepare(folder, shape, args.device)
+    report = json.dumps(compare(folder, shape, args.pictures, args.device), indent=1) + "\n"
     sys.stdout.write(report)
     if args.output:
         args.output.write_text(report)
