@@ -28,16 +28,8 @@ from beam_gemma.runtime.vision_session import VisionSession
 from benchmarks.gpu import card
 from benchmarks.rate import matrix_rate
 from export.__main__ import export, hide_messages
+from export.checkpoints.released_sizes import TOWER
 
-TOWER = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
 BATCH_SIZES = {"cpu": (1, 2, 4), "cuda": (1, 4, 16, 64)}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 BAR, SHARE_BAR = 1.2, 0.7

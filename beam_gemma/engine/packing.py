@@ -205,16 +205,12 @@ def _embeddings(
 
 
 def _spans(step: Step, layout: _Layout) -> Iterator[tuple[slice, int, int]]:
-    """Yield the packed positions, start and end of each span that has tokens in the step.
-
-    The beginning of a span may lie before the step, in blocks that another sequence has computed.
-    """
+    """Yield the packed positions, start and end of each span that has tokens in the step."""
     for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
         past = sequence.num_computed_tokens
-        for start, end in sequence.request.spans:
-            if start < past + num_new_tokens and past < end:
-                shift = begin - past
-                yield slice(max(start, past) + shift, end + shift), start, end
+        shift = begin - past
+        for start, end in sequence.spans_within(num_new_tokens):
+            yield slice(max(start, past) + shift, end + shift), start, end
 
 
 def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:

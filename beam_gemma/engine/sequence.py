@@ -310,6 +310,14 @@ class Sequence:
             if p.start < start + num_new_tokens and start < p.start + num_image_tokens
         ]
 
+    def spans_within(self, num_new_tokens: int) -> list[tuple[int, int]]:
+        """Return the spans with tokens among the next `num_new_tokens`; none ends behind these.
+
+        A span may begin before them, in blocks that another sequence has computed.
+        """
+        start = self.num_computed_tokens
+        return [(a, b) for a, b in self.request.spans if a < start + num_new_tokens and start < b]
+
     def targets_within(self, start: int, num_new_tokens: int) -> range:
         """Return the indices of the targets at the `num_new_tokens` positions from `start` on."""
         bounds = (

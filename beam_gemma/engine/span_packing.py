@@ -29,12 +29,11 @@ def span_inputs(
     for owner, (sequence, num_new_tokens) in enumerate(step):
         past = sequence.num_computed_tokens
         begin = int(feeds["cu_seqlens"][owner])
-        for start, end in sequence.request.spans:
+        for start, end in sequence.spans_within(num_new_tokens):
             first = max(start, past)
-            if first < end <= past + num_new_tokens:
-                owners.append(owner)
-                pasts.append(first)
-                rows.append(np.arange(begin + first - past, begin + end - past))
+            owners.append(owner)
+            pasts.append(first)
+            rows.append(np.arange(begin + first - past, begin + end - past))
     span_rows = np.concatenate(rows)
     places = np.full(len(feeds["input_ids"]), -1, np.int64)
     places[span_rows] = np.arange(len(span_rows))

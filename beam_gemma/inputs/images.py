@@ -110,7 +110,7 @@ def image_file(source: ImageSource, name: str) -> ImageFile:
         RecordError: the row has a path or URI, whose file was not read.
     """
     if isinstance(source, bytes):
-        return ImageFile.of(source)
+        return ImageFile(source)
     raise RecordError(
         f"{name}: expected the bytes of a picture, got a path or URI, {source[:200]!r}; give its "
         "bytes"

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from beam_gemma.errors import BeamGemmaError, OptionsError, RecordError
@@ -17,18 +18,16 @@ ColumnUse = Literal["text", "messages", "value", "key", "images"]
 row, or pictures."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageFile:
     """The bytes of a picture's file, as a row has them."""
 
     data: bytes
-    digest: str
-    """SHA-256 of the bytes, in hex."""
 
-    @classmethod
-    def of(cls, data: bytes) -> "ImageFile":
-        """Return a file with its digest."""
-        return cls(data, hashlib.sha256(data).hexdigest())
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the bytes, in hex; it is computed once, where it is needed."""
+        return hashlib.sha256(self.data).hexdigest()
 
 
 class ImagePlace(NamedTuple):
@@ -83,7 +82,7 @@ class Prompt:
         """
         token_ids, truncated, *shown = identity
         places, digests = shown or ((), ())
-        files = {image.digest: image for image in (*map(ImageFile.of, images), *others)}
+        files = {image.digest: image for image in (*map(ImageFile, images), *others)}
         if missing := [digest for digest in digests if digest not in files]:
             raise RecordError(
                 f"pictures: expected the files of {len(digests)} beside the request, got none of "

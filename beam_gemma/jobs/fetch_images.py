@@ -79,10 +79,10 @@ def in_slices(located: Located, column: str | None) -> Iterator[Located]:
 def described(rows: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
     """Return rows to show people, with the sizes of pictures in place of their bytes."""
     for name in columns:
-        values = [_described(value.as_py()) for value in rows.column(name)]
-        at = rows.schema.get_field_index(name)
-        if values != rows.column(name).to_pylist():
-            rows = rows.set_column(at, name, pa.array(values))
+        values = rows.column(name).to_pylist()
+        shown = [_described(value) for value in values]
+        if shown != values:
+            rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(shown))
     return rows
 
 

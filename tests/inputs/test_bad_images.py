@@ -251,7 +251,7 @@ def test_a_line_is_a_picture(size):
 def test_of_a_long_gif_only_the_first_frame_is_read():
     data = gif(10_000)
     start = time.process_time()
-    assert prompt_of(data).images == (ImageFile.of(data),)
+    assert prompt_of(data).images == (ImageFile(data),)
     assert PROCESSOR.pixels(data)[0].shape == (3, 28, 28)
     assert time.process_time() - start < 0.5
 
@@ -300,7 +300,7 @@ def test_values_of_every_kind_are_the_same_picture(kind):
     for value in [*values, values, tuple(values)]:
         found = row_images({"photo": value}, settings)
         number = len(values) if isinstance(value, list | tuple) else 1
-        assert found == (ImageFile.of(data),) * number
+        assert found == (ImageFile(data),) * number
         assert all(type(image.data) is bytes for image in found)
 
 
