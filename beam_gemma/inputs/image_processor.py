@@ -115,7 +115,7 @@ if "HEIF" in KINDS:
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What a picture's file says of itself."""
+    """Kind and size of a picture, from the header of its file."""
 
     kind: str
     """One of `KINDS`, or `MPO`, a JPEG with more pictures behind the first."""

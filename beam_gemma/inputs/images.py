@@ -30,11 +30,11 @@ class ImageSettings(Protocol):
 
     @property
     def allow_missing_images(self) -> bool:
-        """Whether a null stands for no picture."""
+        """True if a null means that the row has no picture; otherwise the row is an error."""
 
     @property
     def pan_and_scan(self) -> bool:
-        """Whether prompts show crops of pictures too."""
+        """True to add crops of pictures that are much wider than high, or higher than wide."""
 
 
 def row_images(row: Row, settings: ImageSettings) -> tuple[ImageFile, ...]:

@@ -31,7 +31,7 @@ class ImageFile:
 
 
 class ImagePlace(NamedTuple):
-    """Where the tokens of a picture, or of one of its crops, are in a prompt."""
+    """Position in a prompt of the tokens of a picture, or of one of its crops."""
 
     start: int
     """Position of its first token."""
