@@ -131,6 +131,7 @@ def export(
         },
         embedding=embedding,
         vision=checkpoint.vision,
+        encoder=checkpoint.encoder,
         without_checksum=frozenset(linked if checksums == "later" else ()),
     )
     if output.exists():

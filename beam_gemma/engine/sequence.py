@@ -70,8 +70,12 @@ class Request:
     """True to sum the log-probabilities of the completion's tokens."""
     spans: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of the prompt, in order, with attention in both directions."""
+    source_token_ids: tuple[int, ...] = ()
+    """Source of an encoder-decoder, which its encoder reads in both directions; the prompt is then
+    what the decoder starts with."""
     pictures: tuple[Picture, ...] = ()
-    """Pictures of the prompt, in order; each takes as many tokens as the model says."""
+    """Pictures of the prompt, or of the source if there is one, in order; each takes as many tokens
+    as the model says."""
     targets: tuple[tuple[int, int], ...] = ()
     """Pairs to score instead of completing: a prompt position and a possible next token, in order
     of positions; the last pair is at the prompt's last position."""

@@ -52,6 +52,9 @@ class Prompt:
     """Where pictures are among the tokens, in order."""
     images: tuple[ImageFile, ...] = ()
     """All pictures of the row."""
+    decoder_token_ids: tuple[int, ...] = ()
+    """Tokens that the decoder of an encoder-decoder starts with, `<bos>` included; `token_ids` is
+    then the source, which its encoder reads. Empty for other models."""
 
     @property
     def text(self) -> str:

@@ -79,6 +79,8 @@ class Artifact:
     """Embedding configuration; None if the model makes no embeddings."""
     vision: VisionConfig | None = None
     """What the model needs for pictures; None if it takes none."""
+    encoder: GemmaConfig | None = None
+    """Encoder of an encoder-decoder, whose decoder is `config`; None for a decoder alone."""
 
     @classmethod
     def open(cls, path: str | Path, *, of_weights: bool = True) -> "Artifact":
@@ -121,6 +123,7 @@ class Artifact:
                 files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
                 embedding=_embedding_from_json(manifest.get("embedding")),
                 vision=_vision_from_json(manifest.get("vision")),
+                encoder=_encoder_from_json(manifest.get("encoder")),
             )
         except _FAULTS as error:
             raise _not_of_the_format(folder, " ".join(str(error).split())[:200]) from error
@@ -262,6 +265,7 @@ def write_manifest(
     source: Mapping[str, str],
     embedding: EmbeddingConfig | None = None,
     vision: VisionConfig | None = None,
+    encoder: GemmaConfig | None = None,
     without_checksum: frozenset[str] = frozenset(),
 ) -> None:
     """Write the manifest of a finished folder, so that `Artifact.open` accepts it."""
@@ -283,6 +287,7 @@ def write_manifest(
         "source": dict(source),
         "embedding": None if embedding is None else embedding.to_json(),
         "vision": None if vision is None else vision.to_json(),
+        "encoder": None if encoder is None else asdict(encoder),
         "files": {
             n: {"num_bytes": (folder / n).stat().st_size, "sha256": sums.get(n)} for n in names
         },
@@ -353,6 +358,10 @@ def _embedding_from_json(raw: Mapping[str, Any] | None) -> EmbeddingConfig | Non
 
 def _vision_from_json(raw: Mapping[str, Any] | None) -> VisionConfig | None:
     return None if raw is None else VisionConfig.from_json(raw)
+
+
+def _encoder_from_json(raw: Mapping[str, Any] | None) -> GemmaConfig | None:
+    return None if raw is None else _config_from_json(raw)
 
 
 def _config_from_json(raw: Mapping[str, Any]) -> GemmaConfig:

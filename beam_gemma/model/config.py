@@ -12,81 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from beam_gemma.errors import ConfigError, nearest
+from beam_gemma.model.config_reader import (
+    FACTORS,
+    MAX_SIZES,
+    OPTIONAL_FACTORS,
+    Reader,
+    check_factor,
+    check_size,
+    section_of,
+)
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
+RECURRENT = "linear_attention"
+"""The layer type of a recurrent block, as transformers calls it."""
+DECODERS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", "recurrent_gemma")
+ENCODER_DECODERS = ("t5gemma", "t5gemma2")
+MODEL_TYPES = (*DECODERS, *ENCODER_DECODERS)
 
-# Keys of config.json that do not change what this project computes: training, generation, library.
-IGNORED_KEYS = frozenset({
-    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
-    "_flash_attn_2_enabled", "_name_or_path", "add_cross_attention", "architectures",
-    "attention_dropout", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-    "cache_implementation", "chunk_size_feed_forward", "cross_attention_hidden_size",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
-    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty",
-    "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
-    "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
-})  # fmt: skip
-IGNORED_PREFIX = "unsloth_"
-"""Start of the keys in which Unsloth records what it did to a file."""
 PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern")
 """Keys of the pattern of layers: the one that Gemma 3 reads, and a copy beside `layer_types`."""
 ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "factor",
                        "original_max_position_embeddings"})  # fmt: skip
 """Keys of rotary parameters that are read, or that linear scaling does not use."""
-
-MAX_SIZES = {
-    "vocab_size": 1 << 22,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": 512,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "head_dim": 1 << 13,
-    "max_position_embeddings": 1 << 24,
-    "sliding_window": 1 << 24,
-}
-"""Largest sizes that are read: at least 8 times those of any released Gemma."""
-FACTORS = ("query_pre_attn_scalar", "rms_norm_eps", "attn_logit_softcapping",
-           "final_logit_softcapping")  # fmt: skip
-OPTIONAL_FACTORS = FACTORS[2:]
-MAX_FACTOR = 1e12
-"""Larger numbers, of which float32 makes infinities where they are multiplied, are refused."""
-
-
-def check_size(name: str, value: Any) -> int:
-    """Return a size of `MAX_SIZES`, which is a whole number from 1 to its limit.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if type(value) is not int or not 1 <= value <= MAX_SIZES[name]:
-        raise ConfigError(
-            f"{name}: expected a whole number from 1 to {MAX_SIZES[name]:,}, "
-            f"got {reprlib.repr(value)}"
-        )
-    return value
-
-
-def check_factor(name: str, value: Any) -> float:
-    """Return a number above 0 as float.
-
-    Raises:
-        ConfigError: it is no number, infinite, or not above 0.
-    """
-    if type(value) not in (int, float) or not 0 < value < MAX_FACTOR:
-        raise ConfigError(
-            f"{name}: expected a number above 0 and below {MAX_FACTOR:g}, got {reprlib.repr(value)}"
-        )
-    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +67,8 @@ class GemmaConfig:
     max_position_embeddings: int
     """Longest sequence, prompt and completion together, in tokens."""
     layer_types: tuple[str, ...]
-    """`full_attention` or `sliding_attention` for each layer."""
+    """`full_attention`, `sliding_attention` or `linear_attention`, a recurrent block, for each
+    layer."""
     sliding_window: int | None
     """Tokens visible to a query in a sliding layer, itself included; see `window`."""
     rope_parameters: tuple[tuple[str, RopeParameters], ...]
@@ -131,7 +80,16 @@ class GemmaConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     use_bidirectional_attention: bool = False
-    """True if tokens also attend to later ones, as in EmbeddingGemma, which is no decoder."""
+    """True if tokens also attend to later ones, as in EmbeddingGemma, which is no decoder, and in
+    the encoder of an encoder-decoder."""
+    cross_attention_hidden_size: int | None = None
+    """Width of the encoder whose states a decoder attends to; None if it has no encoder."""
+    lru_width: int | None = None
+    """Channels of a recurrent block; None for a model without such blocks."""
+    conv1d_width: int | None = None
+    """Tokens that the convolution of a recurrent block spans, its own included."""
+    partial_rotary_factor: float = 1.0
+    """Share of a head's channels, the first ones, that the rotary embedding turns."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -145,10 +103,11 @@ class GemmaConfig:
                 f"layer_types: expected {self.num_hidden_layers} entries (num_hidden_layers), "
                 f"got {len(self.layer_types)}"
             )
-        unknown = set(self.layer_types) - {FULL, SLIDING}
-        if unknown:
+        known = {SLIDING, RECURRENT} if self.model_type == "recurrent_gemma" else {FULL, SLIDING}
+        if unknown := set(self.layer_types) - known:
             raise ConfigError(
-                f"layer_types: expected {FULL} or {SLIDING}, got {reprlib.repr(sorted(unknown))}"
+                f"layer_types: expected {' or '.join(sorted(known))}, got "
+                f"{reprlib.repr(sorted(unknown))}"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
             raise ConfigError("sliding_window: expected a number of tokens, got none")
@@ -195,17 +154,32 @@ class GemmaConfig:
     @property
     def has_qk_norm(self) -> bool:
         """True if queries and keys are normalized per head before the rotation."""
-        return self.model_type == "gemma3_text"
+        return self.model_type in ("gemma3_text", "t5gemma2")
 
     @property
     def has_post_norms(self) -> bool:
         """True if attention and feed-forward outputs are normalized before the residual sum."""
-        return self.model_type in ("gemma2", "gemma3_text")
+        return self.model_type in ("gemma2", "gemma3_text", *ENCODER_DECODERS)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True if some layers are recurrent blocks."""
+        return RECURRENT in self.layer_types
+
+    @property
+    def reads_source(self) -> bool:
+        """True if the decoder attends to an encoder's states of a source."""
+        return self.cross_attention_hidden_size is not None
+
+    @property
+    def merges_attention(self) -> bool:
+        """True if one attention reads the source and the decoder's own tokens."""
+        return self.reads_source and self.model_type == "t5gemma2"
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The layer types in use, in the order of their first layer."""
-        return tuple(dict.fromkeys(self.layer_types))
+        """The types of the attention layers in use, in the order of their first layer."""
+        return tuple(kind for kind in dict.fromkeys(self.layer_types) if kind != RECURRENT)
 
     def window(self, layer_type: str) -> int | None:
         """Return the number of tokens visible to a query in layers of this type, or None for all.
@@ -267,72 +241,6 @@ class GemmaConfig:
         )
         reader.finish()
         return config
-
-
-class Reader:
-    """Takes keys out of a config.json and keeps track of unread ones."""
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        """Start with all keys unread."""
-        self.left = dict(raw)
-        self.seen: set[str] = set()
-
-    def take(self, key: str, *default: Any) -> Any:
-        """Take a value, or the default where the key is missing; without one, that is an error."""
-        self.seen.add(key)
-        if key in self.left:
-            return self.left.pop(key)
-        if not default:
-            raise ConfigError(f"config.json: expected the key {key!r}, got none")
-        return default[0]
-
-    def size(self, key: str, *default: int | None) -> Any:
-        """Take a size of `MAX_SIZES`, or None where that is the default."""
-        value = self.take(key, *default)
-        return None if value is None and None in default else check_size(key, value)
-
-    def switch(self, key: str, *, default: bool) -> bool:
-        """Take true or false; null stands for the default."""
-        value = self.take(key, default)
-        if not isinstance(value, bool | None):
-            raise ConfigError(f"{key}: expected true or false, got {reprlib.repr(value)}")
-        return default if value is None else value
-
-    def section(self, key: str) -> Mapping[str, Any] | None:
-        """Take a dictionary, or None if there is none."""
-        value = self.take(key, None)
-        return None if value is None else section_of(key, value)
-
-    def require(self, key: str, allowed: tuple[Any, ...]) -> None:
-        """Take a value that must be one of those allowed; a missing key stands for the first."""
-        value = self.take(key, allowed[0])
-        if value not in allowed:
-            raise ConfigError(f"{key}: expected one of {allowed}, got {reprlib.repr(value)}")
-
-    def finish(self) -> None:
-        """Check that no key is left that is not known."""
-        check_keys(self.left, self.seen)
-
-
-def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
-    """Check that each key is known, or is one of those that change nothing here.
-
-    Raises:
-        ConfigError: one is neither; the message suggests the nearest known one.
-    """
-    known = {*known, *IGNORED_KEYS}
-    for key in sorted(set(keys) - known):
-        if not key.startswith(IGNORED_PREFIX):
-            raise ConfigError(
-                f"config.json: the key {reprlib.repr(key)} is not known{nearest(key, known)}"
-            )
-
-
-def section_of(key: str, value: Any) -> Mapping[str, Any]:
-    """Return the value of a key that must hold a dictionary."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}: expected a dictionary, got {reprlib.repr(value)}")
-    return value
 
 
 def _check_activation(reader: Reader) -> None:

@@ -6,7 +6,8 @@ from typing import Literal
 Device = Literal["cpu", "cuda"]
 
 
-Head = Literal["generate", "score", "embed", "vision"]
+Head = Literal["generate", "score", "embed", "vision", "encode"]
+Holds = Literal["target", "source", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,24 @@ class PagedState:
     head_dim: int
     sliding_window: int | None = None
     """Tokens visible to a query, itself included; None for all."""
+    holds: Holds = "target"
+    """Whose keys and values the blocks of a sequence hold: those of its own tokens; those of its
+    source, which an encoder has read; or first the source's, then those of its own tokens. With a
+    window, the latter go round: a token at position p lies `p % sliding_window` cells behind the
+    source."""
+
+    def names(self, layer: int) -> tuple[str, str]:
+        """Return the names of a layer's key cache and value cache."""
+        keys, values = cache_names(layer)
+        return (f"cross_{keys}", f"cross_{values}") if self.holds == "source" else (keys, values)
+
+    def num_cells(self, num_source_tokens: int, num_tokens: int) -> int:
+        """Return the number of cache cells of a sequence, without those that a window passes."""
+        if self.holds == "target":
+            return num_tokens
+        if self.holds == "source":
+            return num_source_tokens
+        return num_source_tokens + min(num_tokens, self.sliding_window or num_tokens)
 
     def shape(self, device: Device, block_size: int) -> tuple[int | str, ...]:
         """Return the shape of a layer's key cache; its value cache has the same shape.
@@ -58,19 +77,10 @@ class RecurrentState:
     dtype: str = "float32"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CrossState:
-    """Keys and values of an encoder's output: written once, read by every step of a sequence."""
-
-    layers: tuple[int, ...]
-    num_key_value_heads: int
-    head_dim: int
+State = PagedState | RecurrentState
 
 
-State = PagedState | RecurrentState | CrossState
-
-
-_STATES = {"paged": PagedState, "recurrent": RecurrentState, "cross": CrossState}
+_STATES = {"paged": PagedState, "recurrent": RecurrentState}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

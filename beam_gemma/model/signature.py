@@ -8,7 +8,8 @@ Dimensions: B sequences of the step, T new tokens, R packed positions passed to 
 with a probability, F of these with the full distribution, Y targets, V vocabulary size, D hidden
 size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
 sequences, E embeddings of pictures, W width of an embedding, L places of a padded text or tokens of
-a picture, N pictures, I pixels of a side, X new tokens inside spans, Z spans of the step.
+a picture, N pictures, I pixels of a side, X new tokens inside spans, Z spans of the step, C source
+tokens of sequences that start in the step, U width of the encoder.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -29,9 +30,15 @@ Inputs for each kind of state of a model
         state_slots [B] int32          slot of each sequence; its content is treated as zero if
                                        past_seqlens is 0
         name.i [S, ...]                one tensor for each layer i, updated in place
-    CrossState (keys and values of an encoder's output, read by every step)
-        block_table.cross_attention [B, M] int32, source_seqlens [B] int32
-        cross_key_cache.i, cross_value_cache.i
+
+Inputs of decoders whose sequences have a source, which an encoder has read
+    source_states [C, U]           encoder's states of the sources of the sequences that start in
+                                   the step; at least one row, which may be of zeros
+    source_seqlens [B] int32       number of source tokens of each sequence
+    source_slots.g [C] int32       for each group g that holds sources: cache slot of the key and
+                                   value of each source token; -1 skips the write
+    block_table.g                  as above; a group that holds sources alone has no slot_mapping.g
+    cross_key_cache.i, cross_value_cache.i    caches of a group that holds sources alone
 
 Optional inputs, if a model declares them
     inputs_embeds [E, D]           embeddings of pictures that take the place of those of ids; at
@@ -67,6 +74,9 @@ Head `embed`: no state, since each text is computed in full in one step
     embedding [B, W] float32       output: embedding of each sequence
     first_state [B, D] float32     output: state of each sequence's first token; depends on all
                                    tokens if attention is two-sided, else on that token alone
+
+Head `encode`: no state; the encoder of a model whose decoder reads a source, each source in full
+    source_states [T, D]           output: state of each token after the final norm, in `dtype`
 
 Head `vision`: no state and none of the inputs above; each picture is computed by itself
     pixels [N, 3, I, I] uint8      pictures of the model's size, channels first, red first
@@ -106,7 +116,6 @@ from typing import Any
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.graph_tensors import (
     _STATES,
-    CrossState,
     Device,
     Head,
     PagedState,
@@ -116,7 +125,6 @@ from beam_gemma.model.graph_tensors import (
     Tensor,
     _state_tensor,
     _tensors,
-    cache_names,
 )
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
@@ -159,6 +167,10 @@ class Signature:
     """Height and width of a picture in pixels, for the head `vision`."""
     num_image_tokens: int = 0
     """Tokens of the decoder that one picture takes, for the head `vision`."""
+    source_size: int = 0
+    """Width of the states of a source; 0 for a decoder whose sequences have none."""
+    max_source_len: int = 0
+    """Longest source in tokens; 0 for a decoder whose sequences have none."""
 
     def __post_init__(self) -> None:
         unknown = set(self.optional_inputs) - set(OPTIONAL_INPUTS)
@@ -173,6 +185,11 @@ class Signature:
         return tuple(s for s in self.states if isinstance(s, PagedState))
 
     @property
+    def has_source(self) -> bool:
+        """True if each sequence of the decoder has a source, which an encoder reads first."""
+        return self.source_size > 0
+
+    @property
     def has_recurrent_state(self) -> bool:
         """True if each running sequence needs a state slot."""
         return any(isinstance(s, RecurrentState) for s in self.states)
@@ -184,7 +201,8 @@ class Signature:
 
     def takes_context_starts(self, state: PagedState) -> bool:
         """Return whether the graph takes `context_starts` for a group."""
-        return self.device == "cpu" and state.sliding_window is not None
+        has_window = state.sliding_window is not None and state.holds == "target"
+        return self.device == "cpu" and has_window
 
     def step_inputs(self) -> tuple[Tensor, ...]:
         """Return the inputs that change with every step, in the order of the graph."""
@@ -192,8 +210,9 @@ class Signature:
             pixels = ("N", 3, self.image_size, self.image_size)
             return (Tensor(name="pixels", dtype="uint8", shape=pixels),)
         tensors = [*_tensors(("T",), input_ids="int64"), *_tensors(("B1",), cu_seqlens="int32")]
-        if self.head == "embed":
-            return (*tensors, *_TEXT_INPUTS) if self.device == "cuda" else tuple(tensors)
+        if self.head in ("embed", "encode"):
+            tensors += _TEXT_INPUTS if self.device == "cuda" else ()
+            return (*tensors, *self._optional_tensors())
         tensors += _tensors(("B",), past_seqlens="int32")
         tensors += _tensors(("R",), logit_rows="int64")
         tensors += _tensors(("Q",), probability_rows="int64")
@@ -203,11 +222,10 @@ class Signature:
             tensors += self._paged_inputs(state)
         if self.has_recurrent_state:
             tensors.append(Tensor(name="state_slots", dtype="int32", shape=("B",)))
-        if any(isinstance(s, CrossState) for s in self.states):
-            tensors += [
-                Tensor(name=f"block_table.{CROSS}", dtype="int32", shape=("B", f"M_{CROSS}")),
-                Tensor(name="source_seqlens", dtype="int32", shape=("B",)),
-            ]
+        if self.has_source:
+            states = ("C", self.source_size)
+            tensors.append(Tensor(name="source_states", dtype=self.dtype, shape=states))
+            tensors += _tensors(("B",), source_seqlens="int32")
         if self.chooses:
             tensors += _CHOICE_INPUTS
         tensors += self._optional_tensors()
@@ -246,6 +264,9 @@ class Signature:
         if self.head == "vision":
             features = ("N", self.num_image_tokens, self.hidden_size)
             return (Tensor(name="image_features", dtype=self.dtype, shape=features),)
+        if self.head == "encode":
+            states = ("T", self.hidden_size)
+            return (Tensor(name="source_states", dtype=self.dtype, shape=states),)
         if self.head == "embed":
             return (
                 Tensor(name="embedding", dtype="float32", shape=("B", self.embedding_size)),
@@ -287,10 +308,11 @@ class Signature:
 
     def _paged_inputs(self, state: PagedState) -> list[Tensor]:
         group = state.group
-        tensors = [
-            Tensor(name=f"block_table.{group}", dtype="int32", shape=("B", f"M_{group}")),
-            Tensor(name=f"slot_mapping.{group}", dtype="int32", shape=("T",)),
-        ]
+        tensors = [Tensor(name=f"block_table.{group}", dtype="int32", shape=("B", f"M_{group}"))]
+        if state.holds != "source":
+            tensors.append(Tensor(name=f"slot_mapping.{group}", dtype="int32", shape=("T",)))
+        if state.holds != "target":
+            tensors.append(Tensor(name=f"source_slots.{group}", dtype="int32", shape=("C",)))
         if self.takes_context_starts(state):
             tensors.append(Tensor(name=f"context_starts.{group}", dtype="int32", shape=("B",)))
         return tensors
@@ -316,21 +338,12 @@ class Signature:
         )
         return [*_SPAN_INPUTS, *tables]
 
-    def _cache_tensors(self, state: PagedState | CrossState) -> list[StateTensor]:
-        prefix = ""
-        if isinstance(state, CrossState):
-            prefix = "cross_"
-            state = PagedState(
-                group=CROSS,
-                layers=state.layers,
-                num_key_value_heads=state.num_key_value_heads,
-                head_dim=state.head_dim,
-            )
+    def _cache_tensors(self, state: PagedState) -> list[StateTensor]:
         shape = state.shape(self.device, self.block_size)
         return [
-            _state_tensor(prefix + name, self.dtype, shape)
+            _state_tensor(name, self.dtype, shape)
             for layer in state.layers
-            for name in cache_names(layer)
+            for name in state.names(layer)
         ]
 
 

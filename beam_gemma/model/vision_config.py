@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from beam_gemma.errors import ConfigError, nearest
-from beam_gemma.model.config import Reader, check_factor, check_keys, section_of
+from beam_gemma.model.config_reader import Reader, check_factor, check_keys, section_of
 
 Projector = Literal["pooled", "linear"]
 Bidirectional = Literal["picture", "prefix"]

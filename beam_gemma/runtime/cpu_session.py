@@ -10,7 +10,7 @@ import numpy as np
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.graph_tensors import Head, cache_names
+from beam_gemma.model.graph_tensors import Head
 from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.capacity import Capacity, plan_capacity
@@ -137,7 +137,7 @@ class Session:
         """Overwrite cache blocks with zeros, so that a finished row leaves no NaN in them."""
         state = next(s for s in self.signature.paged_states if s.group == group)
         for layer in state.layers:
-            for name in cache_names(layer):
+            for name in state.names(layer):
                 self._state[name][:, list(blocks)] = 0
 
     def _bind(self) -> onnxruntime.IOBinding:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from beam_gemma.model.graph_tensors import StateTensor, cache_names
+from beam_gemma.model.graph_tensors import StateTensor
 from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.capacity import Capacity, num_bytes
 from beam_gemma.runtime.device_memory import DeviceMemory
@@ -39,7 +39,7 @@ class DeviceState:
         self._placed: list[Placed] = []
         self._groups: dict[str, list[Placed]] = {}
         for state in signature.paged_states:
-            names = [name for layer in state.layers for name in cache_names(layer)]
+            names = [name for layer in state.layers for name in state.names(layer)]
             self._groups[state.group] = self._place([tensors.pop(name) for name in names])
         for tensor in tensors.values():
             self._place([tensor])

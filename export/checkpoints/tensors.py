@@ -97,6 +97,9 @@ class Checkpoint:
     """Embedding settings, if the checkpoint has any."""
     vision: VisionConfig | None = None
     """The tower of pictures, whose tensors are among `tensors`; None for a text model."""
+    encoder: GemmaConfig | None = None
+    """Encoder of an encoder-decoder, whose decoder is `config`; its tensors are those of `tensors`
+    whose names begin with `encoder.`."""
 
 
 def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:

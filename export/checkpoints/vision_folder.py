@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import CheckpointError, ConfigError
-from beam_gemma.model.config import check_keys
+from beam_gemma.model.config_reader import check_keys
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.model.vision_config import OUTER_KEYS, VisionConfig
 from export.checkpoints.sidecar_files import read_optional_json

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from beam_gemma.errors import ArtifactError
-from beam_gemma.model.graph_tensors import CrossState, PagedState, RecurrentState
+from beam_gemma.model.graph_tensors import PagedState, RecurrentState
 from beam_gemma.model.signature import Signature, block_size_for
 from export.graph.signatures import decoder_signature
 from tests.conftest import TinyModel
@@ -23,9 +23,17 @@ EVERYTHING = Signature(
     states=(
         PAGED,
         RecurrentState(name="conv_tail", layers=(1,), shape=(3, 48)),
-        CrossState(layers=(0, 2), num_key_value_heads=4, head_dim=256),
+        PagedState(
+            group="cross_attention",
+            layers=(0, 2),
+            num_key_value_heads=4,
+            head_dim=256,
+            holds="source",
+        ),
     ),
     optional_inputs=("inputs_embeds", "span_ends", "position_ids"),
+    source_size=64,
+    max_source_len=256,
 )
 
 
@@ -37,8 +45,9 @@ def test_every_kind_of_state_and_input_has_a_name() -> None:
     assert names(EVERYTHING) == [
         "input_ids", "cu_seqlens", "past_seqlens", "logit_rows", "probability_rows",
         "block_table.sliding_attention",
-        "slot_mapping.sliding_attention", "context_starts.sliding_attention", "state_slots",
-        "block_table.cross_attention", "source_seqlens", "inputs_embeds", "embeds_rows",
+        "slot_mapping.sliding_attention", "context_starts.sliding_attention",
+        "block_table.cross_attention", "source_slots.cross_attention", "state_slots",
+        "source_states", "source_seqlens", "inputs_embeds", "embeds_rows",
         "span_ends", "position_ids",
     ]  # fmt: skip
     assert [(t.input_name, t.output_name) for t in EVERYTHING.state_tensors()] == [
