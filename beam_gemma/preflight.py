@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from beam_gemma.errors import BeamGemmaError
-from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.artifact import PURPOSES, Artifact
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.signature import HEADS
 from beam_gemma.monitoring.processor import processor_of
@@ -81,8 +81,9 @@ def checks(model: str | None, device: "DeviceChoice") -> Iterator[Fact]:
     artifact = open_model(model)
     yield _described(artifact)
     yield _compared(artifact, round(time.monotonic() - start, 1))
-    heads = [head for head, on in artifact.signatures if device in ("auto", on)]
-    head = heads[0] if heads else next(iter(artifact.signatures))[0]
+    of_tasks = [(head, on) for head, on in artifact.signatures if head in HEADS.values()]
+    heads = [head for head, on in of_tasks if device in ("auto", on)]
+    head = heads[0] if heads else of_tasks[0][0]
     chosen = choose_device(artifact, head, device)
     yield _row(artifact, head, chosen)
 
@@ -123,8 +124,7 @@ def _gpu() -> Iterator[Fact]:
 
 
 def _described(artifact: Artifact) -> Fact:
-    tasks = {head: task for task, head in HEADS.items()}
-    graphs = [f"{tasks[head]} on {device}" for head, device in artifact.signatures]
+    graphs = [f"{PURPOSES[head]} on {device}" for head, device in artifact.signatures]
     return Fact(
         name="model",
         text=f"{artifact.name}, {artifact.precision}: {', '.join(graphs)}",

@@ -4,8 +4,8 @@
     python -m benchmarks.shapes --folder /tmp/shapes --only 'Gemma 3 27B'
 
 Each checkpoint consists of sparse safetensors files (nominally 54 GB for 27B, a few KB on disk),
-exported in its own process: decoders in bfloat16 for CUDA, with their towers of pictures, and
-EmbeddingGemma in float32 for the CPU with its sentence-transformers modules. Prints a Markdown
+exported in its own process: decoders in bfloat16 for CUDA, with their encoders and towers of
+pictures, and EmbeddingGemma in float32 for the CPU with its sentence-transformers modules. Prints a Markdown
 table.
 """
 
@@ -21,25 +21,28 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from beam_gemma.model.artifact import graph_name
+from beam_gemma.model.graph_tensors import Head
 from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
-from export.checkpoints.released_sizes import SIZES, VISION_SIZES, Size
+from export.checkpoints.encoder_decoder_folder import NORMS, SHARED
+from export.checkpoints.released_sizes import ENCODER_DECODER_SIZES, SIZES, VISION_SIZES, Size
+from export.checkpoints.tensors import ENCODER
 from export.checkpoints.vision_tensors import PATCHES, PROJECTOR, TOWER
 from export.graph.weights import safetensors_header
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
-ALL_SIZES = (*SIZES, *VISION_SIZES)
+ALL_SIZES = (*SIZES, *VISION_SIZES, *ENCODER_DECODER_SIZES)
 END = "<end_of_image>"
 MARKER_IDS = {"boi_token_index": 6, "eoi_token_index": 300}
 """Ids of the pieces around a picture in the tiny tokenizer, the last of which is `END`."""
-ROUNDED = re.compile(r"\d+B")
-"""What a name says of the number of parameters."""
+ROUNDED = re.compile(r"\d+[BM]")
 DENSE = 3072
 """Width between the two dense layers of EmbeddingGemma."""
 HEADER = ("size", "parameters", "published", "seconds", "memory, GB", "written, MB", "linked, GB")
@@ -61,8 +64,12 @@ class Export:
 def make_checkpoint(size: Size, folder: Path) -> None:
     """Write config, index and sparse shards with Hugging Face's names."""
     folder.mkdir(parents=True)
-    markers = MARKER_IDS if "boi_token_index" in size.raw else {}
-    (folder / "config.json").write_text(json.dumps({**size.raw, **markers}))
+    raw: dict[str, Any] = dict(size.raw)
+    if size.vision is not None and size.encoder is not None:
+        raw["encoder"] = {**raw["encoder"], **MARKER_IDS}
+    elif "boi_token_index" in raw:
+        raw |= MARKER_IDS
+    (folder / "config.json").write_text(json.dumps(raw))
     (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model((END,)))
     is_encoder = size.config.use_bidirectional_attention
     dtype = "F32" if is_encoder else "BF16"
@@ -118,12 +125,29 @@ def hf_shapes(size: Size) -> dict[str, tuple[int, ...]]:
 
 def hf_name(name: str, size: Size) -> str:
     """Return a tensor's name in a published checkpoint."""
+    if size.encoder is not None:
+        return pair_name(name, is_second=size.vision is not None)
     if size.vision is not None:
         tower = name.replace(TOWER, f"{TOWER}vision_model.", 1)
         return tower if name.startswith((TOWER, PROJECTOR)) else f"language_model.model.{name}"
     if size.config.model_type == "vaultgemma":
         name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
     return name if size.config.use_bidirectional_attention else f"model.{name}"
+
+
+def pair_name(name: str, *, is_second: bool) -> str:
+    """Return a tensor's name in a published T5Gemma, or in a T5Gemma 2."""
+    for theirs, ours in NORMS.items():
+        name = name.replace(ours, theirs)
+    text = "encoder.text_model." if is_second else ENCODER
+    for theirs, ours in SHARED.items() if is_second else ():
+        name = text + theirs if name == ours else name
+    if name.startswith((TOWER, PROJECTOR)):
+        return f"model.encoder.{name}"
+    if name.startswith(ENCODER):
+        name = text + name.removeprefix(ENCODER).removeprefix("text_model.")
+        return f"model.{name}"
+    return f"model.decoder.{name}"
 
 
 def export(size: Size, folder: Path) -> Export:
@@ -142,7 +166,10 @@ def export(size: Size, folder: Path) -> Export:
     if status:
         raise SystemExit(f"{size.name}: the export failed")
     counts = {}
-    for head in (HEADS[task], "vision") if size.vision is not None else (HEADS[task],):
+    heads: list[Head] = [HEADS[task]]
+    heads += ["vision"] if size.vision is not None else []
+    heads += ["encode"] if size.encoder is not None else []
+    for head in heads:
         file = folder / "exported" / graph_name(head, device)
         graph = onnx.load(file, load_external_data=False).graph
         counts |= {value.name: math.prod(value.dims) for value in graph.initializer}
@@ -170,12 +197,17 @@ def row(size: Size, result: Export) -> list[str]:
     return [
         size.name,
         f"{result.num_parameters:,}",
-        f"{size.num_parameters:,}{what}" if size.num_parameters else ROUNDED.findall(size.name)[0],
+        f"{size.num_parameters:,}{what}" if size.num_parameters else rounded(size.name),
         f"{result.seconds:.0f}",
         f"{result.memory_bytes / 1e9:.2f}",
         f"{result.written_bytes / 1e6:.1f}",
         f"{result.linked_bytes / 1e9:.1f}",
     ]
+
+
+def rounded(name: str) -> str:
+    """Return what a name says of the number of parameters."""
+    return "-".join(ROUNDED.findall(name)) or "none"
 
 
 def main() -> None:

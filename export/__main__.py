@@ -32,9 +32,9 @@ from export.graph.tasks import (
     check_tasks,
     default_tasks,
     embedding_config,
+    for_embeddings,
     graph_module,
     graph_signatures,
-    without_pictures,
 )
 from export.graph.to_onnx import trace
 from export.graph.weights import WEIGHTS, WRITTEN, attach
@@ -108,7 +108,7 @@ def export(
     tasks = tasks or default_tasks(checkpoint)
     check_tasks(checkpoint.config, tasks, checkpoint.vision)
     if set(tasks) == {"embed"}:
-        checkpoint = without_pictures(checkpoint)
+        checkpoint = for_embeddings(checkpoint)
     embedding = embedding_config(checkpoint, pooling) if "embed" in tasks else None
     signatures = graph_signatures(checkpoint, embedding, tasks, device, DTYPES[precision])
     folder = output.with_name(output.name + ".partial")
@@ -163,8 +163,11 @@ def _write_graphs(
     folder: Path,
 ) -> None:
     """Write one graph per head; all graphs share one set of weights."""
-    parts = checkpoint.config, embedding
-    models = [trace(partial(graph_module, *parts, s, checkpoint.vision), s) for s in signatures]
+    config, vision, encoder = checkpoint.config, checkpoint.vision, checkpoint.encoder
+    models = [
+        trace(partial(graph_module, config, embedding, signature, vision, encoder), signature)
+        for signature in signatures
+    ]
     for model, signature in zip(models, signatures, strict=True):
         # A tower is small, and its matrices do not divide into blocks.
         if precision in BITS and signature.head != "vision":
@@ -244,7 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--text_only", action="store_true",
-        help="Leave out what a Gemma 3 has for pictures: its tower and projector. (default: false)",
+        help="Leave out what a Gemma 3 or a T5Gemma 2 has for pictures: its tower and projector. "
+        "(default: false)",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",

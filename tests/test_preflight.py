@@ -14,6 +14,7 @@ from beam_gemma.runtime import cpu_session, device_memory
 from beam_gemma.runtime.device_memory import Room
 from export.__main__ import export
 from tests.conftest import TinyModel
+from tests.doubles.picture_requests import model_of
 
 ROOT = Path(__file__).parent.parent
 GPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -65,6 +66,13 @@ def test_one_row_of_each_task(
     code, answer = told(capsys, "--model", str(two_sided[1].path), "--device", "cpu")
     assert code == 0
     assert answer["facts"]["row"]["result"].startswith("a vector of ")
+
+
+def test_graphs_that_are_no_tasks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = told(capsys, "--model", str(model_of("gemma3")[1].path))
+    assert (code, answer["problem"]) == (0, None)
+    assert answer["facts"]["model"]["graphs"][-1] == "see on cpu"
+    assert answer["facts"]["row"]["head"] != "vision"
 
 
 def test_a_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Groups of flags shared by the tasks, and the settings they describe."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from beam_gemma.cli.flag_types import SWITCH, column_names, count, fraction, positive, rising
@@ -37,6 +37,7 @@ def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
         "prompt": flags.prompt,
         "prompt_column": flags.prompt_column,
         "messages_column": flags.messages_column,
+        "decoder_prompt": flags.decoder_prompt,
         "system": flags.system,
         "prompt_format": flags.prompt_format,
         "chat_template": _chat_template(flags.chat_template),
@@ -138,24 +139,7 @@ PROMPT = """What the model reads of each row. Set one of --prompt, --prompt_colu
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """Add the flags that turn a row into a prompt."""
     add = parser.add_argument_group("prompt", PROMPT).add_argument
-    add(
-        "--prompt",
-        metavar="TEMPLATE",
-        help="Prompt template with column names in braces, such as 'Summarize: {text}'. Quote "
-        'names that are no plain words, as in {"user.name"}. Write {{ and }} for literal braces. '
-        "(default: none)",
-    )
-    add(
-        "--prompt_column",
-        metavar="COLUMN",
-        help="Column with the whole prompt. (default: none)",
-    )
-    add(
-        "--messages_column",
-        metavar="COLUMN",
-        help="Column with a conversation: a list of messages, each with role and content. "
-        "(default: none)",
-    )
+    _add_texts(add)
     add("--system", metavar="TEXT", help="System prompt for all rows. (default: none)")
     add(
         "--prompt_format",
@@ -193,6 +177,34 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     _add_pictures(parser)
 
 
+def _add_texts(add: Callable[..., argparse.Action]) -> None:
+    add(
+        "--prompt",
+        metavar="TEMPLATE",
+        help="Prompt template with column names in braces, such as 'Summarize: {text}'. Quote "
+        'names that are no plain words, as in {"user.name"}. Write {{ and }} for literal braces. '
+        "(default: none)",
+    )
+    add(
+        "--prompt_column",
+        metavar="COLUMN",
+        help="Column with the whole prompt. (default: none)",
+    )
+    add(
+        "--messages_column",
+        metavar="COLUMN",
+        help="Column with a conversation: a list of messages, each with role and content. "
+        "(default: none)",
+    )
+    add(
+        "--decoder_prompt",
+        metavar="TEMPLATE",
+        help="Only for encoder-decoders such as T5Gemma, whose encoder reads the prompt: text that "
+        "the decoder starts with, a template like --prompt. The completion or the label follows "
+        "it. (default: none)",
+    )
+
+
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "pictures",
@@ -212,8 +224,8 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add(
         "--pan_and_scan",
         **SWITCH,
-        help="Gemma 3 only: add crops of a picture that is much wider than high, or higher than "
-        "wide. Use it for small text in such pictures. (default: false)",
+        help="Gemma 3 and T5Gemma 2 only: add crops of a picture that is much wider than high, or "
+        "higher than wide. Use it for small text in such pictures. (default: false)",
     )
     add(
         "--image_size",

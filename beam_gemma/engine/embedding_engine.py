@@ -69,9 +69,8 @@ class EmbeddingSteps:
         Raises:
             EngineError: the device failed.
         """
-        # Longest first, so that running out of memory shows before any work is done.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        for step in self._steps(texts, order):
+        lengths = [len(text) for text in texts]
+        for step in whole_text_steps(lengths, self._budget, self._max_num_seqs):
             if self._is_drained:
                 return
             yield from self._run(texts, step)
@@ -79,19 +78,6 @@ class EmbeddingSteps:
     def drain(self) -> None:
         """Start no further step: calls end after their current one."""
         self._is_drained = True
-
-    def _steps(self, texts: Sequence[TokenIds], order: Sequence[int]) -> Iterator[list[int]]:
-        step: list[int] = []
-        num_tokens = 0
-        for i in order:
-            is_full = len(step) == self._max_num_seqs or num_tokens + len(texts[i]) > self._budget
-            if step and (is_full or (len(step) + 1) * len(texts[step[0]]) > SPREAD * self._budget):
-                yield step
-                step, num_tokens = [], 0
-            step.append(i)
-            num_tokens += len(texts[i])
-        if step:
-            yield step
 
     def _run(self, texts: Sequence[TokenIds], step: list[int]) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each text of a step."""
@@ -145,6 +131,31 @@ def check_sight(session: Runner, token_ids: TokenIds, *, is_two_sided: bool) -> 
             f"graph: expected {sides[1]} attention as the model's configuration says, got "
             f"{sides[0]}; export the model again"
         )
+
+
+def whole_text_steps(
+    lengths: Sequence[int], budget: int, max_num_seqs: int | None
+) -> Iterator[list[int]]:
+    """Yield the indices of the texts of each step.
+
+    Texts come longest first, so that running out of memory shows before any work is done.
+
+    Args:
+        lengths: Number of tokens of each text.
+        budget: Maximum tokens per step, unless a single text has more.
+        max_num_seqs: Maximum texts per step; None for no limit.
+    """
+    step: list[int] = []
+    num_tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        is_full = len(step) == max_num_seqs or num_tokens + lengths[i] > budget
+        if step and (is_full or (len(step) + 1) * lengths[step[0]] > SPREAD * budget):
+            yield step
+            step, num_tokens = [], 0
+        step.append(i)
+        num_tokens += lengths[i]
+    if step:
+        yield step
 
 
 def feeds(texts: Sequence[TokenIds]) -> dict[str, np.ndarray]:

@@ -18,12 +18,14 @@ from beam_gemma.engine.launched_step import StepCount
 from beam_gemma.engine.picture_store import PictureEncoder, PictureStore, check_encoder
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Completion, Request, Sequence
+from beam_gemma.engine.snapshots import Snapshots
+from beam_gemma.engine.source_store import SourceStore, check_source_encoder
 from beam_gemma.engine.stats import EngineStats
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.monitoring.timeline import DeviceStats, Pulse, Work
 from beam_gemma.runtime.limits import EngineConfig
-from beam_gemma.runtime.step_interface import Runner
+from beam_gemma.runtime.step_interface import Runner, SourceEncoder
 
 
 class Engine:
@@ -35,6 +37,7 @@ class Engine:
         config: EngineConfig,
         *,
         vision: PictureEncoder | None = None,
+        encoder: SourceEncoder | None = None,
         on_step: Callable[[Count], None] = lambda _: None,
         device_stats: Callable[[], DeviceStats] = DeviceStats,
     ) -> None:
@@ -45,14 +48,16 @@ class Engine:
             config: The size limits of steps.
             vision: The session that makes embeddings of pictures; without one, requests with
                 pictures are refused.
+            encoder: The session that reads sources, if the model has an encoder.
             on_step: Called after each step with the number of tokens that it computed.
             device_stats: Called after each step to read GPU statistics; all zero by default.
 
         Raises:
             OptionsError: the session has fewer recurrent state slots than the config needs.
-            ArtifactError: the embeddings of pictures do not suit the session's graph.
+            ArtifactError: the embeddings of pictures or the states of sources do not suit the
+                session's graph.
         """
-        _check(session, config, vision)
+        _check(session, config, vision, encoder)
         self.signature = session.signature
         self.pulse = Pulse(self.signature.device, stats=device_stats)
         self._config = config
@@ -70,10 +75,23 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
             vision=vision.signature if vision else None,
+            encoder=encoder.signature if encoder else None,
+            snapshots=_snapshots(session, config),
         )
         self._pictures = PictureStore(vision) if vision else None
+        limit = config.max_num_batched_tokens
+        self._sources = (
+            SourceStore(encoder, max_num_batched_tokens=limit, pictures=self._pictures)
+            if encoder
+            else None
+        )
         self._executor = Executor(
-            session, cache, self._scheduler, on_run=self._count, pictures=self._pictures
+            session,
+            cache,
+            self._scheduler,
+            on_run=self._count,
+            pictures=self._pictures,
+            sources=self._sources,
         )
         self._stats = EngineStats(max_num_seqs=config.max_num_seqs)
         self._futures: dict[Sequence, Future[Completion]] = {}
@@ -169,7 +187,8 @@ class Engine:
         except Exception as error:  # waiting callers must learn of any error
             self._fail(error)
         finally:
-            del self._executor, self._pictures  # frees the sessions' memory for the next ones
+            # Frees the sessions' memory for the next ones.
+            del self._executor, self._pictures, self._sources
 
     def _receive(self) -> bool:
         """Queue submitted requests, waiting for some if idle; return False when all is done."""
@@ -239,6 +258,9 @@ class Engine:
             if self._pictures is not None:
                 stats.num_pictures = self._pictures.num_computed
                 stats.num_reused_pictures = self._pictures.num_reused
+            if self._sources is not None:
+                stats.num_sources = self._sources.num_computed
+                stats.num_reused_sources = self._sources.num_reused
         used_cache, whole_cache = self._cache.use
         self.pulse.add(
             Work(
@@ -258,12 +280,26 @@ class Engine:
         return frozenset((*eos_token_ids, *request.params.stop_token_ids))
 
 
-def _check(session: Runner, config: EngineConfig, vision: PictureEncoder | None) -> None:
+def _snapshots(session: Runner, config: EngineConfig) -> Snapshots:
+    """Return the slots of recurrent state beyond those of sequences, without the spare one."""
+    is_cuda = session.signature.device == "cuda"
+    has_any = session.signature.has_recurrent_state and config.enable_prefix_caching
+    end = session.num_state_slots - is_cuda if has_any else 0
+    return Snapshots(range(config.max_num_seqs, end))
+
+
+def _check(
+    session: Runner,
+    config: EngineConfig,
+    vision: PictureEncoder | None,
+    encoder: SourceEncoder | None,
+) -> None:
     slots = session.num_state_slots
     if session.signature.has_recurrent_state and slots < config.max_num_seqs:
         raise OptionsError(
             f"max_num_seqs: expected at most the session's {slots} state slots, got "
             f"{config.max_num_seqs}"
         )
+    check_source_encoder(encoder.signature if encoder else None, session.signature)
     if vision is not None:
-        check_encoder(vision.signature, session.signature)
+        check_encoder(vision.signature, encoder.signature if encoder else session.signature)

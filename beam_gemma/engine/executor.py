@@ -10,12 +10,14 @@ the host has to choose a token, no further step is launched before it has.
 Failures are handled as if there were one step at a time: all steps in flight are waited for first.
 Steps started after a failed step are discarded and run again after it.
 
-Exceptions of the session, or of the one that makes pictures' embeddings. Nothing of the step counts
+Exceptions of the session, or of those that read pictures and sources. Nothing of the step counts
 as computed. The step is halved, and the halves are tried in order, so that a sequence that computes
 a shared block still comes before those that read it. Halving goes on down to one block of a prompt,
 since half a chunk needs half the memory. A row that cannot be cut further and fails twice ends with
 an error. Recurrent state cannot be restored to before the step, so for such models all sequences of
-the step are preempted and computed anew one at a time: a row that fails alone is at fault.
+the step are preempted and computed anew one at a time: a row that fails alone is at fault. Where a
+window goes round in its cells, a step after the failed one has replaced a token that the failed one
+reads; such rows are preempted in the same way.
 
 Rows that are not finite. A row's values follow from its own tokens, unless it has read blocks of
 other sequences, where later tokens may have left a NaN. So a row with such blocks is computed once
@@ -41,6 +43,8 @@ from beam_gemma.engine.picture_store import PictureStore
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Completion, FinishReason, Request, Sequence, Status, Step
+from beam_gemma.engine.source_packing import NO_SOURCES, Sources
+from beam_gemma.engine.source_store import SourceStore
 from beam_gemma.errors import RecordError
 from beam_gemma.model.signature import blocks_for
 from beam_gemma.runtime.step_interface import Feeds, Runner, ScoreOutput, StepOutput
@@ -48,7 +52,12 @@ from beam_gemma.structured.constraint import MaskMaker, MaskOf
 
 MAX_FAILURES_IN_A_ROW = 3
 """Consecutive row failures, with no successful step between them, that stop the engine."""
-PROBE = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1))
+PROBE = Request(
+    request_id="probe",
+    prompt_token_ids=(0,),
+    source_token_ids=(0,),  # read only if the model has an encoder
+    params=SamplingParams(max_tokens=1),
+)
 Ended = tuple[Sequence, Completion]
 
 
@@ -63,6 +72,7 @@ class Executor:
         *,
         on_run: Callable[[StepCount], None],
         pictures: PictureStore | None = None,
+        sources: SourceStore | None = None,
     ) -> None:
         """Create an executor with no steps in flight.
 
@@ -72,6 +82,7 @@ class Executor:
             scheduler: The scheduler of the steps; told which sequences end or start anew.
             on_run: Called after each run with its counts.
             pictures: The embeddings of pictures; None if no sequence has pictures.
+            sources: The states of sources; None if no sequence has a source.
         """
         self._session = session
         self._signature = session.signature
@@ -79,6 +90,7 @@ class Executor:
         self._scheduler = scheduler
         self._on_run = on_run
         self._pictures = pictures
+        self._sources = sources
         # Recurrent state cannot be restored to before a failed step.
         self._most = 1 if self._signature.has_recurrent_state else session.max_steps_in_flight
         self._flights: deque[Flight] = deque()
@@ -122,7 +134,9 @@ class Executor:
         """Compute one token of a probe; raise the session's exception if even that fails."""
         probe = Sequence(PROBE, frozenset())
         self._scheduler.add([probe])
-        self._session.start(self._feeds(self._scheduler.schedule(), NO_FEATURES)).result()
+        step = self._scheduler.schedule()
+        feeds = self._feeds(step, NO_FEATURES, self._source_states(step))
+        self._session.start(feeds).result()
         self._scheduler.finish(probe, clean=False)
         self._settle()
 
@@ -139,12 +153,15 @@ class Executor:
             is_last=step[0][0].isolated or (self._signature.head == "generate" and host_chooses),
         )
         try:
-            features = self._features(step)
+            features, sources = self._features(step), self._source_states(step)
         except Exception as error:  # as below
             flight.fail(error)
         else:
-            flight.feeds = self._feeds(step, features)
+            if self._sources is not None:
+                flight.num_prompt_tokens += self._sources.take_num_new_tokens()
+            flight.feeds = self._feeds(step, features, sources)
             try:
+                self._start_from_snapshots(step)
                 flight.pending = self._session.start(
                     flight.feeds, with_logits=with_logits, with_candidates=host_chooses
                 )
@@ -154,19 +171,39 @@ class Executor:
             sequence.launch(num_new_tokens)
         return flight
 
-    def _feeds(self, step: Step, features: Features) -> dict[str, np.ndarray]:
+    def _start_from_snapshots(self, step: Step) -> None:
+        """Copy snapshots to the slots of the sequences that start from them."""
+        for sequence, _ in step:
+            if sequence.snapshot_slot >= 0:
+                self._session.copy_slot(sequence.snapshot_slot, sequence.slot)
+                sequence.snapshot_slot = -1
+
+    def _take_snapshots(self, step: Step) -> None:
+        """Copy the state of the sequences that a settled step has brought to one of their cuts."""
+        for sequence, _ in step:
+            if (slot := self._scheduler.snapshot_to_take(sequence)) is not None:
+                self._session.copy_slot(sequence.slot, slot)
+
+    def _feeds(self, step: Step, features: Features, sources: Sources) -> dict[str, np.ndarray]:
         """Zero the step's unclean blocks, so that all are finite, and return its inputs."""
         for group, blocks in self._cache.take_unclean().items():
             self._session.zero_blocks(group, blocks)
-        return pack(step, self._signature, self._cache, features)
+        return pack(step, self._signature, self._cache, features, sources)
 
     def _features(self, step: Step) -> Features:
-        """Return the embeddings of the pictures that have tokens in a step."""
-        if self._pictures is None:
+        """Return the embeddings of the pictures that have tokens of the decoder in a step."""
+        if self._pictures is None or self._sources is not None:
             return NO_FEATURES
         num_tokens = self._pictures.num_tokens
         pictures = [p for sequence, n in step for p in sequence.pictures_within(n, num_tokens)]
         return self._pictures.prepare(pictures) if pictures else NO_FEATURES
+
+    def _source_states(self, step: Step) -> Sources:
+        """Return the states of the sources of sequences whose first tokens are in a step."""
+        if self._sources is None:
+            return NO_SOURCES
+        starting = [sequence for sequence, _ in step if not sequence.num_computed_tokens]
+        return self._sources.prepare(starting) if starting else NO_SOURCES
 
     def _begin_masks(self, rows: list[Sequence]) -> MaskOf:
         """Start computing the masks that are certain to be needed while the model runs."""
@@ -190,6 +227,7 @@ class Executor:
             num_chosen = 0
         else:
             num_chosen = self._choose(flight, output)
+        self._take_snapshots(flight.step)
         for sequence, _ in flight.step:
             if sequence.status is Status.FINISHED:
                 self._scheduler.finish(sequence)
@@ -220,10 +258,14 @@ class Executor:
         self._wait()
         later = list(self._flights)
         self._flights.clear()
+        replaced = self._with_replaced_tokens(later)
         for sequence in dict.fromkeys(s for f in (flight, *later) for s, _ in f.step):
             sequence.restart(sequence.num_settled_tokens)
             if sequence.status is Status.FINISHED:
                 self._scheduler.finish(sequence, clean=False)
+        for sequence in reversed(replaced):
+            if sequence.status is Status.RUNNING:
+                self._scheduler.preempt(sequence, clean=False, isolated=True)
         size = self._signature.block_size
         for sequence in (s for f in later for s, _ in f.step if s.status is Status.RUNNING):
             num_blocks = blocks_for(sequence.num_settled_tokens, size)
@@ -233,6 +275,12 @@ class Executor:
             self._recover(step, error, is_retry=is_retry)
         for after in later:
             self._run(after.step)
+
+    def _with_replaced_tokens(self, later: list[Flight]) -> list[Sequence]:
+        """Return the sequences of which steps after a failed one have replaced cached tokens."""
+        ring = self._signature.ring
+        going = dict.fromkeys(s for flight in later for s, _ in flight.step)
+        return [s for s in going if ring is not None and s.num_computed_tokens > ring]
 
     def _recover(self, step: Step, error: Exception, *, is_retry: bool) -> None:
         """Retry a failed step in parts; end a row that cannot be cut further."""
@@ -257,7 +305,13 @@ class Executor:
         if len(step) > 1:
             return [step[: len(step) // 2], step[len(step) // 2 :]]
         sequence, num_new_tokens = step[0]
-        middle = sequence.middle(num_new_tokens, self._session.signature.block_size)
+        # Cells behind those of a source are cut where their blocks are.
+        has_both = any(state.holds == "both" for state in self._signature.paged_states)
+        middle = sequence.middle(
+            num_new_tokens,
+            self._signature.block_size,
+            num_cells_before=sequence.num_source_tokens if has_both else 0,
+        )
         if not middle:
             return []
         # The first part's tables name the second's blocks, which the failed run may have written.

@@ -3,7 +3,9 @@
 Each group of layers has a pool of blocks (block_pool.py) and a table with a row for each running
 sequence, which lists the blocks of its tokens in order. A sequence takes blocks step by step and
 gives back those that its attention window has left behind. Sequences whose first tokens are equal
-share the blocks of these tokens. Invariants of each group:
+share the blocks of these tokens. A group that holds sources has cells for a sequence's source too:
+it gets their blocks with its first step and gives none back before its end, and they are not
+shared. Invariants of each group:
 
     holders of a block = rows of the table that name it
     a block has two holders only if their tokens are equal up to its end
@@ -41,6 +43,8 @@ class Prefix:
     num_tokens: int
     blocks: Mapping[str, list[int]]
     """Blocks of each group that the next token or a later one reads."""
+    num_source_tokens: int = 0
+    """Number of tokens of the sequence's source."""
 
 
 class KVCache:
@@ -96,17 +100,24 @@ class KVCache:
         """Return the number of blocks of a group that no sequence holds."""
         return self._groups[group].pool.num_free
 
-    def shortage(self, num_prompt_tokens: int, max_tokens: int) -> str | None:
+    def shortage(
+        self, num_prompt_tokens: int, max_tokens: int, *, num_source_tokens: int = 0
+    ) -> str | None:
         """Return a message naming a group that can never hold such a sequence, or None."""
         num_tokens = num_prompt_tokens + max_tokens - 1  # the last token is never an input
         for name, group in self._groups.items():
-            peak = group.peak_blocks(num_tokens)
+            peak = group.peak_blocks(num_tokens, num_source_tokens)
             if peak > group.pool.num_blocks:
                 return f"{peak} cache blocks of {name}, the cache has {group.pool.num_blocks}"
         return None
 
     def find_prefix(
-        self, chain: PrefixChain | None, num_known_tokens: int, *, num_reusable_tokens: int
+        self,
+        chain: PrefixChain | None,
+        num_known_tokens: int,
+        *,
+        num_reusable_tokens: int,
+        num_source_tokens: int = 0,
     ) -> Prefix:
         """Return the longest cached prefix in full blocks, within the reusable tokens."""
         num_blocks = num_reusable_tokens // self._block_size
@@ -119,6 +130,7 @@ class KVCache:
             num_known_tokens=num_known_tokens,
             num_tokens=len(digests) * self._block_size,
             blocks={name: group.find(digests) for name, group in self._groups.items()},
+            num_source_tokens=num_source_tokens,
         )
 
     def admit(self, prefix: Prefix, num_new_tokens: int, *, num_spare_blocks: int) -> int | None:
@@ -130,10 +142,11 @@ class KVCache:
         Args:
             prefix: Prefix of the sequence, from `find_prefix`.
             num_new_tokens: Number of tokens after the prefix that the step computes.
-            num_spare_blocks: Number of further blocks that must be free in each group.
+            num_spare_blocks: Number of further blocks that must be free in each group that grows
+                with the tokens of running sequences.
         """
         if not self._free_slots or any(
-            group.num_needed(prefix) + num_spare_blocks > group.pool.num_free
+            group.num_needed(prefix) + group.grows * num_spare_blocks > group.pool.num_free
             for group in self._groups.values()
         ):
             return None
@@ -199,9 +212,10 @@ class KVCache:
         self._free_slots.append(slot)
 
     def wipe(self, slot: int, num_tokens: int) -> None:
-        """Mark a slot's blocks after `num_tokens`, a multiple of the block size, for zeroing."""
+        """Mark a slot's blocks after those of its first `num_tokens` for zeroing."""
         for group in self._groups.values():
-            group.pool.wipe(group.blocks(slot, num_tokens // self._block_size))
+            first = blocks_for(group.num_cells(slot, num_tokens), self._block_size)
+            group.pool.wipe(group.blocks(slot, first))
 
     def sharers(self, slot: int, num_computed_tokens: int) -> list[int]:
         """Return the other slots that share blocks which this one has not computed yet."""
@@ -233,6 +247,7 @@ class _Held:
     end: int
     first_proven: int
     """First block entirely within reach of the first token that the model chooses."""
+    num_source_tokens: int
 
 
 class _Group:
@@ -252,23 +267,33 @@ class _Group:
         max_num_batched_tokens: int,
     ) -> None:
         self.pool = BlockPool(num_blocks)
+        self.grows = state.holds != "source"
+        """True if the tokens of a sequence take blocks, not only its source."""
         self._name = state.group
+        self._state = state
         self._held: dict[int, _Held] = {}
         self._block_size = signature.block_size
-        self._window = state.sliding_window
+        # Cells that hold sources stay, and a window goes round behind them.
+        self._window = state.sliding_window if state.holds == "target" else None
         self._max_new = max_num_batched_tokens
+        self._max_len = signature.max_model_len
         self._alignment = CONTEXT_ALIGNMENT if signature.device == "cpu" else self._block_size
         self._shifts = signature.takes_context_starts(state)
-        widest = signature.max_model_len
+        widest = state.num_cells(signature.max_source_len, signature.max_model_len)
         if self._shifts:
             widest = self._peak_tokens(widest)
         width = blocks_for(widest, self._alignment) * self._alignment // self._block_size
         self.table = np.zeros((max_num_seqs, width), np.int32)
         self.starts = np.zeros(max_num_seqs, np.int32)
 
-    def peak_blocks(self, num_tokens: int) -> int:
+    def peak_blocks(self, num_tokens: int, num_source_tokens: int) -> int:
         """Return the maximum number of blocks that a sequence of `num_tokens` holds at once."""
-        return blocks_for(self._peak_tokens(num_tokens), self._block_size)
+        num_cells = self._state.num_cells(num_source_tokens, num_tokens)
+        return blocks_for(self._peak_tokens(num_cells), self._block_size)
+
+    def num_cells(self, slot: int, num_tokens: int) -> int:
+        """Return how many cells the first `num_tokens` of a slot's sequence and its source take."""
+        return self._state.num_cells(self._held[slot].num_source_tokens, num_tokens)
 
     def gap(self, digests: list[bytes]) -> int:
         """Return the first missing block that a sequence after this prefix needs, or -1."""
@@ -284,10 +309,11 @@ class _Group:
 
     def num_needed(self, prefix: Prefix) -> int:
         """Return how many free blocks a new sequence takes until its known tokens are computed."""
-        num_blocks = blocks_for(prefix.num_known_tokens, self._block_size)
+        num_known, num_source = prefix.num_known_tokens, prefix.num_source_tokens
+        num_blocks = blocks_for(self._state.num_cells(num_source, num_known), self._block_size)
         num_own = num_blocks - prefix.num_tokens // self._block_size
         num_idle = sum(not self.pool.num_holders(b) for b in prefix.blocks[self._name])
-        return min(num_own + num_idle, self.peak_blocks(prefix.num_known_tokens))
+        return min(num_own + num_idle, self.peak_blocks(num_known, num_source))
 
     def open(self, slot: int, prefix: Prefix) -> None:
         """Start a slot's row with the blocks of a prefix."""
@@ -296,7 +322,8 @@ class _Group:
         begin = end - len(blocks)
         window = prefix.num_known_tokens if self._window is None else self._window
         unread = max(0, prefix.num_known_tokens - window)
-        self._held[slot] = _Held(begin, end, blocks_for(unread, self._block_size))
+        first_proven = blocks_for(unread, self._block_size)
+        self._held[slot] = _Held(begin, end, first_proven, prefix.num_source_tokens)
         if self._shifts:
             self.starts[slot] = begin * self._block_size
         for block in blocks:
@@ -322,12 +349,12 @@ class _Group:
 
     def num_missing(self, slot: int, num_tokens: int) -> int:
         """Return how many blocks a slot lacks for the first `num_tokens` of its sequence."""
-        return blocks_for(num_tokens, self._block_size) - self._held[slot].end
+        return blocks_for(self.num_cells(slot, num_tokens), self._block_size) - self._held[slot].end
 
     def take(self, slot: int, num_tokens: int) -> None:
         """Allocate blocks until the slot's row covers the first `num_tokens` of its sequence."""
         held = self._held[slot]
-        end = blocks_for(num_tokens, self._block_size)
+        end = blocks_for(self.num_cells(slot, num_tokens), self._block_size)
         if end > held.end:
             taken = [self.pool.allocate() for _ in range(end - held.end)]
             self.table[slot, self._columns(held.end, end, slot)] = taken
@@ -336,7 +363,11 @@ class _Group:
     def quiet_until(self, slot: int) -> int:
         """Return the token count up to which a slot fills no block and leaves none behind."""
         held = self._held[slot]
-        last = held.end * self._block_size - 1
+        size = held.end * self._block_size
+        if self._state.holds != "target":  # such blocks have no digests
+            is_whole = self.num_cells(slot, self._max_len) <= size
+            return self._max_len if is_whole else size - held.num_source_tokens
+        last = size - 1
         if self._window is None:
             return last
         return min(last, held.begin * self._block_size + self._alignment + self._window - 1)

@@ -8,18 +8,22 @@ Dimensions: B sequences, T new tokens, R rows that need a next token, L tokens o
 hidden.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
-from jaxtyping import Int32, Int64, Shaped
+from jaxtyping import Int32, Shaped
 
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import uniform_at
-from beam_gemma.engine.sequence import Sequence, Step
+from beam_gemma.engine.sequence import Picture, Sequence, Step
+from beam_gemma.engine.source_packing import NO_SOURCES, Sources, source_states, source_tables
+from beam_gemma.engine.source_tokens import as_tokens
 from beam_gemma.engine.span_packing import span_inputs
+from beam_gemma.engine.step_layout import StepLayout
 from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
-from beam_gemma.runtime.step_shapes import host_dtype
+from beam_gemma.runtime.step_shapes import host_dtype, in_rows
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 Features = Mapping[bytes, Shaped[np.ndarray, "L D"]]
@@ -28,7 +32,11 @@ NO_FEATURES: Features = {}
 
 
 def pack(
-    step: Step, signature: Signature, cache: KVCache, features: Features = NO_FEATURES
+    step: Step,
+    signature: Signature,
+    cache: KVCache,
+    features: Features = NO_FEATURES,
+    sources: Sources = NO_SOURCES,
 ) -> dict[str, np.ndarray]:
     """Return the arrays of `signature.step_inputs` for a step whose cache blocks are in place.
 
@@ -37,8 +45,9 @@ def pack(
         signature: The graph's contract.
         cache: The cache that holds the step's blocks.
         features: Embeddings of all pictures that have tokens in the step.
+        sources: States of the sources of all sequences that start in the step.
     """
-    layout = _Layout(step)
+    layout = StepLayout(step)
     feeds: dict[str, np.ndarray] = {
         "input_ids": layout.input_ids,
         "cu_seqlens": layout.cu_seqlens,
@@ -48,10 +57,7 @@ def pack(
     if signature.chooses:
         rows = [s for s, n in step if s.num_pending_tokens == n]
         feeds |= {"token_slots": layout.token_slots, **_choices(rows)}
-    for state in signature.paged_states:
-        feeds |= _tables(layout, signature, cache, state)
-    if signature.has_recurrent_state:
-        feeds["state_slots"] = layout.slots
+    feeds |= _state_inputs(layout, signature, cache, sources)
     if "inputs_embeds" in signature.optional_inputs:
         feeds |= _embeddings(step, layout, signature, features)
     if "span_ends" in signature.optional_inputs and signature.device == "cuda":
@@ -65,49 +71,28 @@ def pack(
     if signature.device == "cuda" and signature.paged_states:
         is_decode = not any(sequence.is_prefilling for sequence, _ in step)
         feeds["attention_metadata"] = _attention_metadata(layout, is_decode=is_decode)
+    if signature.device == "cuda" and signature.has_source:
+        return as_tokens(feeds, signature)
     return feeds
 
 
-class _Layout:
-    """The sequence and position of each new token of a step."""
-
-    input_ids: Int64[np.ndarray, " T"]
-    """Token ids; 0 for a token that the device chooses and the host does not know yet."""
-    token_slots: Int32[np.ndarray, " T"]
-    """Slot where the device keeps such a token; -1 for all others."""
-    rows: Int64[np.ndarray, " T"]
-    """Index of each token's sequence in the step."""
-    positions: Int32[np.ndarray, " T"]
-    """Position of each token in its sequence."""
-    num_new_tokens: Int32[np.ndarray, " B"]
-    past_seqlens: Int32[np.ndarray, " B"]
-    slots: Int32[np.ndarray, " B"]
-
-    def __init__(self, step: Step) -> None:
-        self.num_new_tokens = np.array([n for _, n in step], np.int32)
-        self.past_seqlens = np.array([s.num_computed_tokens for s, _ in step], np.int32)
-        self.slots = np.array([s.slot for s, _ in step], np.int32)
-        self.cu_seqlens = np.zeros(len(step) + 1, np.int32)
-        np.cumsum(self.num_new_tokens, out=self.cu_seqlens[1:])
-        is_unknown = np.array([s.num_unknown_tokens > 0 for s, _ in step], bool)
-        new_ids = (
-            [0] if unknown else s.token_ids[s.num_computed_tokens : s.num_computed_tokens + n]
-            for (s, n), unknown in zip(step, is_unknown.tolist(), strict=True)
-        )
-        self.input_ids = np.array([i for ids in new_ids for i in ids], np.int64)
-        self.token_slots = np.full(len(self.input_ids), -1, np.int32)
-        self.token_slots[self.cu_seqlens[:-1][is_unknown]] = self.slots[is_unknown]
-        self.rows = np.repeat(np.arange(len(step)), self.num_new_tokens)
-        shift = self.past_seqlens - self.cu_seqlens[:-1]
-        self.positions = np.arange(len(self.rows), dtype=np.int32) + shift[self.rows]
-
-    @property
-    def seqlens(self) -> Int32[np.ndarray, " B"]:
-        """Number of computed tokens of each sequence after the step."""
-        return self.past_seqlens + self.num_new_tokens
+def _state_inputs(
+    layout: StepLayout, signature: Signature, cache: KVCache, sources: Sources
+) -> dict[str, np.ndarray]:
+    """Return the inputs of each kind of state of the model, and the states of sources."""
+    feeds: dict[str, np.ndarray] = {}
+    for state in signature.paged_states:
+        tables = _tables if state.holds == "target" else source_tables
+        feeds |= tables(layout, signature, cache, state)
+    if signature.has_source:
+        feeds |= source_states(layout, signature, sources)
+    if signature.has_recurrent_state:
+        feeds["state_slots"] = layout.slots
+        feeds |= in_rows(layout.cu_seqlens) if signature.device == "cuda" else {}
+    return feeds
 
 
-def _last_tokens(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
+def _last_tokens(step: Step, layout: StepLayout) -> dict[str, np.ndarray]:
     """Return the last rows of sequences that get a next token, and which need a probability."""
     done = np.array([s.num_pending_tokens == n for s, n in step], bool)
     wanted = np.array([s.request.logprob for s, _ in step], bool)
@@ -139,7 +124,7 @@ def _choices(rows: list[Sequence]) -> dict[str, np.ndarray]:
     }
 
 
-def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
+def _targets(step: Step, layout: StepLayout) -> dict[str, np.ndarray]:
     """Return the step's targets, and the distinct rows whose logits score them."""
     rows, ids, wanted = [], [], []
     for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
@@ -158,7 +143,7 @@ def _targets(step: Step, layout: _Layout) -> dict[str, np.ndarray]:
 
 
 def _tables(
-    layout: _Layout, signature: Signature, cache: KVCache, state: PagedState
+    layout: StepLayout, signature: Signature, cache: KVCache, state: PagedState
 ) -> dict[str, np.ndarray]:
     """Return the cache inputs of one group of layers."""
     size = signature.block_size
@@ -180,21 +165,43 @@ def _tables(
 
 
 def _embeddings(
-    step: Step, layout: _Layout, signature: Signature, features: Features
+    step: Step, layout: StepLayout, signature: Signature, features: Features
 ) -> dict[str, np.ndarray]:
-    """Return the embeddings of the step's picture tokens, at most T, and which token has which.
+    """Return the embeddings of the step's picture tokens, and which token has which."""
+    ranges = (
+        (begin, sequence.num_computed_tokens, n, sequence.request.pictures)
+        for begin, (sequence, n) in zip(layout.cu_seqlens.tolist(), step, strict=False)
+    )
+    return place_embeddings(ranges, len(layout.positions), signature, features)
+
+
+def place_embeddings(
+    ranges: Iterable[tuple[int, int, int, SequenceOf[Picture]]],
+    num_tokens: int,
+    signature: Signature,
+    features: Features,
+) -> dict[str, np.ndarray]:
+    """Return the embeddings of pictures in a step, at most T, and which token has which.
 
     Without any, one row of zeros stands for them.
+
+    Args:
+        ranges: For each text, where its new tokens start in the step, the position of the first
+            in the text, their number, and the pictures of the text.
+        num_tokens: Number of all new tokens.
+        signature: The graph's contract.
+        features: Embeddings of all pictures that have tokens in the step.
     """
-    rows = np.full(len(layout.positions), -1, np.int64)
+    rows = np.full(num_tokens, -1, np.int64)
     parts: list[np.ndarray] = []
     num_rows = 0
     num_image_tokens = next((len(values) for values in features.values()), 0)
-    for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
-        past = sequence.num_computed_tokens
-        for picture in sequence.pictures_within(num_new_tokens, num_image_tokens):
+    for begin, past, num_new_tokens, pictures in ranges:
+        for picture in pictures:
             first = max(past, picture.start)
             end = min(past + num_new_tokens, picture.start + num_image_tokens)
+            if first >= end:
+                continue
             parts.append(features[picture.digest][first - picture.start : end - picture.start])
             rows[begin + first - past : begin + end - past] = np.arange(end - first) + num_rows
             num_rows += end - first
@@ -204,7 +211,7 @@ def _embeddings(
     return {"inputs_embeds": embeds, "embeds_rows": rows}
 
 
-def _spans(step: Step, layout: _Layout) -> Iterator[tuple[slice, int, int]]:
+def _spans(step: Step, layout: StepLayout) -> Iterator[tuple[slice, int, int]]:
     """Yield the packed positions, start and end of each span that has tokens in the step."""
     for begin, (sequence, num_new_tokens) in zip(layout.cu_seqlens.tolist(), step, strict=False):
         past = sequence.num_computed_tokens
@@ -213,7 +220,7 @@ def _spans(step: Step, layout: _Layout) -> Iterator[tuple[slice, int, int]]:
             yield slice(max(start, past) + shift, end + shift), start, end
 
 
-def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
+def _span_ends(step: Step, layout: StepLayout) -> Int32[np.ndarray, " T"]:
     """Return the last position each token attends to: its own, or the end of its span."""
     ends = layout.positions.copy()
     for places, _, end in _spans(step, layout):
@@ -221,7 +228,7 @@ def _span_ends(step: Step, layout: _Layout) -> Int32[np.ndarray, " T"]:
     return ends
 
 
-def _first_keys(step: Step, layout: _Layout, signature: Signature) -> Int32[np.ndarray, " T"]:
+def _first_keys(step: Step, layout: StepLayout, signature: Signature) -> Int32[np.ndarray, " T"]:
     """Return the first position each token attends to in layers with a window.
 
     It is the start of the token's span if that lies before the window.
@@ -233,7 +240,7 @@ def _first_keys(step: Step, layout: _Layout, signature: Signature) -> Int32[np.n
     return first_keys
 
 
-def _attention_metadata(layout: _Layout, *, is_decode: bool) -> Int32[np.ndarray, " 3"]:
+def _attention_metadata(layout: StepLayout, *, is_decode: bool) -> Int32[np.ndarray, " 3"]:
     """Return upper bounds of new tokens and context per sequence, and 0, an unknown lower bound.
 
     Bounds only choose kernels and size their workspaces; powers of two keep the choices few. One

@@ -20,6 +20,10 @@ Ahead. A step may be scheduled while another is in flight, assuming that the lat
 that no row ends with the token it chooses. No sequence is preempted then, since all blocks may be
 in use; if blocks are short, nothing is scheduled until the steps in flight are over.
 
+Recurrent state. Prefixes are shared only where a snapshot of the state has been made, and a prompt
+is cut there (snapshots.py). Sequences that wait for a snapshot let others of the queue pass; those
+that make it are running, so it comes, or is given up.
+
 Spans. The tokens of a span with attention in both directions run in one step, since each layer
 reads what the layer before has made of all of them. If leading tokens of a span are in the cache,
 the rest of it runs over these.
@@ -42,9 +46,12 @@ from itertools import chain, islice
 
 from beam_gemma.engine.kv_cache import KVCache, Prefix
 from beam_gemma.engine.prefix import PrefixChain
+from beam_gemma.engine.request_checks import RequestChecks, wanted
 from beam_gemma.engine.sequence import Request, Sequence, Status, Step
-from beam_gemma.errors import PromptTooLongError, RecordError
+from beam_gemma.engine.snapshots import Snapshots
+from beam_gemma.errors import PromptTooLongError
 from beam_gemma.model.signature import PREFILL_ROWS, QUERY_TILE, Signature, blocks_for
+from beam_gemma.runtime.step_shapes import MOST_PLACES
 
 MAX_PADDED_SHARE = 1.5
 """Maximum padded area of a step, relative to its real tokens."""
@@ -67,6 +74,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
         vision: Signature | None = None,
+        encoder: Signature | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """Create a scheduler of no sequences.
 
@@ -77,17 +86,32 @@ class Scheduler:
             enable_prefix_caching: Whether sequences share the blocks of equal first tokens.
             vision: The contract of the graph that makes pictures' embeddings; None if requests
                 cannot have pictures.
+            encoder: The contract of the graph that reads sources; None for a model without one.
+            snapshots: The slots for snapshots of recurrent state; None for no snapshots.
         """
         self.num_cached_tokens = 0
         """Number of tokens that admitted sequences found in the cache."""
         self.num_preemptions = 0
         self._cache = cache
         self._signature = signature
-        self._vision = vision
+        self._checks = RequestChecks(
+            signature=signature,
+            max_num_batched_tokens=max_num_batched_tokens,
+            vision=vision,
+            encoder=encoder,
+        )
         self._num_image_tokens = vision.num_image_tokens if vision else 0
         self._max_num_batched_tokens = max_num_batched_tokens
-        all_paged = 0 < len(signature.paged_states) == len(signature.states)
-        self._reuses_blocks = enable_prefix_caching and all_paged
+        self._max_num_prompt_tokens = signature.prefill_tokens(max_num_batched_tokens)
+        self._snapshots = snapshots or Snapshots()
+        """Prefixes of sequences with recurrent state are shared only where there are snapshots."""
+        can_share = self._snapshots.has_slots or not signature.has_recurrent_state
+        can_share &= bool(signature.states) and not signature.has_source
+        self._reuses_blocks = enable_prefix_caching and can_share
+        self._ring = signature.ring
+        windows = (s.sliding_window or signature.max_model_len for s in signature.paged_states)
+        self._longest_reach = max(windows, default=0)
+        """Most tokens before a chunk that its tokens attend to."""
         self._is_apart = signature.device == "cuda"
         """True if prefill and decode run in separate steps."""
         self._waiting: deque[Sequence] = deque()
@@ -110,21 +134,14 @@ class Scheduler:
         Raises:
             RecordError: the request does not suit this model, or exceeds a limit.
         """
-        self._check_prompt(request)
-        self._check_spans(request)
-        self._check_pictures(request)
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
-        if request.constraint and (too_few := request.constraint.shortage(max_tokens)):
-            raise RecordError(too_few)
-        num_tokens, limit = num_prompt_tokens + max_tokens, self._signature.max_model_len
-        wanted = f"prompt of {num_prompt_tokens:,} tokens with max_tokens {max_tokens:,}"
-        if num_tokens > limit:
-            raise PromptTooLongError(
-                f"{wanted}: expected at most {limit:,} together, got {num_tokens:,}; shorten either"
-            )
-        shortage = self._cache.shortage(num_prompt_tokens, max_tokens)
+        self._checks.check(request)
+        shortage = self._cache.shortage(
+            len(request.prompt_token_ids),
+            request.params.max_tokens,
+            num_source_tokens=len(request.source_token_ids),
+        )
         if shortage:
-            raise PromptTooLongError(f"{wanted}: needs {shortage}; shorten either")
+            raise PromptTooLongError(f"{wanted(request)}: needs {shortage}; shorten either")
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences for the next generation."""
@@ -191,76 +208,34 @@ class Scheduler:
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _check_prompt(self, request: Request) -> None:
-        ids, vocab_size = request.prompt_token_ids, self._signature.vocab_size
-        if not ids:
-            raise RecordError("prompt: expected at least one token, got none")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise RecordError(
-                f"prompt: expected token ids from 0 to {vocab_size - 1}, "
-                f"got {min(ids)} to {max(ids)}"
-            )
-        wants_targets = self._signature.head == "score"
-        if wants_targets != bool(request.targets):
-            raise RecordError(
-                f"targets: expected {'some' if wants_targets else 'none'} for the head "
-                f"{self._signature.head}, got {len(request.targets)}"
-            )
-        for _, token_id in request.targets:
-            if not 0 <= token_id < vocab_size:
-                raise RecordError(
-                    f"targets: expected token ids from 0 to {vocab_size - 1}, got {token_id}"
-                )
-
-    def _check_spans(self, request: Request) -> None:
-        if request.spans and "span_ends" not in self._signature.optional_inputs:
-            raise RecordError("spans: expected none, since the model attends one way only")
-        longest = max((end - start for start, end in request.spans), default=0)
-        if longest > self._max_num_batched_tokens:
-            raise PromptTooLongError(
-                f"prompt of {len(request.prompt_token_ids):,} tokens: expected at most "
-                f"{self._max_num_batched_tokens:,} that attend in both directions, got "
-                f"{longest:,}; a step computes them together, so shorten the prompt or set "
-                f"--max_num_batched_tokens {longest}"
-            )
-
-    def _check_pictures(self, request: Request) -> None:
-        pictures, num_prompt_tokens = request.pictures, len(request.prompt_token_ids)
-        if not pictures:
-            return
-        if self._vision is None:
-            raise RecordError(
-                f"pictures: expected none, since the model takes none, got {len(pictures)}"
-            )
-        size, num_tokens = self._vision.image_size, self._num_image_tokens
-        ends = [0, *(picture.start + num_tokens for picture in pictures)]
-        for end_before, picture in zip(ends, pictures, strict=False):
-            if not end_before <= picture.start <= num_prompt_tokens - num_tokens:
-                raise RecordError(
-                    f"pictures: expected places of {num_tokens:,} tokens in order inside a prompt "
-                    f"of {num_prompt_tokens:,}, got one from token {picture.start:,} on"
-                )
-            if (got := picture.pixels.shape[1]) != size:
-                raise RecordError(f"pictures: expected {size} by {size} pixels, got {got} by {got}")
+    def snapshot_to_take(self, sequence: Sequence) -> int | None:
+        """Return the slot to copy a sequence's state to after a step; None for no copy."""
+        return self._snapshots.keep(sequence) if sequence.status is Status.RUNNING else None
 
     def _has_prompts_for_a_step(self, started: list[Sequence], num_completing: int) -> bool:
         """Return whether a step of prompts alone is worth making completions wait."""
         num_slots = len(started) + self._cache.num_free_slots
         if not num_completing or num_slots >= MIN_FREE_SHARE * self._cache.num_slots:
             return True
-        room = self._max_num_batched_tokens
+        room, source_room = self._max_num_prompt_tokens, self._max_num_batched_tokens
         room -= sum(s.prefill_end - s.num_computed_tokens for s in started)
         self._next_waiting()
         for sequence in islice(self._waiting, self._cache.num_free_slots):
-            if room <= 0:
+            if min(room, source_room) <= 0:
                 break
-            room -= sequence.prefill_end - self._prefix_of(sequence).num_tokens
-        return room <= 0
+            source_room -= sequence.num_source_tokens
+            num_tokens = self._prefix_of(sequence).num_tokens
+            if not self._snapshots.must_wait(sequence, num_tokens):
+                room -= sequence.prefill_end - num_tokens
+        return min(room, source_room) <= 0
 
     def _go_on_with_prompts(
         self, started: list[Sequence], *, ahead: bool
     ) -> list[tuple[Sequence, int]]:
-        """Start a step with the next chunk of the running prompt; at most one is unfinished."""
+        """Start a step with the next chunk of each running prompt that fits.
+
+        At most one is unfinished, unless a window that goes round or snapshots bound the chunks.
+        """
         step: list[tuple[Sequence, int]] = []
         for sequence in started:
             if chunk := self._chunk_beside(step, sequence, sequence.num_computed_tokens):
@@ -276,7 +251,9 @@ class Scheduler:
         room = self._max_num_batched_tokens - len(decoding)
         step = []
         for sequence in decoding:
-            num_forced = min(sequence.num_pending_tokens - 1, room)
+            most = self._most_from(sequence.num_computed_tokens)
+            num_forced = min(sequence.num_pending_tokens, most) - 1
+            num_forced = min(num_forced, room)
             room -= num_forced
             step.append((sequence, 1 + num_forced))
         return step
@@ -287,8 +264,9 @@ class Scheduler:
             if (step and step[0][0].isolated) or (sequence.isolated and (step or ahead)):
                 return
             prefix = self._prefix_of(sequence)
+            self._snapshots.set_cuts(sequence, prefix.num_tokens)
             chunk = self._chunk_beside(step, sequence, prefix.num_tokens)
-            if not chunk:
+            if not chunk or not self._has_room_for_source(step, sequence):
                 return
             slot = self._cache.admit(prefix, chunk, num_spare_blocks=len(self._running))
             if slot is None:
@@ -298,7 +276,15 @@ class Scheduler:
 
     def _prefix_of(self, sequence: Sequence) -> Prefix:
         """Return the prefix of a waiting sequence that the cache holds."""
-        num_reusable_tokens = sequence.num_reusable_tokens
+        if not self._signature.has_recurrent_state:
+            return self._cached_prefix(sequence, sequence.num_reusable_tokens)
+        lengths = self._snapshots.lengths(sequence)
+        prefixes = (self._cached_prefix(sequence, n) for n in lengths)
+        # The cache may have lost blocks in the window before a snapshot, which is of no use then.
+        return next(p for n, p in zip(lengths, prefixes, strict=True) if p.num_tokens == n)
+
+    def _cached_prefix(self, sequence: Sequence, num_reusable_tokens: int) -> Prefix:
+        """Return the longest prefix of which the cache holds all blocks in reach."""
         window = self._signature.shortest_window
         if window is not None and sequence.request.has_wide_spans(self._num_image_tokens):
             # Tokens of such a span may attend to blocks before the window, which the cache gives
@@ -308,7 +294,26 @@ class Scheduler:
             None if sequence.isolated else sequence.chain,
             len(sequence.token_ids),
             num_reusable_tokens=num_reusable_tokens,
+            num_source_tokens=sequence.num_source_tokens,
         )
+
+    def _has_room_for_source(self, step: list[tuple[Sequence, int]], sequence: Sequence) -> bool:
+        """Return whether a step can start a sequence beside others, as far as sources go.
+
+        A step holds keys and values of the sources of all sequences that it starts, so these have
+        as many tokens as a step may have, or there is one source alone.
+        """
+        before = sum(s.num_source_tokens for s, _ in step if not s.num_computed_tokens)
+        return not before or before + sequence.num_source_tokens <= self._max_num_batched_tokens
+
+    def _most_from(self, start: int) -> int:
+        """Return how many tokens from position `start` on one step may compute of a sequence.
+
+        Where a window goes round in its cells, a token takes the cell of the one that has just left
+        the window. So a step computes either tokens before the first of these, or one.
+        """
+        limit = self._max_num_batched_tokens
+        return limit if self._ring is None else min(limit, max(self._ring - start, 1))
 
     def _chunk_beside(
         self, step: list[tuple[Sequence, int]], sequence: Sequence, start: int
@@ -318,31 +323,47 @@ class Scheduler:
             return self._filling_chunk(step, sequence, start)
         if not step:
             return self._chunk(sequence, start)
-        chunk = sequence.prefill_end - start  # beside others, only whole
+        chunk = sequence.next_cut(start) - start  # beside others, only whole
+        if self._ring is not None:
+            chunk = min(chunk, self._most_from(start))  # or as much of it as a step may compute
         return chunk if self._fits([*(n for _, n in step), chunk]) else 0
 
     def _filling_chunk(
         self, step: list[tuple[Sequence, int]], sequence: Sequence, start: int
     ) -> int:
         """Return how many prompt tokens from `start` on fill a CUDA step's tokens or rows."""
-        room = self._max_num_batched_tokens - sum(n for _, n in step)
+        room = self._max_num_prompt_tokens - sum(n for _, n in step)
+        room = min(room, self._most_from(start), self._most_places_beside(step))
         num_rows = sum(len(s.rows_within(s.num_computed_tokens, n)) for s, n in step)
         if room <= 0 or max(num_rows, len(step)) >= PREFILL_ROWS:
             return 0
         rows = sequence.rows_within(start, room)[PREFILL_ROWS - num_rows :]
         return sequence.chunk(start, rows[0] - start if rows else room, evenly=False)
 
+    def _most_places_beside(self, step: list[tuple[Sequence, int]]) -> int:
+        """Return how many tokens a further sequence of a CUDA step may have, as to its places.
+
+        With recurrent state, a step's sequences lie side by side, each as wide as the longest.
+        """
+        most = MOST_PLACES * self._max_num_batched_tokens // (len(step) + 1)
+        if not self._signature.has_recurrent_state:
+            return self._max_num_batched_tokens
+        return most if max((n for _, n in step), default=0) <= most else 0
+
     def _chunk(self, sequence: Sequence, start: int) -> int:
         """Return how many prompt tokens to compute next: fewer whole tiles as `start` grows."""
-        limit = self._max_num_batched_tokens
-        tiles = MAX_CHUNK_AREA // (start + limit) // QUERY_TILE
+        limit = self._most_from(start)
+        context = sequence.num_source_tokens + min(start, self._longest_reach)
+        tiles = MAX_CHUNK_AREA // (context + limit) // QUERY_TILE
         # A span is never split, even above MAX_CHUNK_AREA.
         rest_of_span = sequence.span_end(start) - start
-        return sequence.chunk(start, min(limit, max(max(tiles, 1) * QUERY_TILE, rest_of_span)))
+        limit = min(limit, max(max(tiles, 1) * QUERY_TILE, rest_of_span))
+        return sequence.chunk(start, limit, evenly=self._ring is None)
 
     def _start(self, sequence: Sequence, slot: int, num_cached_tokens: int) -> None:
-        self._waiting.popleft()
+        self._waiting.remove(sequence)
         self._running.append(sequence)
+        self._snapshots.start(sequence, num_cached_tokens)
         sequence.status = Status.RUNNING
         sequence.slot = slot
         sequence.restart(num_cached_tokens)
@@ -350,11 +371,23 @@ class Scheduler:
         self.num_cached_tokens += num_cached_tokens
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the head of the queue; once a generation is used up, the next one follows."""
+        """Return the first of the queue that need not wait for a snapshot.
+
+        Once a generation is used up, the next one follows.
+        """
         if not self._waiting:
+            self._snapshots.plan(self._arrived)
             self._waiting.extend(_in_order(self._arrived))
             self._arrived = []
-        return self._waiting[0] if self._waiting else None
+        # As many as could run; others of the queue want the same snapshots as a rule.
+        first = islice(self._waiting, self._cache.num_slots)
+        return next((s for s in first if not self._must_wait(s)), None)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Return whether a sequence waits for a snapshot that another one is making."""
+        if not self._snapshots.is_making:
+            return False
+        return self._snapshots.must_wait(sequence, self._prefix_of(sequence).num_tokens)
 
     def _may_decode_beside(self, step: list[tuple[Sequence, int]], decoding: list[int]) -> bool:
         """Return whether decode rows of these lengths fit beside prompts without preemption."""
@@ -365,6 +398,7 @@ class Scheduler:
         have_blocks = all(
             self._cache.num_free_blocks(state.group) >= num_blocks
             for state in self._signature.paged_states
+            if state.holds != "source"
         )
         lengths = [n for _, n in step] + decoding
         return have_blocks and self._fits(lengths) and not step[0][0].isolated
@@ -407,6 +441,7 @@ class Scheduler:
     def _release(self, sequence: Sequence, *, clean: bool) -> None:
         """Free a sequence's slot; preempt sequences that rely on blocks it will not compute."""
         self._running.remove(sequence)
+        self._snapshots.leave(sequence, clean=clean)
         slot, sequence.slot = sequence.slot, -1
         num_computed_tokens = sequence.num_computed_tokens
         sharers = [] if clean else self._cache.sharers(slot, num_computed_tokens)
@@ -417,10 +452,14 @@ class Scheduler:
 
 
 def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
-    """Return sequences with the most steps first, grouped by their first picture or block."""
+    """Return sequences with the most steps first, grouped by source, first picture or block."""
     # Requests that score several continuations of one prompt stay adjacent.
     by_length = sorted(
-        sequences, key=lambda s: (-s.request.params.max_tokens, -s.num_reusable_tokens)
+        sequences,
+        key=lambda s: (
+            -s.request.params.max_tokens,
+            -s.num_source_tokens - s.num_reusable_tokens,
+        ),
     )
     groups: dict[bytes | Sequence, list[Sequence]] = {}
     for sequence in by_length:
@@ -429,10 +468,12 @@ def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
 
 
 def _beginning(sequence: Sequence) -> bytes | Sequence:
-    """Return the digest of the sequence's first picture, or else of its first block.
+    """Return the digest of the sequence's source, its first picture, or else its first block.
 
-    Without either, it shares nothing and is returned itself.
+    Without any, it shares nothing and is returned itself.
     """
+    if sequence.request.source_token_ids:
+        return sequence.source_digest
     if sequence.request.pictures:
         return sequence.request.pictures[0].digest
     if sequence.chain is None or sequence.chain.block_size > sequence.num_prompt_tokens:

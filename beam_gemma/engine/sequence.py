@@ -127,6 +127,12 @@ class Request:
             spans.append(Mark(start, end, digest_of(b"span", token_ids.tobytes(), *inside)))
         return (*pictures, *spans)
 
+    def source_digest(self) -> bytes:
+        """Return a hash of the source: equal hashes mean equal tokens and pictures."""
+        pictures = (array("q", (p.start,)).tobytes() + p.digest for p in self.pictures)
+        token_ids = array("q", self.source_token_ids).tobytes()
+        return digest_of(array("q", (len(token_ids),)).tobytes(), token_ids, *pictures)
+
     def has_wide_spans(self, num_image_tokens: int) -> bool:
         """Return whether any span is not just one of the pictures."""
         pictures = {(p.start, p.start + num_image_tokens) for p in self.pictures}
@@ -172,12 +178,20 @@ class Sequence:
     """Leading tokens that are computed in chunks; later ones are computed by decode."""
     isolated: bool = False
     """True if the sequence runs alone and on blocks of its own until it has its next token."""
+    boundaries: tuple[int, ...] = ()
+    """Numbers of leading tokens after which other sequences want to start from a snapshot."""
+    cuts: tuple[int, ...] = ()
+    """Those of them at which the sequence ends a chunk, so that its state can be copied there."""
+    snapshot_slot: int = -1
+    """Slot of the snapshot to copy to the sequence's own before its next step; -1 for none."""
     guide: Guide | None = None
     """State of the completion in the language of its constraint."""
     wants_logits: bool = False
     """True if the candidates of a step may be too few to choose its next token from."""
     max_length: int = field(init=False)
     """Maximum number of tokens of prompt and completion together."""
+    source_digest: bytes = field(init=False)
+    """Hash of all that the encoder's states of the source depend on."""
     logprob: float = 0.0
     scores: list[float] = field(default_factory=list)
     """Scores of the targets so far; written again after a preemption."""
@@ -187,6 +201,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.source_digest = self.request.source_digest()
         self.max_length = self.num_prompt_tokens + self.request.params.max_tokens
 
     def begin(self, candidates: int) -> None:
@@ -205,6 +220,11 @@ class Sequence:
     def num_prompt_tokens(self) -> int:
         """Number of tokens of the prompt."""
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Number of tokens of the source."""
+        return len(self.request.source_token_ids)
 
     @property
     def num_tokens_left(self) -> int:
@@ -270,11 +290,15 @@ class Sequence:
             limit: Maximum number of tokens in the chunk.
             evenly: Whether to make chunks about equal, so that no step is left with a few tokens.
         """
-        num_tokens = self.prefill_end - start
+        num_tokens = self.next_cut(start) - start
         length = -(-num_tokens // -(-num_tokens // limit)) if evenly else min(num_tokens, limit)
         end = start + length
         a, b = self._span_around(end)
         return max((b if b - start <= limit else a) - start, 0)
+
+    def next_cut(self, start: int) -> int:
+        """Return where chunks from `start` on end at the latest: the next cut, or the prefill."""
+        return next((cut for cut in self.cuts if cut > start), self.prefill_end)
 
     def rows_within(self, start: int, num_new_tokens: int) -> list[int]:
         """Return the positions that may need the head among `num_new_tokens` from `start` on."""
@@ -283,15 +307,19 @@ class Sequence:
         places = self.targets_within(start, num_new_tokens)
         return sorted({self.request.targets[i][0] for i in places})
 
-    def middle(self, num_new_tokens: int, block_size: int) -> int:
+    def middle(self, num_new_tokens: int, block_size: int, *, num_cells_before: int = 0) -> int:
         """Return how many of the next tokens to compute first if all at once are too many.
 
         The cut is at the start of a block and outside of spans; 0 if there is no such position.
+
+        Args:
+            num_new_tokens: Number of next tokens.
+            block_size: Number of cells of a block.
+            num_cells_before: Number of cells before that of the sequence's first token.
         """
         start = self.num_computed_tokens
-        places = range(
-            -(-(start + 1) // block_size) * block_size, start + num_new_tokens, block_size
-        )
+        first = start + 1 + -(start + 1 + num_cells_before) % block_size
+        places = range(first, start + num_new_tokens, block_size)
         halfway = start + num_new_tokens / 2
         cuts = [place for place in places if self._span_around(place) == (place, place)]
         return min(cuts, key=lambda place: abs(place - halfway), default=start) - start

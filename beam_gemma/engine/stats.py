@@ -23,7 +23,8 @@ class EngineStats:
     num_decode_steps: int = 0
     """Steps without prompt tokens: they extend completions only."""
     num_prompt_tokens: int = 0
-    """Prompt tokens computed by prefill; counted again after a preemption."""
+    """Prompt tokens computed by prefill, and source tokens by the encoder; counted again after a
+    preemption."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the cache instead of computed; counted again after a preemption."""
     num_completion_tokens: int = 0
@@ -34,6 +35,10 @@ class EngineStats:
     """Pictures whose embeddings were computed; counted again once they are kept no longer."""
     num_reused_pictures: int = 0
     """Pictures that steps needed and whose embeddings were kept, or shared within the step."""
+    num_sources: int = 0
+    """Sources that the encoder has read; counted again once their states are kept no longer."""
+    num_reused_sources: int = 0
+    """Sources that rows needed and whose states were kept, or shared within the step."""
     num_decode_rows: int = 0
     """Sequences in decode steps, summed over the steps."""
     num_backlog_decode_steps: int = 0
@@ -96,4 +101,6 @@ def _counts(stats: EngineStats) -> Counter[str]:
         preemptions=stats.num_preemptions,
         pictures=stats.num_pictures,
         reused_pictures=stats.num_reused_pictures,
+        sources=stats.num_sources,
+        reused_sources=stats.num_reused_sources,
     )

@@ -176,14 +176,16 @@ class GemmaClassifyModelHandler(TaskHandler):
 
         def asks(row: Row) -> Asked:
             questions = [encode(row) for encode in encoders]
-            return Asked(
-                prompts=tuple(question.prompt for question in questions),
-                sequences=tuple(
-                    told_apart(question.prompt, path.token_ids, size)
-                    for question in questions
-                    for path in question.plan.paths
-                ),
-            )
+            paths = [(q.prompt, path.token_ids) for q in questions for path in q.plan.paths]
+            prompts = tuple(question.prompt for question in questions)
+            if any(prompt.decoder_token_ids for prompt in prompts):
+                return Asked(
+                    prompts=prompts,
+                    sequences=tuple(ids for _, ids in paths),
+                    sources=tuple(told_apart(p, p.token_ids, size) for p in prompts),
+                )
+            sequences = tuple(told_apart(prompt, ids, size) for prompt, ids in paths)
+            return Asked(prompts=prompts, sequences=sequences)
 
         return asks
 

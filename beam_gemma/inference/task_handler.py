@@ -152,7 +152,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         def asks(row: Row) -> Asked:
             prompt = encode(row)
             sequence = told_apart(prompt, prompt.token_ids, size)
-            return Asked(prompts=(prompt,), sequences=(sequence,))
+            if not prompt.decoder_token_ids:
+                return Asked(prompts=(prompt,), sequences=(sequence,))
+            start = prompt.decoder_token_ids
+            return Asked(prompts=(prompt,), sequences=(start,), sources=(sequence,))
 
         return asks
 

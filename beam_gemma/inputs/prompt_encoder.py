@@ -15,6 +15,7 @@ from beam_gemma.inputs.chat_template import (
     language_codes,
     takes_languages,
 )
+from beam_gemma.inputs.decoder_prompt import Decoder, DecoderPrompts, check_decoder
 from beam_gemma.inputs.image_prompt import ImagePrompts, PicturePart
 from beam_gemma.inputs.infill import Infill
 from beam_gemma.inputs.row import (
@@ -74,6 +75,9 @@ class PromptSettings:
     those of TranslateGemma. They get one text or picture of a row."""
     target_lang: str | None = None
     """Code of the language to translate to, as `de-DE`."""
+    decoder_prompt: str | None = None
+    """Template of the text that the decoder of an encoder-decoder, such as T5Gemma, starts with.
+    The completion excludes it."""
     system: str | None = None
     """System prompt for all rows."""
     prompt_format: PromptFormat = "auto"
@@ -94,6 +98,7 @@ class PromptSettings:
             raise OptionsError(f"prompt: expected one source, got {' and '.join(given)}")
         self._check_infill()
         self._check_images()
+        self._check_decoder_prompt()
         self._check_languages()
         if self.prompt_format == "raw" and (self.system is not None or self.messages_column):
             raise OptionsError(
@@ -132,6 +137,12 @@ class PromptSettings:
                     "too"
                 )
 
+    def _check_decoder_prompt(self) -> None:
+        for column in set(self._decoder_fields) & set(self.image_columns):
+            raise OptionsError(
+                f"decoder_prompt: expected texts, got {column!r}, a column of pictures"
+            )
+
     def _check_languages(self) -> None:
         if (self.source_lang is None) != (self.target_lang is None):
             raise OptionsError("source_lang: expected source_lang and target_lang, got one of them")
@@ -149,7 +160,18 @@ class PromptSettings:
 
     @property
     def prompt_columns(self) -> dict[str, ColumnUse]:
-        """Columns that a prompt is made of, with their use."""
+        """Columns that a prompt is made of, with their use; those of the decoder prompt last."""
+        columns = self.text_columns
+        more = [field for field in self._decoder_fields if field not in columns]
+        return columns | dict.fromkeys(more, "value")
+
+    @property
+    def _decoder_fields(self) -> tuple[str, ...]:
+        return () if self.decoder_prompt is None else Template(self.decoder_prompt, ()).fields
+
+    @property
+    def text_columns(self) -> dict[str, ColumnUse]:
+        """Columns that a prompt is made of without its decoder prompt, with their use."""
         images: dict[str, ColumnUse] = dict.fromkeys(self.image_columns, "images")
         if self.prompt is not None:
             values: dict[str, ColumnUse] = dict.fromkeys(Template(self.prompt, ()).fields, "value")
@@ -187,6 +209,7 @@ class PromptEncoder:
         shots: Shots = Shots(),
         vision: VisionConfig | None = None,
         vocab_size: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """Prepare the templates.
 
@@ -197,13 +220,18 @@ class PromptEncoder:
             max_tokens: Most tokens of a prompt that the model accepts.
             shots: Examples that precede every prompt.
             vision: What the model says of pictures; None if it takes none.
-            vocab_size: Number of token ids that the decoder knows; None for the tokenizer's.
+            vocab_size: Number of token ids that the model knows; None for the tokenizer's.
+            decoder: The decoder of an encoder-decoder, whose encoder reads the prompts; None for
+                other models.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot yields no prompt.
         """
         self.tokenizer = tokenizer
         self.settings = settings
+        check_decoder(
+            decoder, decoder_prompt=settings.decoder_prompt, prefix_column=settings.prefix_column
+        )
         self._images = ImagePrompts(tokenizer, vision, settings, vocab_size=vocab_size)
         source = _template_source(settings, chat_template, vision)
         pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
@@ -224,6 +252,9 @@ class PromptEncoder:
             columns = settings.prefix_column, settings.suffix_column
             self._template = Infill(*columns, pieces, allow_special_tokens=allow)
             self.stop_token_ids = self._template.stop_token_ids
+        self._decoder = decoder and DecoderPrompts(
+            tokenizer, settings.decoder_prompt, decoder, allow_special_tokens=allow
+        )
         self._max_tokens = max_tokens
         self._shots = shots
         with shots_own_errors():
@@ -248,9 +279,12 @@ class PromptEncoder:
         Raises:
             RecordError: the row yields no prompt, or one that is too long.
         """
-        limit = self._max_tokens - num_answer_tokens
+        limit = self._max_tokens - (0 if self._decoder else num_answer_tokens)
         with rows_own_errors():
-            return self._prompt(row, min(limit, self.settings.max_prompt_tokens or limit))
+            prompt = self._prompt(row, min(limit, self.settings.max_prompt_tokens or limit))
+            if self._decoder is None:
+                return prompt
+            return self._decoder.started(prompt, row, num_answer_tokens=num_answer_tokens)
 
     def _prompt(self, row: Row, max_tokens: int) -> Prompt:
         """Return the prompt of one row, its texts cut if necessary and allowed."""
@@ -285,6 +319,8 @@ class PromptEncoder:
         if self._chat and column and not isinstance(row, str):
             messages = _messages(row, column)
             parts = self._chat.render(messages, system)
+            if self._decoder is not None:
+                self._decoder.check_conversation(messages[-1]["role"])
             of_row = itertools.chain.from_iterable(images.values())
             pictures = self._images.of_messages(messages, of_row, column)
             return self._images.prompt(parts, pictures, truncated=truncated)
@@ -352,7 +388,7 @@ class PromptEncoder:
             holder, key = max(texts_of, key=lambda place: len(place[0][place[1]]))
             holder[key] = self._cut_text(holder[key], num_tokens)
             return {column: messages}
-        uses = self.settings.prompt_columns.items()
+        uses = self.settings.text_columns.items()
         texts = {c: format_value(c, row[c]) for c, use in uses if use != "images"}
         if not texts:
             return row

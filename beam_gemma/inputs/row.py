@@ -55,6 +55,8 @@ class Prompt:
     decoder_token_ids: tuple[int, ...] = ()
     """Tokens that the decoder of an encoder-decoder starts with, `<bos>` included; `token_ids` is
     then the source, which its encoder reads. Empty for other models."""
+    decoder_parts: tuple[Part, ...] = ()
+    """What the decoder starts with, as parts, without `<bos>`."""
 
     @property
     def text(self) -> str:
@@ -62,12 +64,18 @@ class Prompt:
         return as_text(self.parts)
 
     @property
+    def decoder_text(self) -> str:
+        """Readable text of what the decoder starts with, without `<bos>`."""
+        return as_text(self.decoder_parts)
+
+    @property
     def identity(self) -> list[Any]:
         """JSON-serializable value that is equal only for equal prompts."""
-        if not self.places:
+        start = [self.decoder_token_ids] if self.decoder_token_ids else []
+        if not self.places and not start:
             return [self.token_ids, self.truncated]
-        digests = [image.digest for image in self.images]
-        return [self.token_ids, self.truncated, self.places, digests]
+        digests = [image.digest for image in self.images] if self.places else []
+        return [self.token_ids, self.truncated, self.places, digests, *start]
 
     @classmethod
     def of_identity(
@@ -83,8 +91,8 @@ class Prompt:
         Raises:
             RecordError: a picture of the prompt is missing.
         """
-        token_ids, truncated, *shown = identity
-        places, digests = shown or ((), ())
+        token_ids, truncated, *more = identity
+        places, digests, *start = more or ((), ())
         files = {image.digest: image for image in (*map(ImageFile, images), *others)}
         if missing := [digest for digest in digests if digest not in files]:
             raise RecordError(
@@ -97,6 +105,7 @@ class Prompt:
             truncated=truncated,
             places=tuple(ImagePlace(*place) for place in places),
             images=tuple(files[digest] for digest in digests),
+            decoder_token_ids=tuple(start[0]) if start else (),
         )
 
 

@@ -21,6 +21,9 @@ from beam_gemma.tasks.interface import Asked
 Form = Literal["text", "json"]
 SAMPLE_IMAGE_ROWS = 100
 """Rows to sample of a table with pictures, which are read."""
+MIN_SNAPSHOT_SHARERS = 4
+"""Fewest rows that share a prefix before the engine keeps its recurrent state, as
+`engine.snapshots.MIN_SHARERS` says."""
 SHOWN_PROMPTS = 3
 SHOWN_REASONS = 3
 
@@ -38,12 +41,17 @@ def preview(
         form: Output form; `json` has only figures and no row contents.
     """
     asked, reasons = _ask(source, handler, artifact)
+    signature = next(s for (head, _), s in artifact.signatures.items() if head == handler.head)
+    # The decoder of a source has no prefixes in common with others: it reads the source.
+    reuses = signature.paged_states and not signature.has_source
     sample = Sample(
         lengths=[sum(len(prompt.token_ids) for prompt in row.prompts) for row in asked],
         sequences=[row.sequences for row in asked],
+        sources=[row.sources for row in asked if row.sources],
         reasons=reasons,
         num_truncated=sum(any(prompt.truncated for prompt in row.prompts) for row in asked),
-        block_tokens=_block_tokens(handler, artifact),
+        block_tokens=signature.block_size if reuses else None,
+        min_sharers=MIN_SNAPSHOT_SHARERS if signature.has_recurrent_state else 2,
         is_drawn=handler.settings.is_sampled,
     )
     estimate = Estimate(
@@ -86,12 +94,6 @@ def _ask(
 def _without_files(asked: Asked) -> Asked:
     """Return a row's requests without the files of its pictures, of which there may be many."""
     return replace(asked, prompts=tuple(replace(prompt, images=()) for prompt in asked.prompts))
-
-
-def _block_tokens(handler: TaskHandler, artifact: Artifact) -> int | None:
-    """Return the engine's block size for prefix reuse, in tokens; None without reuse."""
-    signature = next(s for (head, _), s in artifact.signatures.items() if head == handler.head)
-    return signature.block_size if signature.paged_states else None
 
 
 def _size(source: Source) -> str:
@@ -151,6 +153,9 @@ def _prompt_lines(prompts: list[Prompt]) -> list[str]:
     lines = []
     for number, prompt in enumerate(prompts, start=1):
         lines += [f"prompt {number}, {len(prompt.token_ids):,} tokens:", prompt.text]
+        if prompt.decoder_parts:
+            num_tokens = len(prompt.decoder_token_ids)
+            lines += [f"decoder prompt {number}, {num_tokens:,} tokens:", prompt.decoder_text]
     return lines
 
 

@@ -24,12 +24,16 @@ class Sample:
     """Prompt tokens of each valid row."""
     sequences: Sequence[Sequences]
     """Token sequences that the model would compute for each valid row."""
+    sources: Sequence[Sequences] = ()
+    """Sources that an encoder would read for each valid row; empty for a decoder alone."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Number of invalid rows per reason."""
     num_truncated: int = 0
     """Number of rows whose prompt would be truncated."""
     block_tokens: int | None = None
     """Tokens per block of a shared prefix, which is computed once; None without prefix reuse."""
+    min_sharers: int = 2
+    """Fewest sequences that have a prefix before it is computed once for all of them."""
     is_drawn: bool = False
     """True if results are sampled, so that equal rows are not merged."""
 
@@ -39,9 +43,10 @@ class Sample:
         return len(self.sequences) + self.reasons.total()
 
     @property
-    def distinct(self) -> list[Sequences]:
-        """Requests to compute, one for all rows that make the same request."""
-        return list(self.sequences if self.is_drawn else dict.fromkeys(self.sequences))
+    def distinct(self) -> list[tuple[Sequences, Sequences]]:
+        """Sequences and sources to compute, once for all rows that make the same request."""
+        asked = list(zip(self.sequences, self.sources or [()] * len(self.sequences), strict=True))
+        return asked if self.is_drawn else list(dict.fromkeys(asked))
 
     @property
     def num_duplicates(self) -> int:
@@ -50,16 +55,19 @@ class Sample:
 
     @property
     def num_computed_tokens(self) -> int:
-        """Prompt tokens to compute; equal requests and shared prefixes count once."""
-        sequences = [sequence for row in self.distinct for sequence in row]
-        reused = 0 if self.block_tokens is None else _num_reused(sequences, self.block_tokens)
-        return sum(map(len, sequences)) - reused
+        """Prompt tokens to compute; equal requests, shared prefixes and sources count once."""
+        sequences = [sequence for row, _ in self.distinct for sequence in row]
+        sources = {source for row in self.sources for source in row}
+        reused = 0
+        if self.block_tokens is not None:
+            reused = _num_reused(sequences, self.block_tokens, self.min_sharers)
+        return sum(map(len, sequences)) - reused + sum(map(len, sources))
 
     @property
     def has_work_in_common(self) -> bool:
         """True if the rows together need fewer computed tokens than each on its own."""
-        alone = sum(len(sequence) for row in self.sequences for sequence in row)
-        return self.num_computed_tokens < alone
+        rows = (*self.sequences, *self.sources)
+        return self.num_computed_tokens < sum(len(sequence) for row in rows for sequence in row)
 
 
 class Distribution(NamedTuple):
@@ -220,18 +228,27 @@ def distribution(lengths: Sequence[int]) -> Distribution | None:
     return Distribution(mean=sum(ordered) / len(ordered), p95=p95, most=ordered[-1])
 
 
-def _num_reused(sequences: Iterable[Sequence[int]], block_tokens: int) -> int:
-    """Return the number of tokens in prefix blocks that an earlier sequence has computed."""
+def _num_reused(sequences: Iterable[Sequence[int]], block_tokens: int, min_sharers: int) -> int:
+    """Return the number of tokens in prefix blocks that an earlier sequence has computed.
+
+    Args:
+        sequences: Token ids of each sequence.
+        block_tokens: Tokens of a block.
+        min_sharers: Fewest sequences that have a block before it is reused.
+    """
     known: dict[tuple[int, Sequence[int]], int] = {}
-    num_reused = 0
+    num_sharers, num_reusers = Counter[int](), Counter[int]()
     for sequence in sequences:
         place = 0  # node of the blocks so far, in a tree of all prefixes
         for end in range(block_tokens, len(sequence) + 1, block_tokens):
             block = place, sequence[end - block_tokens : end]
-            # The last token predicts the next one, so it must be computed.
-            num_reused += block_tokens if block in known and end < len(sequence) else 0
+            is_new = block not in known
             place = known.setdefault(block, len(known) + 1)
-    return num_reused
+            num_sharers[place] += 1
+            # The last token predicts the next one, so it must be computed.
+            num_reusers[place] += not is_new and end < len(sequence)
+    places = (place for place, number in num_sharers.items() if number >= min_sharers)
+    return block_tokens * sum(num_reusers[place] for place in places)
 
 
 def _secs(num_tokens: int | None, per_sec: float | None) -> float | None:

@@ -43,6 +43,10 @@ MAX_NAME = 1000
 """Longest name of a file, with its folders, in characters."""
 SMALL_FILE_BYTES = 16 << 20
 """Files up to this size are checked in full each time a folder is opened."""
+PURPOSES: Mapping[Head, str] = {
+    **{head: task for task, head in HEADS.items()}, "encode": "encode", "vision": "see"
+}  # fmt: skip
+"""What the graph of each head is for: a task, or to encode sources or to see pictures for one."""
 LOGGER = logging.getLogger(__name__)
 _SHA256 = re.compile("[0-9a-f]{64}")
 # What a description raises while it is built from a field of another type or value.
@@ -179,11 +183,11 @@ class Artifact:
             ArtifactError: the folder was exported without that graph.
         """
         if (head, device) not in self.signatures:
-            tasks = {of: task for task, of in HEADS.items()} | {"vision": "see"}
-            have = ", ".join(f"{tasks[h]} on {d}" for h, d in self.signatures)
-            how = "without --text_only, with" if head == "vision" else f"with --tasks {tasks[head]}"
+            have = ", ".join(f"{PURPOSES[h]} on {d}" for h, d in self.signatures)
+            task = "generate" if head == "encode" else PURPOSES[head]
+            how = "without --text_only, with" if head == "vision" else f"with --tasks {task}"
             raise ArtifactError(
-                f"{self.path}: expected a graph to {tasks[head]} on {device}, got {have}; "
+                f"{self.path}: expected a graph to {PURPOSES[head]} on {device}, got {have}; "
                 f"export the model again {how} --device {device}"
             )
         return self.signatures[head, device]

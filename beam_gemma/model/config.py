@@ -16,6 +16,7 @@ from beam_gemma.model.config_reader import (
     FACTORS,
     MAX_SIZES,
     OPTIONAL_FACTORS,
+    OPTIONAL_SIZES,
     Reader,
     check_factor,
     check_size,
@@ -90,6 +91,9 @@ class GemmaConfig:
     """Tokens that the convolution of a recurrent block spans, its own included."""
     partial_rotary_factor: float = 1.0
     """Share of a head's channels, the first ones, that the rotary embedding turns."""
+    eoi_token_id: int | None = None
+    """Token id whose embedding is a tensor of its own, not scaled; None in models without one. In
+    T5Gemma 2 it is the end of a picture."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -116,15 +120,16 @@ class GemmaConfig:
                 f"num_attention_heads: expected a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}), got {self.num_attention_heads}"
             )
-        if not self.tie_word_embeddings:
+        if not self.tie_word_embeddings and self.model_type != "t5gemma":
             raise ConfigError("tie_word_embeddings: expected true for a Gemma model, got false")
         if self.use_bidirectional_attention:
             self._check_two_sided()
+        self._check_recurrent()
 
     def _check_numbers(self) -> None:
         for name in MAX_SIZES:
             value = getattr(self, name)
-            if value is not None or name != "sliding_window":
+            if value is not None or name not in OPTIONAL_SIZES:
                 check_size(name, value)
         for name in FACTORS:
             value = getattr(self, name)
@@ -132,6 +137,8 @@ class GemmaConfig:
                 check_factor(name, value)
 
     def _check_two_sided(self) -> None:
+        if self.model_type in ENCODER_DECODERS and not self.reads_source:
+            return
         if self.model_type != "gemma3_text":
             raise ConfigError(
                 f"use_bidirectional_attention: expected false in a {self.model_type} model, "
@@ -146,10 +153,31 @@ class GemmaConfig:
                 f"put {2 * (self.sliding_window - 1)} where that is what the model was trained with"
             )
 
+    def _check_recurrent(self) -> None:
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
+            raise ConfigError(
+                f"partial_rotary_factor: expected a share of head_dim ({self.head_dim}) that is an "
+                f"even number of channels, got {self.partial_rotary_factor}"
+            )
+        if self.model_type != "recurrent_gemma":
+            return
+        if self.lru_width is None or self.lru_width % self.num_attention_heads:
+            raise ConfigError(
+                f"lru_width: expected a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), got {self.lru_width}"
+            )
+        if self.conv1d_width is None or self.conv1d_width < 2:
+            raise ConfigError(f"conv1d_width: expected at least 2, got {self.conv1d_width}")
+
     @property
     def attention_scale(self) -> float:
         """Factor applied to query-key products."""
         return 1.0 / math.sqrt(self.query_pre_attn_scalar)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that the rotary embedding turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def has_qk_norm(self) -> bool:
@@ -184,8 +212,8 @@ class GemmaConfig:
     def window(self, layer_type: str) -> int | None:
         """Return the number of tokens visible to a query in layers of this type, or None for all.
 
-        With `use_bidirectional_attention`, a query sees half as many to each side:
-        abs(distance) <= window // 2.
+        With `use_bidirectional_attention`, a query sees tokens on both sides; how many, the graph
+        decides by the model (`export.modules.encoder.reach`).
         """
         return self.sliding_window if layer_type == SLIDING else None
 

@@ -36,11 +36,14 @@ MAX_SIZES = {
     "head_dim": 1 << 13,
     "max_position_embeddings": 1 << 24,
     "sliding_window": 1 << 24,
+    "lru_width": 1 << 17,
+    "conv1d_width": 64,
 }
 """Largest sizes that are read: at least 8 times those of any released Gemma."""
-FACTORS = ("query_pre_attn_scalar", "rms_norm_eps", "attn_logit_softcapping",
-           "final_logit_softcapping")  # fmt: skip
-OPTIONAL_FACTORS = FACTORS[2:]
+OPTIONAL_SIZES = ("sliding_window", "lru_width", "conv1d_width")
+FACTORS = ("query_pre_attn_scalar", "rms_norm_eps", "partial_rotary_factor",
+           "attn_logit_softcapping", "final_logit_softcapping")  # fmt: skip
+OPTIONAL_FACTORS = FACTORS[3:]
 MAX_FACTOR = 1e12
 """Larger numbers, of which float32 makes infinities where they are multiplied, are refused."""
 

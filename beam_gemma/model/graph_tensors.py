@@ -76,6 +76,11 @@ class RecurrentState:
     """Shape for one sequence."""
     dtype: str = "float32"
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of the layers."""
+        return [f"{self.name}.{layer}" for layer in self.layers]
+
 
 State = PagedState | RecurrentState
 

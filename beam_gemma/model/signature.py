@@ -9,7 +9,8 @@ with a probability, F of these with the full distribution, Y targets, V vocabula
 size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
 sequences, E embeddings of pictures, W width of an embedding, L places of a padded text or tokens of
 a picture, N pictures, I pixels of a side, X new tokens inside spans, Z spans of the step, C source
-tokens of sequences that start in the step, U width of the encoder.
+tokens of sequences that start in the step, U width of the encoder; B1, Z1, T1, T2 for one or two
+more, TC for T + C.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -30,6 +31,9 @@ Inputs for each kind of state of a model
         state_slots [B] int32          slot of each sequence; its content is treated as zero if
                                        past_seqlens is 0
         name.i [S, ...]                one tensor for each layer i, updated in place
+        token_rows [B, L] int64        CUDA: packed position of each new token, one sequence per
+                                       row; -1 is padding
+        token_places [T] int64         CUDA: place of each token among these B * L places
 
 Inputs of decoders whose sequences have a source, which an encoder has read
     source_states [C, U]           encoder's states of the sources of the sequences that start in
@@ -39,6 +43,20 @@ Inputs of decoders whose sequences have a source, which an encoder has read
                                    value of each source token; -1 skips the write
     block_table.g                  as above; a group that holds sources alone has no slot_mapping.g
     cross_key_cache.i, cross_value_cache.i    caches of a group that holds sources alone
+
+CUDA decoders whose sequences have a source take each new token as a sequence of its own, for the
+groups that hold sources; behind the T new tokens come the C source tokens, which are only written.
+The inputs below take the place of `source_seqlens` and of the `block_table.g`, `slot_mapping.g` and
+`source_slots.g` of these groups
+    token_rows [TC] int64          packed position of each of the T + C tokens; -1 if a source's
+    source_rows [TC] int64         row of `source_states` of each of them; -1 if new
+    token_places [T] int64         index of each new token among the T + C tokens
+    token_cu_seqlens [T2] int32    where each new token and each sequence of source tokens starts
+    token_past_seqlens.g [T1] int32    cells of its sequence that a new token reaches before the
+                                   last one it reaches; 0 for sequences of source tokens
+    token_block_table.g [T1, M] int32    cache blocks of each new token's sequence; block 0 for
+                                   sequences of source tokens
+    token_slot_mapping.g [TC] int32    cache slot of each new key and value; -1 skips the write
 
 Optional inputs, if a model declares them
     inputs_embeds [E, D]           embeddings of pictures that take the place of those of ids; at
@@ -82,7 +100,7 @@ Head `vision`: no state and none of the inputs above; each picture is computed b
     pixels [N, 3, I, I] uint8      pictures of the model's size, channels first, red first
     image_features [N, L, D]       output: embeddings of each picture's L tokens, in `dtype`
 
-Inputs of CUDA graphs with the head `embed`, in addition
+Inputs of CUDA graphs with the heads `embed` and `encode`, in addition
     position_ids [T]
     token_rows [B, L] int64        packed position of each token, one text per row; -1 is padding
     token_places [T] int64         place of each token among these B * L places
@@ -139,6 +157,9 @@ QUERY_TILE = 64
 """CPU: most new tokens of a sequence per attention tile; attention pads only to whole tiles."""
 PREFILL_ROWS = 64
 """CUDA: rows of a prefill step passed to the head, so most prompts that can end in one step."""
+SOURCE_PREFILL_TOKENS = 256
+"""CUDA: most new tokens of a prefill step of a decoder whose sequences have a source. What such a
+decoder starts with is short, while each of its tokens is a sequence of its own to attention."""
 TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
 OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "first_keys", "position_ids")
@@ -185,14 +206,31 @@ class Signature:
         return tuple(s for s in self.states if isinstance(s, PagedState))
 
     @property
+    def recurrent_states(self) -> tuple[RecurrentState, ...]:
+        """States of a fixed size for each sequence."""
+        return tuple(s for s in self.states if isinstance(s, RecurrentState))
+
+    @property
     def has_source(self) -> bool:
         """True if each sequence of the decoder has a source, which an encoder reads first."""
         return self.source_size > 0
 
     @property
+    def ring(self) -> int | None:
+        """Fewest cells that the tokens of a window go round in; None if none does."""
+        rings = (s.sliding_window for s in self.paged_states if s.holds == "both")
+        return min((cells for cells in rings if cells is not None), default=None)
+
+    def prefill_tokens(self, max_num_batched_tokens: int) -> int:
+        """Return the most new tokens of a step that computes prompts."""
+        if self.device == "cuda" and self.has_source:
+            return min(max_num_batched_tokens, SOURCE_PREFILL_TOKENS)
+        return max_num_batched_tokens
+
+    @property
     def has_recurrent_state(self) -> bool:
         """True if each running sequence needs a state slot."""
-        return any(isinstance(s, RecurrentState) for s in self.states)
+        return bool(self.recurrent_states)
 
     @property
     def chooses(self) -> bool:
@@ -222,10 +260,12 @@ class Signature:
             tensors += self._paged_inputs(state)
         if self.has_recurrent_state:
             tensors.append(Tensor(name="state_slots", dtype="int32", shape=("B",)))
+            tensors += _ROW_INPUTS if self.device == "cuda" else ()
         if self.has_source:
             states = ("C", self.source_size)
             tensors.append(Tensor(name="source_states", dtype=self.dtype, shape=states))
-            tensors += _tensors(("B",), source_seqlens="int32")
+            on_cuda = self.device == "cuda"
+            tensors += _SOURCE_INPUTS if on_cuda else _tensors(("B",), source_seqlens="int32")
         if self.chooses:
             tensors += _CHOICE_INPUTS
         tensors += self._optional_tensors()
@@ -245,10 +285,7 @@ class Signature:
         for state in self.states:
             if isinstance(state, RecurrentState):
                 shape: tuple[int | str, ...] = ("S", *state.shape)
-                tensors += [
-                    _state_tensor(f"{state.name}.{layer}", state.dtype, shape)
-                    for layer in state.layers
-                ]
+                tensors += [_state_tensor(name, state.dtype, shape) for name in state.names]
             else:
                 tensors += self._cache_tensors(state)
         if self.chooses:
@@ -308,6 +345,16 @@ class Signature:
 
     def _paged_inputs(self, state: PagedState) -> list[Tensor]:
         group = state.group
+        if self.device == "cuda" and state.holds != "target":
+            shapes = {
+                "token_past_seqlens": ("T1",),
+                "token_block_table": ("T1", f"M_{group}"),
+                "token_slot_mapping": ("TC",),
+            }
+            return [
+                Tensor(name=f"{name}.{group}", dtype="int32", shape=shape)
+                for name, shape in shapes.items()
+            ]
         tensors = [Tensor(name=f"block_table.{group}", dtype="int32", shape=("B", f"M_{group}"))]
         if state.holds != "source":
             tensors.append(Tensor(name=f"slot_mapping.{group}", dtype="int32", shape=("T",)))
@@ -347,10 +394,15 @@ class Signature:
         ]
 
 
-_TEXT_INPUTS = (
-    *_tensors(("T",), position_ids="int64"),
+_ROW_INPUTS = (
     *_tensors(("B", "L"), token_rows="int64"),
     *_tensors(("T",), token_places="int64"),
+)
+_TEXT_INPUTS = (*_tensors(("T",), position_ids="int64"), *_ROW_INPUTS)
+_SOURCE_INPUTS = (
+    *_tensors(("TC",), token_rows="int64", source_rows="int64"),
+    *_tensors(("T",), token_places="int64"),
+    *_tensors(("T2",), token_cu_seqlens="int32"),
 )
 _SPAN_INPUTS = (
     *_tensors(("X",), span_rows="int64"),

@@ -2,11 +2,14 @@
 
 A session owns the loaded graph and the state buffers. Each buffer is bound once, as both input and
 output of every step, so that a step updates it in place.
+
+Dimensions: T tokens, D hidden.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float32
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import Artifact
@@ -56,6 +59,7 @@ class Session:
         self._state = {
             t.input_name: np.zeros(capacity.shape_of(t), t.dtype) for t in signature.state_tensors()
         }
+        self._recurrent = [name for s in signature.recurrent_states for name in s.names]
         # A binding keeps every output once bound to it, so each set of outputs has its own binding.
         self._bindings = {with_logits: self._bind() for with_logits in (False, True)}
 
@@ -116,6 +120,11 @@ class Session:
         """Run one step over whole texts and return their embeddings."""
         return EmbedOutput(**self._run(feeds, with_logits=False))
 
+    def encode(self, feeds: Feeds) -> Float32[np.ndarray, "T D"]:
+        """Run one step over whole sources and return the state of each token."""
+        [states] = self._run(feeds, with_logits=False).values()
+        return states
+
     def stats(self) -> DeviceStats:
         """Return empty GPU statistics."""
         return DeviceStats()
@@ -139,6 +148,11 @@ class Session:
         for layer in state.layers:
             for name in state.names(layer):
                 self._state[name][:, list(blocks)] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the recurrent state of a slot to another one."""
+        for name in self._recurrent:
+            self._state[name][target] = self._state[name][source]
 
     def _bind(self) -> onnxruntime.IOBinding:
         """Return a binding that reads and writes the state buffers."""

@@ -9,7 +9,7 @@ for all later steps of that shape.
 A graph is captured with an empty step: ONNX Runtime runs a graph twice while capturing it, so a
 real step would choose two tokens.
 
-Dimensions: V vocabulary.
+Dimensions: V vocabulary, T tokens, D hidden.
 """
 
 import logging
@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
 from beam_gemma.errors import DeviceError, OptionsError
 from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.startup_log import logged
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.bound_graph import UNCAPTURED, Binding, BoundGraph, Place, is_lack_of_memory
-from beam_gemma.runtime.capacity import Capacity, plan_capacity
+from beam_gemma.runtime.capacity import Capacity, num_slots, plan_capacity
 from beam_gemma.runtime.device_memory import DeviceMemory, Mark
 from beam_gemma.runtime.device_state import DeviceState
 from beam_gemma.runtime.step_buffers import CANDIDATES, Layout, StepBuffers, num_real
@@ -75,8 +75,9 @@ class CudaSession:
             ArtifactError: the graph differs from its signature, or part of it cannot run there.
         """
         self.signature = signature
-        self.num_state_slots = max_num_seqs + 1
-        """Number of slots, including a spare last one for padding."""
+        self.num_state_slots = num_slots(signature, max_num_seqs) + 1
+        """Number of slots, including those for snapshots and a spare last one for padding."""
+        self._max_num_seqs = max_num_seqs
         self._memory = memory
         self._sizes = sizes
         self._stats = DeviceStats(total_mib=memory.room().total // MIB)
@@ -144,9 +145,20 @@ class CudaSession:
             feeds = side_by_side(feeds)
         return EmbedOutput(**self.start(feeds).arrays())
 
+    def encode(self, feeds: Feeds) -> Shaped[np.ndarray, "T D"]:
+        """Run one step over whole sources and return the state of each token."""
+        if self.signature.device == "cuda":
+            feeds = side_by_side(feeds)
+        [states] = self.start(feeds).arrays().values()
+        return states
+
     def zero_blocks(self, group: str, blocks: list[int]) -> None:
         """Overwrite cache blocks with zeros, after all steps started so far."""
         self._state.zero_blocks(group, blocks)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the recurrent state of a slot to another one, after all steps started so far."""
+        self._state.copy_slot(source, target)
 
     def stats(self) -> DeviceStats:
         """Return statistics so far; querying the device here could break a graph capture."""
@@ -178,7 +190,7 @@ class CudaSession:
         capacity = plan_capacity(
             self.signature,
             num_bytes=max(0, room.free - round((1 - memory_utilization) * room.total)),
-            max_num_seqs=self.num_state_slots - 1,
+            max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._sizes.prefill[-1],
         )
         self.num_blocks = dict(capacity.num_blocks)
@@ -247,16 +259,19 @@ class CudaSession:
         Prompts are not split into chunks smaller than a block, so prefill steps keep at least
         `block_size` tokens.
         """
-        kind, least = ("decode", 1) if shape.is_decode else ("prefill", self.signature.block_size)
+        kind, least, size = "prefill", self.signature.block_size, shape.size
+        if shape.is_decode:
+            kind, least = "decode", 1
+        elif shape.num_source_tokens > size:
+            kind, size = "sources", shape.num_source_tokens
         sizes: tuple[int, ...] = getattr(self._sizes, kind)
-        size = shape.size
         if size not in sizes or size <= least:
             return
         smaller = tuple(s for s in sizes if s < size) or (max(size // 2, least),)
         self._sizes = replace(self._sizes, **{kind: smaller})
         LOGGER.warning(
-            "device: no room for %s steps of %d tokens; from now on they have at most %d",
-            kind,
+            "device: no room for %s of %d tokens; from now on they have at most %d",
+            {"sources": "sources"}.get(kind, f"{kind} steps"),
             size,
             smaller[-1],
         )

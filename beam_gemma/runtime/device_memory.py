@@ -77,6 +77,9 @@ class DeviceMemory(Protocol):
     def zero(self, address: int, *, width: int, pitch: int, height: int) -> None:
         """Zero `height` rows of `width` bytes, `pitch` bytes apart, the first at an address."""
 
+    def copy(self, target: int, source: int, *, width: int, pitch: int, height: int) -> None:
+        """Copy `height` rows of `width` bytes, `pitch` bytes apart at either address."""
+
     def mark(self) -> Mark:
         """Return a mark after all operations so far."""
 
@@ -137,6 +140,12 @@ class CudaMemory:
             return
         for row in range(height):
             _checked(self._cuda.cudaMemsetAsync(address + row * pitch, 0, width, self._stream))
+
+    def copy(self, target: int, source: int, *, width: int, pitch: int, height: int) -> None:
+        """Copy `height` rows of `width` bytes, `pitch` bytes apart at either address."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        for row in range(height):
+            self._copy(target + row * pitch, source + row * pitch, width, kind)
 
     def mark(self) -> Mark:
         """Return a mark after all operations so far."""
@@ -219,6 +228,11 @@ class HostMemory:
         """Zero `height` rows of `width` bytes, `pitch` bytes apart, the first at an address."""
         for row in range(height):
             ctypes.memset(address + row * pitch, 0, width)
+
+    def copy(self, target: int, source: int, *, width: int, pitch: int, height: int) -> None:
+        """Copy `height` rows of `width` bytes, `pitch` bytes apart at either address."""
+        for row in range(height):
+            ctypes.memmove(target + row * pitch, source + row * pitch, width)
 
     def mark(self) -> Mark:
         """Return a mark of the current time."""

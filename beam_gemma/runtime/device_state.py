@@ -23,7 +23,7 @@ class DeviceState:
     """Caches and other state of a session, initially zero.
 
     The caches of all layers of a group lie in one allocation, one after another, so that one call
-    can zero a block in all of them.
+    can zero a block in all of them; so do the tensors of a recurrent state.
     """
 
     def __init__(self, signature: Signature, capacity: Capacity, memory: DeviceMemory) -> None:
@@ -41,6 +41,10 @@ class DeviceState:
         for state in signature.paged_states:
             names = [name for layer in state.layers for name in state.names(layer)]
             self._groups[state.group] = self._place([tensors.pop(name) for name in names])
+        self._recurrent = [
+            self._place([tensors.pop(name) for name in state.names])
+            for state in signature.recurrent_states
+        ]
         for tensor in tensors.values():
             self._place([tensor])
 
@@ -59,11 +63,25 @@ class DeviceState:
             begin = caches[0].address + places[0] * size
             self._memory.zero(begin, width=len(places) * size, pitch=pitch, height=len(caches))
 
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the recurrent state of a slot to another one, in all layers."""
+        for placed in self._recurrent:
+            first = placed[0]
+            pitch = num_bytes(first.tensor.dtype, first.shape)
+            size = pitch // first.shape[0]
+            self._memory.copy(
+                first.address + target * size,
+                first.address + source * size,
+                width=size,
+                pitch=pitch,
+                height=len(placed),
+            )
+
     def free(self) -> None:
         """Free the memory; no step may read it afterwards."""
         for address in self._pieces:
             self._memory.free(address)
-        self._pieces, self._placed, self._groups = [], [], {}
+        self._pieces, self._placed, self._groups, self._recurrent = [], [], {}, []
 
     def _place(self, tensors: Sequence[StateTensor]) -> list[Placed]:
         """Allocate tensors of one shape in one piece, one after another."""

@@ -15,6 +15,7 @@ from beam_gemma.monitoring.startup_log import logged
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.cuda_session import CudaSession
 from beam_gemma.runtime.device_memory import (
+    FLASH_CAPABILITY,
     CudaMemory,
     DeviceMemory,
     compute_capability,
@@ -45,7 +46,8 @@ def open_session(
         signature = artifact.signature(head, device)
         require_bfloat16(signature.dtype, compute_capability)
         require_two_sided(signature, compute_capability)
-        return open_on(CudaMemory(), artifact, signature, limits)
+        splits_sources = signature.has_source and compute_capability() < FLASH_CAPABILITY
+        return open_on(CudaMemory(), artifact, signature, limits, splits_sources=splits_sources)
     config = limits.engine_config(device)
     tokens = limits.embed_tokens(device) if head == "embed" else config.max_num_batched_tokens
     try:
@@ -62,9 +64,22 @@ def open_session(
 
 
 def open_on(
-    memory: DeviceMemory, artifact: Artifact, signature: Signature, limits: Limits
+    memory: DeviceMemory,
+    artifact: Artifact,
+    signature: Signature,
+    limits: Limits,
+    *,
+    splits_sources: bool = False,
 ) -> CudaSession:
-    """Load a CUDA graph with its inputs, outputs and state in a device's memory."""
+    """Load a CUDA graph with its inputs, outputs and state in a device's memory.
+
+    Args:
+        memory: The device's memory.
+        artifact: The model folder.
+        signature: Contract of the graph.
+        limits: Limits set by the user.
+        splits_sources: Whether attention takes each source token as a sequence.
+    """
     names = [name for name in artifact.files if name.startswith("weights/")]
     with logged("read weights ahead"):
         read_ahead(artifact.path / name for name in names)
@@ -72,22 +87,40 @@ def open_on(
         str(artifact.graph_path(signature.head, signature.device)),
         signature,
         memory,
-        sizes=_sizes(signature, limits),
+        sizes=_sizes(signature, limits, splits_sources=splits_sources),
         max_num_seqs=limits.engine_config("cuda").max_num_seqs,
         memory_utilization=limits.memory_utilization,
     )
 
 
-def _sizes(signature: Signature, limits: Limits) -> StepSizes:
-    """Return the sizes to pad steps to; for embedding, they cover a text longer than the budget."""
+def _sizes(signature: Signature, limits: Limits, *, splits_sources: bool) -> StepSizes:
+    """Return the sizes to pad steps to.
+
+    For whole texts and for sources, they cover one that is longer than the budget.
+
+    Args:
+        signature: Contract of the graph.
+        limits: Limits set by the user.
+        splits_sources: Whether attention takes each source token as a sequence.
+    """
     if signature.head == "embed":
-        tokens = limits.embed_tokens("cuda")
-        larger = takewhile(
-            lambda n: n < 2 * signature.max_model_len, (tokens << i for i in count())
-        )
-        return StepSizes(decode=(), prefill=tuple(larger) or (tokens,))
+        sizes = _doubled(limits.embed_tokens("cuda"), signature.max_model_len)
+        return StepSizes(decode=(), prefill=sizes)
     tokens = limits.engine_config("cuda").max_num_batched_tokens
-    return StepSizes(decode=limits.capture_sizes, prefill=(tokens,))
+    if signature.head == "encode":
+        return StepSizes(decode=(), prefill=_doubled(tokens, signature.max_model_len))
+    return StepSizes(
+        decode=limits.capture_sizes,
+        prefill=(signature.prefill_tokens(tokens),),
+        sources=_doubled(tokens, signature.max_source_len) if signature.has_source else (),
+        splits_sources=splits_sources,
+    )
+
+
+def _doubled(tokens: int, longest: int) -> tuple[int, ...]:
+    """Return a size and its doubles, up to one that `longest` tokens fit into."""
+    larger = takewhile(lambda n: n < 2 * longest, (tokens << i for i in count()))
+    return tuple(larger) or (tokens,)
 
 
 NUM_THREADS = 8

@@ -148,7 +148,8 @@ def num_real(tensor: Tensor, feeds: Mapping[str, Any]) -> int:
     letter = str(tensor.shape[0])
     if letter == "B":
         return len(feeds["cu_seqlens"]) - 1
-    return len(feeds[{"R": "logit_rows", "Q": "probability_rows", "Y": "target_ids"}[letter]])
+    names = {"R": "logit_rows", "Q": "probability_rows", "Y": "target_ids", "T": "input_ids"}
+    return len(feeds[names[letter]])
 
 
 def _lay_out(tensors: Sequence[Tensor], shape: StepShape) -> dict[str, Slot]:

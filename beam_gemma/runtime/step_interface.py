@@ -5,7 +5,7 @@ be started in between. Steps never run in parallel: each reads what the previous
 
 Dimensions: R packed positions that need a head, Q of these that need a probability, F of these that
 need the full distribution, Y targets, V vocabulary, C candidates, B sequences, W width of an
-embedding, D hidden.
+embedding, D hidden, T tokens.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, Shaped
 
 from beam_gemma.model.signature import Signature
 
@@ -64,6 +64,19 @@ class EmbedOutput:
 
 
 @runtime_checkable
+class SourceEncoder(Protocol):
+    """Interface that an engine needs of the session of an encoder, with the head `encode`."""
+
+    signature: Signature
+
+    def encode(self, feeds: Feeds) -> Shaped[np.ndarray, "T D"]:
+        """Run one step over whole sources and return the state of each token.
+
+        States of bfloat16, which numpy lacks, are returned as uint16.
+        """
+
+
+@runtime_checkable
 class Pending(Protocol):
     """A started step."""
 
@@ -100,6 +113,8 @@ class Runner(Protocol):
     signature: Signature
     num_blocks: dict[str, int]
     num_state_slots: int
+    """Slots for state of a fixed size: one for each sequence, then those for snapshots; the last
+    one of a session on CUDA is spare, for padding."""
     max_steps_in_flight: int
     """Number of steps that may be started before the first of them is waited for."""
 
@@ -116,3 +131,6 @@ class Runner(Protocol):
 
     def zero_blocks(self, group: str, blocks: list[int]) -> None:
         """Overwrite cache blocks with zeros, after all steps started so far."""
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the recurrent state of a slot to another one, after all steps started so far."""

@@ -7,19 +7,21 @@ start at position 0, write nothing to a cache (slot -1) and read block 0, which 
 them: sequences of one token each in a decode step, one sequence of all padding tokens in a prefill
 step. Padding rows repeat row 0, and their chosen tokens go to a slot that no sequence has. A step
 without spans or pictures has a padding span of one token, and one row of embeddings; no token takes
-what they give.
+what they give. A step of a decoder with sources has as many rows of states as the sources that may
+start in it have tokens, or one in a decode step; padding rows are written nowhere.
 
 Dimensions: T tokens, B sequences, R rows that need a head, Q of these that need a probability,
 Y targets, F rows whose full distribution is fetched, M blocks in a row of a block table, L places
-of a text, E embeddings of pictures, X tokens inside spans, Z spans.
+of a text or of a sequence's tokens, E embeddings of pictures, X tokens inside spans, Z spans, C
+source tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from beam_gemma.errors import DeviceError
 from beam_gemma.model.graph_tensors import Tensor
@@ -37,11 +39,16 @@ _FILL = {
     "token_rows": -1,
     "embeds_rows": -1,
     "span_places": -1,
+    "token_slot_mapping": -1,
     "top_ps": 1,
 }
 MOST_SPANS = 2 * PREFILL_ROWS
 """Most spans that a prefill step has room for: one that began earlier for each of its rows, and as
 many whole ones, which have the tokens of a picture or more each."""
+MOST_PLACES = 4
+"""Most places, relative to `max_num_batched_tokens`, in a prefill step of a model with recurrent
+state. Its sequences lie side by side, each as wide as the longest, so places beyond the tokens are
+padding; up to four sequences of any lengths fit."""
 _SLOTS = ("logit_slots", "state_slots")
 
 
@@ -62,10 +69,14 @@ class StepShape:
     num_blocks: int = 0
     """Blocks in a row of each block table."""
     text_length: int = 0
-    """Places per text if texts lie side by side, otherwise 0."""
+    """Places per text, or per sequence, if they lie side by side; otherwise 0."""
     num_embeddings: int = 1
     num_span_tokens: int = 1
     num_spans: int = 1
+    num_source_tokens: int = 0
+    """Rows of states of sources; 0 only for a graph without sources."""
+    num_source_sequences: int = 0
+    """Sequences that attention takes source tokens as."""
 
     def of(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the shape of an input or output of the graph."""
@@ -73,7 +84,7 @@ class StepShape:
 
     def metadata(self, block_size: int) -> Int32[np.ndarray, " 3"]:
         """Return a sequence's maximum new tokens and context, then 0 for an unknown minimum."""
-        longest = 1 if self.is_decode else self.num_tokens
+        longest = 1 if self.is_decode else max(self.num_tokens, self.num_source_tokens)
         return np.array([longest, self.num_blocks * block_size, 0], np.int32)
 
     def _size(self, letter: str) -> int:
@@ -92,6 +103,10 @@ class StepShape:
             "X": self.num_span_tokens,
             "Z": self.num_spans,
             "Z1": self.num_spans + 1,
+            "C": self.num_source_tokens,
+            "TC": self.num_tokens + self.num_source_tokens,
+            "T1": self.num_tokens + self.num_source_sequences,
+            "T2": self.num_tokens + self.num_source_sequences + 1,
         }[letter]
 
 
@@ -103,6 +118,12 @@ class StepSizes:
     """Sizes of a decode step, in sequences."""
     prefill: tuple[int, ...]
     """Sizes of any other step, in tokens."""
+    sources: tuple[int, ...] = ()
+    """Sizes of any other step of a decoder with sources, in source tokens."""
+    splits_sources: bool = False
+    """Whether attention takes each source token as a sequence. Below compute capability 8.0, its
+    kernel for decode steps does the others too if no sequence has more than one token; what it runs
+    otherwise copies the whole source for each new token."""
 
     def shape(
         self, feeds: Mapping[str, np.ndarray], signature: Signature, *, with_logits: bool
@@ -113,6 +134,11 @@ class StepSizes:
             DeviceError: the step is larger than the largest size.
         """
         num_tokens, num_sequences = len(feeds["input_ids"]), len(feeds["cu_seqlens"]) - 1
+        if signature.head == "encode":
+            size, length = _least(self.prefill, num_tokens), _row_length(feeds)
+            num_sequences = max(size // length, num_sequences)
+            num_embeddings = power_of_two(len(feeds.get("inputs_embeds", (None,))))
+            return _encode_shape(size, num_sequences, length, min(num_embeddings, size))
         if signature.head == "embed":
             size = _least(self.prefill, num_tokens)
             if "token_rows" not in feeds:
@@ -134,6 +160,9 @@ class StepSizes:
         num_rows = max(PREFILL_ROWS, _rounded(len(feeds["logit_rows"])))
         spans = _span_sizes(feeds, size)
         span_padding = spans["num_span_tokens"] - len(feeds.get("span_rows", ()))
+        sources = self.source_sizes(len(feeds.get("source_states", ())))
+        # Tables are wide enough for what attends to the padding block.
+        num_longest = max(padding, span_padding, *sources.values())
         return StepShape(
             is_decode=False,
             size=size,
@@ -143,9 +172,23 @@ class StepSizes:
             num_full=num_rows if with_logits else 0,
             num_probabilities=_rounded(num_probabilities),
             num_targets=_rounded(len(feeds.get("target_ids", ()))),
-            num_blocks=_table_width(feeds, signature, max(padding, span_padding)),
+            num_blocks=_table_width(feeds, signature, num_longest),
+            text_length=_row_length(feeds) if signature.has_recurrent_state else 0,
             **spans,
+            **sources,
         )
+
+    def source_sizes(self, num_source_tokens: int) -> dict[str, int]:
+        """Return the padded numbers of source tokens and of their sequences in a prefill step.
+
+        Raises:
+            DeviceError: there are more than the largest size.
+        """
+        if not num_source_tokens:
+            return {}
+        size = _least(self.sources, num_source_tokens)
+        num_sequences = size if self.splits_sources else 1
+        return {"num_source_tokens": size, "num_source_sequences": num_sequences}
 
 
 def decode_shape(
@@ -157,6 +200,7 @@ def decode_shape(
     with_logits: bool,
 ) -> StepShape:
     """Return the shape of a decode step with `width` sequences."""
+    has_source = int(signature.has_source)
     return StepShape(
         is_decode=True,
         size=width,
@@ -166,17 +210,28 @@ def decode_shape(
         num_probabilities=width if with_probabilities else 0,
         num_full=width if with_logits else 0,
         num_blocks=power_of_two(max(num_blocks, blocks_for(MIN_CONTEXT, signature.block_size))),
+        text_length=int(signature.has_recurrent_state),
+        num_source_tokens=has_source,
+        num_source_sequences=has_source,
     )
 
 
 def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
     """Return the shapes of the steps that need the most memory."""
     most = sizes.prefill[-1]
-    if signature.head == "embed":
-        longest = power_of_two(signature.max_model_len)
-        most_texts = _embed_shape(most, num_texts(most), 2 * TOKENS_PER_TEXT)
-        return [most_texts, _embed_shape(most, max(1, 2 * most // longest), longest)]
-    widest = power_of_two(blocks_for(signature.max_model_len, signature.block_size))
+    if signature.head in ("embed", "encode"):
+        longest = power_of_two(max(signature.max_model_len, PAD_TEXTS_TO))
+        few, many = max(1, 2 * most // longest), num_texts(most)
+        shapes = ((many, 2 * TOKENS_PER_TEXT), (few, longest))
+        if signature.head == "encode":
+            return [_encode_shape(most, *shape, most) for shape in shapes]
+        return [_embed_shape(most, *shape) for shape in shapes]
+    num_cells = (
+        s.num_cells(signature.max_source_len, signature.max_model_len)
+        for s in signature.paged_states
+    )
+    most_cells = max(*num_cells, *sizes.sources, most, MIN_CONTEXT)
+    widest = power_of_two(blocks_for(most_cells, signature.block_size))
     prefill = StepShape(
         is_decode=False,
         size=most,
@@ -186,18 +241,34 @@ def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
         num_probabilities=PREFILL_ROWS,
         num_targets=PREFILL_ROWS if signature.head == "score" else 0,
         num_full=PREFILL_ROWS if signature.head == "generate" else 0,
-        num_blocks=max(widest, power_of_two(blocks_for(most, signature.block_size))),
+        num_blocks=widest,
         num_embeddings=most,
         num_span_tokens=most,
         num_spans=min(MOST_SPANS, most) + 1,
+        **(sizes.source_sizes(sizes.sources[-1]) if signature.has_source else {}),
     )
+    prefills = _largest_rows(prefill) if signature.has_recurrent_state else [prefill]
     if signature.head == "score":
-        return [prefill]
+        return prefills
     width = sizes.decode[-1]
     decode = decode_shape(
         signature, width, num_blocks=widest, with_probabilities=True, with_logits=True
     )
-    return [prefill, decode]
+    return [*prefills, decode]
+
+
+def _largest_rows(prefill: StepShape) -> list[StepShape]:
+    """Return the shapes of a model with recurrent state: with most sequences and most places.
+
+    Lengths are rounded up to powers of two, so places may be twice as many as `MOST_PLACES` says.
+    """
+    longest = power_of_two(prefill.num_tokens)
+    few = min(2 * MOST_PLACES, PREFILL_ROWS) + 1
+    many = power_of_two(MOST_PLACES * prefill.num_tokens // prefill.num_sequences)
+    return [
+        replace(prefill, text_length=max(many, 1)),
+        replace(prefill, num_sequences=min(few, prefill.num_sequences), text_length=longest),
+    ]
 
 
 def pad(
@@ -215,7 +286,15 @@ def pad(
         into: The target arrays by name; each is overwritten entirely.
         spare_slot: The slot that belongs to no sequence.
     """
+    beside_sources = {}
+    if shape.num_source_tokens:
+        sizes = (shape.num_tokens, shape.num_source_tokens, shape.num_source_sequences)
+        beside_sources = source_rows(*sizes)
+    num_tokens = len(feeds["input_ids"])
     for name, target in into.items():
+        if name in beside_sources:
+            target[...] = beside_sources[name]
+            continue
         source = feeds[name]
         if name == "cu_seqlens":
             _pad_starts(source, target, shape.num_sequences, shape.num_tokens)
@@ -225,10 +304,37 @@ def pad(
             continue
         if name == "full_rows":
             source = source[: shape.num_full]
+        if name == "token_places":
+            # Rows are longer now, so the places in all but the first move.
+            width = feeds["token_rows"].shape[1]
+            source = source // max(width, 1) * shape.text_length + source % max(width, 1)
         kind = name.partition(".")[0]
         fill = spare_slot if kind in _SLOTS else _FILL.get(kind, 0)
         target[...] = fill
+        if kind == "token_slot_mapping":
+            # Source tokens come behind the padding of new tokens.
+            tokens, source = source[:num_tokens], source[num_tokens:]
+            target[:num_tokens] = tokens
+            target = target[shape.num_tokens :]
         target[tuple(slice(size) for size in source.shape)] = source
+
+
+def source_rows(
+    num_tokens: int, num_source_tokens: int, num_source_sequences: int = 1
+) -> dict[str, np.ndarray]:
+    """Return the inputs by which attention tells new tokens from source tokens behind them.
+
+    They are the same for all steps of a shape.
+    """
+    tokens, others = np.arange(num_tokens), np.full(num_source_tokens, -1)
+    ends = np.arange(1, num_source_sequences + 1) * num_source_tokens // num_source_sequences
+    starts = np.concatenate([np.arange(num_tokens + 1), num_tokens + ends])
+    return {
+        "token_rows": np.concatenate([tokens, others]),
+        "source_rows": np.concatenate([np.full(num_tokens, -1), np.arange(num_source_tokens)]),
+        "token_places": tokens,
+        "token_cu_seqlens": starts.astype(np.int32),
+    }
 
 
 def no_step(signature: Signature) -> dict[str, np.ndarray]:
@@ -271,6 +377,25 @@ def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepSha
     )
 
 
+def _encode_shape(
+    size: int, num_sequences: int, text_length: int, num_embeddings: int
+) -> StepShape:
+    """Return the shape of a step over whole sources; padding tokens belong to none."""
+    return StepShape(
+        is_decode=False,
+        size=size,
+        num_tokens=size,
+        num_sequences=num_sequences,
+        text_length=text_length,
+        num_embeddings=num_embeddings,
+    )
+
+
+def _row_length(feeds: Mapping[str, np.ndarray]) -> int:
+    """Return the padded length of the rows of tokens that lie side by side."""
+    return power_of_two(feeds["token_rows"].shape[1])
+
+
 def _pad_starts(
     source: Int32[np.ndarray, " B"],
     target: Int32[np.ndarray, "..."],
@@ -305,7 +430,8 @@ def _span_sizes(feeds: Mapping[str, np.ndarray], num_tokens: int) -> dict[str, i
 
 
 def _table_width(feeds: Mapping[str, np.ndarray], signature: Signature, num_padding: int) -> int:
-    widths = [array.shape[1] for name, array in feeds.items() if name.startswith("block_table.")]
+    tables = ("block_table.", "token_block_table.")
+    widths = [array.shape[1] for name, array in feeds.items() if name.startswith(tables)]
     least = blocks_for(max(num_padding, MIN_CONTEXT), signature.block_size)
     return power_of_two(max(*widths, least)) if widths else 0
 
@@ -331,17 +457,24 @@ PAD_TEXTS_TO = 16
 
 
 def side_by_side(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the inputs of an embedding step on CUDA, given packed `input_ids` and `cu_seqlens`."""
-    ends = feeds["cu_seqlens"].astype(np.int64)
+    """Return the inputs of a step over whole texts on CUDA, given packed ids and `cu_seqlens`."""
+    starts = feeds["cu_seqlens"].astype(np.int64)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
+    return {**feeds, "position_ids": positions, **in_rows(starts, multiple=PAD_TEXTS_TO)}
+
+
+def in_rows(starts: Int[np.ndarray, " B"], *, multiple: int = 1) -> dict[str, np.ndarray]:
+    """Return the inputs that lay packed sequences side by side, one in each row.
+
+    Args:
+        starts: Where each sequence starts, and the number of tokens at the end.
+        multiple: What the length of the rows is a multiple of.
+    """
+    ends = starts.astype(np.int64)
     lengths = np.diff(ends)
-    width = -(-int(lengths.max()) // PAD_TEXTS_TO) * PAD_TEXTS_TO
+    width = -(-int(lengths.max()) // multiple) * multiple
     places = np.arange(width)
     rows = np.where(places < lengths[:, None], ends[:-1, None] + places, -1)
     owners = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.arange(ends[-1]) - ends[owners]
-    return {
-        **feeds,
-        "position_ids": positions,
-        "token_rows": rows,
-        "token_places": owners * width + positions,
-    }
+    offsets = np.arange(ends[-1]) - ends[owners]
+    return {"token_rows": rows, "token_places": owners * width + offsets}

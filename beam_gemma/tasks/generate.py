@@ -296,7 +296,8 @@ class Generator(EngineModel[_Completing]):
         stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
         request = Request(
             request_id=key,
-            prompt_token_ids=prompt.token_ids,
+            prompt_token_ids=prompt.decoder_token_ids or prompt.token_ids,
+            source_token_ids=prompt.token_ids if prompt.decoder_token_ids else (),
             params=self._sampling,
             sampling_key=key,
             should_stop=stop,
@@ -315,7 +316,7 @@ class Generator(EngineModel[_Completing]):
             value = column_value(row, column)
             if value is not None:
                 return str(value)
-        ids = array("q", prompt.token_ids).tobytes()
+        ids = array("q", (*prompt.token_ids, *prompt.decoder_token_ids)).tobytes()
         return hashlib.blake2b(ids, digest_size=16).hexdigest()
 
     def _result(self, work: _Completing) -> dict[str, Any]:

@@ -23,6 +23,9 @@ class Asked:
     sequences: tuple[tuple[int, ...], ...]
     """Token ids to compute before any new token: the prompts, possibly with labels. Those of
     pictures are below 0, and differ between pictures; see `told_apart`."""
+    sources: tuple[tuple[int, ...], ...] = ()
+    """Token ids that the encoder of an encoder-decoder reads: the source of each prompt. Empty for
+    other models."""
 
 
 def told_apart(prompt: Prompt, token_ids: Sequence[int], num_image_tokens: int) -> tuple[int, ...]:

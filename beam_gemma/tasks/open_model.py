@@ -17,7 +17,8 @@ import dataclasses
 
 from beam_gemma.engine.embedding_engine import EmbeddingSteps, check_sight
 from beam_gemma.engine.engine import Engine
-from beam_gemma.errors import ArtifactError
+from beam_gemma.errors import ArtifactError, OptionsError
+from beam_gemma.inputs.decoder_prompt import Decoder
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.embedding_config import EmbeddingConfig
@@ -52,14 +53,30 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
     """
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     check_boxes(settings, tokenizer)
+    room = settings.max_prompt(artifact.config.max_position_embeddings)
     return PromptEncoder(
         tokenizer,
         settings,
         chat_template=artifact.chat_template,
-        max_tokens=settings.max_prompt(artifact.config.max_position_embeddings),
+        max_tokens=room if artifact.encoder is None else source_limit(artifact, "generate"),
         vision=artifact.vision,
-        vocab_size=artifact.config.vocab_size,
+        vocab_size=(artifact.encoder or artifact.config).vocab_size,
+        decoder=_decoder(artifact, room),
     )
+
+
+def source_limit(artifact: Artifact, head: Head) -> int:
+    """Return the longest source of an encoder-decoder in tokens, on whatever device it runs."""
+    assert artifact.encoder is not None
+    limits = [s.max_source_len for (of, _), s in artifact.signatures.items() if of == head]
+    return min([*limits, artifact.encoder.max_position_embeddings])
+
+
+def _decoder(artifact: Artifact, max_tokens: int) -> Decoder | None:
+    """Return what prompts depend on of a decoder whose source an encoder reads, else None."""
+    if artifact.encoder is None:
+        return None
+    return Decoder(model_type=artifact.config.model_type, max_tokens=max_tokens)
 
 
 def constraint(
@@ -82,15 +99,22 @@ def question_encoders(
         ArtifactError: the tokenizer is missing or damaged.
         OptionsError: the model does not support the settings.
     """
+    if artifact.encoder is not None and isinstance(settings, ModerateSettings):
+        raise OptionsError(
+            f"policies: expected a model such as ShieldGemma, which knows them, got an "
+            f"encoder-decoder of type {artifact.config.model_type}; pass labels of your own"
+        )
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
+    room = artifact.config.max_position_embeddings
     return [
         QuestionEncoder(
             tokenizer,
             question,
             chat_template=artifact.chat_template,
-            max_model_len=artifact.config.max_position_embeddings,
+            max_model_len=room if artifact.encoder is None else source_limit(artifact, "score"),
             vision=artifact.vision,
-            vocab_size=artifact.config.vocab_size,
+            vocab_size=(artifact.encoder or artifact.config).vocab_size,
+            decoder=_decoder(artifact, room),
         )
         for question in settings.questions_for(artifact.chat_template)
     ]
@@ -171,7 +195,7 @@ def open_embedder(
     check_sight(
         session,
         encoder.tokenizer.encode([Text(SIGHT_TEXT)], add_bos=False)[:3],
-        is_two_sided=artifact.config.use_bidirectional_attention,
+        is_two_sided=(artifact.encoder or artifact.config).use_bidirectional_attention,
     )
     pulse = Pulse(device, stats=session.stats)
 
@@ -197,7 +221,8 @@ def start_engine(
     """Load a graph of a model folder and start an engine that runs it.
 
     The graph of pictures, if there is one, is loaded with the first picture. On a GPU, where the
-    decoder's caches take what memory is left, it is loaded before the decoder.
+    decoder's caches take what memory is left, it is loaded before the decoder, and so is the
+    encoder of an encoder-decoder. On the CPU caches leave room for the weights of both.
 
     Args:
         artifact: The model folder.
@@ -211,6 +236,18 @@ def start_engine(
     vision = VisionSession.of(artifact, device) if has_tower else None
     if vision is not None and device == "cuda" and has_pictures:
         vision.load()
+    encoder = None
+    if artifact.encoder is not None and device == "cuda":
+        encoder = open_session(artifact, "encode", device, limits)
     session = open_session(artifact, head, device, limits)
+    if artifact.encoder is not None and device == "cpu":
+        encoder = open_session(artifact, "encode", device, limits)
     config = dataclasses.replace(limits.engine_config(device), eos_token_ids=artifact.eos_token_ids)
-    return Engine(session, config, vision=vision, on_step=METER.add, device_stats=session.stats)
+    return Engine(
+        session,
+        config,
+        vision=vision,
+        encoder=encoder,
+        on_step=METER.add,
+        device_stats=session.stats,
+    )

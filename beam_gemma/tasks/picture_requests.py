@@ -97,8 +97,11 @@ W = TypeVar("W", bound=Work)
 def spans_of(vision: VisionConfig, prompt: Prompt, request: Request) -> tuple[tuple[int, int], ...]:
     """Return the ranges of a request's tokens with attention in both directions.
 
-    The tokens of a label, after the prompt of the request, are in none.
+    The tokens of a label, after the prompt of the request, are in none. A decoder whose source an
+    encoder reads has none.
     """
+    if request.source_token_ids:
+        return ()
     if vision.bidirectional == "picture":
         return tuple((p.start, p.start + vision.num_image_tokens) for p in prompt.places)
     shared = takewhile(bool, map(eq, prompt.token_ids, request.prompt_token_ids))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.decoder_prompt import Decoder, DecoderPrompts
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_errors, shots_own_errors
 from beam_gemma.inputs.template import Template
@@ -199,6 +200,7 @@ class QuestionEncoder:
         max_model_len: int,
         vision: VisionConfig | None = None,
         vocab_size: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """Initialize the encoder: parse the templates and render the shots.
 
@@ -206,9 +208,12 @@ class QuestionEncoder:
             tokenizer: The model's tokenizer.
             settings: The settings of the question.
             chat_template: The model's own chat template, if it has one.
-            max_model_len: Maximum number of tokens that the model accepts, including labels.
+            max_model_len: Maximum number of tokens that the model accepts, including labels; those
+                of the source alone if there is a decoder apart.
             vision: The model's picture half; None if it has none.
             vocab_size: Number of token ids that the model knows; None for the tokenizer's.
+            decoder: The decoder of an encoder-decoder, which scores the labels; None for other
+                models.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot cannot be rendered.
@@ -216,7 +221,13 @@ class QuestionEncoder:
         self._tokenizer = tokenizer
         self._columns = settings.columns
         self._needs_logliks = settings.logliks or settings.label_norm == "chars"
-        self._max_model_len = max_model_len
+        self._start = decoder and DecoderPrompts(
+            tokenizer,
+            settings.decoder_prompt,
+            decoder,
+            allow_special_tokens=settings.allow_special_tokens,
+        )
+        self._max_model_len = max_model_len if decoder is None else decoder.max_tokens
         self._labels = [
             Template(
                 label,
@@ -233,6 +244,7 @@ class QuestionEncoder:
             shots=self._shots(settings),
             vision=vision,
             vocab_size=vocab_size,
+            decoder=decoder,
         )
 
     def __call__(self, row: Row) -> Question:
@@ -252,7 +264,8 @@ class QuestionEncoder:
         room = max(len(self._tokenizer.encode(label, add_bos=False)) for label in labels)
         self._check_length(room + 1)
         prompt = self._encoder(row, num_answer_tokens=room)
-        joined = [join(self._tokenizer, prompt.parts, label) for label in labels]
+        before = prompt.parts if self._start is None else prompt.decoder_parts
+        joined = [join(self._tokenizer, before, label) for label in labels]
         self._check_length(max(len(continuation.token_ids) for continuation in joined))
         return self._question(prompt, texts, joined)
 
@@ -286,14 +299,17 @@ class QuestionEncoder:
     def _shots(self, settings: ClassifySettings) -> Shots:
         """Return the shots with their labels rendered."""
         with shots_own_errors():
-            examples = tuple(
-                (shot.row, _written(self._labels[shot.label], shot.row)) for shot in settings.shots
-            )
+            examples = tuple((shot.row, self._answer(shot)) for shot in settings.shots)
         return Shots(
             examples=examples,
             number=settings.num_fewshot,
             delimiter=settings.fewshot_delimiter,
         )
+
+    def _answer(self, shot: Shot) -> tuple[Part, ...]:
+        """Return the answer to a shot: its label, after what a decoder starts with."""
+        start = () if self._start is None else self._start.parts(shot.row)
+        return (*start, *_written(self._labels[shot.label], shot.row))
 
 
 def _written(label: Template, row: Row) -> tuple[Part, ...]:

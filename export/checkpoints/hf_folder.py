@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import CheckpointError, nearest
-from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig
+from beam_gemma.model.encoder_decoder_config import encoder_decoder_configs
+from beam_gemma.model.recurrent_config import RECURRENT_TYPE, recurrent_config
 from beam_gemma.model.vision_config import VISION_MODEL_TYPES
 from export.checkpoints.bounds import (
     MAX_FILE_BYTES,
@@ -29,8 +31,14 @@ from export.checkpoints.bounds import (
     is_file,
 )
 from export.checkpoints.ckpt_file import read_ckpt
+from export.checkpoints.encoder_decoder_folder import (
+    check_start,
+    read_pictures,
+    stack_name,
+    without_copies,
+)
 from export.checkpoints.gguf_file import read_gguf
-from export.checkpoints.released_sizes import tensor_shapes
+from export.checkpoints.released_sizes import encoder_shapes, tensor_shapes
 from export.checkpoints.sentence_folder import MODULES, read_sentence_folder
 from export.checkpoints.sidecar_files import (
     are_texts,
@@ -123,6 +131,8 @@ def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     width = checkpoint.config.hidden_size
     if checkpoint.vision is not None:
         shapes |= vision_shapes(checkpoint.vision, width)
+    if checkpoint.encoder is not None:
+        shapes |= encoder_shapes(checkpoint.encoder)
     for i, size in enumerate(checkpoint.embedding.dense_sizes if checkpoint.embedding else ()):
         shapes[f"dense.{i}.weight"] = (size, width)
         width = size
@@ -131,11 +141,16 @@ def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     raw = read_json(folder, "config.json")
+    if raw.get("model_type") in ENCODER_DECODERS:
+        return _read_pair(folder, raw, text_only=text_only)
     has_images = raw.get("model_type") in VISION_MODEL_TYPES
     if has_images and text_only:
         check_text_only(raw)
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
-    config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
+    if raw.get("model_type") == RECURRENT_TYPE:
+        config = recurrent_config(raw)
+    else:
+        config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
     vision = read_vision(folder, raw) if has_images and not text_only else None
     stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
     named = [(_our_name(t.name, config, has_images=has_images), t) for t in stored]
@@ -174,6 +189,47 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     )
 
 
+def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Checkpoint:
+    """Read a folder of an encoder and its decoder."""
+    config, encoder = encoder_decoder_configs(raw)
+    if (folder / MODULES).exists():
+        raise CheckpointError(
+            f"{folder / MODULES}: expected none beside a {config.model_type} model, whose encoder "
+            "embeds with --tasks embed; remove the file"
+        )
+    stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
+    named = [(stack_name(t.name, config.model_type), t) for t in stored]
+    has_images = config.model_type == "t5gemma2"
+    if has_images and text_only:
+        LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
+        named = [(name, t) for name, t in named if name is None or not is_of_pictures(name)]
+    found = by_name(folder, [(name, t) for name, t in named if name is not None])
+    tensors = without_copies(found, config)
+    template = chat_template(folder)
+    tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
+    check_start(folder, raw, tokenizer_model)
+    vision = None
+    if has_images and not text_only:
+        vision = read_pictures(folder, raw, tokenizer_model)
+        tensors = with_flat_patches(tensors, vision)
+    return Checkpoint(
+        name=folder.name,
+        path=folder,
+        format="safetensors",
+        config=config,
+        encoder=encoder,
+        tensors=tensors,
+        norm_offset=1.0,
+        tokenizer_model=tokenizer_model,
+        eos_token_ids=eos_token_ids(
+            folder, raw, config.vocab_size, tokenizer_model if template else None
+        ),
+        chat_template=template,
+        legal_files=legal_files(folder),
+        vision=vision,
+    )
+
+
 def _our_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
     """Return our name of a Hugging Face tensor, or None if no graph needs it."""
     if not has_images:
@@ -189,6 +245,8 @@ def layer_name(name: str, config: GemmaConfig) -> str:
     """Return our name of a decoder's tensor, without a prefix."""
     if config.model_type == "vaultgemma":  # Gemma 1's block under the names of later ones
         return name.replace("pre_feedforward_layernorm", "post_attention_layernorm")
+    if config.model_type == RECURRENT_TYPE and name == "final_norm.weight":
+        return "norm.weight"
     return name
 
 

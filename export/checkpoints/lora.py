@@ -25,9 +25,17 @@ from beam_gemma.errors import CheckpointError, nearest
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.tokenizer import Tokenizer
 from export.checkpoints.bounds import inside, is_file
+from export.checkpoints.encoder_decoder_folder import stack_name
 from export.checkpoints.hf_folder import layer_name, read_safetensors
 from export.checkpoints.sidecar_files import chat_template, read_json, with_names
-from export.checkpoints.tensors import EMBEDDING, HEAD, Checkpoint, StoredTensor, without_head
+from export.checkpoints.tensors import (
+    EMBEDDING,
+    ENCODER,
+    HEAD,
+    Checkpoint,
+    StoredTensor,
+    without_head,
+)
 from export.checkpoints.tokenizer_model import turn_ends
 from export.checkpoints.vision_tensors import vision_name
 
@@ -42,13 +50,22 @@ TENSOR = re.compile(
 PATTERN = re.compile(r"([\w.^|]|\\[.d]\+?)+", re.ASCII)
 """Keys of `alpha_pattern` that are read: regular expressions that take no time to match."""
 MAX_ALPHA = 1e6
-IMAGE_PARTS = re.compile(r"base_model\.model\.(model\.)*(vision_tower|multi_modal_projector)\.")
+IMAGE_PARTS = re.compile(
+    r"base_model\.model\.(model\.)*(encoder\.)?(vision_tower|multi_modal_projector)\."
+)
 IMAGE_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(model\.)*"
     r"(?P<name>(vision_tower|multi_modal_projector)(\.[a-z0-9_]+?)*?))"
     r"\.(?P<part>lora_[AB]\.weight|(base_layer\.)?(weight|bias)|mm_input_projection_weight)"
 )
 """The same for a tower of pictures and its projector, one of whose weights is no module's."""
+STACK_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>(?P<name>lm_head\.out_proj|"
+    r"model\.(encoder|decoder)(\.[a-z0-9_]+?)*?))"
+    r"\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|(base_layer\.)?(weight|bias|eoi_embedding)"
+    r"|mm_input_projection_weight)"
+)
+"""The same for a model with an encoder, whose tower is a part of it."""
 # Settings that do not change the sum or whose value follows from the tensors.
 IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
@@ -89,7 +106,7 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     changes = _changes(folder, checkpoint)
     _check_saved(config, changes, folder)
     for name, change in changes.items():
-        if name == HEAD:
+        if name == HEAD and checkpoint.config.tie_word_embeddings:
             continue
         weight = tensors.get(name)
         if weight is None:
@@ -99,7 +116,8 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
                 f"{nearest(name, tensors)}"
             )
         tensors[name] = _merged(name, weight, change, config, checkpoint.norm_offset)
-    _check_head(config, changes, checkpoint, tensors)
+    if checkpoint.config.tie_word_embeddings:
+        _check_head(config, changes, checkpoint, tensors)
     merged = replace(checkpoint, name=f"{checkpoint.name} + {folder.name}", tensors=tensors)
     return _with_texts(merged, folder)
 
@@ -136,7 +154,8 @@ def _merged(
         return weight
     a, b = parts["A"], parts["B"]
     rank = a.shape[0]
-    shape = weight.shape[::-1] if name == EMBEDDING else weight.shape
+    is_embedding = name in (EMBEDDING, ENCODER + EMBEDDING)
+    shape = weight.shape[::-1] if is_embedding else weight.shape
     if (*b.shape, *a.shape) != (*shape[:1], rank, rank, *shape[1:2]):
         raise CheckpointError(
             f"adapter: expected factors of {name} {list(weight.shape)}, got "
@@ -145,7 +164,7 @@ def _merged(
     scaling = _alpha(config, change.module) / (
         math.sqrt(rank) if config.get("use_rslora") else rank
     )
-    make = _merged_embeddings if name == EMBEDDING else _merged_rows
+    make = _merged_embeddings if is_embedding else _merged_rows
     return replace(weight, raw=None, coded_rows=None, rows=make(weight, a, b, scaling))
 
 
@@ -261,11 +280,12 @@ def _changes(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
     if not is_file(file):
         raise CheckpointError(f"{file}: expected an adapter's weights, got nothing")
     changes: dict[str, _Change] = {}
+    patterns = (TENSOR, IMAGE_TENSOR) if checkpoint.encoder is None else (STACK_TENSOR,)
     tensors = read_safetensors(file)
     if checkpoint.vision is None:
         tensors = _of_text(tensors, folder)
     for stored in tensors:
-        match = TENSOR.fullmatch(stored.name) or IMAGE_TENSOR.fullmatch(stored.name)
+        match = next(filter(None, (pattern.fullmatch(stored.name) for pattern in patterns)), None)
         if match is None:
             raise CheckpointError(
                 f"{file}: the tensor {stored.name} is no factor of a layer's projection or of the "
@@ -294,6 +314,8 @@ def _changed(match: re.Match[str], model: GemmaConfig) -> tuple[str, str]:
         return layer_name(f"{match['name']}.weight", model), kind
     leaf = "weight" if is_factor else part.removeprefix("base_layer.")
     name = f"{match['name']}.{leaf}"
+    if match.re is STACK_TENSOR:
+        return stack_name(name, model.model_type) or name, kind
     return vision_name(name) or name, kind
 
 

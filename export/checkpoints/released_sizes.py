@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from beam_gemma.model.config import FULL, GemmaConfig
+from beam_gemma.model.config import ENCODER_DECODERS, FULL, GemmaConfig
+from beam_gemma.model.encoder_decoder_config import encoder_decoder_configs, picture_settings
+from beam_gemma.model.recurrent_config import RECURRENT_TYPE, recurrent_config
 from beam_gemma.model.vision_config import VISION_MODEL_TYPES, VisionConfig
+from export.checkpoints.recurrent_shapes import recurrent_shapes
+from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, HEAD
 from export.checkpoints.vision_folder import text_config
 from export.checkpoints.vision_tensors import vision_shapes
 
@@ -31,24 +35,39 @@ class Size:
     @property
     def config(self) -> GemmaConfig:
         """The architecture of the decoder."""
+        if self.raw["model_type"] in ENCODER_DECODERS:
+            return encoder_decoder_configs(self.raw)[0]
+        if self.raw["model_type"] == RECURRENT_TYPE:
+            return recurrent_config(self.raw)
         takes_pictures = self.raw["model_type"] in VISION_MODEL_TYPES
         return GemmaConfig.from_hf(text_config(self.raw) if takes_pictures else self.raw)
 
     @property
+    def encoder(self) -> GemmaConfig | None:
+        """The architecture of the encoder, if there is one."""
+        has_encoder = self.raw["model_type"] in ENCODER_DECODERS
+        return encoder_decoder_configs(self.raw)[1] if has_encoder else None
+
+    @property
     def vision(self) -> VisionConfig | None:
         """The tower of pictures, if there is one."""
+        if self.raw["model_type"] == "t5gemma2":
+            return VisionConfig.from_hf(picture_settings(self.raw))
         takes_pictures = self.raw["model_type"] in VISION_MODEL_TYPES
         return VisionConfig.from_hf(self.raw) if takes_pictures else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, under the names of `export.modules`."""
-        config, vision = self.config, self.vision
+        config, vision, encoder = self.config, self.vision, self.encoder
         pictures = {} if vision is None else vision_shapes(vision, config.hidden_size)
-        return tensor_shapes(config) | pictures
+        sources = {} if encoder is None else encoder_shapes(encoder)
+        return tensor_shapes(config) | sources | pictures
 
 
 def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a model, under the names of `export.modules.decoder`."""
+    """Return the shape of every tensor of a model, under the names of `export.modules`."""
+    if config.lru_width is not None:
+        return recurrent_shapes(config)
     hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer: dict[str, tuple[int, ...]] = {
@@ -68,8 +87,22 @@ def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
         )
     if config.has_qk_norm:
         layer |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (dim,))
+    if config.cross_attention_hidden_size is not None and not config.merges_attention:
+        source = config.cross_attention_hidden_size
+        layer |= {
+            "cross_attn.q_proj": (queries, hidden),
+            "cross_attn.k_proj": (keys, source),
+            "cross_attn.v_proj": (keys, source),
+            "cross_attn.o_proj": (hidden, queries),
+            "pre_cross_attn_layernorm": (hidden,),
+            "post_cross_attn_layernorm": (hidden,),
+        }
+    own_head = {} if config.tie_word_embeddings else {HEAD: (config.vocab_size, hidden)}
+    own_eoi = {} if config.eoi_token_id is None else {EOI: (hidden,)}
     return {
-        "embed_tokens.weight": (config.vocab_size, hidden),
+        **own_head,
+        **own_eoi,
+        EMBEDDING: (config.vocab_size, hidden),
         **{
             f"layers.{i}.{name}.weight": shape
             for i in range(config.num_hidden_layers)
@@ -77,6 +110,16 @@ def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
         },
         "norm.weight": (hidden,),
     }
+
+
+def encoder_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an encoder that its decoder does not share.
+
+    Their names are those of `export.modules.source_encoder`.
+    """
+    shared = (EMBEDDING, EOI) if config.model_type == "t5gemma2" else ()
+    shapes = tensor_shapes(config)
+    return {ENCODER + name: shape for name, shape in shapes.items() if name not in shared}
 
 
 def _raw(model_type: str, shape: tuple[int, ...], **other: Any) -> dict[str, Any]:
@@ -208,6 +251,28 @@ SIZES = (
 """Every size of the text family; EmbeddingGemma without the dense layers of its head."""
 
 
+def _recurrent(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    """Return the config.json of a RecurrentGemma, whose recurrent blocks are as wide as it is."""
+    return {
+        "model_type": RECURRENT_TYPE,
+        "vocab_size": 256000,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": 6 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "lru_width": hidden,
+        "attention_window_size": 2048,
+    }
+
+
+RECURRENT_SIZES = (
+    Size(name="RecurrentGemma 2B", raw=_recurrent(26, 2560, 10)),
+    Size(name="RecurrentGemma 9B", raw=_recurrent(38, 4096, 16)),
+)
+"""Both sizes of RecurrentGemma, the presets of the original."""
+
+
 TOWER = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
@@ -304,3 +369,47 @@ VISION_SIZES = (
 )
 """Every released size that takes pictures. Hugging Face's files have 64 rows more in the embedding
 where KerasHub's counts have 262,144 or 257,152."""
+
+
+def _t5gemma(encoder: tuple[int, ...], decoder: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Return the config.json of a T5Gemma; shapes are those of `_raw`."""
+    sections = {"encoder": encoder, "decoder": decoder or encoder}
+    return {
+        "model_type": "t5gemma",
+        **{name: _raw("t5_gemma_module", shape) for name, shape in sections.items()},
+    }
+
+
+def _t5gemma2(of: str) -> dict[str, Any]:
+    """Return the config.json of a T5Gemma 2 whose stacks have the shapes of one of `SIZES`."""
+    [text] = [size.raw for size in SIZES if size.name == of]
+    return {
+        "model_type": "t5gemma2",
+        "image_token_index": 262144,
+        "encoder": {
+            "text_config": {**text, "model_type": "t5gemma2_text"},
+            "vision_config": {**TOWER, "image_size": 896},
+            "mm_tokens_per_image": 256,
+            "boi_token_index": 255999,
+            "eoi_token_index": 256000,
+            "image_token_index": 262144,
+        },
+        "decoder": {**text, "model_type": "t5gemma2_decoder"},
+    }
+
+
+_2B, _9B = (26, 2304, 8, 4, 256, 9216), (42, 3584, 16, 8, 256, 14336)
+ENCODER_DECODER_SIZES = (
+    Size(name="T5Gemma S", raw=_t5gemma((8, 512, 8, 8, 64, 1024))),
+    Size(name="T5Gemma B", raw=_t5gemma((12, 768, 12, 12, 64, 2048))),
+    Size(name="T5Gemma L", raw=_t5gemma((24, 1024, 16, 16, 64, 2816))),
+    Size(name="T5Gemma ML", raw=_t5gemma((26, 1152, 4, 4, 256, 6912))),
+    Size(name="T5Gemma XL", raw=_t5gemma((24, 2048, 32, 32, 64, 5120))),
+    Size(name="T5Gemma 2B-2B", raw=_t5gemma(_2B)),
+    Size(name="T5Gemma 9B-2B", raw=_t5gemma(_9B, _2B)),
+    Size(name="T5Gemma 9B-9B", raw=_t5gemma(_9B)),
+    Size(name="T5Gemma 2 270M-270M", raw=_t5gemma2("Gemma 3 270M")),
+    Size(name="T5Gemma 2 1B-1B", raw=_t5gemma2("Gemma 3 1B")),
+    Size(name="T5Gemma 2 4B-4B", raw=_t5gemma2("Gemma 3 4B")),
+)
+"""Every released size with an encoder; those of T5Gemma 2 have the tower of a Gemma 3."""

@@ -197,7 +197,8 @@ def eos_token_ids(
         CheckpointError: they are no ids of the vocabulary.
     """
     given = read_optional_json(folder, "generation_config.json").get("eos_token_id")
-    others = (config.get("eos_token_id"), _section(config, "text_config").get("eos_token_id"), 1)
+    sections = config, *(_section(config, key) for key in ("text_config", "decoder"))
+    others = (*(section.get("eos_token_id") for section in sections), 1)
     found = next(ids for ids in (given, *others) if ids is not None)
     ids = found if isinstance(found, list) else [found]
     if given is None and chat_tokenizer is not None:

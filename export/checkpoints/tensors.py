@@ -19,6 +19,10 @@ from beam_gemma.model.vision_config import VisionConfig
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 """Names of the embedding, which is also the head, and of a copy of it that files may have."""
+ENCODER = "encoder."
+"""Start of the names of an encoder's tensors, beside those of its decoder."""
+EOI = "eoi_embedding"
+"""Name of the embedding of a picture's end, where it is a tensor of its own."""
 CHUNK_BYTES = 64 << 20
 """Tensors are converted in slices of about this size, so memory stays small."""
 NUMPY_DTYPES = {
@@ -149,12 +153,24 @@ def without_head(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     Raises:
         CheckpointError: the head is another matrix than the embedding.
     """
+    reason = "as the head of a Gemma is its embedding"
+    return without_copy(tensors, HEAD, EMBEDDING, reason)
+
+
+def without_copy(
+    tensors: Mapping[str, StoredTensor], name: str, original: str, reason: str
+) -> dict[str, StoredTensor]:
+    """Return the tensors of a model without one, if there, that must equal another.
+
+    Raises:
+        CheckpointError: the two are not equal.
+    """
     rest = dict(tensors)
-    head, embedding = rest.pop(HEAD, None), rest.get(EMBEDDING)
-    if head is not None and embedding is not None and not are_equal(head, embedding):
+    copy, kept = rest.pop(name, None), rest.get(original)
+    if copy is not None and kept is not None and not are_equal(copy, kept):
         raise CheckpointError(
-            f"checkpoint: expected {head.name} equal to {embedding.name}, as the head of a Gemma "
-            "is its embedding, got other numbers; export a model whose embeddings are tied"
+            f"checkpoint: expected {copy.name} equal to {kept.name}, {reason}, got other numbers; "
+            "export a model whose embeddings are tied"
         )
     return rest
 

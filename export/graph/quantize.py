@@ -19,14 +19,13 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from beam_gemma.errors import CheckpointError
-from export.checkpoints.tensors import StoredTensor
+from export.checkpoints.tensors import EMBEDDING, HEAD, StoredTensor
 
 BLOCK = 32
-EMBEDDING = "embed_tokens.weight"
 BITS = {"int8": 8, "int4": 4}
 """Bits per number of a matrix, by precision."""
 EMBEDDING_BITS = 8
-"""Fewest bits per number of the embedding: it is also the head, and loses most with fewer bits."""
+"""Fewest bits per number of an embedding or a head, which lose most with fewer bits."""
 Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 
 
@@ -52,7 +51,7 @@ class CodedMatrix:
                 f"{name}: expected a multiple of {BLOCK} inputs, of which so many share a "
                 f"scale, got {inputs}; export with another --precision"
             )
-        least = EMBEDDING_BITS if name == EMBEDDING else 0
+        least = EMBEDDING_BITS if name.endswith((EMBEDDING, HEAD)) else 0
         return cls(name=name, bits=max(bits, least), shape=(outputs, inputs))
 
     @property
@@ -97,7 +96,7 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
 
     Args:
         model: The graph, changed in place; its weights are not attached yet.
-        bits: Bits per number; the embedding has at least `EMBEDDING_BITS`.
+        bits: Bits per number; embeddings and heads have at least `EMBEDDING_BITS`.
 
     Raises:
         CheckpointError: a matrix's number of inputs is not a multiple of `BLOCK`.
@@ -105,6 +104,8 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is None and value.dtype == ir.DataType.FLOAT16:
             assert value.shape is not None
+            if len(value.shape) != 2 or name.endswith("bias"):  # also a single embedding, gates
+                continue
             matrix = CodedMatrix.of(name, bits, value.shape.numpy())
             for node, index in list(value.uses()):
                 _replace(model.graph, node, index, matrix)
@@ -114,20 +115,24 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
 def _replace(graph: ir.Graph, node: ir.Node, index: int, matrix: CodedMatrix) -> None:
     """Replace a node that reads the matrix by nodes that read its blocks."""
     if (node.op_type, index) == ("Gemm", 1):
-        assert (node.attributes["transB"].as_int(), len(node.inputs)) == (1, 2)
-        new = [_product(graph, node.inputs[0], matrix)]
+        assert node.attributes["transB"].as_int() == 1
+        x, _, *bias = node.inputs
+        new = [_product(graph, x, matrix, *bias)]
     else:
         assert (node.op_type, index) == ("Gather", 0), f"{node.op_type} of a matrix"
         new = _rows(graph, node.inputs[1], matrix)
     ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs)
 
 
-def _product(graph: ir.Graph, x: ir.Value | None, matrix: CodedMatrix) -> ir.Node:
-    """Return the node for x [T, K] times the matrix."""
+def _product(
+    graph: ir.Graph, x: ir.Value | None, matrix: CodedMatrix, bias: ir.Value | None = None
+) -> ir.Node:
+    """Return the node for x [T, K] times the matrix, plus a bias [N] if there is one."""
     parts = (_part(graph, matrix, part) for part in (matrix.codes, matrix.scales))
     outputs, inputs = matrix.shape
     shape = {"N": outputs, "K": inputs, "bits": matrix.bits, "block_size": BLOCK}
-    return ir.node("MatMulNBits", [x, *parts], shape, domain="com.microsoft")
+    rest = [] if bias is None else [None, None, bias]  # zero points, an index of groups
+    return ir.node("MatMulNBits", [x, *parts, *rest], shape, domain="com.microsoft")
 
 
 def _rows(graph: ir.Graph, places: ir.Value | None, matrix: CodedMatrix) -> list[ir.Node]:

@@ -1,11 +1,17 @@
 """Signatures of exported models: the inputs, state and outputs of each graph."""
 
 from beam_gemma.errors import ArtifactError
-from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
-from beam_gemma.model.graph_tensors import Device, Head, PagedState
-from beam_gemma.model.signature import Signature, block_size_for
+from beam_gemma.model.config import FULL, RECURRENT, SLIDING, GemmaConfig
+from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
+from beam_gemma.model.signature import CROSS, Signature, block_size_for
 from beam_gemma.model.vision_config import VisionConfig
+from export.modules.recurrent import CONV_STATE, LRU_STATE
 
+LONGEST_TEXT = 8192
+"""Longest text that is read in full in one step, to be embedded or as a source, in tokens, unless
+the model's limit is lower. Its full attention scores are in memory at once, and grow quadratically:
+4 bytes for each pair of tokens and each query head, so 1 GB at this length with 4 heads and 4 GB
+with 16. Their softmax takes as much again."""
 MAX_HEAD_DIM = 256
 """Most channels that one query-key product sums at once on the CPU; see `CONTEXT_ALIGNMENT`."""
 
@@ -17,8 +23,11 @@ def decoder_signature(
     dtype: str,
     head: Head = "generate",
     vision: VisionConfig | None = None,
+    encoder: GemmaConfig | None = None,
 ) -> Signature:
     """Return the signature of a decoder, with one group of paged layers per layer type.
+
+    A decoder that attends to sources apart from its own tokens has one more group, of all layers.
 
     Args:
         config: The decoder.
@@ -26,19 +35,24 @@ def decoder_signature(
         dtype: Dtype of matrices and caches.
         head: Head of the graph.
         vision: The tower of a model that takes pictures; its decoder then takes embeddings of them.
+        encoder: The encoder that reads the sources of the decoder's sequences; None for none.
     """
     _check_head_dim(config, device)
-    states = tuple(
+    states: tuple[State, ...] = tuple(
         PagedState(
             group=group,
             layers=config.layers_of(group),
             num_key_value_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             sliding_window=config.window(group),
+            holds="both" if config.merges_attention else "target",
         )
         for group in (FULL, SLIDING)
         if config.layers_of(group)
     )
+    if config.reads_source and not config.merges_attention:
+        states = (*states, _source_state(config))
+    states = (*states, *_recurrent_states(config, dtype))
     return Signature(
         head=head,
         device=device,
@@ -49,6 +63,62 @@ def decoder_signature(
         states=states,
         block_size=block_size_for(device, config.head_dim),
         optional_inputs=_optional_inputs(config, device, vision),
+        source_size=0 if encoder is None else encoder.hidden_size,
+        max_source_len=0 if encoder is None else max_source_len(encoder),
+    )
+
+
+def _source_state(config: GemmaConfig) -> PagedState:
+    """Return the caches of a decoder's second attention, which are those of sources."""
+    return PagedState(
+        group=CROSS,
+        layers=tuple(range(config.num_hidden_layers)),
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        holds="source",
+    )
+
+
+def _recurrent_states(config: GemmaConfig, dtype: str) -> tuple[RecurrentState, ...]:
+    """Return the states of recurrent blocks: tokens that a convolution still spans, and h."""
+    if not config.is_recurrent:
+        return ()
+    assert config.lru_width is not None
+    assert config.conv1d_width is not None
+    layers = config.layers_of(RECURRENT)
+    tail = (config.conv1d_width - 1, config.lru_width)
+    return (
+        RecurrentState(name=CONV_STATE, layers=layers, shape=tail, dtype=dtype),
+        RecurrentState(name=LRU_STATE, layers=layers, shape=(config.lru_width,)),
+    )
+
+
+def max_source_len(encoder: GemmaConfig) -> int:
+    """Return how many tokens a source may have; see `LONGEST_TEXT`."""
+    return min(encoder.max_position_embeddings, LONGEST_TEXT)
+
+
+def source_signature(
+    encoder: GemmaConfig, *, device: Device, dtype: str, vision: VisionConfig | None = None
+) -> Signature:
+    """Return the signature of the encoder of a decoder with sources.
+
+    Args:
+        encoder: The encoder.
+        device: Device of the graph.
+        dtype: Dtype of matrices and states.
+        vision: The tower of a model whose sources have pictures.
+    """
+    _check_head_dim(encoder, device)
+    return Signature(
+        head="encode",
+        device=device,
+        dtype=dtype,
+        vocab_size=encoder.vocab_size,
+        hidden_size=encoder.hidden_size,
+        max_model_len=max_source_len(encoder),
+        states=(),
+        optional_inputs=() if vision is None else ("inputs_embeds",),
     )
 
 

@@ -12,16 +12,23 @@ from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import HEADS, Signature
 from beam_gemma.model.vision_config import VisionConfig
 from export.checkpoints.sentence_folder import MODULES
-from export.checkpoints.tensors import Checkpoint
+from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, Checkpoint
 from export.checkpoints.vision_tensors import is_of_pictures
-from export.graph.signatures import decoder_signature, encoder_signature, vision_signature
+from export.graph.signatures import (
+    LONGEST_TEXT,
+    decoder_signature,
+    encoder_signature,
+    source_signature,
+    vision_signature,
+)
+from export.modules.cuda_recurrent import CudaRecurrentDecoder
+from export.modules.cuda_source_decoder import CudaSourceDecoder
 from export.modules.decoder import GemmaDecoder
 from export.modules.encoder import GemmaEncoder
+from export.modules.encoder_decoder import SourceDecoder
+from export.modules.recurrent import RecurrentDecoder
+from export.modules.source_encoder import SourceEmbedder, SourceEncoder
 from export.modules.vision import VisionModel
-
-LONGEST_TEXT = 8192
-"""Longest text that a decoder embeds, in tokens, unless the model's limit is lower. The memory for
-full attention scores grows quadratically and is 1 GB at this length for a 270M model."""
 
 
 def default_tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -36,12 +43,17 @@ def check_tasks(
 
     Raises:
         OptionsError: the model has bidirectional attention and a task is not `embed`, or it is a
-            PaliGemma and a task is.
+            PaliGemma or a RecurrentGemma and a task is.
     """
     if vision is not None and vision.bidirectional == "prefix" and "embed" in tasks:
         raise OptionsError(
             "--tasks: expected generate or classify for a PaliGemma, which reads no text without "
             f"a picture, got {','.join(tasks)}"
+        )
+    if config.is_recurrent and "embed" in tasks:
+        raise OptionsError(
+            "--tasks: expected generate or classify for a RecurrentGemma, whose layers do not read "
+            f"whole texts at once, got {','.join(tasks)}"
         )
     if config.use_bidirectional_attention and set(tasks) != {"embed"}:
         raise OptionsError(
@@ -55,7 +67,8 @@ def embedding_config(checkpoint: Checkpoint, pooling: Pooling | None) -> Embeddi
 
     Raises:
         CheckpointError: a model with bidirectional attention has no `modules.json`.
-        OptionsError: both the checkpoint and `pooling` set the pooling.
+        OptionsError: both the checkpoint and `pooling` set the pooling, or an encoder-decoder is
+            to embed with the state of the last token.
     """
     if checkpoint.embedding is not None:
         if pooling is not None:
@@ -69,7 +82,12 @@ def embedding_config(checkpoint: Checkpoint, pooling: Pooling | None) -> Embeddi
             f"{checkpoint.path}: expected {MODULES} beside a model with two-sided attention, got "
             "none; take the whole folder as it is published"
         )
-    longest = min(checkpoint.config.max_position_embeddings, LONGEST_TEXT)
+    if checkpoint.encoder is not None and pooling == "lasttoken":
+        raise OptionsError(
+            "--pooling: expected mean for a model with an encoder, whose tokens all attend to the "
+            "whole text, got lasttoken"
+        )
+    longest = min((checkpoint.encoder or checkpoint.config).max_position_embeddings, LONGEST_TEXT)
     return EmbeddingConfig(pooling=pooling or "mean", max_tokens=longest)
 
 
@@ -80,12 +98,15 @@ def graph_signature(
     device: Device,
     dtype: str,
     vision: VisionConfig | None = None,
+    encoder: GemmaConfig | None = None,
 ) -> Signature:
     """Return the signature of a task's graph."""
     if embedding is None or HEADS[task] != "embed":
+        pictures = vision if encoder is None else None  # an encoder reads pictures, if there is one
         return decoder_signature(
-            config, device=device, dtype=dtype, head=HEADS[task], vision=vision
+            config, device=device, dtype=dtype, head=HEADS[task], vision=pictures, encoder=encoder
         )
+    config = encoder or config
     return encoder_signature(
         config,
         device=device,
@@ -102,18 +123,23 @@ def graph_signatures(
     device: Device,
     dtype: str,
 ) -> tuple[Signature, ...]:
-    """Return the signature of each task's graph, and of the tower's if there is one."""
-    config, vision = checkpoint.config, checkpoint.vision
-    graphs = tuple(graph_signature(t, config, embedding, device, dtype, vision) for t in tasks)
-    if vision is None:
-        return graphs
-    return (*graphs, vision_signature(config, vision, device=device, dtype=dtype))
+    """Return the signatures of the tasks' graphs, of an encoder's and of a tower's, if any."""
+    config, vision, encoder = checkpoint.config, checkpoint.vision, checkpoint.encoder
+    graphs = [graph_signature(t, config, embedding, device, dtype, vision, encoder) for t in tasks]
+    if encoder is not None and set(tasks) != {"embed"}:
+        graphs.append(source_signature(encoder, device=device, dtype=dtype, vision=vision))
+    if vision is not None:
+        graphs.append(vision_signature(config, vision, device=device, dtype=dtype))
+    return tuple(graphs)
 
 
-def without_pictures(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint without what it has for pictures, which no embedding needs."""
-    text = {n: t for n, t in checkpoint.tensors.items() if not is_of_pictures(n)}
-    return replace(checkpoint, tensors=text, vision=None)
+def for_embeddings(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint without what no embedding needs: a tower, and the decoder of a source."""
+    tensors = {n: t for n, t in checkpoint.tensors.items() if not is_of_pictures(n)}
+    if checkpoint.encoder is not None:
+        shared = [name for name in (EMBEDDING, EOI) if ENCODER + name not in tensors]
+        tensors = {n: t for n, t in tensors.items() if n.startswith(ENCODER) or n in shared}
+    return replace(checkpoint, tensors=tensors, vision=None)
 
 
 def graph_module(
@@ -121,10 +147,23 @@ def graph_module(
     embedding: EmbeddingConfig | None,
     signature: Signature,
     vision: VisionConfig | None = None,
+    encoder: GemmaConfig | None = None,
 ) -> torch.nn.Module:
     """Return the PyTorch module that a signature describes."""
     if vision is not None and signature.head == "vision":
         return VisionModel(vision, signature)
+    if encoder is not None and signature.head == "encode":
+        return SourceEncoder(encoder, signature)
+    if encoder is not None and embedding is not None and signature.head == "embed":
+        return SourceEmbedder(encoder, signature, embedding)
+    if encoder is not None and signature.device == "cuda":
+        return CudaSourceDecoder(config, signature)
+    if encoder is not None:
+        return SourceDecoder(config, signature)
+    if config.is_recurrent and signature.device == "cuda":
+        return CudaRecurrentDecoder(config, signature)
+    if config.is_recurrent:
+        return RecurrentDecoder(config, signature)
     if embedding is None or signature.head != "embed":
         return GemmaDecoder(config, signature, vision)
     return GemmaEncoder(config, signature, embedding)

@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from beam_gemma.model.graph_tensors import StateTensor, Tensor
 from beam_gemma.model.signature import QUERY_TILE, Signature
 from export.modules.decoder import RMSNorm, Rotary
+from export.modules.source_encoder import SourceEmbedder, SourceEncoder
 from export.modules.vision import LayerNorm
-from export.ops import lowering_cpu, lowering_cuda, lowering_packed
+from export.ops import lowering_cpu, lowering_cuda, lowering_packed, lowering_recurrent
 from export.ops.lowering_packed import SUM_CHUNK, VALUE_SLICE
 from export.ops.reference import NO_WINDOW
 
@@ -55,7 +56,8 @@ def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Mode
         signature: Inputs, state and outputs of the graph.
 
     Returns:
-        A graph whose parameters are initializers without a value, named as in the module.
+        A graph whose parameters are initializers without a value, named as in the module; those
+        that an encoder shares with its decoder have the decoder's names.
     """
     with FakeTensorMode(), warnings.catch_warnings():
         # Hide deprecation warnings from inside the exporter.
@@ -85,7 +87,10 @@ def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Mode
             custom_translation_table=_translations(signature.device),
         )
     assert exported is not None
-    return _finished(exported.model, signature, {name for name, _ in module.named_parameters()})
+    finished = _finished(exported.model, signature, {n for n, _ in module.named_parameters()})
+    if isinstance(module, SourceEncoder | SourceEmbedder):
+        _rename(finished, module.stored_name)
+    return finished
 
 
 def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir.Model:
@@ -105,12 +110,24 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
     return model
 
 
+def _rename(model: ir.Model, stored_name: Callable[[str], str]) -> None:
+    """Give initializers the names that a checkpoint has for them."""
+    for name, value in list(model.graph.initializers.items()):
+        if (stored := stored_name(name)) != name:
+            del model.graph.initializers[name]
+            value.name = stored
+            model.graph.initializers[stored] = value
+
+
 def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
     """Return the bodies of the custom ops in a graph."""
     if signature.head == "vision":
         return VISION_LOWERINGS[signature.device]
-    if signature.head == "embed" and signature.device == "cpu":
+    if signature.head in ("embed", "encode") and signature.device == "cpu":
         return lowering_packed.FUNCTIONS
+    if signature.has_recurrent_state:
+        device = signature.device
+        return (*DECODER_LOWERINGS[device], *lowering_recurrent.FUNCTIONS[device])
     return DECODER_LOWERINGS[signature.device]
 
 
@@ -181,6 +198,7 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
             _attention_cpu if device == "cpu" else _attention_cuda
         ),
         torch.ops.beam_gemma.span_attention.default: _span_attention,
+        torch.ops.beam_gemma.source_attention.default: _source_attention,
         torch.ops.beam_gemma.packed_attention.default: _packed_attention,
         torch.ops.beam_gemma.packed_sum.default: _packed_sum,
         torch.ops.beam_gemma.padded_attention.default: _padded_attention,
@@ -188,7 +206,10 @@ def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.beam_gemma.vision_attention.default: _vision_attention,
         torch.ops.beam_gemma.rms_norm.default: _rms_norm_cpu if device == "cpu" else _rms_norm_cuda,
         torch.ops.beam_gemma.rotate.default: _rotate,
+        torch.ops.beam_gemma.linear_recurrence.default: _linear_recurrence,
+        torch.ops.beam_gemma.padded_recurrence.default: _padded_recurrence,
         torch.ops.aten.linear.default: _linear,
+        torch.ops.aten.index_put.default: _index_put,
     }
 
 
@@ -271,6 +292,20 @@ def _span_attention(  # type: ignore[no-untyped-def]
     return op.Where(is_inside, op.Gather(inside, places), output)
 
 
+def _source_attention(  # type: ignore[no-untyped-def]
+    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    rows, places, num_heads: int, num_kv_heads: int, scale: float, softcap: float,
+    attention_metadata,
+):  # fmt: skip
+    output, *caches = _node(lowering_cuda.RaggedAttention)(
+        op.Gather(query, rows), key, value, key_cache, value_cache, cu_seqlens, past_seqlens,
+        block_table, slot_mapping, attention_metadata,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap, window=-1,
+    )  # fmt: skip
+    output.dtype = query.dtype  # ONNX cannot infer the type of a node that it does not know
+    return op.Gather(output, places), *caches
+
+
 def _packed_attention(  # type: ignore[no-untyped-def]
     query, key, value, cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int,
     scale: float, softcap: float,
@@ -333,11 +368,33 @@ def _rms_norm_cuda(x, weight, epsilon: float, dtype: int):  # type: ignore[no-un
 
 def _rotate(x, cos, sin, num_heads: int):  # type: ignore[no-untyped-def]
     """Rotate all tokens as one sequence in a batch of one."""
-    width = x.shape[1]
-    half = width // num_heads // 2
+    width, half = x.shape[1], cos.shape[2]
     tables = (op.Reshape(table, _ints(1, -1, half)) for table in (cos, sin))
-    rotated = op.RotaryEmbedding(op.Reshape(x, _ints(1, -1, width)), *tables, num_heads=num_heads)
+    # 0 stands for all channels of a head.
+    part = 0 if 2 * half * num_heads == width else 2 * half
+    rotated = op.RotaryEmbedding(
+        op.Reshape(x, _ints(1, -1, width)),
+        *tables,
+        num_heads=num_heads,
+        rotary_embedding_dim=part,
+    )
     return op.Reshape(rotated, _ints(-1, width))
+
+
+def _linear_recurrence(inputs, log_decay, initial, owner, is_first):  # type: ignore[no-untyped-def]
+    function = lowering_recurrent.LinearRecurrence
+    return _node(function)(inputs, log_decay, initial, owner, is_first)
+
+
+def _padded_recurrence(inputs, log_decay, initial, token_places):  # type: ignore[no-untyped-def]
+    width = inputs.shape[2]
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(inputs))
+    states = op.Unsqueeze(initial, _ints(2, 3))
+    hidden, last = _node(lowering_recurrent.PaddedRecurrence)(
+        inputs, log_decay, states, ones, num_channels=width
+    )
+    hidden.dtype = last.dtype = inputs.dtype  # ONNX cannot infer them
+    return op.Gather(op.Reshape(hidden, _ints(-1, width)), token_places)
 
 
 def _ints(*values: int) -> Any:
@@ -347,3 +404,10 @@ def _ints(*values: int) -> Any:
 def _linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
     """Use Gemm, which takes weights as [out, in] like checkpoints, without a transposed copy."""
     return op.Gemm(x, weight, bias, transB=1)
+
+
+def _index_put(x, indices, values, accumulate: bool = False):  # type: ignore[no-untyped-def]
+    """Write whole rows; PyTorch's own translation expands them to a shape known at run time."""
+    [rows] = indices
+    assert not accumulate
+    return op.ScatterND(x, op.Unsqueeze(rows, _ints(-1)), values)

@@ -25,7 +25,7 @@ import torch
 
 from beam_gemma.model.config import GemmaConfig
 from export.checkpoints.hf_folder import check_names
-from export.checkpoints.tensors import NUMPY_DTYPES, Checkpoint, StoredTensor
+from export.checkpoints.tensors import ENCODER, NUMPY_DTYPES, Checkpoint, StoredTensor
 from export.graph.quantize import Blocks, CodedMatrix, coded_matrices, is_part
 
 LOGGER = logging.getLogger("export")
@@ -92,7 +92,7 @@ def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folde
         for value in initializers.get(name, ()):
             value.const_value = _external(name, kind, shapes[name], where, folder)
 
-    derived = _derived(checkpoint.config, initializers)
+    derived = _derived(checkpoint, initializers)
     coded = coded_matrices(shapes)
     plain = {n: shape for n, shape in shapes.items() if n not in derived and not is_part(n)}
     check_names(checkpoint.tensors, plain | {name: matrix.shape for name, matrix in coded.items()})
@@ -151,16 +151,26 @@ def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]
 def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
     """Return theta^(-2i / H) / factor for i < H / 2, computed in float32 like the reference.
 
+    H are the channels of a head that turn.
+
     Source: `ROPE_INIT_FUNCTIONS` in transformers 5.23, kinds `default` and `linear`.
     """
     rope = config.rope(layer_type)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64).float()
+    exponents = exponents / config.rotary_dim
     return (1.0 / (rope.rope_theta**exponents) / rope.factor).numpy()
 
 
-def _derived(config: GemmaConfig, names: Collection[str]) -> dict[str, Written]:
+def _derived(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Written]:
     """Return the tensors that no checkpoint holds: each layer type's rotary frequencies."""
-    values = {f"rotary.{g}.inv_freq": inverse_frequencies(config, g) for g in config.groups}
+    stacks = {"": checkpoint.config}
+    if checkpoint.encoder is not None:
+        stacks[ENCODER] = checkpoint.encoder
+    values = {
+        f"{prefix}rotary.{group}.inv_freq": inverse_frequencies(config, group)
+        for prefix, config in stacks.items()
+        for group in config.groups
+    }
     return {
         name: Written(name=name, shape=array.shape, dtype="float32", source=partial(iter, [array]))
         for name, array in values.items()

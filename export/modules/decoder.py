@@ -10,6 +10,7 @@ heads, K key-value heads, H head dimension.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,26 +43,28 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Cosines and sines of one layer type's rotary embedding."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, rotary_dim: int) -> None:
         super().__init__()
-        self.inv_freq = nn.Parameter(torch.empty(head_dim // 2, dtype=torch.float32))
+        self.inv_freq = nn.Parameter(torch.empty(rotary_dim // 2, dtype=torch.float32))
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, each [T, 1, H / 2], computed in float32."""
+        """Return cos and sin of half of the channels that turn, each [T, 1, H / 2], in float32."""
         angles = positions.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 Rotation = Callable[[Tensor, int], Tensor]
 """Function of x [T, N * H] and N that rotates each head by its token's position."""
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function of rotated query [T, N * H], rotated key and value [T, K * H]; returns [T, N * H]."""
+Attend = Callable[..., Tensor]
+"""Function of rotated query [T, N * H], rotated key and value [T, K * H]; returns [T, N * H]. The
+keyword `group` names other caches than those of the layer's type."""
 
 
 class Attention(nn.Module):
     """Grouped-query attention; the caller's `attend` stores and reads the keys and values."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, *, bias: bool = False) -> None:
+        """Make the matrices; `bias` adds one to the output, which RecurrentGemma has."""
         super().__init__()
         self.config = config
         hidden, dim = config.hidden_size, config.head_dim
@@ -69,7 +72,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden, heads * dim, bias=False)
         self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
         self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
+        self.o_proj = nn.Linear(heads * dim, hidden, bias=bias)
         if config.has_qk_norm:
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
@@ -92,12 +95,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """GeGLU with the tanh approximation of GELU."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, *, bias: bool = False) -> None:
+        """Make the matrices, with biases where the model has them."""
         super().__init__()
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, wide, bias=False)
-        self.up_proj = nn.Linear(hidden, wide, bias=False)
-        self.down_proj = nn.Linear(wide, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, wide, bias=bias)
+        self.up_proj = nn.Linear(hidden, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the feed-forward output [T, D] of x [T, D]."""
@@ -134,7 +138,10 @@ class Layer(nn.Module):
         if not self.has_post_norms:
             x = x + attended.to(x.dtype)
             return x + self.mlp(self.post_attention_layernorm(x, self.inner)).to(x.dtype)
-        x = x + self.post_attention_layernorm(attended, x.dtype)
+        return self.fed_forward(x + self.post_attention_layernorm(attended, x.dtype))
+
+    def fed_forward(self, x: Tensor) -> Tensor:
+        """Return the residual stream [T, D] after the feed-forward, with a norm on both sides."""
         wide = self.mlp(self.pre_feedforward_layernorm(x, self.inner))
         return x + self.post_feedforward_layernorm(wide, x.dtype)
 
@@ -150,15 +157,28 @@ class GemmaLayers(nn.Module):
         self.signature = signature
         self.first_position = vision.first_position if vision else 0
         self.spans_keep_windows = vision is not None and vision.bidirectional == "picture"
-        # Rounded to the model's dtype, as the reference does.
-        round_to = ml_dtypes.bfloat16 if signature.dtype == "bfloat16" else np.float32
+        # Rounded to the model's dtype, as the reference does; RecurrentGemma's is always bfloat16.
+        is_rounded = signature.dtype == "bfloat16" or config.lru_width is not None
+        round_to = ml_dtypes.bfloat16 if is_rounded else np.float32
         self.embedding_factor = float(round_to(config.hidden_size**0.5))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # The residual stream of Gemma 3 exceeds 65,504, the largest float16.
         self.inner = torch.float16 if signature.dtype == "float16" else None
-        self.layers = nn.ModuleList(Layer(config, self.inner) for _ in config.layer_types)
+        if config.eoi_token_id is not None:
+            self.eoi_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.layers = nn.ModuleList(self.layer(kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = nn.ModuleDict({group: Rotary(config.head_dim) for group in config.groups})
+        self.rotary = nn.ModuleDict({group: Rotary(config.rotary_dim) for group in config.groups})
+
+    def layer(self, layer_type: str) -> nn.Module:
+        """Return a new layer of a type; models with other layers than `Layer` override it."""
+        del layer_type
+        return Layer(self.config, self.inner)
+
+    def sources(self, step: Named) -> tuple[Any, ...]:
+        """Return what layers take of a step's sources beside the others' arguments."""
+        del step
+        return ()
 
     def residual(self, step: Named, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Return the residual stream [T, D] after the last layer, before the final norm.
@@ -170,12 +190,16 @@ class GemmaLayers(nn.Module):
         """
         x = self.embed_tokens(step["input_ids"])
         x = (x if self.inner is None else x.float()) * self.embedding_factor
+        if self.config.eoi_token_id is not None:
+            is_end = (step["input_ids"] == self.config.eoi_token_id)[:, None]
+            x = torch.where(is_end, self.eoi_embedding.to(x.dtype), x)
         if "inputs_embeds" in step:
             x = _with_pictures(x, step)
         rotary_positions = positions + self.first_position if self.first_position else positions
         rotations = {g: self._rotation(g, rotary_positions) for g in self.config.groups}
+        sources = self.sources(step)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotations[self.config.layer_types[i]], partial(attend, i))
+            x = layer(x, rotations.get(self.config.layer_types[i]), partial(attend, i), *sources)
         return x
 
     def _rotation(self, group: str, positions: Tensor) -> Rotation:
@@ -189,6 +213,18 @@ class GemmaLayers(nn.Module):
 
 class GemmaDecoder(GemmaLayers):
     """One ragged step of a Gemma decoder, with the head that the signature names."""
+
+    def __init__(
+        self, config: GemmaConfig, signature: Signature, vision: VisionConfig | None = None
+    ) -> None:
+        super().__init__(config, signature, vision)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Matrix [V, D] of the head: the embedding, unless the two are not tied."""
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
         """Run one step; names are those of `beam_gemma.model.signature`.
@@ -229,23 +265,33 @@ class GemmaDecoder(GemmaLayers):
         state: Named,
         layer: int,
         *rows: Tensor,
+        group: str | None = None,
     ) -> Tensor:
-        """Write the new tokens to a layer's cache and attend over it."""
+        """Write the new tokens to a layer's cache and attend over it.
+
+        Args:
+            step: The step's inputs.
+            reach: First and last position that each token reaches, for each group.
+            state: The caches by name, which are replaced.
+            layer: Number of the layer.
+            rows: Query, key and value.
+            group: Group of the caches; by default that of the layer's type.
+        """
         config = self.config
-        group = config.layer_types[layer]
-        names = cache_names(layer)
+        group = group or config.layer_types[layer]
+        names = self._cache_names(group, layer)
         output, *caches = ragged_attention(
             *rows,
             *(state[name] for name in names),
             step["cu_seqlens"],
             step["past_seqlens"],
             step[f"block_table.{group}"],
-            step[f"slot_mapping.{group}"],
+            self._slots(step, group),
             step.get(f"context_starts.{group}", torch.zeros_like(step["past_seqlens"])),
             *reach[group],
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.window(group) or NO_WINDOW,
+            self._window(group) or NO_WINDOW,
             config.attention_scale,
             config.attn_logit_softcapping or 0.0,
             self.signature.device,
@@ -253,6 +299,19 @@ class GemmaDecoder(GemmaLayers):
         )
         state.update(zip(names, caches, strict=True))
         return self._attend_in_spans(step, group, output, *rows[:2], *caches)
+
+    def _cache_names(self, group: str, layer: int) -> tuple[str, str]:
+        """Return the names of a layer's caches in a group."""
+        del group
+        return cache_names(layer)
+
+    def _slots(self, step: Named, group: str) -> Tensor:
+        """Return the cache slot of each row of key and value that a step writes to a group."""
+        return step[f"slot_mapping.{group}"]
+
+    def _window(self, group: str) -> int | None:
+        """Return how many cells a query of a group reaches, the last one included; or None."""
+        return self.config.window(group)
 
     def _attend_in_spans(self, step: Named, group: str, output: Tensor, *rows: Tensor) -> Tensor:
         """Return the attention output, with two-sided attention inside spans where they are input.
@@ -287,7 +346,7 @@ class GemmaDecoder(GemmaLayers):
     def _head(self, rows: Tensor, step: Named, state: Named) -> Named:
         """Return the outputs for normalized rows [R, D]; store chosen tokens in the state."""
         signature = self.signature
-        weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
+        weight, probability_rows = self.head_weight, step["probability_rows"]
         poison = torch.zeros(())
         if signature.device == "cuda":
             rows, poison = _split_poison(rows)
@@ -303,7 +362,7 @@ class GemmaDecoder(GemmaLayers):
 
     def _scores(self, rows: Tensor, poison: Tensor, step: Named) -> Named:
         """Return the outputs of the `score` head for normalized rows [R, D] and poison [R]."""
-        weight, probability_rows = self.embed_tokens.weight, step["probability_rows"]
+        weight, probability_rows = self.head_weight, step["probability_rows"]
         # One product per target avoids computing the other columns of the vocabulary.
         targets = rows.index_select(0, step["target_rows"])[:, None, :]
         products = targets @ weight.index_select(0, step["target_ids"])[:, :, None]
@@ -360,6 +419,11 @@ def sequence_positions(step: Named) -> Tensor:
     """Return the position [T] of each packed token in its sequence, int64."""
     cu_seqlens = step["cu_seqlens"].long()
     tokens = torch.arange(step["input_ids"].shape[0])
-    owner = (tokens[:, None] >= cu_seqlens[None, 1:]).sum(dim=1)
     offsets = step.get("past_seqlens", torch.zeros(1)).long() - cu_seqlens[:-1]
-    return tokens + offsets.index_select(0, owner)
+    return tokens + offsets.index_select(0, owners(step))
+
+
+def owners(step: Named) -> Tensor:
+    """Return the sequence [T] of each packed token, int64."""
+    tokens = torch.arange(step["input_ids"].shape[0])
+    return (tokens[:, None] >= step["cu_seqlens"].long()[None, 1:]).sum(dim=1)

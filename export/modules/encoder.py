@@ -6,6 +6,7 @@ Dimensions: B sequences, T tokens, D hidden, W width of an embedding, N query he
 heads, H head dimension, L padded text length.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -20,56 +21,23 @@ from export.modules.heads import Named
 from export.ops.reference import NO_WINDOW, packed_attention, packed_sum, padded_attention
 
 
-class GemmaEncoder(GemmaLayers):
-    """One step over whole texts, bidirectional or causal depending on the model."""
+class WholeTexts(GemmaLayers):
+    """The layers over whole texts, bidirectional or causal depending on the model."""
 
-    def __init__(
-        self, config: GemmaConfig, signature: Signature, embedding: EmbeddingConfig
-    ) -> None:
-        super().__init__(config, signature)
-        self.embedding = embedding
-        widths = (config.hidden_size, *embedding.dense_sizes)
-        self.dense = nn.ModuleList(nn.Linear(*sizes, bias=False) for sizes in pairwise(widths))
+    def states(self, step: Named) -> tuple[Tensor, Named]:
+        """Return the residual stream [T, D] before the final norm, and the inputs of the step.
 
-    def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
-        """Run one step; names are those of `beam_gemma.model.signature`.
+        On CUDA the latter have what `_masks` makes of them too.
 
         Args:
             step: `Signature.step_inputs` by name.
-            state: Empty.
-
-        Returns:
-            `Signature.outputs` by name, and the empty state.
         """
         if self.signature.device == "cuda":
             step = step | _masks(step, self.config)
-            x = self.residual(step, step["position_ids"], partial(self._attend_padded, step))
-        else:
-            x = self.residual(step, sequence_positions(step), partial(self._attend, step))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        first = self.norm(x.index_select(0, step["cu_seqlens"][:-1]), wide)
-        embedding = self._pooled(x, step, wide)
-        for dense in self.dense:
-            embedding = dense(embedding.to(self.embed_tokens.weight.dtype))
-        embedding = embedding.to(wide)
-        if self.embedding.normalize:
-            # Same result as `normalize`, which would also expand the norm to the output's shape.
-            norm = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
-            embedding = embedding / norm.clamp(min=1e-12)
-        return {"embedding": embedding, "first_state": first}, state
-
-    def _pooled(self, x: Tensor, step: Named, dtype: torch.dtype) -> Tensor:
-        """Return the pooled residual stream [B, D] of x [T, D]."""
-        cu_seqlens = step["cu_seqlens"]
-        if self.embedding.pooling == "lasttoken":
-            return self.norm(x.index_select(0, cu_seqlens[1:] - 1), dtype)
-        normed = self.norm(x, dtype)
-        if self.signature.device == "cuda":
-            places = nn.functional.embedding(step["rows"], normed)
-            sums = torch.where(step["is_token"][:, :, None], places, 0.0).sum(dim=1)
-        else:
-            sums = packed_sum(normed, cu_seqlens, self.signature.max_model_len)
-        return sums / (cu_seqlens[1:] - cu_seqlens[:-1])[:, None].to(sums.dtype)
+            return self.residual(
+                step, step["position_ids"], partial(self._attend_padded, step)
+            ), step
+        return self.residual(step, sequence_positions(step), partial(self._attend, step)), step
 
     def _attend(self, step: Named, layer: int, *rows: Tensor) -> Tensor:
         """Attend within each text."""
@@ -101,6 +69,54 @@ class GemmaEncoder(GemmaLayers):
         )
 
 
+class GemmaEncoder(WholeTexts):
+    """One step over whole texts that makes an embedding of each."""
+
+    def __init__(
+        self, config: GemmaConfig, signature: Signature, embedding: EmbeddingConfig
+    ) -> None:
+        super().__init__(config, signature)
+        self.embedding = embedding
+        widths = (config.hidden_size, *embedding.dense_sizes)
+        self.dense = nn.ModuleList(nn.Linear(*sizes, bias=False) for sizes in pairwise(widths))
+
+    def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
+        """Run one step; names are those of `beam_gemma.model.signature`.
+
+        Args:
+            step: `Signature.step_inputs` by name.
+            state: Empty.
+
+        Returns:
+            `Signature.outputs` by name, and the empty state.
+        """
+        x, step = self.states(step)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        first = self.norm(x.index_select(0, step["cu_seqlens"][:-1]), wide)
+        embedding = self._pooled(x, step, wide)
+        for dense in self.dense:
+            embedding = dense(embedding.to(self.embed_tokens.weight.dtype))
+        embedding = embedding.to(wide)
+        if self.embedding.normalize:
+            # Same result as `normalize`, which would also expand the norm to the output's shape.
+            norm = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+            embedding = embedding / norm.clamp(min=1e-12)
+        return {"embedding": embedding, "first_state": first}, state
+
+    def _pooled(self, x: Tensor, step: Named, dtype: torch.dtype) -> Tensor:
+        """Return the pooled residual stream [B, D] of x [T, D]."""
+        cu_seqlens = step["cu_seqlens"]
+        if self.embedding.pooling == "lasttoken":
+            return self.norm(x.index_select(0, cu_seqlens[1:] - 1), dtype)
+        normed = self.norm(x, dtype)
+        if self.signature.device == "cuda":
+            places = nn.functional.embedding(step["rows"], normed)
+            sums = torch.where(step["is_token"][:, :, None], places, 0.0).sum(dim=1)
+        else:
+            sums = packed_sum(normed, cu_seqlens, self.signature.max_model_len)
+        return sums / (cu_seqlens[1:] - cu_seqlens[:-1])[:, None].to(sums.dtype)
+
+
 def _masks(step: Named, config: GemmaConfig) -> Named:
     """Return a mask of real tokens, their packed rows, and an attention mask per layer type.
 
@@ -119,10 +135,21 @@ def _masks(step: Named, config: GemmaConfig) -> Named:
     return {"is_token": is_token, "rows": rows, **masks}
 
 
+_WINDOWS: dict[str, Callable[[int], tuple[int, int]]] = {
+    "gemma3_text": lambda window: (window // 2, window // 2),
+    "t5gemma": lambda window: (window, window),
+    "t5gemma2": lambda window: ((window + 1) // 2 - 1, window // 2),
+}
+"""Positions before and after its own that a token of a two-sided model with a window attends to, as
+transformers 5.23 has them: `create_bidirectional_sliding_window_mask` with half of Gemma 3's window
+and with the whole one of T5Gemma, and `sliding_window_mask_function` of T5Gemma 2."""
+
+
 def reach(config: GemmaConfig, layer_type: str) -> tuple[int, int]:
     """Return the numbers of positions before and after its own that a token attends to."""
     window = config.window(layer_type)
-    if config.use_bidirectional_attention:
-        half = NO_WINDOW if window is None else window // 2
-        return half, half
-    return (NO_WINDOW if window is None else window - 1), 0
+    if window is None:
+        return NO_WINDOW, NO_WINDOW if config.use_bidirectional_attention else 0
+    if not config.use_bidirectional_attention:
+        return window - 1, 0
+    return _WINDOWS[config.model_type](window)

@@ -22,7 +22,8 @@ g = n // (N / K):
 `rms_norm` is x / sqrt(mean(x^2) + epsilon) * weight in float32; the weight is the effective one,
 1 + w where a checkpoint stores w.
 
-`rotate` turns each head (a, b), in halves, to (a cos - b sin, b cos + a sin).
+`rotate` turns each head (a, b), in halves, to (a cos - b sin, b cos + a sin); or only its first
+channels.
 
 Dimensions: B sequences, T new tokens, N query heads, K key-value heads, H head dimension, P cache
 blocks, M blocks in a table row, D hidden, L padded text length, R rows, V vocabulary, U columns,
@@ -68,14 +69,15 @@ def ragged_attention(
 
     Args:
         query: [T, N * H], rotated.
-        key: [T, K * H], rotated.
-        value: [T, K * H].
+        key: [T, K * H], rotated; on the CPU there may be another number of rows than T, since the
+            tokens of a source have keys and values but no queries.
+        value: As many rows [.., K * H].
         key_cache: Cache with the shape `signature.PagedState.shape` for the device `layout`.
         value_cache: Cache of the same shape.
         cu_seqlens: [B + 1], start of each sequence's new tokens.
         past_seqlens: [B], positions before the first new token.
         block_table: [B, M], cache blocks; the first slot is position `context_starts`.
-        slot_mapping: [T], flat slot of each new token; negative skips the write.
+        slot_mapping: Flat slot of each row of key and value; negative skips the write.
         context_starts: [B], position of the first slot in each table row.
         first_keys: [T], the first position that each token reaches; below 0 for all.
         last_keys: [T], the last position that each token reaches.
@@ -285,7 +287,7 @@ def _(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor: 
 
 @torch.library.custom_op("beam_gemma::rotate", mutates_args=())
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Rotate the heads of x [T, N * H]; cos and sin are [T, 1, H / 2]."""
+    """Rotate the heads of x [T, N * H]; see `rotate_heads`."""
     return rotate_heads(x.view(x.shape[0], num_heads, -1), cos, sin).reshape(x.shape)
 
 
@@ -295,7 +297,8 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:  # noqa: A
 
 
 def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the last dimension of x [T, N, H]."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotate the two halves of the first 2 * R channels of x [T, N, H]; cos, sin are [T, 1, R]."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)

@@ -39,9 +39,10 @@ def test_every_setting_has_a_flag(tmp_path):
         "--chat_template", str(template), "--allow_special_tokens", "--max_prompt_tokens", "9",
         "--truncate", "right", "--max_tokens", "5", "--temperature", "0.5", "--top_k", "3",
         "--top_p", "0.9", "--seed", "8", "--stop", "a b", "--stop=--", "--ignore_eos",
-        "--key_column", "id", "--logprob", "--token_ids",
+        "--key_column", "id", "--logprob", "--token_ids", "--decoder_prompt", "{a}:",
     ) == GenerateSettings(
         messages_column="chat",
+        decoder_prompt="{a}:",
         system="be kind",
         prompt_format="chat",
         chat_template="own template",

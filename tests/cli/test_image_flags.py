@@ -66,6 +66,11 @@ def test_policies_for_pictures(tmp_path):
         (classify, ["--policy=all"], "--prompt_column or --image_column beside it, got none"),
         (
             classify,
+            ["--policy=all", "--prompt_column=x", "--decoder_prompt=y"],
+            "got --decoder_prompt",
+        ),
+        (
+            classify,
             ["--policy=violence", "--prompt_column=x"],
             "policy 'violence': expected one of dangerous_content, .* for texts, .* for pictures",
         ),

@@ -59,6 +59,9 @@ class AsyncSession(FakeSession):
         blocks = list(blocks)
         self._queue.append(lambda: super(AsyncSession, self).zero_blocks(group, blocks))
 
+    def copy_slot(self, source, target):
+        self._queue.append(lambda: super(AsyncSession, self).copy_slot(source, target))
+
     def finish(self, step: "LateStep") -> None:
         """Do all that was queued up to a step; its failure is that of what follows in flight."""
         while not step.is_over:

@@ -38,15 +38,19 @@ BLOCK = 16
 KEPT = {
     "": {
         "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Cos",
-        "CumSum", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
+        "Constant", "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
         "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
         "MatMul", "Max", "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
         "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "Sin",
         "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "TopK", "Transpose",
         "Unsqueeze", "Where",
     },
-    "com.microsoft": {"GatherBlockQuantized", "MatMulNBits", "MultiHeadAttention"},
-    "beam_gemma": {"HalfRmsNorm", "PaddedAttention", "RmsNorm", "VisionAttention"},
+    "com.microsoft": {
+        "GatherBlockQuantized", "LinearAttention", "MatMulNBits", "MultiHeadAttention",
+    },
+    "beam_gemma": {
+        "HalfRmsNorm", "PaddedAttention", "PaddedRecurrence", "RmsNorm", "VisionAttention",
+    },
 }  # fmt: skip
 """What stays as it is, by domain."""
 LOWERED = {"RaggedAttention": "PagedAttention", "SpanAttention": "TwoSidedAttention"}

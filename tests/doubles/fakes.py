@@ -4,7 +4,8 @@
 them back through block tables, context starts and past lengths, so wrong bookkeeping or packing
 changes what comes out. A group with a window shows the function only the tokens in the window. What
 former owners left in a block never shows, except for a NaN: it spreads to every row whose table
-holds its block, in use or not, as 0 * NaN does in a product. Whatever the session is not allowed to
+holds its block, in use or not, as 0 * NaN does in a product. A recurrent state is a number that all
+tokens so far have changed, or None once one of them was a NaN. Whatever the session is not allowed to
 be given is kept in `faults`, since an engine answers for exceptions of its session.
 
 A token of a picture is cached as the first number of its embedding, and `FakeEncoder` makes
@@ -34,10 +35,11 @@ NEVER_WRITTEN = -1.0
 NUM_IMAGE_TOKENS = 20
 """More than a block."""
 IMAGE_SIZE = 4
+RECURRENT = "recurrent"
 STATES = (
     PagedState(group="full", layers=(1,), num_key_value_heads=1, head_dim=8),
     PagedState(group="sliding", layers=(0,), num_key_value_heads=1, head_dim=8, sliding_window=40),
-    RecurrentState(name="recurrent", layers=(2,), shape=(8,)),
+    RecurrentState(name=RECURRENT, layers=(2,), shape=(8,)),
 )
 
 
@@ -83,7 +85,7 @@ class FakeSession:
             signature: What the caches are.
             num_blocks: Pool of every group, or of each.
             num_state_slots: Rows of the recurrent state.
-            poison: A group, and a token that it stores as NaN.
+            poison: A group or a recurrent state, and a token that it stores as NaN.
             next_token: Most likely token after so many; None for the built-in function.
         """
         self.signature = signature or fake_signature()
@@ -105,7 +107,9 @@ class FakeSession:
         self._next_token = next_token
         size = self.signature.block_size
         self._cache = {g: np.full(n * size, NEVER_WRITTEN) for g, n in self.num_blocks.items()}
-        self._recurrent = np.zeros(num_state_slots, np.uint64)
+        self._recurrent: list[int | None] = [None] * num_state_slots
+        self.copied: list[tuple[int, int]] = []
+        """Slots whose state was copied, each with the slot it was copied to."""
         self._next_ids = np.full(num_state_slots + 1, -1)
 
     def start(
@@ -138,6 +142,13 @@ class FakeSession:
         assert all(blocks), "block 0 belongs to nobody"
         self._cache[group].reshape(-1, self.signature.block_size)[list(blocks)] = NEVER_WRITTEN
 
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a recurrent state."""
+        assert self.signature.has_recurrent_state
+        assert 0 <= source < self.num_state_slots > target >= 0 != source - target
+        self.copied.append((source, target))
+        self._recurrent[target] = self._recurrent[source]
+
     def _run(
         self, feeds: Mapping[str, np.ndarray], *, with_logits: bool
     ) -> StepOutput | ScoreOutput:
@@ -155,6 +166,7 @@ class FakeSession:
         if self.fails(len(self.steps), feeds["input_ids"].tolist()):
             self._spoil(feeds)
             raise RuntimeError("the device is gone")
+        self._advance(feeds)
         ends = (feeds["cu_seqlens"][1:] - 1).tolist()
         known = {end: self._logits(feeds, b, end) for b, end in enumerate(ends)}
         rows = []
@@ -195,10 +207,12 @@ class FakeSession:
 
     def _spoil(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Leave behind the worst that a step can which ended halfway."""
-        for group, cache in self._cache.items():
-            cache[feeds[f"slot_mapping.{group}"]] = np.nan
+        for state in self.signature.paged_states:
+            slots, _ = self._written(state, feeds)
+            self._cache[state.group][slots] = np.nan
         if self.signature.has_recurrent_state:
-            self._recurrent[feeds["state_slots"]] += np.uint64(1)
+            for slot in feeds["state_slots"].tolist():
+                self._recurrent[slot] = None
 
     def _check_names(self, feeds: Mapping[str, np.ndarray]) -> None:
         tensors = self.signature.step_inputs()
@@ -208,19 +222,37 @@ class FakeSession:
             assert feeds[tensor.name].ndim == len(tensor.shape), tensor.name
 
     def _write(self, state: PagedState, feeds: Mapping[str, np.ndarray]) -> None:
-        slots = feeds[f"slot_mapping.{state.group}"]
+        slots, ids = self._written(state, feeds)
         size = self.signature.block_size
         table = feeds[f"block_table.{state.group}"]
-        assert len(set(slots.tolist())) == len(slots) == len(feeds["input_ids"])
-        assert slots.min() >= size, "block 0 stays zero"
+        assert len(set(slots.tolist())) == len(slots) == len(ids)
+        assert slots.min(initial=size) >= size, "block 0 stays zero"
         assert np.isin(slots // size, table).all()
         if self.signature.device == "cpu":
             assert table.shape[1] * size % CONTEXT_ALIGNMENT == 0
             assert not (self._starts(state, feeds) % CONTEXT_ALIGNMENT).any()
-        ids = feeds["input_ids"].astype(np.float64)
         if self._poison is not None and self._poison[0] == state.group:
             ids[ids == self._poison[1]] = np.nan
         self._cache[state.group][slots] = ids
+
+    def _written(
+        self, state: PagedState, feeds: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the slots of a group that a step writes, and what it writes to them."""
+        slots, ids = [], []
+        if state.holds != "source":
+            slots.append(feeds[f"slot_mapping.{state.group}"])
+            ids.append(feeds["input_ids"].astype(np.float64))
+        if state.holds != "target":
+            sources = feeds[f"source_slots.{state.group}"]
+            states = feeds["source_states"][:, 0].astype(np.float64)
+            assert len(sources) == len(states)
+            if sources[0] < 0:
+                assert (sources, states) == ([-1], [0]), "one row stands for no source"
+            else:
+                slots.append(sources)
+                ids.append(states)
+        return np.concatenate(slots or [[]]).astype(np.int64), np.concatenate(ids or [[]])
 
     def _logits(self, feeds: Mapping[str, np.ndarray], row: int, place: int) -> np.ndarray:
         """Return the logits after a new token of a row; a NaN in reach also spoils its keys."""
@@ -237,6 +269,9 @@ class FakeSession:
             if self.signature.device == "cuda":  # where kernels mask before they multiply
                 context = context[: past + end - begin]
             poisoned |= bool(np.isnan(context).any())
+            if state.holds != "target":
+                histories.append(self._behind_source(state, feeds, row, place, context))
+                continue
             start = int(self._starts(state, feeds)[row])
             last = past + place - begin
             first = 0 if state.sliding_window is None else max(0, last - state.sliding_window + 1)
@@ -245,18 +280,49 @@ class FakeSession:
             assert not (histories[-1] == NEVER_WRITTEN).any(), "a token is read that nobody wrote"
         if poisoned:
             for group, cache in self._cache.items():
-                cache[feeds[f"slot_mapping.{group}"][begin:end]] = np.nan
+                if f"slot_mapping.{group}" in feeds:
+                    cache[feeds[f"slot_mapping.{group}"][begin:end]] = np.nan
             return np.full(self.signature.vocab_size, np.nan)
-        summary = self._recur(feeds, row, past, feeds["input_ids"][begin:end].tolist())
+        summary = self._summaries[place]
+        if summary is None:
+            return np.full(self.signature.vocab_size, np.nan)
         return logits_of(histories, summary, self.signature.vocab_size, self._next_token)
 
-    def _recur(self, feeds: Mapping[str, np.ndarray], row: int, past: int, ids: list[int]) -> int:
+    def _behind_source(
+        self,
+        state: PagedState,
+        feeds: Mapping[str, np.ndarray],
+        row: int,
+        place: int,
+        context: np.ndarray,
+    ) -> np.ndarray:
+        """Return what a token reaches in a group that holds sources: these, then its own tokens."""
+        begin, end = feeds["cu_seqlens"][row : row + 2].tolist()
+        past, num_source = (int(feeds[n][row]) for n in ("past_seqlens", "source_seqlens"))
+        last, window = past + place - begin, state.sliding_window or self.signature.max_model_len
+        assert end - begin == 1 or past + end - begin <= window, "a chunk overwrites its own tokens"
+        cells = list(range(num_source))
+        if state.holds == "both":
+            cells += [num_source + p % window for p in range(max(0, last - window + 1), last + 1)]
+        assert not (context[cells] == NEVER_WRITTEN).any(), "a token is read that nobody wrote"
+        return context[cells]
+
+    def _advance(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Compute the recurrent state after each token of the step, and keep each row's last."""
+        self._summaries: list[int | None] = [0] * len(feeds["input_ids"])
         if not self.signature.has_recurrent_state:
-            return 0
-        slot = int(feeds["state_slots"][row])
-        summary = recur(int(self._recurrent[slot]) if past else 0, ids)
-        self._recurrent[slot] = summary
-        return summary
+            return
+        slots, past = feeds["state_slots"].tolist(), feeds["past_seqlens"].tolist()
+        assert len(set(slots)) == len(slots)
+        bad = self._poison[1] if self._poison is not None and self._poison[0] == RECURRENT else None
+        for row, (begin, end) in enumerate(itertools.pairwise(feeds["cu_seqlens"].tolist())):
+            summary = self._recurrent[slots[row]] if past[row] else 0
+            for place in range(begin, end):
+                token = int(feeds["input_ids"][place])
+                is_nan = summary is None or token == bad
+                summary = None if is_nan else recur(summary, [token])
+                self._summaries[place] = summary
+            self._recurrent[slots[row]] = summary
 
     def _starts(self, state: PagedState, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         zeros = np.zeros_like(feeds["past_seqlens"])
@@ -273,16 +339,15 @@ def expected(
     """Return what a request completes to, from the definition alone: no cache, no batch."""
     params = request.params
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-    ids = list(request.prompt_token_ids)
+    ids, source = list(request.prompt_token_ids), list(request.source_token_ids)
     for picture in request.pictures:
-        ids[picture.start : picture.start + NUM_IMAGE_TOKENS] = soft_ids(picture.pixels)
+        place = slice(picture.start, picture.start + NUM_IMAGE_TOKENS)
+        (source or ids)[place] = soft_ids(picture.pixels)
+    source = read_source(source)
     completion: list[int] = []
     finish_reason, logprob = "length", 0.0
     while len(completion) < params.max_tokens:
-        histories = [
-            np.array(ids if s.sliding_window is None else ids[-s.sliding_window :], np.float64)
-            for s in signature.paged_states
-        ]
+        histories = histories_of(signature, ids, source)
         summary = recur(0, ids) if signature.has_recurrent_state else 0
         logits = logits_of(histories, summary, signature.vocab_size, next_token)
         every = np.arange(signature.vocab_size)
@@ -301,6 +366,16 @@ def expected(
         finish_reason=finish_reason,
         logprob=logprob if request.logprob else None,
     )
+
+
+def histories_of(signature: Signature, token_ids: list[int], source: list[int]) -> list[np.ndarray]:
+    """Return what the last token reaches in each group, by the definition of its state."""
+    histories = []
+    for state in signature.paged_states:
+        own = token_ids if state.sliding_window is None else token_ids[-state.sliding_window :]
+        held = {"target": own, "source": source, "both": source + own}[state.holds]
+        histories.append(np.array(held, np.float64))
+    return histories
 
 
 def logits_of(
@@ -340,6 +415,13 @@ def soft_ids(pixels: np.ndarray) -> list[int]:
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=2).digest()
     first = 1000 + 100 * int.from_bytes(digest, "little")
     return list(range(first, first + NUM_IMAGE_TOKENS))
+
+
+def read_source(token_ids: Sequence[int]) -> list[int]:
+    """Return what stands for the tokens of a source, each of which depends on all of them."""
+    digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=1).digest()
+    first = 8_000_000 + 10_000 * digest[0]
+    return [first + i for i in range(len(token_ids))]
 
 
 class FakeEncoder:

@@ -16,8 +16,11 @@ MAKING = Counter[str]()
 """CPU seconds that this process has spent on each folder that it made."""
 MAKERS = (
     "cuda_models",
+    "cuda_sources",
     "cuda_vision",
+    "encoder_decoder_models",
     "real_model",
+    "recurrent_models",
     "reference",
     "sentence_model",
     "tiny_tokenizer",

@@ -40,6 +40,8 @@ class Feeder:
         }
         feeds["probability_rows"] = np.arange(len(feeds["logit_rows"]))
         feeds |= self._tables([seq for seq, _ in chunks], past, lengths, positions)
+        if self.signature.has_recurrent_state:
+            feeds |= self._slots([seq for seq, _ in chunks], lengths)
         if "position_ids" in self.signature.optional_inputs:
             feeds["position_ids"] = positions.astype(np.int64)
         if self.signature.chooses:
@@ -63,6 +65,17 @@ class Feeder:
                 feeds[f"context_starts.{state.group}"] = np.zeros(len(seqs), np.int32)
         if self.signature.device == "cuda":
             feeds["attention_metadata"] = np.array([max(lengths), width * block, 0], np.int32)
+        return feeds
+
+    def _slots(self, seqs: list[int], lengths: list[int]) -> Feeds:
+        """Return each sequence's state slot, the later sequences' first; and where tokens lie."""
+        feeds: Feeds = {"state_slots": np.array([len(self.past) - 1 - s for s in seqs], np.int32)}
+        if self.signature.device == "cuda":
+            width = max(lengths)
+            places = np.concatenate([b * width + np.arange(n) for b, n in enumerate(lengths)])
+            feeds["token_rows"] = np.full((len(seqs), width), -1)
+            feeds["token_rows"].flat[places] = np.arange(sum(lengths))
+            feeds["token_places"] = places
         return feeds
 
     def state(self, dtype: type = np.float32) -> Feeds:

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beam_gemma.engine.snapshots import MIN_SHARERS
+from beam_gemma.jobs.dry_run import MIN_SNAPSHOT_SHARERS
 from beam_gemma.jobs.estimate import Estimate, Means, Sample, Throughput, distribution
 
 RATES = Throughput(
@@ -62,6 +64,29 @@ def test_blocks_that_prompts_begin_with_are_computed_once():
     # The last token gives the next one, so it is computed although its block is known.
     assert sample_of(begin, (*begin, 1), block_tokens=4).num_computed_tokens == 8 + (9 - 8)
     assert sample_of((*begin, 1), begin, block_tokens=4).num_computed_tokens == 9 + (8 - 4)
+
+
+def test_a_prefix_that_few_share_may_be_computed_each_time():
+    rows = [(1, 2, 3, 4, 9), (1, 2, 3, 4, 8), (1, 2, 7, 7), (1, 2, 6, 6)]
+    reused = sample_of(*rows, block_tokens=2).num_computed_tokens
+    assert reused == 5 + 1 + 2 + 2
+    kept = sample_of(*rows, block_tokens=2, min_sharers=4).num_computed_tokens
+    assert kept == 5 + 3 + 2 + 2  # (1, 2) is shared by four, (3, 4) by two
+    assert MIN_SNAPSHOT_SHARERS == MIN_SHARERS
+
+
+def test_a_source_that_rows_share_is_read_once():
+    sources = [((1, 2, 3, 4),), ((1, 2, 3, 4),), ((5, 6),), ((5, 6),)]
+    starts = [((0, 7),), ((0, 8),), ((0, 7),), ((0, 7),)]
+    sample = Sample(lengths=[4, 4, 2, 2], sequences=starts, sources=sources)
+    # Rows with one decoder prompt and two sources are two requests.
+    assert sample.num_duplicates == 1
+    assert sample.num_computed_tokens == (4 + 2) + 3 * 2
+    assert sample.has_work_in_common
+    assert estimate_of(sample, 4).prompt_tokens == 12
+    alone = Sample(lengths=[4, 2], sequences=starts[:2], sources=sources[1:3])
+    assert (alone.num_duplicates, alone.num_computed_tokens) == (0, 6 + 4)
+    assert not alone.has_work_in_common
 
 
 @given(

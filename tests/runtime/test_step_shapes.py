@@ -210,6 +210,8 @@ def test_texts_are_padded_with_short_ones(lengths):
     rows = feeds["token_rows"]
     np.testing.assert_array_equal(into["token_rows"][: len(rows), : rows.shape[1]], rows)
     assert (into["token_rows"] >= 0).sum() == ends[-1]
+    places = into["token_places"][: ends[-1]]
+    np.testing.assert_array_equal(into["token_rows"].ravel()[places], np.arange(ends[-1]))
     np.testing.assert_array_equal(into["cu_seqlens"][: len(ends)], ends)
     assert into["cu_seqlens"][-1] == shape.num_tokens
     assert (np.diff(into["cu_seqlens"]) >= 1).all()

@@ -1,10 +1,12 @@
 """Questions: prompts with shots before them, labels of the settings or of the row."""
 
+import json
 import math
 
 import pytest
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
+from beam_gemma.inputs.decoder_prompt import Decoder
 from beam_gemma.model.markup import Control
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.tasks.questions import Answer, ClassifySettings, QuestionEncoder, Shot
@@ -231,3 +233,47 @@ def test_norms(norm, means):
     scores = Answer(question, [-12.0, -6.0]).scores(norm)
     assert scores[0] / scores[1] == pytest.approx(math.exp(means[0] - means[1]), rel=1e-12)
     assert sum(scores) == pytest.approx(1.0, rel=1e-12)
+
+
+def of_a_source(*, source_len=200, decoder_len=50, **fields) -> QuestionEncoder:
+    return QuestionEncoder(
+        TOKENIZER,
+        settings_of(**fields),
+        chat_template=None,
+        max_model_len=source_len,
+        decoder=Decoder(model_type="t5gemma", max_tokens=decoder_len),
+    )
+
+
+def test_labels_of_a_decoder_with_a_source_follow_what_it_starts_with():
+    bare = of_a_source()({"text": "the"})
+    assert TOKENIZER.decode(bare.prompt.token_ids) == "the: "
+    assert [TOKENIZER.decode(path.token_ids) for path in bare.plan.paths] == ["n", "ye"]
+    assert {path.token_ids[0] for path in bare.plan.paths} == {TOKENIZER.bos_token_id}
+    encode = of_a_source(decoder_prompt="{text} is", labels=(" a", " b"))
+    question = encode({"text": "the"})
+    assert [TOKENIZER.decode(path.token_ids) for path in question.plan.paths] == ["the is "]
+    assert question.num_label_tokens == [2, 2]
+    restored = encode.restore(json.loads(json.dumps(question.identity)))
+    assert restored.plan.paths == question.plan.paths
+    assert restored.prompt.decoder_token_ids == question.prompt.decoder_token_ids
+    assert restored.prompt.token_ids == question.prompt.token_ids
+
+
+def test_labels_take_no_room_from_a_source_but_from_the_decoder():
+    encode = of_a_source(source_len=7, decoder_len=6, decoder_prompt="{text}")
+    # <bos>, the text, colon and space; then <bos>, the text and the 3 tokens of `yes`.
+    assert len(encode({"text": "xx"}).prompt.token_ids) == 5
+    with pytest.raises(PromptTooLongError, match=r"decoder_prompt: expected at most 3 tokens"):
+        encode({"text": "xxx"})
+    with pytest.raises(PromptTooLongError, match=r"^prompt: expected at most 7 tokens, got 8"):
+        of_a_source(source_len=7)({"text": "xxxxx"})
+    with pytest.raises(RecordError, match="labels: expected at most 3 tokens"):
+        of_a_source(decoder_len=3)({"text": "x"})
+
+
+def test_shots_of_a_source_show_what_the_decoder_starts_with():
+    encode = of_a_source(shots=SHOTS, fewshot_delimiter="\n", decoder_prompt="<{text}>")
+    question = encode({"text": "cc"})
+    assert question.prompt.text == "aa: <aa>no\nbb: <bb>yes\ncc: "
+    assert question.prompt.decoder_text == "<cc>"

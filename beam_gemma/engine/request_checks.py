@@ -1,0 +1,134 @@
+"""Whether a request suits a model: its prompt, source, spans and pictures, and their limits.
+
+A request that passes can run and cannot harm others, if the cache can ever hold it, which the
+scheduler checks besides.
+"""
+
+from dataclasses import dataclass
+
+from beam_gemma.engine.sequence import Request
+from beam_gemma.errors import PromptTooLongError, RecordError
+from beam_gemma.model.signature import Signature
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestChecks:
+    """Checks of requests for one model; each method raises for the first fault it finds."""
+
+    signature: Signature
+    """The contract of the graph that runs the steps."""
+    max_num_batched_tokens: int
+    vision: Signature | None = None
+    """The contract of the graph that makes pictures' embeddings; None without pictures."""
+    encoder: Signature | None = None
+    """The contract of the graph that reads sources; None for a model without an encoder."""
+
+    def check(self, request: Request) -> None:
+        """Check a request.
+
+        Raises:
+            RecordError: the request does not suit the model, or exceeds a limit.
+        """
+        self._check_prompt(request)
+        self._check_targets(request)
+        self._check_source(request)
+        self._check_spans(request)
+        self._check_pictures(request)
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+        if request.constraint and (too_few := request.constraint.shortage(max_tokens)):
+            raise RecordError(too_few)
+        num_tokens, limit = num_prompt_tokens + max_tokens, self.signature.max_model_len
+        if num_tokens > limit:
+            raise PromptTooLongError(
+                f"{wanted(request)}: expected at most {limit:,} together, got {num_tokens:,}; "
+                "shorten either"
+            )
+
+    def _check_prompt(self, request: Request) -> None:
+        ids, vocab_size = request.prompt_token_ids, self.signature.vocab_size
+        if not ids:
+            raise RecordError("prompt: expected at least one token, got none")
+        _check_ids("prompt", ids, vocab_size)
+
+    def _check_targets(self, request: Request) -> None:
+        vocab_size = self.signature.vocab_size
+        wants_targets = self.signature.head == "score"
+        if wants_targets != bool(request.targets):
+            raise RecordError(
+                f"targets: expected {'some' if wants_targets else 'none'} for the head "
+                f"{self.signature.head}, got {len(request.targets)}"
+            )
+        for _, token_id in request.targets:
+            if not 0 <= token_id < vocab_size:
+                raise RecordError(
+                    f"targets: expected token ids from 0 to {vocab_size - 1}, got {token_id}"
+                )
+
+    def _check_source(self, request: Request) -> None:
+        ids = request.source_token_ids
+        if self.encoder is None:
+            if ids:
+                raise RecordError(
+                    f"source: expected none, since the model has no encoder, got {len(ids):,} "
+                    "tokens"
+                )
+            return
+        if not ids:
+            raise RecordError("source: expected at least one token, got none")
+        _check_ids("source", ids, self.encoder.vocab_size)
+        if len(ids) > (limit := self.signature.max_source_len):
+            raise PromptTooLongError(
+                f"source of {len(ids):,} tokens: expected at most {limit:,}; shorten the prompt"
+            )
+
+    def _check_spans(self, request: Request) -> None:
+        if request.spans and "span_ends" not in self.signature.optional_inputs:
+            raise RecordError("spans: expected none, since the model attends one way only")
+        longest = max((end - start for start, end in request.spans), default=0)
+        if longest > self.max_num_batched_tokens:
+            raise PromptTooLongError(
+                f"prompt of {len(request.prompt_token_ids):,} tokens: expected at most "
+                f"{self.max_num_batched_tokens:,} that attend in both directions, got "
+                f"{longest:,}; a step computes them together, so shorten the prompt or set "
+                f"--max_num_batched_tokens {longest}"
+            )
+
+    def _check_pictures(self, request: Request) -> None:
+        pictures = request.pictures
+        if not pictures:
+            return
+        if self.vision is None:
+            raise RecordError(
+                f"pictures: expected none, since the model takes none, got {len(pictures)}"
+            )
+        where, holder = (
+            ("prompt", request.prompt_token_ids)
+            if self.encoder is None
+            else ("source", request.source_token_ids)
+        )
+        size, num_tokens = self.vision.image_size, self.vision.num_image_tokens
+        ends = [0, *(picture.start + num_tokens for picture in pictures)]
+        for end_before, picture in zip(ends, pictures, strict=False):
+            if not end_before <= picture.start <= len(holder) - num_tokens:
+                raise RecordError(
+                    f"pictures: expected places of {num_tokens:,} tokens in order inside a {where} "
+                    f"of {len(holder):,}, got one from token {picture.start:,} on"
+                )
+            if (got := picture.pixels.shape[1]) != size:
+                raise RecordError(f"pictures: expected {size} by {size} pixels, got {got} by {got}")
+
+
+def wanted(request: Request) -> str:
+    """Return what a request takes, for messages."""
+    source = f"source of {n:,} tokens, " if (n := len(request.source_token_ids)) else ""
+    return (
+        f"{source}prompt of {len(request.prompt_token_ids):,} tokens with max_tokens "
+        f"{request.params.max_tokens:,}"
+    )
+
+
+def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise RecordError(
+            f"{name}: expected token ids from 0 to {vocab_size - 1}, got {min(ids)} to {max(ids)}"
+        )
