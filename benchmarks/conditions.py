@@ -18,7 +18,7 @@ from beam_gemma.engine.stats import EngineStats
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
-from beam_gemma.runtime.capacity import Capacity
+from beam_gemma.runtime.capacity import Capacity, num_slots
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.limits import EngineConfig
 from benchmarks.workload import SEED, Passages
@@ -157,7 +157,7 @@ def open_session(artifact: Artifact, condition: Condition) -> Session:
     signature = artifact.signature("generate", "cpu")
     capacity = Capacity(
         num_blocks={state.group: condition.num_blocks for state in signature.paged_states},
-        num_state_slots=condition.config.max_num_seqs,
+        num_state_slots=num_slots(signature, condition.config.max_num_seqs),
     )
     return Session(
         str(artifact.graph_path("generate", "cpu")),

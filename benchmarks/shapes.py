@@ -5,8 +5,8 @@
 
 Each checkpoint consists of sparse safetensors files (nominally 54 GB for 27B, a few KB on disk),
 exported in its own process: decoders in bfloat16 for CUDA, with their encoders and towers of
-pictures, and EmbeddingGemma in float32 for the CPU with its sentence-transformers modules. Prints a Markdown
-table.
+pictures, and EmbeddingGemma in float32 for the CPU with its sentence-transformers modules. Prints a
+Markdown table.
 """
 
 import argparse
@@ -30,7 +30,13 @@ from beam_gemma.model.graph_tensors import Head
 from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
 from export.checkpoints.encoder_decoder_folder import NORMS, SHARED
-from export.checkpoints.released_sizes import ENCODER_DECODER_SIZES, SIZES, VISION_SIZES, Size
+from export.checkpoints.released_sizes import (
+    ENCODER_DECODER_SIZES,
+    RECURRENT_SIZES,
+    SIZES,
+    VISION_SIZES,
+    Size,
+)
 from export.checkpoints.tensors import ENCODER
 from export.checkpoints.vision_tensors import PATCHES, PROJECTOR, TOWER
 from export.graph.weights import safetensors_header
@@ -38,7 +44,7 @@ from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
-ALL_SIZES = (*SIZES, *VISION_SIZES, *ENCODER_DECODER_SIZES)
+ALL_SIZES = (*SIZES, *VISION_SIZES, *RECURRENT_SIZES, *ENCODER_DECODER_SIZES)
 END = "<end_of_image>"
 MARKER_IDS = {"boi_token_index": 6, "eoi_token_index": 300}
 """Ids of the pieces around a picture in the tiny tokenizer, the last of which is `END`."""
@@ -130,6 +136,8 @@ def hf_name(name: str, size: Size) -> str:
     if size.vision is not None:
         tower = name.replace(TOWER, f"{TOWER}vision_model.", 1)
         return tower if name.startswith((TOWER, PROJECTOR)) else f"language_model.model.{name}"
+    if size.config.is_recurrent:
+        return "model.final_norm.weight" if name == "norm.weight" else f"model.{name}"
     if size.config.model_type == "vaultgemma":
         name = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
     return name if size.config.use_bidirectional_attention else f"model.{name}"

@@ -211,8 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="PATH",
-        help="Checkpoint to export: a folder with config.json and safetensors files, a .gguf file "
-        "or a .ckpt file. (required)",
+        help="Checkpoint to export: a folder with config.json and safetensors files, or a "
+        ".gguf, .ckpt or .pt file. (required)",
     )  # fmt: skip
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR",
@@ -247,8 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--text_only", action="store_true",
-        help="Leave out what a Gemma 3 or a T5Gemma 2 has for pictures: its tower and projector. "
-        "(default: false)",
+        help="Leave out what a model has for pictures: its tower and projector. (default: false)",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",

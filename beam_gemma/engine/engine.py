@@ -62,37 +62,7 @@ class Engine:
         self.pulse = Pulse(self.signature.device, stats=device_stats)
         self._config = config
         self._on_step = on_step
-        cache = KVCache(
-            self.signature,
-            num_blocks=session.num_blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
-        self._cache = cache
-        self._scheduler = Scheduler(
-            cache,
-            self.signature,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_prefix_caching=config.enable_prefix_caching,
-            vision=vision.signature if vision else None,
-            encoder=encoder.signature if encoder else None,
-            snapshots=_snapshots(session, config),
-        )
-        self._pictures = PictureStore(vision) if vision else None
-        limit = config.max_num_batched_tokens
-        self._sources = (
-            SourceStore(encoder, max_num_batched_tokens=limit, pictures=self._pictures)
-            if encoder
-            else None
-        )
-        self._executor = Executor(
-            session,
-            cache,
-            self._scheduler,
-            on_run=self._count,
-            pictures=self._pictures,
-            sources=self._sources,
-        )
+        self._assemble(session, vision, encoder)
         self._stats = EngineStats(max_num_seqs=config.max_num_seqs)
         self._futures: dict[Sequence, Future[Completion]] = {}
         self._inbox: list[list[Sequence]] = []
@@ -164,6 +134,43 @@ class Engine:
         Requests that run are completed.
         """
         self._refuse(gives_up=True)
+
+    def _assemble(
+        self, session: Runner, vision: PictureEncoder | None, encoder: SourceEncoder | None
+    ) -> None:
+        """Create the parts that the engine's thread works with."""
+        config = self._config
+        cache = KVCache(
+            self.signature,
+            num_blocks=session.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._cache = cache
+        self._scheduler = Scheduler(
+            cache,
+            self.signature,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            vision=vision.signature if vision else None,
+            encoder=encoder.signature if encoder else None,
+            snapshots=_snapshots(session, config),
+        )
+        self._pictures = PictureStore(vision) if vision else None
+        limit = config.max_num_batched_tokens
+        self._sources = (
+            SourceStore(encoder, max_num_batched_tokens=limit, pictures=self._pictures)
+            if encoder
+            else None
+        )
+        self._executor = Executor(
+            session,
+            cache,
+            self._scheduler,
+            on_run=self._count,
+            pictures=self._pictures,
+            sources=self._sources,
+        )
 
     def _refuse(self, *, gives_up: bool) -> None:
         with self._condition:

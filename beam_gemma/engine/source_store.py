@@ -116,8 +116,9 @@ class SourceStore:
         signature = self._encoder.signature
         if "inputs_embeds" in signature.optional_inputs:
             pictures = [picture for row in rows for picture in row.request.pictures]
-            has_features = self._pictures is not None and bool(pictures)
-            features = self._pictures.prepare(pictures) if has_features else NO_FEATURES
+            features = NO_FEATURES
+            if self._pictures is not None and pictures:
+                features = self._pictures.prepare(pictures)
             starts = inputs["cu_seqlens"].tolist()
             ranges = [
                 (begin, 0, len(source), row.request.pictures)

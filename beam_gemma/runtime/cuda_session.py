@@ -263,7 +263,7 @@ class CudaSession:
         if shape.is_decode:
             kind, least = "decode", 1
         elif shape.num_source_tokens > size:
-            kind, size = "sources", shape.num_source_tokens
+            kind, least, size = "sources", 1, shape.num_source_tokens
         sizes: tuple[int, ...] = getattr(self._sizes, kind)
         if size not in sizes or size <= least:
             return

@@ -144,8 +144,8 @@ class CudaMemory:
     def copy(self, target: int, source: int, *, width: int, pitch: int, height: int) -> None:
         """Copy `height` rows of `width` bytes, `pitch` bytes apart at either address."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        for row in range(height):
-            self._copy(target + row * pitch, source + row * pitch, width, kind)
+        size, stream = (width, height), self._stream
+        _checked(self._cuda.cudaMemcpy2DAsync(target, pitch, source, pitch, *size, kind, stream))
 
     def mark(self) -> Mark:
         """Return a mark after all operations so far."""

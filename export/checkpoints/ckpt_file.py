@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -108,21 +109,35 @@ def _stored_tensors(path: Path) -> list[StoredTensor]:
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected model_state_dict, as in gemma_pytorch, got none")
+    saved = saved_tensors(path, state)
+    return [stored_tensor(path, n, t, records) for n, t in saved.items() if not n.endswith(ROTARY)]
+
+
+def saved_tensors(path: Path, state: dict[Any, Any]) -> dict[str, SavedTensor]:
+    """Return the state of a model, which must be tensors by name.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     check_count(path, len(state))
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, SavedTensor):
             raise CheckpointError(
-                f"{path}: expected a tensor under each name of model_state_dict, got "
+                f"{path}: expected a tensor under each name of the model's state, got "
                 f"{reprlib.repr(name)} as {type(tensor).__name__}"
             )
         check_name(path, name)
-    return [_stored(path, n, t, records) for n, t in state.items() if not n.endswith(ROTARY)]
+    return state
 
 
-def _stored(
+def stored_tensor(
     path: Path, name: str, tensor: SavedTensor, records: Mapping[str, Span]
 ) -> StoredTensor:
-    """Describe one tensor; its numbers are part of one record of the file."""
+    """Describe one tensor; its numbers are part of one record of the file.
+
+    Raises:
+        CheckpointError: it is not contiguous, of another type, or beyond its record.
+    """
     check_shape(path, name, tensor.shape)
     dtype = DTYPES.get(tensor.storage.kind)
     strides = [math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape))]
@@ -192,14 +207,19 @@ def _turned(tensors: Tensors) -> Tensors:
     rest = dict(tensors)
     matrix = rest.pop(PROJECTED, None)
     if matrix is not None and len(matrix.shape) == 2:
-        rows, num_rows = matrix.rows, matrix.shape[0]
-        rest[PROJECTION] = replace(
-            matrix,
-            shape=matrix.shape[::-1],
-            raw=None,
-            rows=lambda start, stop: np.ascontiguousarray(rows(0, num_rows)[:, start:stop].T),
-        )
+        rest[PROJECTION] = transposed(matrix)
     return rest
+
+
+def transposed(matrix: StoredTensor) -> StoredTensor:
+    """Return a matrix whose rows are the columns of another; each slice reads the whole."""
+    rows, num_rows = matrix.rows, matrix.shape[0]
+    return replace(
+        matrix,
+        shape=matrix.shape[::-1],
+        raw=None,
+        rows=lambda start, stop: np.ascontiguousarray(rows(0, num_rows)[:, start:stop].T),
+    )
 
 
 def _split(tensors: Tensors, config: GemmaConfig) -> Tensors:

@@ -38,6 +38,7 @@ from export.checkpoints.encoder_decoder_folder import (
     without_copies,
 )
 from export.checkpoints.gguf_file import read_gguf
+from export.checkpoints.recurrent_file import check_no_flax, read_recurrent
 from export.checkpoints.released_sizes import encoder_shapes, tensor_shapes
 from export.checkpoints.sentence_folder import MODULES, read_sentence_folder
 from export.checkpoints.sidecar_files import (
@@ -80,7 +81,7 @@ SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_checkpoint(path: Path, *, text_only: bool = False) -> Checkpoint:
-    """Open a Hugging Face folder, a GGUF file or a file of gemma_pytorch.
+    """Open a Hugging Face folder, a GGUF file, or a file of gemma_pytorch or recurrentgemma.
 
     Args:
         path: The folder or file.
@@ -91,14 +92,17 @@ def read_checkpoint(path: Path, *, text_only: bool = False) -> Checkpoint:
         ConfigError: the architecture is not supported.
     """
     if path.is_dir():
+        check_no_flax(path)
         return _read_folder(path, text_only=text_only)
     if path.suffix == ".gguf" and path.is_file():
         return read_gguf(path)
     if path.suffix == ".ckpt" and path.is_file():
         return read_ckpt(path, text_only=text_only)
+    if path.suffix == ".pt" and path.is_file():
+        return read_recurrent(path)
     raise CheckpointError(
-        f"{path}: expected a folder with config.json and safetensors files, or a .gguf or .ckpt "
-        f"file, got {'another file' if path.exists() else 'nothing'}"
+        f"{path}: expected a folder with config.json and safetensors files, or a .gguf, .ckpt or "
+        f".pt file, got {'another file' if path.exists() else 'nothing'}"
     )
 
 

@@ -61,8 +61,8 @@ def _of_rows(step: Named, num_before: int) -> Named:
 
     Returns:
         `rows` [B, L], the packed position of each place, and `is_token` [B, L, 1], whether it is no
-        padding; `owner` [T], `is_first` [T], `is_start` [T, 1], `is_new` [B] and `last_rows` [B], as in
-        `export.modules.recurrent`; where the tokens before each one lie, [W - 1, T]: whether they
+        padding; `owner` [T], `is_first` [T], `is_start` [T, 1], `is_new` [B] and `last_rows` [B],
+        as in `export.modules.recurrent`; where the tokens before each one lie, [W - 1, T]: whether they
         are new, `tap_is_new`, their packed position, `tap_tokens`, and their row in the tails of
         all sequences, `tap_tails`; the same of each sequence's new tail, [B, W - 1], as `end_...`.
     """

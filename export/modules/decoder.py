@@ -40,6 +40,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon, dtype or x.dtype)
 
 
+PACKET = 8
+"""ONNX Runtime computes cosines and sines in packets of at most so many numbers, and what is left
+at the end of a tensor by other code, whose last bits differ."""
+
+
 class Rotary(nn.Module):
     """Cosines and sines of one layer type's rotary embedding."""
 
@@ -50,6 +55,11 @@ class Rotary(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin of half of the channels that turn, each [T, 1, H / 2], in float32."""
         angles = positions.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq
+        width = len(self.inv_freq)
+        if width % PACKET:  # no token may be the one at the end whose packet is not full
+            angles = nn.functional.pad(angles, (0, -width % PACKET))
+            cos, sin = angles.cos()[:, :, :width], angles.sin()[:, :, :width]
+            return cos.to(dtype), sin.to(dtype)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

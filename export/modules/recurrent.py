@@ -11,7 +11,8 @@ Parameters have the names of Hugging Face checkpoints. The formulas follow
 `models/recurrent_gemma/modeling_recurrent_gemma.py` of transformers 5.23, and `torch/layers.py` and
 `torch/modules.py` of `recurrentgemma` 1.0.1, the original.
 
-A 16-bit model computes gates, decay and state in float32: a decay of 0.999 has no like in bfloat16.
+A 16-bit model computes what follows the products of the gates in float32, and so is the state h: a
+decay of 0.999 has no like in bfloat16.
 
 Dimensions: B sequences, T new tokens, D hidden, C channels of a recurrent block, W tokens that the
 convolution spans, N heads, S slots.

@@ -38,12 +38,12 @@ BLOCK = 16
 KEPT = {
     "": {
         "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Cos",
-        "Constant", "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
+        "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
         "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
         "MatMul", "Max", "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
-        "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "Sin",
-        "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "TopK", "Transpose",
-        "Unsqueeze", "Where",
+        "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "ScatterND",
+        "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze",
+        "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
     },
     "com.microsoft": {
         "GatherBlockQuantized", "LinearAttention", "MatMulNBits", "MultiHeadAttention",

@@ -5,8 +5,8 @@ them back through block tables, context starts and past lengths, so wrong bookke
 changes what comes out. A group with a window shows the function only the tokens in the window. What
 former owners left in a block never shows, except for a NaN: it spreads to every row whose table
 holds its block, in use or not, as 0 * NaN does in a product. A recurrent state is a number that all
-tokens so far have changed, or None once one of them was a NaN. Whatever the session is not allowed to
-be given is kept in `faults`, since an engine answers for exceptions of its session.
+tokens so far have changed, or None once one of them was a NaN. Whatever the session is not allowed
+to be given is kept in `faults`, since an engine answers for exceptions of its session.
 
 A token of a picture is cached as the first number of its embedding, and `FakeEncoder` makes
 embeddings whose first numbers no token ids are.

@@ -7,60 +7,54 @@ things differ: angles and softmax have the weights' dtype here, float32 there.
 Dimensions: T tokens, D hidden, C channels of a recurrent block, N heads, H head dimension.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-RECURRENT_NAMES = {
-    "rg_lru.recurrent_param": "rg_lru.a_param",
-    "rg_lru.input_gate_weight": "rg_lru.input_gate.w",
-    "rg_lru.input_gate_bias": "rg_lru.input_gate.b",
-    "rg_lru.recurrent_gate_weight": "rg_lru.a_gate.w",
-    "rg_lru.recurrent_gate_bias": "rg_lru.a_gate.b",
-    "conv_1d.bias": "conv_1d.b",
+OWN_NAMES = {
+    "embed_tokens.weight": "embedder.input_embedding",
+    "final_norm.weight": "final_norm.scale",
+    "temporal_pre_norm.weight": "temporal_pre_norm.scale",
+    "channel_pre_norm.weight": "channel_pre_norm.scale",
+    **{f"temporal_block.{x}_proj.weight": f"attention_block.proj_{x}.weight" for x in "qkv"},
+    "temporal_block.o_proj.weight": "attention_block.proj_final.weight",
+    "temporal_block.o_proj.bias": "attention_block.proj_final.bias",
+    "temporal_block.conv_1d.weight": "recurrent_block.conv_1d.w",
+    "temporal_block.conv_1d.bias": "recurrent_block.conv_1d.b",
+    "temporal_block.rg_lru.recurrent_param": "recurrent_block.rg_lru.a_param",
+    "temporal_block.rg_lru.input_gate_weight": "recurrent_block.rg_lru.input_gate.w",
+    "temporal_block.rg_lru.input_gate_bias": "recurrent_block.rg_lru.input_gate.b",
+    "temporal_block.rg_lru.recurrent_gate_weight": "recurrent_block.rg_lru.a_gate.w",
+    "temporal_block.rg_lru.recurrent_gate_bias": "recurrent_block.rg_lru.a_gate.b",
+    "mlp_block.down_proj.weight": "mlp_block.ffw_down.weight",
+    "mlp_block.down_proj.bias": "mlp_block.ffw_down.bias",
 }
-"""Names of parts of a recurrent block: those of transformers, and those of the original."""
+"""Names of tensors in transformers, without the layer, and in the original."""
 
 
 def griffin_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a model of transformers as the original saves them."""
+    """Return the weights of a model of transformers as the original names and lays them out."""
     theirs = {n.removeprefix("model."): t.detach() for n, t in model.state_dict().items()}
-    state = {
-        "embedder.input_embedding": theirs.pop("embed_tokens.weight"),
-        "final_norm.scale": theirs.pop("final_norm.weight"),
-    }
-    theirs.pop("lm_head.weight", None)
-    up = {}
+    theirs.pop("lm_head.weight")
+    state = {}
     for name, tensor in theirs.items():
-        _, index, block, part = name.split(".", 3)
-        prefix = f"blocks.{index}"
-        if block == "mlp_block":
-            matrix, kind = part.split(".")
-            if matrix == "down_proj":
-                state[f"{prefix}.mlp_block.ffw_down.{kind}"] = tensor
-            else:
-                up[prefix, matrix, kind] = tensor
-        elif block != "temporal_block":
-            state[f"{prefix}.{block}.scale"] = tensor
-        elif part.partition("_")[2].startswith("proj"):
-            part = part.replace("o_proj", "proj_final")
-            for letter in "qkv":
-                part = part.replace(f"{letter}_proj", f"proj_{letter}")
-            state[f"{prefix}.attention_block.{part}"] = tensor
-        elif part == "conv_1d.weight":
-            state[f"{prefix}.recurrent_block.conv_1d.w"] = tensor[:, 0].T.contiguous()
-        else:
-            state[f"{prefix}.recurrent_block.{RECURRENT_NAMES.get(part, part)}"] = tensor
-    for prefix, matrix, kind in up:
-        if matrix == "gate_proj":
-            both = torch.stack([up[prefix, "gate_proj", kind], up[prefix, "up_proj", kind]])
-            ffw_up = f"{prefix}.mlp_block.ffw_up"
-            if kind == "weight":
-                state[f"{ffw_up}.w"] = both.transpose(1, 2).contiguous()
-            else:
-                state[f"{ffw_up}.b"] = both[:, None, None]
+        layer = re.match(r"layers\.(\d+)\.", name)
+        part = name.removeprefix(layer[0] if layer else "")
+        prefix = f"blocks.{layer[1]}." if layer else ""
+        if part == "temporal_block.conv_1d.weight":
+            tensor = tensor[:, 0].T.contiguous()
+        if part.startswith("mlp_block.gate_proj."):
+            both = torch.stack([tensor, theirs[name.replace("gate_proj", "up_proj")]])
+            kind, both = (
+                ("w", both.transpose(1, 2)) if tensor.ndim == 2 else ("b", both[:, None, None])
+            )
+            state[f"{prefix}mlp_block.ffw_up.{kind}"] = both.contiguous()
+        elif not part.startswith("mlp_block.up_proj."):
+            own = OWN_NAMES.get(part, part.replace("temporal_block", "recurrent_block"))
+            state[prefix + own] = tensor
     return state
 
 

@@ -39,15 +39,16 @@ def tiny_recurrent() -> Path:
     return kept(f"tiny-recurrent-{exporter_digest()}", make)
 
 
-def recurrent_model(window: int = WINDOW, num_layers: int = 6) -> torch.nn.Module:
+def recurrent_model(window: int = WINDOW, num_layers: int = 6, **other: int) -> torch.nn.Module:
     """Return the model in float32, weights drawn by parameter name.
 
     Args:
         window: Its `attention_window_size`. Transformers counts a token itself among them; so
             `WINDOW + 1` computes there what `WINDOW` does in the original.
         num_layers: Layers; every third one attends.
+        other: Other sizes than those of `SHAPE`.
     """
-    shape = {**SHAPE, "attention_window_size": window, "num_hidden_layers": num_layers}
+    shape = {**SHAPE, "attention_window_size": window, "num_hidden_layers": num_layers, **other}
     config = transformers.RecurrentGemmaConfig(**shape)
     model = transformers.RecurrentGemmaForCausalLM._from_config(config, attn_implementation="eager")
     model = draw_weights(model)

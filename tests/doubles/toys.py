@@ -1,19 +1,17 @@
-"""Toy graphs of the kinds that the family will need later: recurrent state, two-sided spans.
+"""A toy graph with spans that are attended both ways.
 
-They have no weights: tokens are one-hot vectors, so what comes out can be said by hand.
+It has no weights: tokens are one-hot vectors, so what comes out can be said by hand.
 """
 
 import torch
 
 from beam_gemma.model.config import FULL
-from beam_gemma.model.graph_tensors import PagedState, RecurrentState
+from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.model.signature import Signature
-from export.modules.decoder import sequence_positions
 from export.modules.heads import Named, generate_head
 from export.ops.reference import NO_WINDOW, ragged_attention
 
 VOCAB = 16
-DECAY = 0.5
 
 
 def toy_signature(**kwargs: object) -> Signature:
@@ -28,36 +26,10 @@ def toy_signature(**kwargs: object) -> Signature:
     )
 
 
-RECURRENT = toy_signature(states=(RecurrentState(name="memory", layers=(0,), shape=(VOCAB,)),))
 SPAN = toy_signature(
     states=(PagedState(group=FULL, layers=(0,), num_key_value_heads=1, head_dim=VOCAB),),
     optional_inputs=("span_ends",),
 )
-
-
-class RecurrentToy(torch.nn.Module):
-    """h[t] = DECAY * h[t - 1] + one_hot(token[t]); the logits are h."""
-
-    def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
-        x = torch.nn.functional.one_hot(step["input_ids"], VOCAB).float()
-        positions = sequence_positions(step)
-        starts = step["cu_seqlens"].long()
-        tokens = torch.arange(x.shape[0])
-        owner = (tokens[:, None] >= starts[None, 1:]).sum(dim=1)
-        # [T, T]: how much of token s is left at token t.
-        distance = positions[:, None] - positions[None, :]
-        same = (owner[:, None] == owner[None, :]) & (distance >= 0)
-        weights = torch.where(same, DECAY ** distance.clamp(min=0).float(), 0.0)
-        slots = step["state_slots"].long()
-        fresh = step["past_seqlens"] == 0
-        memory = state["memory.0"].index_select(0, slots).masked_fill(fresh[:, None], 0.0)
-        steps = (tokens - starts.index_select(0, owner) + 1).float()
-        hidden = weights @ x + DECAY ** steps[:, None] * memory.index_select(0, owner)
-        last = hidden.index_select(0, starts[1:] - 1)
-        updated = torch.index_put(state["memory.0"], (slots,), last)
-        return generate_head(
-            hidden.index_select(0, step["logit_rows"]), step["probability_rows"], RECURRENT
-        ), {"memory.0": updated}
 
 
 class SpanToy(torch.nn.Module):

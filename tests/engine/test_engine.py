@@ -152,7 +152,7 @@ def test_results_depend_on_the_row_alone(device, states):
         num_preemptions += stats.num_preemptions
         num_cached_tokens += stats.num_cached_tokens
     assert num_preemptions > 0
-    # A recurrent state cannot be taken over from another row.
+    # With recurrent state, a prefix is shared by four rows or more, which here none is.
     assert (num_cached_tokens > 0) == (states == PAGED)
 
 

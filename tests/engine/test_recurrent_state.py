@@ -6,7 +6,6 @@ is what all others must equal, in its tokens and in the bits of its log-probabil
 
 import random
 import shutil
-from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -23,6 +22,7 @@ from beam_gemma.model.graph_tensors import Head
 from beam_gemma.runtime.capacity import Capacity, plan_capacity
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.limits import EngineConfig
+from beam_gemma.runtime.step_interface import Feeds, Finished
 from tests.doubles.recurrent_models import WINDOW, tiny_recurrent
 from tests.doubles.reference import VOCAB
 
@@ -96,15 +96,17 @@ def requests(rows: list[tuple[int, ...]]) -> list[Request]:
 
 
 class FailingSession(Session):
-    """A session some of whose steps fail after they have run."""
+    """A session one of whose steps fails after it has run."""
 
-    fails: Callable[[int], bool] = staticmethod(lambda _: False)
+    failing_step = 0
     num_steps = 0
 
-    def start(self, feeds, *, with_logits=False, with_candidates=True):
+    def start(
+        self, feeds: Feeds, *, with_logits: bool = False, with_candidates: bool = True
+    ) -> Finished:
         self.num_steps += 1
         done = super().start(feeds, with_logits=with_logits, with_candidates=with_candidates)
-        if self.fails(self.num_steps):
+        if self.num_steps == self.failing_step:
             raise RuntimeError("the device is gone")
         return done
 
@@ -250,7 +252,7 @@ def test_every_row_comes_back_if_steps_fail(artifact: Artifact, base: list[Compl
     config = EngineConfig(max_num_seqs=6, max_num_batched_tokens=100)
     for number in range(1, 8, 2):
         session = open_session(artifact, config)
-        session.fails = lambda step, number=number: step == number
+        session.failing_step = number
         completions, stats = run(session, config, requests(prompts(20)))
         assert completions == base
         assert session.num_steps > number

@@ -337,6 +337,23 @@ def test_a_prefix_is_not_shared_before_it_is_scheduled():
     assert [(s.num_computed_tokens, n) for s, n in step] == [(0, 150), (144, 46)]
 
 
+@pytest.mark.parametrize("states", [PAGED, STATES])
+def test_sequences_of_a_cuda_step_lie_side_by_side_in_few_places(states):
+    """A step with recurrent state is as wide as its longest sequence, for each of them."""
+    scheduler = make_scheduler(
+        device="cuda", states=states, max_num_seqs=16, enable_prefix_caching=False
+    )
+    scheduler.add([make_sequence(n, 1) for n in (150, 60, 40, 20, *[3] * 12)])
+    steps = [[new for _, _, new, _ in step] for step in run_all(scheduler)]
+    assert sum(map(sum, steps)) == 306
+    places = max(len(step) * max(step) for step in steps)
+    if states is PAGED:
+        assert places > 4 * 100
+    else:
+        assert places == 4 * 100
+        assert any(len(step) > 4 for step in steps)
+
+
 @pytest.mark.parametrize(
     "settings_", [{"enable_prefix_caching": False}, {"states": STATES}, {"states": ()}]
 )

@@ -294,7 +294,7 @@ def run(session, requests, **config):
     return engine.stats
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 2), st.integers(1, 60), st.integers(0, 2)),

@@ -24,13 +24,10 @@ from beam_gemma.engine.stats import EngineStats
 from beam_gemma.model.graph_tensors import Head
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
-from beam_gemma.runtime.limits import EngineConfig
+from beam_gemma.runtime.limits import EngineConfig, Limits
 from beam_gemma.runtime.vision_session import VisionSession
-from tests.doubles.encoder_decoder_models import (
-    WINDOWS,
-    encoder_decoder_outputs,
-    tiny_pair,
-)
+from beam_gemma.tasks.open_model import start_engine
+from tests.doubles.encoder_decoder_models import WINDOWS, encoder_decoder_outputs, tiny_pair
 from tests.doubles.vision_models import BEGIN_ID, END_ID, NUM_IMAGE_TOKENS, SOFT_ID
 
 NAMES = ("t5gemma", "t5gemma2")
@@ -284,6 +281,15 @@ def test_a_source_that_is_not_finite_ends_its_rows_alone(name: str) -> None:
             assert "expected finite logits, got NaN" in completion.error
         else:
             assert completion == right
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_of_a_model_folder_reads_sources(name: str) -> None:
+    rows = draw_requests()[:5]
+    artifact = tiny_pair(name).artifact
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=BUDGET)
+    with closing(start_engine(artifact, "generate", "cpu", limits)) as engine:
+        assert engine.generate(rows) == base_of(name)[0][:5]
 
 
 def picture_row(numbers: list[int], seed: int) -> Request:

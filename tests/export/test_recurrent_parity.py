@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import SLIDING
-from beam_gemma.model.graph_tensors import Device
+from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from export.checkpoints.hf_folder import read_checkpoint
@@ -197,6 +198,21 @@ def test_every_way_to_run_a_sequence_gives_the_same_bits(tiny: Tiny, num_threads
         found = run_graph(tiny, steps, num_threads=num_threads)
         for got, expected in zip(found, alone, strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("head", ["generate", "score"])
+def test_states_are_written_in_place(tiny: Tiny, head: Head) -> None:
+    """A state is given as input and as output, and ONNX Runtime copies it where it is not a
+    ScatterND that goes from the one to the other."""
+    graph = onnx.load(tiny.artifact.graph_path(head, "cpu"), load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    for state in tiny.artifact.signature(head, "cpu").state_tensors():
+        if not state.input_name.startswith(("key", "value")):
+            maker = makers[state.output_name]
+            assert (maker.op_type, maker.input[0]) == ("ScatterND", state.input_name)
+            # It is read before it is written: the new rows follow from the old ones.
+            readers = [n for n in graph.node if state.input_name in n.input and n is not maker]
+            assert [n.op_type for n in readers] == ["Gather"]
 
 
 def test_nan_in_the_state_of_a_sequence_reaches_no_other(tiny: Tiny) -> None:

@@ -131,3 +131,15 @@ def test_attention_over_sources_is_that_of_whole_sequences() -> None:
     torch.testing.assert_close(output[1], value[1])
     assert not keys[0].any(), "the padding block"
     torch.testing.assert_close(keys[4, 0].flatten(), key[1])
+
+
+def test_a_quantized_decoder_is_near_the_reference() -> None:
+    """Of T5Gemma 2, whose products take new tokens and source tokens at once."""
+    decoder, signature = session(exported_pair("t5gemma2", "cuda", "int8"), "generate")
+    feeder = SourceFeeder(signature, [states for states, _ in expected("t5gemma2")], max(TARGETS))
+    stepper = Stepper(decoder, signature, feeder.state())
+    targets = [ids[:WINDOW] for ids in sequences("t5gemma2", TARGETS, 8)]
+    feeds = feeder.feeds(list(enumerate(targets)))
+    exact = [logits[:WINDOW] for _, logits in expected("t5gemma2")]
+    error = np.abs(stepper.run(feeds)["logits"] - np.concatenate(exact)).mean()
+    assert 0 < error < 0.02  # float32; weights of 8 bits, logits from -2 to 2

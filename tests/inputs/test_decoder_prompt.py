@@ -103,12 +103,12 @@ def test_source_and_decoder_prompt_have_limits_of_their_own():
 
 def test_only_the_source_is_cut_to_the_limit():
     settings = {"prompt": "say {a}", "decoder_prompt": "{b} {a}", "truncate": "right"}
-    encode = encoder(**settings, max_tokens=8)
-    row = {"a": "q" * 20, "b": "z" * 9}
+    encode = encoder(**settings, max_tokens=8, decoder_tokens=500)
+    row = {"a": "q" * 15, "b": "z" * 200}
     prompt = encode(row)
     assert (prompt.truncated, len(prompt.token_ids)) == (True, 8)
     assert prompt.decoder_text == f"{row['b']} {row['a']}"
-    short = encoder(**settings, max_prompt_tokens=8)(row)
+    short = encoder(**settings, max_prompt_tokens=8, decoder_tokens=500)(row)
     assert short == prompt
 
 

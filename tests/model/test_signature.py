@@ -75,6 +75,33 @@ def test_the_device_decides_layout_and_bounds() -> None:
     assert PAGED.shape("cpu", 16) == (4, "P_sliding_attention", 16, 256)
 
 
+def test_attention_over_sources_takes_tokens_on_cuda() -> None:
+    """Groups that hold sources have inputs of their own there, and the others those they have."""
+    cuda = dataclasses.replace(EVERYTHING, device="cuda", optional_inputs=("position_ids",))
+    tensors = {t.name: t.shape for t in cuda.step_inputs()}
+    given = {name: shape for name, shape in tensors.items() if "cross_attention" in name}
+    assert given == {
+        "token_past_seqlens.cross_attention": ("T1",),
+        "token_block_table.cross_attention": ("T1", "M_cross_attention"),
+        "token_slot_mapping.cross_attention": ("TC",),
+    }
+    assert tensors["source_rows"] == ("TC",)
+    assert tensors["token_cu_seqlens"] == ("T2",)
+    assert "source_seqlens" not in tensors
+    assert "block_table.sliding_attention" in tensors
+    assert (cuda.prefill_tokens(2048), EVERYTHING.prefill_tokens(2048)) == (256, 2048)
+    assert cuda.prefill_tokens(100) == 100
+
+
+def test_recurrent_state_takes_sequences_side_by_side_on_cuda() -> None:
+    cuda = dataclasses.replace(
+        EVERYTHING, device="cuda", source_size=0, states=EVERYTHING.states[:2]
+    )
+    tensors = {t.name: t.shape for t in cuda.step_inputs()}
+    assert tensors["token_rows"] == ("B", "L")
+    assert tensors["token_places"] == ("T",)
+
+
 @pytest.mark.parametrize(("head_dim", "tokens"), [(64, 256), (128, 128), (256, 64)])
 def test_blocks_are_as_large_as_the_fast_kernels_want(head_dim: int, tokens: int) -> None:
     assert block_size_for("cuda", head_dim) == tokens

@@ -1,13 +1,16 @@
 """Memory of devices: what NVIDIA's own package says here, and what plain memory does."""
 
 import importlib
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from beam_gemma.errors import DeviceError, OptionsError
+from beam_gemma.model.graph_tensors import RecurrentState
 from beam_gemma.runtime import device_memory
+from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.device_memory import (
     ALIGNMENT,
     CudaMemory,
@@ -17,8 +20,9 @@ from beam_gemma.runtime.device_memory import (
     require_gpu,
     require_two_sided,
 )
+from beam_gemma.runtime.device_state import DeviceState
 from beam_gemma.runtime.open_session import PIECE_BYTES, read_ahead
-from tests.doubles.fakes import fake_signature
+from tests.doubles.fakes import STATES, fake_signature
 
 
 class Runtime:
@@ -75,6 +79,7 @@ def test_everything_goes_to_one_stream(runtime):
     memory.copy_in(address, array)
     memory.copy_out(array[2:], address)
     memory.zero(address, width=3, pitch=8, height=2)
+    memory.copy(address + 3, address, width=3, pitch=8, height=2)
     kinds = runtime.cudaMemcpyKind
     assert runtime.calls == [
         ("cudaMalloc", 100),
@@ -82,6 +87,7 @@ def test_everything_goes_to_one_stream(runtime):
         ("cudaMemcpyAsync", 4096, array.ctypes.data, 40, kinds.cudaMemcpyHostToDevice, 7),
         ("cudaMemcpyAsync", array.ctypes.data + 8, 4096, 32, kinds.cudaMemcpyDeviceToHost, 7),
         ("cudaMemset2DAsync", 4096, 8, 0, 3, 2, 7),
+        ("cudaMemcpy2DAsync", 4099, 8, 4096, 8, 3, 2, kinds.cudaMemcpyDeviceToDevice, 7),
     ]
     runtime.calls.clear()
     begin, end = memory.mark(), memory.mark()
@@ -155,8 +161,36 @@ def test_plain_memory_is_zeroed_aligned_and_limited():
     memory.zero(address + 1, width=2, pitch=5, height=2)
     memory.copy_out(out[:12], address)
     assert out[:12].tolist() == [1, 0, 0, 4, 5, 6, 0, 0, 9, 10, 11, 12]
+    memory.copy(address + 1, address + 3, width=2, pitch=5, height=2)
+    memory.copy_out(out[:12], address)
+    assert out[:12].tolist() == [1, 4, 5, 4, 5, 6, 9, 10, 9, 10, 11, 12]
     memory.free(address)
     assert memory.room().free == 1000
+
+
+def test_a_slot_is_copied_in_all_layers_of_recurrent_state_and_nothing_else_is():
+    states = (
+        RecurrentState(name="tail", layers=(0, 2), shape=(3, 4), dtype="float32"),
+        RecurrentState(name="memory", layers=(0, 2, 3), shape=(5,), dtype="bfloat16"),
+    )
+    signature = fake_signature(device="cuda", states=(*STATES[:2], *states))
+    memory = HostMemory(1 << 20)
+    capacity = Capacity(num_blocks={"full": 2, "sliding": 2}, num_state_slots=6)
+    state = DeviceState(signature, capacity, memory)
+    before = []
+    for placed in state:
+        size = math.prod(placed.shape) * (2 if placed.tensor.dtype == "bfloat16" else 4)
+        array = np.random.default_rng(size).integers(0, 255, size, np.uint8)
+        memory.copy_in(placed.address, array)
+        before.append(array)
+    state.copy_slot(1, 4)
+    for placed, old in zip(state, before, strict=True):
+        now = np.empty_like(old)
+        memory.copy_out(now, placed.address)
+        if placed.tensor.input_name.startswith(("tail", "memory")):
+            rows = old.reshape(6, -1)
+            rows[4] = rows[1]
+        np.testing.assert_array_equal(now, old)
 
 
 def test_files_are_read_once_and_whole(tmp_path, monkeypatch):
