@@ -1,7 +1,8 @@
 """The released sizes of the family, with the keys of Hugging Face's `config.json`.
 
 Parameter counts are from the technical reports (Gemma 1 and 2, table 2 of each: non-embedding
-parameters) and from KerasHub's presets (Gemma 3 and PaliGemma, whole models).
+parameters) and from KerasHub's presets (Gemma 3, PaliGemma and T5Gemma, whole
+models).
 """
 
 from collections.abc import Mapping
@@ -400,14 +401,46 @@ def _t5gemma2(of: str) -> dict[str, Any]:
 
 _2B, _9B = (26, 2304, 8, 4, 256, 9216), (42, 3584, 16, 8, 256, 14336)
 ENCODER_DECODER_SIZES = (
-    Size(name="T5Gemma S", raw=_t5gemma((8, 512, 8, 8, 64, 1024))),
-    Size(name="T5Gemma B", raw=_t5gemma((12, 768, 12, 12, 64, 2048))),
-    Size(name="T5Gemma L", raw=_t5gemma((24, 1024, 16, 16, 64, 2816))),
-    Size(name="T5Gemma ML", raw=_t5gemma((26, 1152, 4, 4, 256, 6912))),
-    Size(name="T5Gemma XL", raw=_t5gemma((24, 2048, 32, 32, 64, 5120))),
-    Size(name="T5Gemma 2B-2B", raw=_t5gemma(_2B)),
-    Size(name="T5Gemma 9B-2B", raw=_t5gemma(_9B, _2B)),
-    Size(name="T5Gemma 9B-9B", raw=_t5gemma(_9B)),
+    Size(
+        name="T5Gemma S",
+        raw=_t5gemma((8, 512, 8, 8, 64, 1024)),
+        num_parameters=312_517_632,
+    ),
+    Size(
+        name="T5Gemma B",
+        raw=_t5gemma((12, 768, 12, 12, 64, 2048)),
+        num_parameters=591_490_560,
+    ),
+    Size(
+        name="T5Gemma L",
+        raw=_t5gemma((24, 1024, 16, 16, 64, 2816)),
+        num_parameters=1_241_761_792,
+    ),
+    Size(
+        name="T5Gemma ML",
+        raw=_t5gemma((26, 1152, 4, 4, 256, 6912)),
+        num_parameters=2_200_345_344,
+    ),
+    Size(
+        name="T5Gemma XL",
+        raw=_t5gemma((24, 2048, 32, 32, 64, 5120)),
+        num_parameters=3_766_980_608,
+    ),
+    Size(
+        name="T5Gemma 2B-2B",
+        raw=_t5gemma(_2B),
+        num_parameters=5_596_853_760,
+    ),
+    Size(
+        name="T5Gemma 9B-2B",
+        raw=_t5gemma(_9B, _2B),
+        num_parameters=12_292_375_296,
+    ),
+    Size(
+        name="T5Gemma 9B-9B",
+        raw=_t5gemma(_9B),
+        num_parameters=20_333_401_088,
+    ),
     Size(name="T5Gemma 2 270M-270M", raw=_t5gemma2("Gemma 3 270M")),
     Size(name="T5Gemma 2 1B-1B", raw=_t5gemma2("Gemma 3 1B")),
     Size(name="T5Gemma 2 4B-4B", raw=_t5gemma2("Gemma 3 4B")),
