@@ -24,6 +24,9 @@ Recurrent state. Prefixes are shared only where a snapshot of the state has been
 is cut there (snapshots.py). Sequences that wait for a snapshot let others of the queue pass; those
 that make it are running, so it comes, or is given up.
 
+Sources. A sequence starts with its whole source in one step. Sources that start together have as
+many tokens as a step may have, or one of them has the step to itself (source_store.py).
+
 Spans. The tokens of a span with attention in both directions run in one step, since each layer
 reads what the layer before has made of all of them. If leading tokens of a span are in the cache,
 the rest of it runs over these.
@@ -301,10 +304,11 @@ class Scheduler:
         """Return whether a step can start a sequence beside others, as far as sources go.
 
         A step holds keys and values of the sources of all sequences that it starts, so these have
-        as many tokens as a step may have, or there is one source alone.
+        at most as many tokens as a step may have. A sequence with a longer source has the step to
+        itself: on CUDA, other products would have another shape beside it, and so other bits.
         """
         before = sum(s.num_source_tokens for s, _ in step if not s.num_computed_tokens)
-        return not before or before + sequence.num_source_tokens <= self._max_num_batched_tokens
+        return not step or before + sequence.num_source_tokens <= self._max_num_batched_tokens
 
     def _most_from(self, start: int) -> int:
         """Return how many tokens from position `start` on one step may compute of a sequence.

@@ -221,8 +221,7 @@ class PromptEncoder:
             shots: Examples that precede every prompt.
             vision: What the model says of pictures; None if it takes none.
             vocab_size: Number of token ids that the model knows; None for the tokenizer's.
-            decoder: The decoder of an encoder-decoder, whose encoder reads the prompts; None for
-                other models.
+            decoder: The decoder of a model whose encoder reads the prompts; None for others.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot yields no prompt.
@@ -243,18 +242,16 @@ class PromptEncoder:
             image_piece=self._images.piece,
             languages=self._languages,
         )
-        self._template: Template | Infill | None = None
+        self._template = _template(settings, pieces)
         self.stop_token_ids: tuple[int, ...] = ()
         """Token ids that end an answer, in addition to the model's own end tokens."""
-        if settings.prompt is not None:
-            self._template = Template(settings.prompt, pieces, allow_special_tokens=allow)
-        elif settings.prefix_column is not None and settings.suffix_column is not None:
-            columns = settings.prefix_column, settings.suffix_column
-            self._template = Infill(*columns, pieces, allow_special_tokens=allow)
+        if isinstance(self._template, Infill):
             self.stop_token_ids = self._template.stop_token_ids
-        self._decoder = decoder and DecoderPrompts(
-            tokenizer, settings.decoder_prompt, decoder, allow_special_tokens=allow
-        )
+        self._decoder: DecoderPrompts | None = None
+        if decoder is not None:
+            self._decoder = DecoderPrompts(
+                tokenizer, settings.decoder_prompt, decoder, allow_special_tokens=allow
+            )
         self._max_tokens = max_tokens
         self._shots = shots
         with shots_own_errors():
@@ -410,6 +407,17 @@ class PromptEncoder:
     def _goes_on(self, token_id: int) -> bool:
         """Return whether a token is a byte within a character."""
         return b"\x80" <= self.tokenizer.token_bytes(token_id)[:1] < b"\xc0"
+
+
+def _template(settings: PromptSettings, pieces: Mapping[str, int]) -> Template | Infill | None:
+    """Return what renders the prompt of a row; None for a column that is the prompt."""
+    allow = settings.allow_special_tokens
+    if settings.prompt is not None:
+        return Template(settings.prompt, pieces, allow_special_tokens=allow)
+    if settings.prefix_column is not None and settings.suffix_column is not None:
+        columns = settings.prefix_column, settings.suffix_column
+        return Infill(*columns, pieces, allow_special_tokens=allow)
+    return None
 
 
 def _languages(settings: PromptSettings, template: str | None) -> tuple[str, str] | None:

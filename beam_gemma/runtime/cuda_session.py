@@ -268,10 +268,11 @@ class CudaSession:
         if size not in sizes or size <= least:
             return
         smaller = tuple(s for s in sizes if s < size) or (max(size // 2, least),)
-        self._sizes = replace(self._sizes, **{kind: smaller})
+        changed: dict[str, Any] = {kind: smaller}
+        self._sizes = replace(self._sizes, **changed)
         LOGGER.warning(
             "device: no room for %s of %d tokens; from now on they have at most %d",
-            {"sources": "sources"}.get(kind, f"{kind} steps"),
+            kind if kind == "sources" else f"{kind} steps",
             size,
             smaller[-1],
         )

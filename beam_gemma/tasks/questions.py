@@ -221,12 +221,14 @@ class QuestionEncoder:
         self._tokenizer = tokenizer
         self._columns = settings.columns
         self._needs_logliks = settings.logliks or settings.label_norm == "chars"
-        self._start = decoder and DecoderPrompts(
-            tokenizer,
-            settings.decoder_prompt,
-            decoder,
-            allow_special_tokens=settings.allow_special_tokens,
-        )
+        self._start: DecoderPrompts | None = None
+        if decoder is not None:
+            self._start = DecoderPrompts(
+                tokenizer,
+                settings.decoder_prompt,
+                decoder,
+                allow_special_tokens=settings.allow_special_tokens,
+            )
         self._max_model_len = max_model_len if decoder is None else decoder.max_tokens
         self._labels = [
             Template(

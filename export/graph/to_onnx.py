@@ -388,7 +388,8 @@ def _linear_recurrence(inputs, log_decay, initial, owner, is_first):  # type: ig
 
 def _padded_recurrence(inputs, log_decay, initial, token_places):  # type: ignore[no-untyped-def]
     width = inputs.shape[2]
-    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(inputs))
+    one: Any = op.Constant(value_float=1.0)
+    ones = op.Expand(one, op.Shape(inputs))
     states = op.Unsqueeze(initial, _ints(2, 3))
     hidden, last = _node(lowering_recurrent.PaddedRecurrence)(
         inputs, log_decay, states, ones, num_channels=width

@@ -62,12 +62,14 @@ def _of_rows(step: Named, num_before: int) -> Named:
     Returns:
         `rows` [B, L], the packed position of each place, and `is_token` [B, L, 1], whether it is no
         padding; `owner` [T], `is_first` [T], `is_start` [T, 1], `is_new` [B] and `last_rows` [B],
-        as in `export.modules.recurrent`; where the tokens before each one lie, [W - 1, T]: whether they
-        are new, `tap_is_new`, their packed position, `tap_tokens`, and their row in the tails of
-        all sequences, `tap_tails`; the same of each sequence's new tail, [B, W - 1], as `end_...`.
+        as in `export.modules.recurrent`; where the tokens before each one lie, [W - 1, T]: whether
+        they are new, `tap_is_new`, their packed position, `tap_tokens`, and their row in the tails
+        of all sequences, `tap_tails`; the same of each sequence's new tail, [B, W - 1], as
+        `end_...`.
     """
     starts, past = step["cu_seqlens"].long(), step["past_seqlens"].long()
     lengths = starts[1:] - starts[:-1]
+    # 0, 1, ... up to B - 1: `arange` would ask for the shape.
     sequences = torch.cumsum((lengths >= 0).float(), 0).long() - 1
     rows = torch.where(step["token_rows"] >= 0, sequences[:, None], 0)
     owner = rows.reshape(-1).index_select(0, step["token_places"])

@@ -29,6 +29,7 @@ from export.modules.decoder import (
     GemmaDecoder,
     RMSNorm,
     Rotation,
+    owners,
     sequence_positions,
 )
 from export.modules.heads import Named
@@ -105,7 +106,7 @@ class RgLru(nn.Module):
         if not self.one_by_one:
             products = x.view(-1, heads, width).transpose(0, 1) @ weight
             return products.transpose(0, 1).reshape(x.shape) + bias.flatten()
-        parts = x.split(width, dim=1)
+        parts = torch.split(x, width, dim=1)
         return torch.cat([torch.addmm(bias[n], parts[n], weight[n]) for n in range(heads)], dim=1)
 
 
@@ -181,7 +182,8 @@ class RecurrentDecoder(GemmaDecoder):
         if self.config.layer_types[layer] != RECURRENT:
             return super()._attend(step, reach, state, layer, *rows, group=group)
         [x] = rows
-        block = self.layers[layer].temporal_block
+        block = self.get_submodule(f"layers.{layer}.temporal_block")
+        assert isinstance(block, RecurrentBlock)
         x = block.conv_1d(self._taps(step, state, f"{CONV_STATE}.{layer}", x))
         inputs, log_decay = block.rg_lru(x, step["is_start"])
         before = initial(step, state, f"{LRU_STATE}.{layer}")
@@ -229,7 +231,7 @@ def _of_sequences(step: Named, num_before: int) -> Named:
     lengths = starts[1:] - starts[:-1]
     tokens = torch.arange(step["input_ids"].shape[0])
     sequences = torch.arange(lengths.shape[0])
-    owner = (tokens[:, None] >= starts[None, 1:]).sum(dim=1)
+    owner = owners(step)
     positions = sequence_positions(step)
     index = tokens - starts.index_select(0, owner)
     back = torch.arange(num_before, 0, -1)[:, None]

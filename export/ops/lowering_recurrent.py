@@ -17,10 +17,12 @@ Dimensions: B sequences, T new tokens, C channels, L places of a sequence.
 # mypy: ignore-errors
 # ruff: noqa: N802
 
+from typing import Any
+
 from onnxscript import graph, script
 from onnxscript.onnx_opset import opset23 as op
 from onnxscript.onnx_types import TensorType
-from onnxscript.values import Opset
+from onnxscript.values import OnnxFunction, Opset
 
 DOMAIN = Opset("beam_gemma", 1)
 MICROSOFT = Opset("com.microsoft", 1)
@@ -61,5 +63,8 @@ def PaddedRecurrence(
     return hidden, last
 
 
-FUNCTIONS = {"cpu": (LinearRecurrence,), "cuda": (PaddedRecurrence,)}
-"""What each device's graphs have of them."""
+FUNCTIONS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
+    "cpu": (LinearRecurrence,),
+    "cuda": (PaddedRecurrence,),
+}
+"""The functions that graphs call, by device."""

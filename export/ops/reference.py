@@ -69,8 +69,7 @@ def ragged_attention(
 
     Args:
         query: [T, N * H], rotated.
-        key: [T, K * H], rotated; on the CPU there may be another number of rows than T, since the
-            tokens of a source have keys and values but no queries.
+        key: [T, K * H], rotated; on the CPU more rows may follow, of tokens without a query.
         value: As many rows [.., K * H].
         key_cache: Cache with the shape `signature.PagedState.shape` for the device `layout`.
         value_cache: Cache of the same shape.

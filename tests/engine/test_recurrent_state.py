@@ -322,9 +322,10 @@ def test_recurrent_state_is_taken_from_the_memory_of_the_cache(artifact: Artifac
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
     plan = plan_capacity(signature, num_bytes=1 << 20, **sizes)
     assert plan.num_state_slots == 4 + 16
-    # Four layers of three tokens' and one token's 96 channels, in 32 bits.
-    state = 20 * 4 * 4 * 96 * 4
-    block = 2 * 2 * 16 * 16 * 4
+    # Four layers of three tokens' and one token's 128 channels, in 32 bits.
+    state = 20 * 4 * 4 * 128 * 4
+    # Keys and values of 16 tokens, one head of 24, two layers.
+    block = 2 * 2 * 16 * 24 * 4
     assert plan.num_blocks[paged.group] == min(4 * 14 + 1, ((1 << 20) - state) // block)
     tight = plan_capacity(signature, num_bytes=state + 10 * block, **sizes)
     assert tight.num_blocks[paged.group] == 10

@@ -177,6 +177,21 @@ def test_a_step_starts_sources_up_to_its_token_limit(kind):
     assert sorted(encoder.steps) == sorted([[250], [90], [40, 35], [30, 20, 10]])
 
 
+@pytest.mark.parametrize("num_source_tokens", [100, 101])
+def test_a_prompt_that_goes_on_has_no_longer_source_beside_it(num_source_tokens):
+    """On CUDA its tokens would change the shape of products, and so the bits of the prompt."""
+    scheduler = make_scheduler("apart")
+    going, starting = (
+        Sequence(make_request(n, num_prompt_tokens=p), frozenset())
+        for n, p in ((20, 120), (num_source_tokens, 30))
+    )
+    scheduler.add([going])
+    apply(scheduler, scheduler.schedule())
+    scheduler.add([starting])
+    step = scheduler.schedule()
+    assert step == ((going, 60), (starting, 30))[: 2 if num_source_tokens == 100 else 1]
+
+
 def test_a_window_that_goes_round_bounds_chunks():
     """The tokens that fill the window come in one chunk, later ones one at a time."""
     session = FakeSession(source_signature("merged"))
