@@ -107,6 +107,11 @@ def export(
         checkpoint = merge_adapter(checkpoint, adapter)
     tasks = tasks or default_tasks(checkpoint)
     check_tasks(checkpoint.config, tasks, checkpoint.vision)
+    if pooling is not None and "embed" not in tasks:
+        raise OptionsError(
+            f"--pooling: expected none without the task embed, got {pooling} with --tasks "
+            f"{','.join(tasks)}"
+        )
     if set(tasks) == {"embed"}:
         checkpoint = for_embeddings(checkpoint)
     embedding = embedding_config(checkpoint, pooling) if "embed" in tasks else None

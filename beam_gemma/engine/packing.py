@@ -14,11 +14,11 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from jaxtyping import Int32, Shaped
 
+from beam_gemma.engine.cuda_source_packing import as_tokens
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import uniform_at
 from beam_gemma.engine.sequence import Picture, Sequence, Step
 from beam_gemma.engine.source_packing import NO_SOURCES, Sources, source_states, source_tables
-from beam_gemma.engine.source_tokens import as_tokens
 from beam_gemma.engine.span_packing import span_inputs
 from beam_gemma.engine.step_layout import StepLayout
 from beam_gemma.model.graph_tensors import PagedState

@@ -51,7 +51,10 @@ class DecoderPrompts:
         self._tokenizer = tokenizer
         self._decoder = decoder
         self._template = Template(
-            template or "", tokenizer.control_pieces, allow_special_tokens=allow_special_tokens
+            template or "",
+            tokenizer.control_pieces,
+            allow_special_tokens=allow_special_tokens,
+            name="decoder_prompt",
         )
 
     def parts(self, row: Row) -> tuple[Part, ...]:

@@ -167,7 +167,9 @@ class PromptSettings:
 
     @property
     def _decoder_fields(self) -> tuple[str, ...]:
-        return () if self.decoder_prompt is None else Template(self.decoder_prompt, ()).fields
+        if self.decoder_prompt is None:
+            return ()
+        return Template(self.decoder_prompt, (), name="decoder_prompt").fields
 
     @property
     def text_columns(self) -> dict[str, ColumnUse]:

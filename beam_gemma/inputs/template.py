@@ -25,6 +25,7 @@ class Template:
         template: Markup with column names in braces.
         control_pieces: The tokenizer's control pieces, recognized in the template's own text.
         allow_special_tokens: Whether to recognize control pieces in the values of rows as well.
+        name: What messages call the template.
 
     Raises:
         OptionsError: the template is malformed, or its braces contain anything but a column name.
@@ -36,10 +37,11 @@ class Template:
         control_pieces: Iterable[str],
         *,
         allow_special_tokens: bool = False,
+        name: str = "template",
     ) -> None:
         self._pieces = ControlPieces(control_pieces)
         self._allow_special_tokens = allow_special_tokens
-        self._segments = _segments(template)
+        self._segments = _segments(template, name)
         self.fields = tuple(dict.fromkeys(field for _, field in self._segments if field))
         """Columns that the template uses, in order."""
 
@@ -116,7 +118,7 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
     return row[column]
 
 
-def _segments(template: str) -> tuple[tuple[str, str | None], ...]:
+def _segments(template: str, name: str) -> tuple[tuple[str, str | None], ...]:
     """Return the template as pairs of literal text and the column that follows it."""
     segments: list[tuple[str, str | None]] = []
     literal, end = "", 0
@@ -126,12 +128,12 @@ def _segments(template: str) -> tuple[tuple[str, str | None], ...]:
         if found[0] in ("{{", "}}"):
             literal += found[0][0]
         else:
-            segments.append((literal, _column(found)))
+            segments.append((literal, _column(found, name)))
             literal = ""
     return (*segments, (literal + template[end:], None))
 
 
-def _column(found: re.Match[str]) -> str:
+def _column(found: re.Match[str], template_name: str) -> str:
     """Return the column that a pair of braces names."""
     name, quoted = found["name"], found["quoted"]
     if quoted is not None:
@@ -141,14 +143,14 @@ def _column(found: re.Match[str]) -> str:
             name = ""
     elif name is None:
         raise OptionsError(
-            f"template: expected each brace closed, got {found[0]!r} alone; "
+            f"{template_name}: expected each brace closed, got {found[0]!r} alone; "
             "write {{ and }} for literal braces"
         )
     elif name != name.strip() or set(name) & set(".:![]\"'\n"):
         name = ""
     if not name:
         raise OptionsError(
-            f"template: expected a column name in braces, got {found[0]}; "
+            f"{template_name}: expected a column name in braces, got {found[0]}; "
             "write {{ and }} for literal braces, and quote a name with other signs than letters, "
             'digits and spaces, as in {"user.name"}'
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import ArtifactError, BeamGemmaError, one_line
-from beam_gemma.model.config import GemmaConfig, RopeParameters
+from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig, RopeParameters
 from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.field_types import first_fault
 from beam_gemma.model.graph_tensors import Device, Head
@@ -133,6 +133,7 @@ class Artifact:
             raise _not_of_the_format(folder, " ".join(str(error).split())[:200]) from error
         if fault := first_fault(artifact):
             raise _not_of_the_format(folder, fault)
+        artifact._check_encoder()
         artifact._check_entries()
         return artifact
 
@@ -196,6 +197,24 @@ class Artifact:
         """Return the path of one graph's ONNX file."""
         self.signature(head, device)
         return self.path / graph_name(head, device)
+
+    def _check_encoder(self) -> None:
+        """Check that a model's two stacks suit each other, and that there are two if one needs it.
+
+        Raises:
+            ArtifactError: an encoder is missing, is not of this decoder, or has none.
+        """
+        config, encoder = self.config, self.encoder
+        width = None if encoder is None else encoder.hidden_size
+        is_pair = encoder is not None and (
+            encoder.model_type == config.model_type
+            and encoder.use_bidirectional_attention
+            and encoder.cross_attention_hidden_size is None
+        )
+        has_two = config.model_type in ENCODER_DECODERS
+        if has_two != is_pair or config.cross_attention_hidden_size != width:
+            got = "no encoder" if encoder is None else "an encoder of another model"
+            raise _not_of_the_format(self.path, f"{got} beside a config of {config.model_type}")
 
     def _check_entries(self) -> None:
         """Check that the manifest says enough of each file to verify it, and stays in its folder.

@@ -1,8 +1,10 @@
 """Architecture of a checkpoint, with the field names of Hugging Face's `config.json`.
 
-Covers the text models of Gemma 1, 2 and 3 and their derivatives: one block with switches. Facts
-and defaults follow the configuration classes of transformers 5.23
-(`models/*gemma*/configuration_*.py`).
+A `GemmaConfig` describes one stack of layers. It covers the text models of Gemma 1, 2 and 3 and
+their derivatives, one block with switches; each half of a T5Gemma or a T5Gemma 2; and the recurrent
+blocks of RecurrentGemma. `GemmaConfig.from_hf` reads the first; `encoder_decoder_config.py` and
+`recurrent_config.py` read the others. Facts and defaults follow the configuration classes of
+transformers 5.23 (`models/*gemma*/configuration_*.py`).
 """
 
 import math

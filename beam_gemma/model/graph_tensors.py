@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
-
-
 Head = Literal["generate", "score", "embed", "vision", "encode"]
 Holds = Literal["target", "source", "both"]
+"""Whose keys and values a cache holds; see `PagedState.holds`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +82,8 @@ class RecurrentState:
 
 
 State = PagedState | RecurrentState
-
-
-_STATES = {"paged": PagedState, "recurrent": RecurrentState}
+STATE_KINDS = {"paged": PagedState, "recurrent": RecurrentState}
+"""The class of each kind of state, by its name in a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +96,12 @@ class StateTensor:
     shape: tuple[int | str, ...]
 
 
-def _tensors(shape: tuple[str, ...], **dtypes: str) -> tuple[Tensor, ...]:
+def tensors_of(shape: tuple[str, ...], **dtypes: str) -> tuple[Tensor, ...]:
+    """Return tensors of one shape, given the type of each by its name."""
     return tuple(Tensor(name=name, dtype=dtype, shape=shape) for name, dtype in dtypes.items())
 
 
-def _state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:
+def state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:
+    """Return the buffer of a layer's state, such as `key_cache.3`; its output has `_out` in it."""
     stem, _, layer = name.rpartition(".")
     return StateTensor(input_name=name, output_name=f"{stem}_out.{layer}", dtype=dtype, shape=shape)

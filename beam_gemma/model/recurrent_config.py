@@ -14,7 +14,7 @@ from beam_gemma.model.config import RECURRENT, SLIDING, GemmaConfig, RopeParamet
 from beam_gemma.model.config_reader import MAX_SIZES, Reader, check_factor
 
 RECURRENT_TYPE = "recurrent_gemma"
-LONGEST = 131072
+LONGEST = 131_072
 """Longest sequence in tokens. The model has no limit of its own: its memory does not grow with the
 sequence. This one bounds the tables of blocks."""
 BLOCKS = {"recurrent": RECURRENT, "attention": SLIDING, RECURRENT: RECURRENT, SLIDING: SLIDING}

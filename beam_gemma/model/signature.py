@@ -133,7 +133,7 @@ from typing import Any
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.graph_tensors import (
-    _STATES,
+    STATE_KINDS,
     Device,
     Head,
     PagedState,
@@ -141,8 +141,8 @@ from beam_gemma.model.graph_tensors import (
     State,
     StateTensor,
     Tensor,
-    _state_tensor,
-    _tensors,
+    state_tensor,
+    tensors_of,
 )
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
@@ -247,15 +247,15 @@ class Signature:
         if self.head == "vision":
             pixels = ("N", 3, self.image_size, self.image_size)
             return (Tensor(name="pixels", dtype="uint8", shape=pixels),)
-        tensors = [*_tensors(("T",), input_ids="int64"), *_tensors(("B1",), cu_seqlens="int32")]
+        tensors = [*tensors_of(("T",), input_ids="int64"), *tensors_of(("B1",), cu_seqlens="int32")]
         if self.head in ("embed", "encode"):
             tensors += _TEXT_INPUTS if self.device == "cuda" else ()
             return (*tensors, *self._optional_tensors())
-        tensors += _tensors(("B",), past_seqlens="int32")
-        tensors += _tensors(("R",), logit_rows="int64")
-        tensors += _tensors(("Q",), probability_rows="int64")
+        tensors += tensors_of(("B",), past_seqlens="int32")
+        tensors += tensors_of(("R",), logit_rows="int64")
+        tensors += tensors_of(("Q",), probability_rows="int64")
         if self.head == "score":
-            tensors += _tensors(("Y",), target_rows="int64", target_ids="int64")
+            tensors += tensors_of(("Y",), target_rows="int64", target_ids="int64")
         for state in self.paged_states:
             tensors += self._paged_inputs(state)
         if self.has_recurrent_state:
@@ -265,7 +265,7 @@ class Signature:
             states = ("C", self.source_size)
             tensors.append(Tensor(name="source_states", dtype=self.dtype, shape=states))
             on_cuda = self.device == "cuda"
-            tensors += _SOURCE_INPUTS if on_cuda else _tensors(("B",), source_seqlens="int32")
+            tensors += _SOURCE_INPUTS if on_cuda else tensors_of(("B",), source_seqlens="int32")
         if self.chooses:
             tensors += _CHOICE_INPUTS
         tensors += self._optional_tensors()
@@ -285,7 +285,7 @@ class Signature:
         for state in self.states:
             if isinstance(state, RecurrentState):
                 shape: tuple[int | str, ...] = ("S", *state.shape)
-                tensors += [_state_tensor(name, state.dtype, shape) for name in state.names]
+                tensors += [state_tensor(name, state.dtype, shape) for name in state.names]
             else:
                 tensors += self._cache_tensors(state)
         if self.chooses:
@@ -311,13 +311,13 @@ class Signature:
             )
         if self.head == "score":
             return (
-                *_tensors(("Y",), target_logits="float32"),
-                *_tensors(("Q",), top_logits="float32", top_probability="float32"),
+                *tensors_of(("Y",), target_logits="float32"),
+                *tensors_of(("Q",), top_logits="float32", top_probability="float32"),
             )
         tensors = (
             Tensor(name="topk_logits", dtype="float32", shape=("R", self.candidates)),
             Tensor(name="topk_ids", dtype="int64", shape=("R", self.candidates)),
-            *_tensors(("Q",), top_probability="float32"),
+            *tensors_of(("Q",), top_probability="float32"),
             Tensor(
                 name="logits",
                 dtype="float32",
@@ -333,7 +333,7 @@ class Signature:
 
     def to_json(self) -> dict[str, Any]:
         """Return a form for the manifest that `from_json` reads back."""
-        kinds = {cls: kind for kind, cls in _STATES.items()}
+        kinds = {cls: kind for kind, cls in STATE_KINDS.items()}
         states = [{"kind": kinds[type(s)], **asdict(s)} for s in self.states]
         return {**asdict(self), "states": states}
 
@@ -378,7 +378,7 @@ class Signature:
 
     def _span_tensors(self) -> list[Tensor]:
         if self.device == "cpu":
-            return list(_tensors(("T",), span_ends="int32"))
+            return list(tensors_of(("T",), span_ends="int32"))
         tables = (
             Tensor(name=f"span_block_table.{s.group}", dtype="int32", shape=("Z", f"M_{s.group}"))
             for s in self.paged_states
@@ -388,35 +388,35 @@ class Signature:
     def _cache_tensors(self, state: PagedState) -> list[StateTensor]:
         shape = state.shape(self.device, self.block_size)
         return [
-            _state_tensor(name, self.dtype, shape)
+            state_tensor(name, self.dtype, shape)
             for layer in state.layers
             for name in state.names(layer)
         ]
 
 
 _ROW_INPUTS = (
-    *_tensors(("B", "L"), token_rows="int64"),
-    *_tensors(("T",), token_places="int64"),
+    *tensors_of(("B", "L"), token_rows="int64"),
+    *tensors_of(("T",), token_places="int64"),
 )
-_TEXT_INPUTS = (*_tensors(("T",), position_ids="int64"), *_ROW_INPUTS)
+_TEXT_INPUTS = (*tensors_of(("T",), position_ids="int64"), *_ROW_INPUTS)
 _SOURCE_INPUTS = (
-    *_tensors(("TC",), token_rows="int64", source_rows="int64"),
-    *_tensors(("T",), token_places="int64"),
-    *_tensors(("T2",), token_cu_seqlens="int32"),
+    *tensors_of(("TC",), token_rows="int64", source_rows="int64"),
+    *tensors_of(("T",), token_places="int64"),
+    *tensors_of(("T2",), token_cu_seqlens="int32"),
 )
 _SPAN_INPUTS = (
-    *_tensors(("X",), span_rows="int64"),
-    *_tensors(("T",), span_places="int64"),
-    *_tensors(("Z1",), span_cu_seqlens="int32"),
-    *_tensors(("Z",), span_past_seqlens="int32"),
+    *tensors_of(("X",), span_rows="int64"),
+    *tensors_of(("T",), span_places="int64"),
+    *tensors_of(("Z1",), span_cu_seqlens="int32"),
+    *tensors_of(("Z",), span_past_seqlens="int32"),
 )
 _CHOICE_INPUTS = (
-    *_tensors(("T",), token_slots="int32"),
-    *_tensors(("R",), logit_slots="int32", temperatures="float32", uniforms="float32"),
-    *_tensors(("R",), top_ks="int32", top_ps="float32"),
-    *_tensors(("F",), full_rows="int64"),
+    *tensors_of(("T",), token_slots="int32"),
+    *tensors_of(("R",), logit_slots="int32", temperatures="float32", uniforms="float32"),
+    *tensors_of(("R",), top_ks="int32", top_ps="float32"),
+    *tensors_of(("F",), full_rows="int64"),
 )
-_CHOICE_OUTPUTS = _tensors(
+_CHOICE_OUTPUTS = tensors_of(
     ("R",), chosen_ids="int64", chosen_logits="float32", top_logits="float32"
 )
 
@@ -438,9 +438,11 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 def _state_from_json(raw: dict[str, Any]) -> State:
     kind = raw.pop("kind")
-    if kind not in _STATES:
-        raise ArtifactError(f"signature: expected a state among {sorted(_STATES)}, got {kind!r}")
-    return _STATES[kind](**_tuples(raw))
+    if kind not in STATE_KINDS:
+        raise ArtifactError(
+            f"signature: expected a state among {sorted(STATE_KINDS)}, got {kind!r}"
+        )
+    return STATE_KINDS[kind](**_tuples(raw))
 
 
 def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beam_gemma.engine.source_tokens import as_tokens
+from beam_gemma.engine.cuda_source_packing import as_tokens
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
 from tests.doubles.ragged import Chunk, Feeder, Feeds
 

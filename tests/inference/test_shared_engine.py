@@ -117,7 +117,7 @@ def test_death_of_the_owner_is_heard_at_once_and_the_next_engine_is_announced(ow
     killer.start()
     with pytest.raises(EngineError, match=r"the process that runs it .* has died"):
         complete(handler, model, 1000)  # takes much longer than 0.3 s
-    assert time.monotonic() - killed[0] < 1
+    assert time.monotonic() - killed[0] < 5  # without the socket, it would be 30 s of silence
     process.join()
     caplog.clear()
     # As Beam keeps it for the next bundle.

@@ -147,5 +147,5 @@ def test_what_an_architecture_cannot_do_is_refused_by_name():
         encoder(prefix_column="a", suffix_column="b")
     with pytest.raises(OptionsError, match="decoder_prompt: expected texts, got 'photo'"):
         PromptSettings(image_columns=("photo",), decoder_prompt="{photo}")
-    with pytest.raises(OptionsError, match="template: expected each brace closed"):
+    with pytest.raises(OptionsError, match=r"^decoder_prompt: expected each brace closed"):
         PromptSettings(decoder_prompt="{a")

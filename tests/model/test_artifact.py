@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import MANIFEST, Artifact
+from beam_gemma.model.encoder_decoder_config import encoder_decoder_configs
 from export.checkpoints.released_sizes import SIZES
 from tests.conftest import TinyModel
+from tests.doubles.encoder_decoder_models import model_config
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "data/manifests").glob("*.json"))
 
@@ -151,6 +154,24 @@ def test_names_that_are_twice_are_refused(folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.replace('"tokenizer.model":', twice))
     with pytest.raises(ArtifactError, match="a name that is twice in an object"):
         Artifact.open(folder)
+
+
+def test_an_encoder_is_that_of_its_decoder(folder: Path) -> None:
+    decoder, encoder = map(asdict, encoder_decoder_configs(model_config("t5gemma").to_dict()))
+    edit_manifest(folder, config=decoder, encoder=encoder)
+    assert Artifact.open(folder).encoder is not None
+    wider = {**encoder, "hidden_size": encoder["hidden_size"] * 2}
+    for config, other, got in (
+        (decoder, None, "no encoder"),
+        (encoder, None, "no encoder"),
+        (encoder, decoder, "an encoder of another model"),
+        (decoder, decoder, "an encoder of another model"),
+        (decoder, wider, "an encoder of another model"),
+        (decoder, {**encoder, "model_type": "t5gemma2"}, "an encoder of another model"),
+    ):
+        edit_manifest(folder, config=config, encoder=other)
+        with pytest.raises(ArtifactError, match=f"got {got} beside a config of t5gemma; export"):
+            Artifact.open(folder)
 
 
 def test_other_folders_are_no_models(tmp_path: Path) -> None:

@@ -448,6 +448,12 @@ def test_the_state_of_the_last_token_is_no_embedding(pair, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_pooling_is_refused_where_nothing_is_embedded(pair, tmp_path):
+    with pytest.raises(OptionsError, match=r"--pooling: expected none without the task embed"):
+        export(pair.checkpoint.path, tmp_path / "model", pooling="mean")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_folder_to_embed_has_no_graph_to_complete(pair, tmp_path, jobs):
     model = tmp_path / "model"
     export(pair.checkpoint.path, model, tasks=["embed"])
