@@ -107,14 +107,9 @@ def export(
         checkpoint = merge_adapter(checkpoint, adapter)
     tasks = tasks or default_tasks(checkpoint)
     check_tasks(checkpoint.config, tasks, checkpoint.vision)
-    if pooling is not None and "embed" not in tasks:
-        raise OptionsError(
-            f"--pooling: expected none without the task embed, got {pooling} with --tasks "
-            f"{','.join(tasks)}"
-        )
     if set(tasks) == {"embed"}:
         checkpoint = for_embeddings(checkpoint)
-    embedding = embedding_config(checkpoint, pooling) if "embed" in tasks else None
+    embedding = _embedding(checkpoint, tasks, pooling)
     signatures = graph_signatures(checkpoint, embedding, tasks, device, DTYPES[precision])
     folder = output.with_name(output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
@@ -158,6 +153,20 @@ def _check(output: Path, precision: str, device: Device, *, overwrite: bool) -> 
         )
     if output.exists() and not overwrite:
         raise OptionsError(f"{output}: the output exists already; pass --overwrite to replace it")
+
+
+def _embedding(
+    checkpoint: Checkpoint, tasks: Sequence[str], pooling: Pooling | None
+) -> EmbeddingConfig | None:
+    """Return the embedding settings if a task needs them."""
+    if "embed" in tasks:
+        return embedding_config(checkpoint, pooling)
+    if pooling is not None:
+        raise OptionsError(
+            f"--pooling: expected none without the task embed, got {pooling} with --tasks "
+            f"{','.join(tasks)}"
+        )
+    return None
 
 
 def _write_graphs(

@@ -25,7 +25,8 @@ more, alone and on blocks of its own; a row without them ends with an error.
 
 A failed row is reported only once a later step has proven that the device is alive; if no work is
 left, a probe step of one token does. If several rows fail with no success between them, the device
-has failed, and the engine must stop.
+has failed, and the engine must stop. Rows that share a source count as one, since the source may be
+at fault.
 """
 
 import itertools
@@ -297,7 +298,7 @@ class Executor:
         self._scheduler.finish(sequence, clean=False)
         message = f"model: step failed: {type(error).__name__}: {error}"
         self._failed.append((sequence, failure(message)))
-        if len(self._failed) == MAX_FAILURES_IN_A_ROW:
+        if len({_possible_fault(s) for s, _ in self._failed}) == MAX_FAILURES_IN_A_ROW:
             raise error
 
     def _halves(self, step: Step) -> list[Step]:
@@ -396,6 +397,11 @@ class Executor:
     def _finish(self, sequence: Sequence, completion: Completion, *, clean: bool = True) -> None:
         self._scheduler.finish(sequence, clean=clean)
         self._ended.append((sequence, completion))
+
+
+def _possible_fault(sequence: Sequence) -> bytes | Sequence:
+    """Return what may be at fault besides the device: a source, or else the sequence itself."""
+    return sequence.source_digest if sequence.num_source_tokens else sequence
 
 
 def failure(message: str) -> Completion:

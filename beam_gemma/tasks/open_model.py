@@ -135,8 +135,14 @@ def embedding_of(artifact: Artifact) -> EmbeddingConfig:
     """Return the embedding configuration of a model.
 
     Raises:
+        OptionsError: no folder of such a model has an embedding graph.
         ArtifactError: the folder has no embedding graph.
     """
+    if artifact.config.is_recurrent:
+        raise OptionsError(
+            "model: expected one that embeds texts, got a RecurrentGemma, whose layers do not read "
+            "whole texts at once; take another Gemma"
+        )
     if artifact.embedding is None:
         raise ArtifactError(
             f"{artifact.path}: expected a graph to embed, got none; export the model again with "

@@ -293,9 +293,10 @@ class QuestionEncoder:
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self._max_model_len:
+            before = "prompt" if self._start is None else "decoder prompt"
             raise RecordError(
-                f"labels: expected at most {self._max_model_len:,} tokens with their prompt, got "
-                f"{num_tokens:,}; shorten them or the prompt"
+                f"labels: expected at most {self._max_model_len:,} tokens with their {before}, got "
+                f"{num_tokens:,}; shorten them or the {before}"
             )
 
     def _shots(self, settings: ClassifySettings) -> Shots:

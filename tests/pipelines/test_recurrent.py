@@ -158,6 +158,15 @@ def test_what_it_cannot_do_is_refused(model, jobs, flags, message):
     assert re.match(f"error: {message}", err), err
 
 
+def test_a_job_that_embeds_says_so_too(jobs, model):
+    code, _, err = jobs.run(
+        "embed", f"--model={model}", f"--input={jobs.table(uneven_rows(1))}",
+        f"--output={jobs.folder}/x.jsonl", "--text_column=text",
+    )  # fmt: skip
+    assert code == 2
+    assert err.startswith("error: model: expected one that embeds texts, got a RecurrentGemma")
+
+
 def test_it_embeds_nothing(tmp_path):
     with pytest.raises(OptionsError, match=r"--tasks: .* for a RecurrentGemma"):
         export(tiny_recurrent() / "checkpoint", tmp_path / "model", tasks=["embed"])
