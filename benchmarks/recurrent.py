@@ -59,7 +59,7 @@ HEADER = ("system", "prompt", "prompt, s", "of the rate", "new token, ms", "memo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What one run reports."""
+    """The time and memory of one run."""
 
     prompt_secs: float
     token_secs: float

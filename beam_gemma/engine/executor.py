@@ -401,7 +401,7 @@ class Executor:
 
 def _possible_fault(sequence: Sequence) -> bytes | Sequence:
     """Return what may be at fault besides the device: a source, or else the sequence itself."""
-    return sequence.source_digest if sequence.num_source_tokens else sequence
+    return sequence.source_digest or sequence
 
 
 def failure(message: str) -> Completion:

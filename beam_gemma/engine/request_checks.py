@@ -1,4 +1,4 @@
-"""Whether a request suits a model: its prompt, source, spans and pictures, and their limits.
+"""Checks that a request suits a model: its prompt, source, spans, pictures and their limits.
 
 A request that passes can run and cannot harm others, if the cache can ever hold it, which the
 scheduler checks besides.

@@ -222,7 +222,7 @@ class Scheduler:
             return True
         room, source_room = self._max_num_prompt_tokens, self._max_num_batched_tokens
         room -= sum(s.prefill_end - s.num_computed_tokens for s in started)
-        self._next_waiting()
+        self._fill_queue()
         for sequence in islice(self._waiting, self._cache.num_free_slots):
             if min(room, source_room) <= 0:
                 break
@@ -375,17 +375,18 @@ class Scheduler:
         self.num_cached_tokens += num_cached_tokens
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the first of the queue that need not wait for a snapshot.
+        """Return the first of the queue that need not wait for a snapshot."""
+        self._fill_queue()
+        # As many as could run; others of the queue want the same snapshots as a rule.
+        first = islice(self._waiting, self._cache.num_slots)
+        return next((s for s in first if not self._must_wait(s)), None)
 
-        Once a generation is used up, the next one follows.
-        """
+    def _fill_queue(self) -> None:
+        """Queue the next generation once the present one is used up."""
         if not self._waiting:
             self._snapshots.plan(self._arrived)
             self._waiting.extend(_in_order(self._arrived))
             self._arrived = []
-        # As many as could run; others of the queue want the same snapshots as a rule.
-        first = islice(self._waiting, self._cache.num_slots)
-        return next((s for s in first if not self._must_wait(s)), None)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Return whether a sequence waits for a snapshot that another one is making."""
@@ -476,7 +477,7 @@ def _beginning(sequence: Sequence) -> bytes | Sequence:
 
     Without any, it shares nothing and is returned itself.
     """
-    if sequence.request.source_token_ids:
+    if sequence.source_digest:
         return sequence.source_digest
     if sequence.request.pictures:
         return sequence.request.pictures[0].digest

@@ -191,7 +191,7 @@ class Sequence:
     max_length: int = field(init=False)
     """Maximum number of tokens of prompt and completion together."""
     source_digest: bytes = field(init=False)
-    """Hash of all that the encoder's states of the source depend on."""
+    """Hash of all that the encoder's states of the source depend on; empty without a source."""
     logprob: float = 0.0
     scores: list[float] = field(default_factory=list)
     """Scores of the targets so far; written again after a preemption."""
@@ -201,7 +201,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
-        self.source_digest = self.request.source_digest()
+        request = self.request
+        self.source_digest = request.source_digest() if request.source_token_ids else b""
         self.max_length = self.num_prompt_tokens + self.request.params.max_tokens
 
     def begin(self, candidates: int) -> None:

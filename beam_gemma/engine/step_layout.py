@@ -1,4 +1,4 @@
-"""Where the new tokens of a step lie: their sequences, positions and slots.
+"""`StepLayout` lists the sequence, position and slot of each new token of a step.
 
 Dimensions: B sequences, T new tokens.
 """

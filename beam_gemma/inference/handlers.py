@@ -23,7 +23,7 @@ from beam_gemma.tasks import open_model
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.embed import Embedder
 from beam_gemma.tasks.generate import GenerateSettings, Generator, mask_decoder_of
-from beam_gemma.tasks.interface import Asked, Encoder, told_apart
+from beam_gemma.tasks.interface import Asked, Encoder, asked
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import ClassifySettings
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
@@ -176,16 +176,8 @@ class GemmaClassifyModelHandler(TaskHandler):
 
         def asks(row: Row) -> Asked:
             questions = [encode(row) for encode in encoders]
-            paths = [(q.prompt, path.token_ids) for q in questions for path in q.plan.paths]
-            prompts = tuple(question.prompt for question in questions)
-            if any(prompt.decoder_token_ids for prompt in prompts):
-                return Asked(
-                    prompts=prompts,
-                    sequences=tuple(ids for _, ids in paths),
-                    sources=tuple(told_apart(p, p.token_ids, size) for p in prompts),
-                )
-            sequences = tuple(told_apart(prompt, ids, size) for prompt, ids in paths)
-            return Asked(prompts=prompts, sequences=sequences)
+            paths = ((q.prompt, path.token_ids) for q in questions for path in q.plan.paths)
+            return asked([question.prompt for question in questions], paths, size)
 
         return asks
 

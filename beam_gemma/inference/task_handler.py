@@ -35,8 +35,8 @@ from beam_gemma.tasks.interface import (
     Model,
     Settings,
     StreamingModel,
+    asked,
     task_name,
-    told_apart,
 )
 from beam_gemma.versions import check_versions, versions
 
@@ -151,11 +151,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
         def asks(row: Row) -> Asked:
             prompt = encode(row)
-            sequence = told_apart(prompt, prompt.token_ids, size)
-            if not prompt.decoder_token_ids:
-                return Asked(prompts=(prompt,), sequences=(sequence,))
-            start = prompt.decoder_token_ids
-            return Asked(prompts=(prompt,), sequences=(start,), sources=(sequence,))
+            return asked([prompt], [(prompt, prompt.start_token_ids)], size)
 
         return asks
 

@@ -1,4 +1,4 @@
-"""What the decoder of an encoder-decoder starts with: `<bos>` and a text of the user's choice.
+"""The decoder of an encoder-decoder starts with `<bos>` and the decoder prompt, the user's text.
 
 The prompt of such a model is the source, which its encoder reads. The decoder prompt is apart from
 it: it is never part of a chat turn, and it is not cut.
@@ -19,7 +19,7 @@ REMEDY = "pass the start of its answer as decoder_prompt (--decoder_prompt)"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """What the prompts of an encoder-decoder depend on, beside its tokenizer."""
+    """The properties of a decoder that its prompts must respect."""
 
     model_type: str
     """Architecture, for messages."""

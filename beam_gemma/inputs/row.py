@@ -59,6 +59,16 @@ class Prompt:
     """What the decoder starts with, as parts, without `<bos>`."""
 
     @property
+    def source_token_ids(self) -> tuple[int, ...]:
+        """Tokens that the encoder of an encoder-decoder reads; empty for other models."""
+        return self.token_ids if self.decoder_token_ids else ()
+
+    @property
+    def start_token_ids(self) -> tuple[int, ...]:
+        """Tokens that the model continues: the prompt, or what a decoder with an encoder has."""
+        return self.decoder_token_ids or self.token_ids
+
+    @property
     def text(self) -> str:
         """Readable text of the prompt."""
         return as_text(self.parts)

@@ -156,6 +156,11 @@ class Artifact:
             )
 
     @property
+    def reader(self) -> GemmaConfig:
+        """The stack that reads prompts: the encoder of an encoder-decoder, or else the decoder."""
+        return self.encoder or self.config
+
+    @property
     def devices(self) -> tuple[Device, ...]:
         """Devices that the folder has graphs for."""
         return tuple(dict.fromkeys(device for _, device in self.signatures))

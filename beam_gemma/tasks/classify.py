@@ -90,14 +90,13 @@ class Classifier(EngineModel[_Asking]):
 def _requests(questions: Iterable[Question]) -> Iterator[tuple[Question, Request]]:
     """Yield the requests of a row, each with its question."""
     for question in questions:
-        prompt = question.prompt
         for path in question.plan.paths:
             yield (
                 question,
                 Request(
                     request_id="score",
                     prompt_token_ids=path.token_ids,
-                    source_token_ids=prompt.token_ids if prompt.decoder_token_ids else (),
+                    source_token_ids=question.prompt.source_token_ids,
                     params=_NOTHING_NEW,
                     targets=path.targets,
                     normalized=question.normalized,

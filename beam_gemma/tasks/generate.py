@@ -296,8 +296,8 @@ class Generator(EngineModel[_Completing]):
         stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
         request = Request(
             request_id=key,
-            prompt_token_ids=prompt.decoder_token_ids or prompt.token_ids,
-            source_token_ids=prompt.token_ids if prompt.decoder_token_ids else (),
+            prompt_token_ids=prompt.start_token_ids,
+            source_token_ids=prompt.source_token_ids,
             params=self._sampling,
             sampling_key=key,
             should_stop=stop,

@@ -28,6 +28,32 @@ class Asked:
     other models."""
 
 
+def asked(
+    prompts: Sequence[Prompt],
+    sequences: Iterable[tuple[Prompt, tuple[int, ...]]],
+    num_image_tokens: int,
+) -> Asked:
+    """Return what a row asks for; pictures are in the source where there is one.
+
+    Args:
+        prompts: The prompts of the row.
+        sequences: Each sequence of tokens that the model continues or scores, after its prompt.
+        num_image_tokens: The tokens that a picture takes.
+    """
+    return Asked(
+        prompts=tuple(prompts),
+        sequences=tuple(
+            ids if prompt.source_token_ids else told_apart(prompt, ids, num_image_tokens)
+            for prompt, ids in sequences
+        ),
+        sources=tuple(
+            told_apart(prompt, prompt.source_token_ids, num_image_tokens)
+            for prompt in prompts
+            if prompt.source_token_ids
+        ),
+    )
+
+
 def told_apart(prompt: Prompt, token_ids: Sequence[int], num_image_tokens: int) -> tuple[int, ...]:
     """Return the token ids of a sequence with those of pictures told apart, as the engine does.
 

@@ -58,16 +58,23 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
         tokenizer,
         settings,
         chat_template=artifact.chat_template,
-        max_tokens=room if artifact.encoder is None else source_limit(artifact, "generate"),
+        max_tokens=_prompt_limit(artifact, "generate", room),
         vision=artifact.vision,
-        vocab_size=(artifact.encoder or artifact.config).vocab_size,
+        vocab_size=artifact.reader.vocab_size,
         decoder=_decoder(artifact, room),
     )
 
 
-def source_limit(artifact: Artifact, head: Head) -> int:
-    """Return the longest source of an encoder-decoder in tokens, on whatever device it runs."""
-    assert artifact.encoder is not None
+def _prompt_limit(artifact: Artifact, head: Head, room: int) -> int:
+    """Return the longest prompt in tokens, on whatever device it runs.
+
+    Args:
+        artifact: The model folder.
+        head: Head of the graph that reads it, or whose encoder does.
+        room: Tokens that the decoder has for it, if there is no encoder.
+    """
+    if artifact.encoder is None:
+        return room
     limits = [s.max_source_len for (of, _), s in artifact.signatures.items() if of == head]
     return min([*limits, artifact.encoder.max_position_embeddings])
 
@@ -111,9 +118,9 @@ def question_encoders(
             tokenizer,
             question,
             chat_template=artifact.chat_template,
-            max_model_len=room if artifact.encoder is None else source_limit(artifact, "score"),
+            max_model_len=_prompt_limit(artifact, "score", room),
             vision=artifact.vision,
-            vocab_size=(artifact.encoder or artifact.config).vocab_size,
+            vocab_size=artifact.reader.vocab_size,
             decoder=_decoder(artifact, room),
         )
         for question in settings.questions_for(artifact.chat_template)
@@ -201,7 +208,7 @@ def open_embedder(
     check_sight(
         session,
         encoder.tokenizer.encode([Text(SIGHT_TEXT)], add_bos=False)[:3],
-        is_two_sided=(artifact.encoder or artifact.config).use_bidirectional_attention,
+        is_two_sided=artifact.reader.use_bidirectional_attention,
     )
     pulse = Pulse(device, stats=session.stats)
 

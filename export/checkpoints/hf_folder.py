@@ -8,7 +8,8 @@ import logging
 import re
 import reprlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,8 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     else:
         config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
     vision = read_vision(folder, raw) if has_images and not text_only else None
-    stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
-    named = [(_our_name(t.name, config, has_images=has_images), t) for t in stored]
-    if vision is None:
-        named = [(name, t) for name, t in named if name is None or not is_of_pictures(name)]
-    tensors = without_head(by_name(folder, [(name, t) for name, t in named if name is not None]))
+    our_name = partial(_our_name, config=config, has_images=has_images)
+    tensors = without_head(_named(folder, our_name, with_pictures=vision is not None))
     if vision is not None:
         tensors = with_flat_patches(tensors, vision)
     embedding = None
@@ -171,26 +169,11 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
             tensors |= by_name(
                 folder, [(f"dense.{i}.{t.name.removeprefix('linear.')}", t) for t in parts]
             )
-    template = chat_template(folder)
     tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
     if vision is not None:
         check_markers(folder, vision, raw, tokenizer_model)
-    return Checkpoint(
-        name=folder.name,
-        path=folder,
-        format="safetensors",
-        config=config,
-        tensors=tensors,
-        norm_offset=1.0,
-        tokenizer_model=tokenizer_model,
-        eos_token_ids=eos_token_ids(
-            folder, raw, config.vocab_size, tokenizer_model if template else None
-        ),
-        chat_template=template,
-        legal_files=legal_files(folder),
-        embedding=embedding,
-        vision=vision,
-    )
+    checkpoint = _with_texts(folder, raw, config, tensors, tokenizer_model)
+    return replace(checkpoint, embedding=embedding, vision=vision)
 
 
 def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Checkpoint:
@@ -201,27 +184,51 @@ def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Chec
             f"{folder / MODULES}: expected none beside a {config.model_type} model, whose encoder "
             "embeds with --tasks embed; remove the file"
         )
-    stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
-    named = [(stack_name(t.name, config.model_type), t) for t in stored]
     has_images = config.model_type == "t5gemma2"
     if has_images and text_only:
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
-        named = [(name, t) for name, t in named if name is None or not is_of_pictures(name)]
-    found = by_name(folder, [(name, t) for name, t in named if name is not None])
+    our_name = partial(stack_name, model_type=config.model_type)
+    found = _named(folder, our_name, with_pictures=not (has_images and text_only))
     tensors = without_copies(found, config)
-    template = chat_template(folder)
     tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
     check_start(folder, raw, tokenizer_model)
     vision = None
     if has_images and not text_only:
         vision = read_pictures(folder, raw, tokenizer_model)
         tensors = with_flat_patches(tensors, vision)
+    checkpoint = _with_texts(folder, raw, config, tensors, tokenizer_model)
+    return replace(checkpoint, encoder=encoder, vision=vision)
+
+
+def _named(
+    folder: Path, our_name: Callable[[str], str | None], *, with_pictures: bool
+) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder by our names for them.
+
+    Args:
+        folder: The folder.
+        our_name: Function from a tensor's name to ours, or to None if no graph needs it.
+        with_pictures: Whether to keep the tensors of a tower of pictures.
+    """
+    stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
+    named = [(name, t) for t in stored if (name := our_name(t.name)) is not None]
+    return by_name(folder, [(n, t) for n, t in named if with_pictures or not is_of_pictures(n)])
+
+
+def _with_texts(
+    folder: Path,
+    raw: Mapping[str, Any],
+    config: GemmaConfig,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer_model: Callable[[], bytes],
+) -> Checkpoint:
+    """Return a checkpoint of tensors with what the folder has beside them for texts."""
+    template = chat_template(folder)
     return Checkpoint(
         name=folder.name,
         path=folder,
         format="safetensors",
         config=config,
-        encoder=encoder,
         tensors=tensors,
         norm_offset=1.0,
         tokenizer_model=tokenizer_model,
@@ -230,7 +237,6 @@ def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Chec
         ),
         chat_template=template,
         legal_files=legal_files(folder),
-        vision=vision,
     )
 
 

@@ -84,7 +84,7 @@ ALLOWED = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Change:
-    """What an adapter says of one weight: a whole one, two factors, or both."""
+    """An adapter's change of one weight: a whole weight, two factors, or both."""
 
     module: str
     """Name of the module in PEFT's model, with which the keys of `alpha_pattern` are compared."""

@@ -6,8 +6,10 @@ Every sequence owns a fixed, shuffled set of cache blocks, so a wrong table show
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
+from beam_gemma.runtime.step_shapes import METADATA, StepShape, StepSizes, host_dtype, pad
 
 Feeds = dict[str, np.ndarray]
 Chunk = tuple[int, list[int]]
@@ -138,3 +140,56 @@ def run_schedule(
         for (i, n), end in zip(step, ends, strict=True):
             rows[i].append(output[end - n : end])
     return [np.concatenate(parts) for parts in rows]
+
+
+def run_module(
+    module: torch.nn.Module,
+    signature: Signature,
+    steps: list[list[tuple[int, int]]],
+    sequences: list[list[int]],
+    dtype: type,
+    *,
+    leftovers: bool = False,
+) -> list[np.ndarray]:
+    """Run the steps on a PyTorch module; return the logits of each sequence's tokens.
+
+    Args:
+        module: The decoder.
+        signature: Its contract.
+        steps: Sequences of each step, each with its number of tokens.
+        sequences: Token ids of each sequence.
+        dtype: Type of the state.
+        leftovers: Whether slots of recurrent state hold NaN, as others may have left there.
+    """
+    feeder = Feeder(signature, len(sequences), max(map(len, sequences)))
+    state = {name: torch.from_numpy(a) for name, a in feeder.state(dtype).items()}
+    for name in state if leftovers else ():
+        if not name.startswith(("key", "value", "next")):
+            state[name][:] = torch.nan
+
+    @torch.no_grad()
+    def run(feeds: Feeds) -> np.ndarray:
+        nonlocal state
+        outputs, state = module({k: torch.from_numpy(v) for k, v in feeds.items()}, state)
+        return outputs["logits"].numpy()
+
+    return run_schedule(steps, sequences, feeder, run)
+
+
+def padded(
+    feeds: Feeds,
+    signature: Signature,
+    sizes: StepSizes,
+    *,
+    spare_slot: int,
+    with_logits: bool = False,
+) -> tuple[StepShape, Feeds]:
+    """Return the shape that a step is padded to, and its padded inputs."""
+    shape = sizes.shape(feeds, signature, with_logits=with_logits)
+    into = {
+        t.name: np.full(shape.of(t), 77, host_dtype(t.dtype))
+        for t in signature.step_inputs()
+        if t.name != METADATA
+    }
+    pad(feeds, shape, into, spare_slot=spare_slot)
+    return shape, into

@@ -15,7 +15,7 @@ from export.graph.signatures import decoder_signature
 from export.graph.weights import inverse_frequencies
 from export.modules.decoder import GemmaDecoder
 from tests.conftest import SEQUENCE_LENGTHS, TinyModel
-from tests.doubles.ragged import Feeder, Feeds, run_schedule, schedules
+from tests.doubles.ragged import Feeder, Feeds, run_module, run_schedule, schedules
 
 SCHEDULES = schedules(SEQUENCE_LENGTHS)
 
@@ -39,19 +39,6 @@ def decoder(tiny: TinyModel, device: Device, dtype: torch.dtype) -> GemmaDecoder
     return module.to(dtype).eval()
 
 
-def run_module(module: GemmaDecoder, steps: list, tiny: TinyModel, dtype: type) -> list[np.ndarray]:
-    feeder = Feeder(module.signature, len(tiny.sequences), max(SEQUENCE_LENGTHS))
-    state = {name: torch.from_numpy(a) for name, a in feeder.state(dtype).items()}
-
-    @torch.no_grad()
-    def run(feeds: Feeds) -> np.ndarray:
-        nonlocal state
-        outputs, state = module({k: torch.from_numpy(v) for k, v in feeds.items()}, state)
-        return outputs["logits"].numpy()
-
-    return run_schedule(steps, tiny.sequences, feeder, run)
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_module_in_float64_equals_the_reference(
@@ -59,7 +46,8 @@ def test_module_in_float64_equals_the_reference(
 ) -> None:
     """Both cache layouts; float64 leaves no room for a wrong formula."""
     module = decoder(tiny, device, torch.float64)
-    ours = run_module(module, SCHEDULES[schedule], tiny, np.float64)
+    steps = SCHEDULES[schedule]
+    ours = run_module(module, module.signature, steps, tiny.sequences, np.float64)
     for got, expected in zip(ours, tiny.exact_logits, strict=True):
         # float64.
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)

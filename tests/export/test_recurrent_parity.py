@@ -27,7 +27,7 @@ from export.graph.weights import inverse_frequencies
 from export.modules.recurrent import RecurrentDecoder
 from tests.conftest import SEQUENCE_LENGTHS
 from tests.doubles.griffin import griffin_logits, griffin_state
-from tests.doubles.ragged import Feeder, Feeds, run_schedule, schedules
+from tests.doubles.ragged import Feeder, Feeds, run_module, run_schedule, schedules
 from tests.doubles.recurrent_models import SHAPE, WINDOW, recurrent_model, tiny_recurrent
 from tests.doubles.reference import VOCAB, logits_of
 
@@ -108,30 +108,15 @@ def decoder(tiny: Tiny, device: Device) -> RecurrentDecoder:
     return module.eval()
 
 
-def run_module(module: RecurrentDecoder, steps: list, tiny: Tiny) -> list[np.ndarray]:
-    feeder = Feeder(module.signature, len(tiny.sequences), max(SEQUENCE_LENGTHS))
-    state = {name: torch.from_numpy(a) for name, a in feeder.state(np.float64).items()}
-    for name in state:
-        if not name.startswith(("key", "value", "next")):
-            # What others have left in a slot is nothing to a new sequence.
-            state[name][:] = torch.nan
-
-    @torch.no_grad()
-    def run(feeds: Feeds) -> np.ndarray:
-        nonlocal state
-        outputs, state = module({k: torch.from_numpy(v) for k, v in feeds.items()}, state)
-        return outputs["logits"].numpy()
-
-    return run_schedule(steps, tiny.sequences, feeder, run)
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_module_in_float64_equals_both_references(
     tiny: Tiny, device: Device, schedule: str
 ) -> None:
     """Both layouts of caches and of gates; float64 leaves no room for a wrong formula."""
-    ours = run_module(decoder(tiny, device), SCHEDULES[schedule], tiny)
+    module, steps = decoder(tiny, device), SCHEDULES[schedule]
+    # What others have left in a slot is nothing to a new sequence.
+    ours = run_module(module, module.signature, steps, tiny.sequences, np.float64, leftovers=True)
     for references in (tiny.exact_logits, tiny.original_logits):
         for got, expected in zip(ours, references, strict=True):
             # float64.

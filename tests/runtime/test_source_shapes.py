@@ -12,9 +12,7 @@ from beam_gemma.model.graph_tensors import PagedState, RecurrentState
 from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.step_shapes import (
     METADATA,
-    StepShape,
     StepSizes,
-    host_dtype,
     in_rows,
     largest_shapes,
     no_step,
@@ -22,7 +20,7 @@ from beam_gemma.runtime.step_shapes import (
     power_of_two,
     side_by_side,
 )
-from tests.doubles.ragged import Feeder, Feeds
+from tests.doubles.ragged import Feeder, Feeds, padded
 from tests.doubles.ragged_sources import SourceFeeder
 
 SIZES = StepSizes(decode=(4, 16), prefill=(40,), sources=(60, 120))
@@ -55,17 +53,6 @@ RECURRENT = replace(
 )
 
 
-def padded(feeds: Feeds, signature: Signature, sizes: StepSizes) -> tuple[StepShape, Feeds]:
-    shape = sizes.shape(feeds, signature, with_logits=False)
-    into = {
-        t.name: np.full(shape.of(t), 77, host_dtype(t.dtype))
-        for t in signature.step_inputs()
-        if t.name != METADATA
-    }
-    pad(feeds, shape, into, spare_slot=SPARE)
-    return shape, into
-
-
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Feeds, bool]:
     is_decode = draw(st.booleans())
@@ -84,7 +71,9 @@ def test_padding_parts_new_tokens_from_source_tokens(
     step: tuple[Feeds, bool], splits_sources: bool
 ) -> None:
     feeds, is_decode = step
-    shape, into = padded(feeds, SIGNATURE, replace(SIZES, splits_sources=splits_sources))
+    shape, into = padded(
+        feeds, SIGNATURE, replace(SIZES, splits_sources=splits_sources), spare_slot=SPARE
+    )
     num_new, num_source = len(feeds["input_ids"]), len(feeds["source_states"])
     end = shape.num_tokens
     assert shape.num_source_tokens == (1 if is_decode else 60)
@@ -150,7 +139,7 @@ def test_sequences_side_by_side_find_their_tokens(lengths: list[int], is_decode:
     feeds = feeder.feeds([(i, [5] * n) for i, n in enumerate(lengths)], all_rows=False)
     feeds |= in_rows(feeds["cu_seqlens"])
     feeds[METADATA][0] = 1 if is_decode else 2
-    shape, into = padded(feeds, RECURRENT, SIZES)
+    shape, into = padded(feeds, RECURRENT, SIZES, spare_slot=SPARE)
     rows, places = into["token_rows"], into["token_places"][: sum(lengths)]
     assert rows.shape == (shape.num_sequences, power_of_two(max(lengths)))
     np.testing.assert_array_equal(rows.ravel()[places], np.arange(sum(lengths)))
@@ -174,7 +163,7 @@ def test_a_step_of_sources_has_one_number_of_tokens(lengths: list[int]) -> None:
         "inputs_embeds": np.zeros((1, 8), np.float32),
         "embeds_rows": np.full(starts[-1], -1),
     })  # fmt: skip
-    shape, into = padded(feeds, encoder, sizes)
+    shape, into = padded(feeds, encoder, sizes, spare_slot=SPARE)
     assert shape.num_tokens == 100
     places = into["token_places"][: starts[-1]]
     np.testing.assert_array_equal(into["token_rows"].ravel()[places], np.arange(starts[-1]))

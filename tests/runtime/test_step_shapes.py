@@ -20,7 +20,7 @@ from beam_gemma.runtime.step_shapes import (
     power_of_two,
     side_by_side,
 )
-from tests.doubles.ragged import Feeder
+from tests.doubles.ragged import Feeder, padded
 
 SIZES = StepSizes(decode=(4, 16), prefill=(300,))
 SPARE = 16
@@ -45,17 +45,6 @@ def signature(head="generate", block_size=64):
     )
 
 
-def padded(feeds, sig, *, with_logits=False, sizes=SIZES):
-    shape = sizes.shape(feeds, sig, with_logits=with_logits)
-    into = {
-        t.name: np.full(shape.of(t), 77, host_dtype(t.dtype))
-        for t in sig.step_inputs()
-        if t.name != METADATA
-    }
-    pad(feeds, shape, into, spare_slot=SPARE)
-    return shape, into
-
-
 @st.composite
 def steps(draw):
     sig = signature(block_size=draw(st.sampled_from([64, 256])))
@@ -76,7 +65,7 @@ def steps(draw):
 @given(steps(), st.booleans())
 def test_padding_leaves_a_step_as_it_is_and_writes_nowhere(step, with_logits):
     sig, feeds, is_decode = step
-    shape, into = padded(feeds, sig, with_logits=with_logits)
+    shape, into = padded(feeds, sig, SIZES, spare_slot=SPARE, with_logits=with_logits)
     assert shape.is_decode is is_decode
     for name, array in into.items():
         if name != "full_rows":
@@ -138,7 +127,7 @@ def test_spans_are_padded_by_one_that_no_token_takes(gaps, is_decode):
     feeds |= {"span_past_seqlens": (ends - lengths).astype(np.int32), "inputs_embeds": embeds}
     for group in ("full", "near"):
         feeds[f"span_block_table.{group}"] = feeds[f"block_table.{group}"].repeat(len(ends), axis=0)
-    shape, into = padded(feeds, sig)
+    shape, into = padded(feeds, sig, SIZES, spare_slot=SPARE)
     sizes = [shape.num_span_tokens, shape.num_embeddings]
     assert sizes == ([1, 1] if not len(rows) else [min(power_of_two(len(rows)), 300)] * 2)
     for name in ("span_rows", "span_places", "span_past_seqlens", "inputs_embeds"):
@@ -169,7 +158,7 @@ def test_a_step_has_room_for_the_logits_of_all_rows_or_of_none():
     feeds = Feeder(sig, 2, 100).feeds([(0, [5, 6]), (1, [7])], all_rows=False)
     feeds["full_rows"] = np.array([1])
     for with_logits, wanted in ((False, []), (True, [1] + [0] * (PREFILL_ROWS - 1))):
-        _, into = padded(feeds, sig, with_logits=with_logits)
+        _, into = padded(feeds, sig, SIZES, spare_slot=SPARE, with_logits=with_logits)
         assert into["full_rows"].tolist() == wanted
 
 
@@ -203,7 +192,7 @@ def test_texts_are_padded_with_short_ones(lengths):
     sizes = StepSizes(decode=(), prefill=(128, 256))
     ends = np.cumsum([0, *lengths]).astype(np.int32)
     feeds = side_by_side({"input_ids": np.ones(ends[-1], np.int64), "cu_seqlens": ends})
-    shape, into = padded(feeds, sig, sizes=sizes)
+    shape, into = padded(feeds, sig, sizes, spare_slot=SPARE)
     assert shape.size == (128 if ends[-1] <= 128 else 256)
     assert shape.text_length >= max(lengths)
     assert shape.num_sequences > len(lengths)
