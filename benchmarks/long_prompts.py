@@ -26,7 +26,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Request, Sequence
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.config import FULL, SLIDING
+from beam_gemma.model.layer_types import FULL, SLIDING
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.limits import EngineConfig

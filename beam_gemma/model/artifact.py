@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import ArtifactError, BeamGemmaError, one_line
-from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig, RopeParameters
+from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.field_types import first_fault
 from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.rope import RopeParameters
 from beam_gemma.model.signature import HEADS, Signature
 from beam_gemma.model.vision_config import VisionConfig
 
@@ -394,5 +395,5 @@ def _encoder_from_json(raw: Mapping[str, Any] | None) -> GemmaConfig | None:
 
 def _config_from_json(raw: Mapping[str, Any]) -> GemmaConfig:
     rope = tuple((kind, RopeParameters(**values)) for kind, values in raw["rope_parameters"])
-    fields = dict(raw, layer_types=tuple(raw["layer_types"]), rope_parameters=rope)
-    return GemmaConfig(**fields)
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return GemmaConfig(**fields | {"rope_parameters": rope})

@@ -1,15 +1,16 @@
 """Architecture of a checkpoint, with the field names of Hugging Face's `config.json`.
 
 A `GemmaConfig` describes one stack of layers. It covers the text models of Gemma 1, 2 and 3 and
-their derivatives, one block with switches; each half of a T5Gemma or a T5Gemma 2; and the recurrent
-blocks of RecurrentGemma. `GemmaConfig.from_hf` reads the first; `encoder_decoder_config.py` and
-`recurrent_config.py` read the others. Facts and defaults follow the configuration classes of
+their derivatives, one block with switches; those of Gemma 3n, Gemma 4 and EmbeddingGemma 2, whose
+layers differ in size; each half of a T5Gemma or a T5Gemma 2; and the recurrent blocks of
+RecurrentGemma. `GemmaConfig.from_hf` reads the first; `newer_config.py`, `recurrent_config.py` and
+`encoder_decoder_config.py` read the others. Facts and defaults follow the configuration classes of
 transformers 5.23 (`models/*gemma*/configuration_*.py`).
 """
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,36 +23,15 @@ from beam_gemma.model.config_reader import (
     Reader,
     check_factor,
     check_size,
-    section_of,
 )
+from beam_gemma.model.layer_types import FULL, RECURRENT, SLIDING, read_layer_types
+from beam_gemma.model.rope import RopeParameters, read_rope_parameters
 
-FULL = "full_attention"
-SLIDING = "sliding_attention"
-RECURRENT = "linear_attention"
-"""The layer type of a recurrent block, as transformers calls it."""
-DECODERS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", "recurrent_gemma")
+NEWER = ("gemma3n_text", "gemma4_text", "embedding_gemma2_text")
+"""Models whose layers have per-layer embeddings, sizes by their type, or caches of other layers."""
+DECODERS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", "recurrent_gemma", *NEWER)
 ENCODER_DECODERS = ("t5gemma", "t5gemma2")
 MODEL_TYPES = (*DECODERS, *ENCODER_DECODERS)
-
-PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern")
-"""Keys of the pattern of layers: the one that Gemma 3 reads, and a copy beside `layer_types`."""
-ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "factor",
-                       "original_max_position_embeddings"})  # fmt: skip
-"""Keys of rotary parameters that are read, or that linear scaling does not use."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeParameters:
-    """Rotary embedding of one kind of layer."""
-
-    rope_theta: float
-    """Base of the geometric series of wavelengths."""
-    factor: float = 1.0
-    """Linear scaling: positions are divided by this factor."""
-
-    def __post_init__(self) -> None:
-        check_factor("rope_theta", self.rope_theta)
-        check_factor("rope factor", self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +76,37 @@ class GemmaConfig:
     eoi_token_id: int | None = None
     """Token id whose embedding is a tensor of its own, not scaled; None in models without one. In
     T5Gemma 2 it is the end of a picture."""
+    global_head_dim: int | None = None
+    """Head size of full layers, if it differs from `head_dim`."""
+    num_global_key_value_heads: int | None = None
+    """Key-value heads of full layers, if they differ from `num_key_value_heads`."""
+    attention_k_eq_v: bool = False
+    """True if full layers make values of the projection that makes their keys."""
+    num_kv_shared_layers: int = 0
+    """Layers at the end that have no keys and values, and read those of `producer`."""
+    intermediate_sizes: tuple[int, ...] = ()
+    """Width of the feed-forward of each layer; empty if all have `intermediate_size`."""
+    hidden_size_per_layer_input: int | None = None
+    """Width of the per-layer embeddings; None for a model without them."""
+    vocab_size_per_layer_input: int | None = None
+    """Rows of the table of per-layer embeddings; None if there is none, as in EmbeddingGemma 2, or
+    no per-layer embeddings."""
+    altup_num_inputs: int | None = None
+    """Copies of the residual stream that AltUp keeps; None for a model with one stream."""
+    altup_active_idx: int = 0
+    """The copy that attention and feed-forward compute with."""
+    altup_correct_scale: bool = True
+    """True if the active copy is scaled before it gates the per-layer embeddings."""
+    laurel_rank: int | None = None
+    """Rank of the learned augmented residual; None for a model without it."""
+    activation_sparsity_pattern: tuple[float, ...] = ()
+    """Share of each layer's feed-forward gates that are cut to zero; empty if none are."""
+    num_experts: int | None = None
+    """Experts of each layer; None for a model without experts."""
+    top_k_experts: int | None = None
+    """Experts that a token takes."""
+    moe_intermediate_size: int | None = None
+    """Width of an expert's feed-forward."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -127,6 +138,7 @@ class GemmaConfig:
         if self.use_bidirectional_attention:
             self._check_two_sided()
         self._check_recurrent()
+        self._check_layers()
 
     def _check_numbers(self) -> None:
         for name in MAX_SIZES:
@@ -140,6 +152,8 @@ class GemmaConfig:
 
     def _check_two_sided(self) -> None:
         if self.model_type in ENCODER_DECODERS and not self.reads_source:
+            return
+        if self.model_type == "embedding_gemma2_text":
             return
         if self.model_type != "gemma3_text":
             raise ConfigError(
@@ -171,6 +185,38 @@ class GemmaConfig:
         if self.conv1d_width is None or self.conv1d_width < 2:
             raise ConfigError(f"conv1d_width: expected at least 2, got {self.conv1d_width}")
 
+    def _check_layers(self) -> None:
+        for name in ("intermediate_sizes", "activation_sparsity_pattern"):
+            if (values := getattr(self, name)) and len(values) != self.num_hidden_layers:
+                raise ConfigError(
+                    f"{name}: expected {self.num_hidden_layers} entries (num_hidden_layers), got "
+                    f"{len(values)}"
+                )
+        own = self.layer_types[: self.first_shared_layer]
+        if not 0 <= self.num_kv_shared_layers < self.num_hidden_layers or {*own} != {
+            *self.layer_types
+        }:
+            raise ConfigError(
+                "num_kv_shared_layers: expected fewer than num_hidden_layers "
+                f"({self.num_hidden_layers}), with a layer of each type before them, got "
+                f"{self.num_kv_shared_layers}"
+            )
+        for group in self.groups:
+            heads = self.num_kv_heads_of(group)
+            if self.num_attention_heads % heads or self.head_dim_of(group) % 2:
+                raise ConfigError(
+                    f"{group}: expected key-value heads that divide num_attention_heads "
+                    f"({self.num_attention_heads}), and an even head size, got {heads} and "
+                    f"{self.head_dim_of(group)}"
+                )
+        if self.num_experts is not None and not (
+            self.moe_intermediate_size and 1 <= (self.top_k_experts or 0) <= self.num_experts
+        ):
+            raise ConfigError(
+                f"top_k_experts: expected 1 to {self.num_experts} (num_experts) and a "
+                f"moe_intermediate_size, got {self.top_k_experts} and {self.moe_intermediate_size}"
+            )
+
     @property
     def attention_scale(self) -> float:
         """Factor applied to query-key products."""
@@ -184,12 +230,27 @@ class GemmaConfig:
     @property
     def has_qk_norm(self) -> bool:
         """True if queries and keys are normalized per head before the rotation."""
-        return self.model_type in ("gemma3_text", "t5gemma2")
+        return self.model_type in ("gemma3_text", "t5gemma2", *NEWER)
+
+    @property
+    def has_value_norm(self) -> bool:
+        """True if values are normalized per head, by a norm without a weight."""
+        return self.model_type in NEWER
+
+    @property
+    def has_layer_scalar(self) -> bool:
+        """True if each layer's output is multiplied by a number of its own."""
+        return self.model_type in ("gemma4_text", "embedding_gemma2_text")
+
+    @property
+    def norm_offset(self) -> float:
+        """Number that a norm of a Hugging Face checkpoint adds to its stored weight."""
+        return 0.0 if self.model_type in NEWER else 1.0
 
     @property
     def has_post_norms(self) -> bool:
         """True if attention and feed-forward outputs are normalized before the residual sum."""
-        return self.model_type in ("gemma2", "gemma3_text", *ENCODER_DECODERS)
+        return self.model_type in ("gemma2", "gemma3_text", *NEWER, *ENCODER_DECODERS)
 
     @property
     def is_recurrent(self) -> bool:
@@ -227,6 +288,39 @@ class GemmaConfig:
         """Return the indices of the layers of one type."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == layer_type)
 
+    @property
+    def first_shared_layer(self) -> int:
+        """Number of the first layer that reads another's keys and values.
+
+        If all layers have their own, it is `num_hidden_layers`.
+        """
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    def producer(self, layer: int) -> int:
+        """Return the number of the layer whose keys and values a layer reads.
+
+        This is the layer itself, or the last one of its type that has any.
+        """
+        kind = self.layer_types[layer]
+        return layer if layer < self.first_shared_layer else self.cached_layers_of(kind)[-1]
+
+    def cached_layers_of(self, layer_type: str) -> tuple[int, ...]:
+        """Return the indices of the layers of one type that have keys and values of their own."""
+        return tuple(i for i in self.layers_of(layer_type) if i < self.first_shared_layer)
+
+    def head_dim_of(self, layer_type: str) -> int:
+        """Return the head size of layers of this type."""
+        return (self.global_head_dim if layer_type == FULL else None) or self.head_dim
+
+    def num_kv_heads_of(self, layer_type: str) -> int:
+        """Return the number of key-value heads of layers of this type."""
+        in_full = self.num_global_key_value_heads if layer_type == FULL else None
+        return in_full or self.num_key_value_heads
+
+    def intermediate_size_of(self, layer: int) -> int:
+        """Return the width of a layer's feed-forward."""
+        return self.intermediate_sizes[layer] if self.intermediate_sizes else self.intermediate_size
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "GemmaConfig":
         """Read a `config.json`; the error for an unknown key suggests the nearest known one.
@@ -248,7 +342,7 @@ class GemmaConfig:
         head_dim = reader.size("head_dim", 256)
         if head_dim % 2:
             raise ConfigError(f"head_dim: expected an even number, got {head_dim}")
-        layer_types = _layer_types(reader, model_type, num_layers)
+        layer_types = read_layer_types(reader, model_type, num_layers)
         config = cls(
             model_type=model_type,
             vocab_size=reader.size("vocab_size"),
@@ -261,7 +355,7 @@ class GemmaConfig:
             max_position_embeddings=reader.size("max_position_embeddings"),
             layer_types=layer_types,
             sliding_window=reader.size("sliding_window", None),
-            rope_parameters=_rope_parameters(reader, model_type, layer_types),
+            rope_parameters=read_rope_parameters(reader, model_type, layer_types),
             query_pre_attn_scalar=_query_scalar(reader, model_type, head_dim),
             attn_logit_softcapping=_softcap(reader, "attn_logit_softcapping", model_type),
             final_logit_softcapping=_softcap(reader, "final_logit_softcapping", model_type),
@@ -288,112 +382,6 @@ def _query_scalar(reader: Reader, model_type: str, head_dim: int) -> float:
         return float(head_dim)
     value = reader.take("query_pre_attn_scalar", 256)
     return check_factor("query_pre_attn_scalar", value)
-
-
-def _layer_types(reader: Reader, model_type: str, num_layers: int) -> tuple[str, ...]:
-    """Return the type of each layer, by the published pattern if config.json does not list them.
-
-    Gemma 1 has no windows; Gemma 2 starts with a sliding layer and alternates; in Gemma 3, every
-    sixth layer is full. Older Gemma 3 files set `sliding_window_pattern`. VaultGemma's file lists
-    every layer; its class alternates.
-    """
-    patterns = [reader.take(key, None) for key in PATTERN_KEYS]
-    given = reader.take("layer_types", None)
-    if given is not None:
-        if not isinstance(given, list | tuple) or not all(k in (FULL, SLIDING) for k in given):
-            raise ConfigError(
-                f"layer_types: expected a list of {FULL} and {SLIDING}, got {reprlib.repr(given)}"
-            )
-        if model_type == "gemma" and SLIDING in given:
-            raise ConfigError(f"layer_types: expected {FULL} alone in a gemma model, got {SLIDING}")
-        return tuple(given)
-    if model_type == "gemma":
-        return (FULL,) * num_layers
-    period = _period(patterns, model_type)
-    return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
-
-
-def _period(patterns: Iterable[Any], model_type: str) -> int:
-    """Return after how many layers a full one comes, from the values of `PATTERN_KEYS`.
-
-    Raises:
-        ConfigError: one is no such number, or another than the class of the model goes by.
-    """
-    usual = 6 if model_type == "gemma3_text" else 2
-    read, copied = (usual if value is None else value for value in patterns)
-    for value in (read, copied):
-        if type(value) is not int or value < 1:
-            raise ConfigError(
-                f"sliding_window_pattern: expected a whole number above 0, got "
-                f"{reprlib.repr(value)}"
-            )
-    if (read != usual and model_type != "gemma3_text") or copied not in (usual, read):
-        raise ConfigError(
-            f"sliding_window_pattern: expected {usual} in a {model_type} model without "
-            f"layer_types, got {read} and {copied}; list the layers in layer_types"
-        )
-    return read
-
-
-def _rope_parameters(
-    reader: Reader, model_type: str, layer_types: tuple[str, ...]
-) -> tuple[tuple[str, RopeParameters], ...]:
-    """Read rotary parameters in either form: `rope_parameters`, or theta with `rope_scaling`.
-
-    In Gemma 3, sliding layers have parameters of their own, and `rope_scaling` is for full layers.
-    In the other models all layers share theirs.
-    """
-    is_gemma3 = model_type == "gemma3_text"
-    theta = reader.take("rope_theta", 1e6 if is_gemma3 else 1e4)
-    local_theta = reader.take("rope_local_base_freq", 1e4) if is_gemma3 else theta
-    scaling = reader.section("rope_scaling")
-    given = reader.section("rope_parameters")
-    kinds = tuple(dict.fromkeys(layer_types))
-    if given is not None and scaling:
-        raise ConfigError("rope_scaling: expected none beside rope_parameters, got both")
-    if given is not None and is_gemma3 != bool(set(given) & {FULL, SLIDING}):
-        expected = f"{FULL} and {SLIDING}" if is_gemma3 else "one set for all layers"
-        raise ConfigError(
-            f"rope_parameters: expected {expected} in a {model_type} model, got the keys "
-            f"{reprlib.repr(sorted(given))}"
-        )
-    shared = {"rope_theta": theta, **(scaling or {})}
-    if not is_gemma3:
-        given = dict.fromkeys(kinds, given or shared)
-    elif given is None:
-        if "type" in shared and "rope_type" not in shared:
-            raise ConfigError(
-                "rope_scaling: expected the key rope_type, got type, which transformers no longer "
-                "reads in Gemma 3; rename it"
-            )
-        given = {FULL: shared, SLIDING: {"rope_theta": local_theta}}
-    for key in sorted(set(given) - {FULL, SLIDING}):
-        raise ConfigError(
-            f"rope_parameters: the key {reprlib.repr(key)} has no place beside {FULL}"
-        )
-    return tuple((kind, _rope(kind, section_of(kind, given.get(kind) or {}))) for kind in kinds)
-
-
-def _rope(kind: str, raw: Mapping[str, Any]) -> RopeParameters:
-    for key in sorted(set(raw) - ROPE_KEYS):
-        raise ConfigError(
-            f"rope_parameters of {kind}: the key {reprlib.repr(key)} is not known"
-            f"{nearest(key, ROPE_KEYS)}"
-        )
-    rope_type = raw.get("rope_type", raw.get("type", "default"))
-    if rope_type not in ("default", "linear"):
-        raise ConfigError(
-            f"rope_type of {kind}: expected default or linear, got {reprlib.repr(rope_type)}"
-        )
-    for key in ("rope_theta", *(["factor"] if rope_type == "linear" else [])):
-        if key not in raw:
-            raise ConfigError(
-                f"rope_parameters of {kind}: expected {key}, got {reprlib.repr(sorted(raw))}"
-            )
-    return RopeParameters(
-        rope_theta=check_factor(f"rope_theta of {kind}", raw["rope_theta"]),
-        factor=check_factor(f"factor of {kind}", raw["factor"] if rope_type == "linear" else 1.0),
-    )
 
 
 def _softcap(reader: Reader, key: str, model_type: str) -> float | None:

@@ -26,6 +26,18 @@ IGNORED_KEYS = frozenset({
 })  # fmt: skip
 IGNORED_PREFIX = "unsloth_"
 """Start of the keys in which Unsloth records what it did to a file."""
+NEWER_SIZES = {
+    "global_head_dim": 1 << 13,
+    "num_global_key_value_heads": 1 << 12,
+    "hidden_size_per_layer_input": 1 << 14,
+    "vocab_size_per_layer_input": 1 << 22,
+    "altup_num_inputs": 64,
+    "laurel_rank": 1 << 14,
+    "num_experts": 1 << 12,
+    "top_k_experts": 1 << 12,
+    "moe_intermediate_size": 1 << 18,
+}
+"""Largest sizes of what only Gemma 3n, Gemma 4 and EmbeddingGemma 2 have."""
 MAX_SIZES = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 17,
@@ -38,9 +50,10 @@ MAX_SIZES = {
     "sliding_window": 1 << 24,
     "lru_width": 1 << 17,
     "conv1d_width": 64,
+    **NEWER_SIZES,
 }
 """Largest sizes that are read: at least 8 times those of any released Gemma."""
-OPTIONAL_SIZES = ("sliding_window", "lru_width", "conv1d_width")
+OPTIONAL_SIZES = ("sliding_window", "lru_width", "conv1d_width", *NEWER_SIZES)
 FACTORS = ("query_pre_attn_scalar", "rms_norm_eps", "partial_rotary_factor",
            "attn_logit_softcapping", "final_logit_softcapping")  # fmt: skip
 OPTIONAL_FACTORS = FACTORS[3:]

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from beam_gemma.errors import ConfigError, nearest
-from beam_gemma.model.config import RECURRENT, SLIDING, GemmaConfig, RopeParameters
+from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.config_reader import MAX_SIZES, Reader, check_factor
+from beam_gemma.model.layer_types import RECURRENT, SLIDING
+from beam_gemma.model.rope import RopeParameters
 
 RECURRENT_TYPE = "recurrent_gemma"
 LONGEST = 131_072

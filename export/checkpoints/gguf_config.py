@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from beam_gemma.errors import CheckpointError, nearest
-from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.config_reader import check_factor, check_size
+from beam_gemma.model.layer_types import FULL, SLIDING
 from export.checkpoints.gguf_header import GgufFile
 
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}

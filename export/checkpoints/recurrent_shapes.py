@@ -1,6 +1,7 @@
 """The shapes of a RecurrentGemma's tensors, under the names of `export.modules.recurrent`."""
 
-from beam_gemma.model.config import RECURRENT, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.layer_types import RECURRENT
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from beam_gemma.model.config import ENCODER_DECODERS, FULL, GemmaConfig
+from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig
 from beam_gemma.model.encoder_decoder_config import encoder_decoder_configs, picture_settings
+from beam_gemma.model.layer_types import FULL
 from beam_gemma.model.recurrent_config import RECURRENT_TYPE, recurrent_config
 from beam_gemma.model.vision_config import VISION_MODEL_TYPES, VisionConfig
 from export.checkpoints.recurrent_shapes import recurrent_shapes

@@ -1,8 +1,7 @@
 """Builds a SentencePiece model from `tokenizer.json`, where that is all a folder has.
 
-The file was made from a SentencePiece model: each piece became the list of all pairs of pieces that
-make it up, in the order of the pieces' scores. So the order of the pairs gives the scores back. A
-file of which that is not true has no equal SentencePiece model, and is refused.
+Its list of pairs gives the scores of the pieces (`merge_scores.py`). Added tokens become the pieces
+that a text matches before any merge.
 """
 
 import reprlib
@@ -12,13 +11,12 @@ from typing import Any
 
 from beam_gemma.errors import CheckpointError
 from beam_gemma.model.tokenizer import BYTE, NORMAL, SPACE, USER_DEFINED
+from export.checkpoints.merge_scores import merge_scores
 from export.checkpoints.tokenizer_model import loaded, sentencepiece_model
 
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 TAB, TAB_BYTE = "\t", "<0x09>"
 """Older files have the tab under its character in place of its byte."""
-MAX_PIECE_CHARS = 128
-"""Longest piece, as each place at which one divides is looked at; Gemma's have at most 32."""
 EXPECTED: dict[str, tuple[Any, ...]] = {
     "normalizer": ({"type": "Replace", "pattern": {"String": " "}, "content": SPACE},),
     # No text has a space after the normalizer, so this splits nothing.
@@ -67,7 +65,7 @@ def sentencepiece_from_json(settings: Mapping[str, Any], file: Path, vocab_size:
         raise CheckpointError(
             f"{file}: expected the ids of {len(ids):,} pieces from 0 on, each once, got others"
         )
-    scores = _scores({piece for piece in vocabulary if piece not in added}, pairs, file)
+    scores = merge_scores(vocabulary.keys() - added.keys(), pairs, file)
     pieces = sorted(ids, key=lambda piece: int(ids[piece]))
     names = [TAB_BYTE if p == TAB and TAB_BYTE not in ids else p for p in pieces]
     kinds = [
@@ -91,52 +89,3 @@ def _added(settings: Mapping[str, Any], file: Path, vocab_size: int) -> Iterator
             )
         if token_id < vocab_size:
             yield text, token_id
-
-
-def _scores(pieces: set[str], pairs: list[Any], file: Path) -> dict[str, float]:
-    """Return the scores under which SentencePiece merges the same pairs in the same order.
-
-    Raises:
-        CheckpointError: there are none, as pairs are missing or the pairs of pieces are mixed.
-    """
-    counts: dict[str, int] = {}
-    last = ""
-    for left, right in _parts(pairs, file):
-        piece = left + right
-        if not pieces >= {left, right, piece}:
-            continue  # added tokens are cut out of a text before any merge
-        if piece != last and piece in counts:
-            raise _no_model(file, f"the pairs of {piece!r:.40} apart from each other")
-        counts[piece] = counts.get(piece, 0) + 1
-        last = piece
-    for piece in pieces:
-        if len(piece) > MAX_PIECE_CHARS:
-            raise _no_model(file, f"a piece of {len(piece):,} characters")
-        splits = sum(piece[:i] in pieces and piece[i:] in pieces for i in range(1, len(piece)))
-        if splits != counts.get(piece, 0):
-            raise _no_model(file, f"{counts.get(piece, 0)} of the {splits} pairs of {piece!r:.40}")
-    return {piece: -float(place) for place, piece in enumerate(counts, start=1)}
-
-
-def _parts(pairs: list[Any], file: Path) -> Iterator[tuple[str, str]]:
-    """Yield the two pieces of each pair, in the older form with a space between them or as a list.
-
-    Each pair comes once.
-    """
-    seen = set()
-    for pair in pairs:
-        parts = pair.split(" ") if isinstance(pair, str) else pair
-        is_pair = isinstance(parts, list) and [type(part) for part in parts] == [str, str]
-        if not is_pair or tuple(parts) in seen:
-            raise CheckpointError(
-                f"{file}: expected merges as pairs of pieces, each once, got {reprlib.repr(pair)}"
-            )
-        seen.add(tuple(parts))
-        yield parts[0], parts[1]
-
-
-def _no_model(file: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: expected the merges that follow from a SentencePiece model, got {found}; copy "
-        "tokenizer.model beside it"
-    )

@@ -1,8 +1,9 @@
 """Signatures of exported models: the inputs, state and outputs of each graph."""
 
 from beam_gemma.errors import ArtifactError
-from beam_gemma.model.config import FULL, RECURRENT, SLIDING, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
+from beam_gemma.model.layer_types import FULL, RECURRENT, SLIDING
 from beam_gemma.model.signature import CROSS, Signature, block_size_for
 from beam_gemma.model.vision_config import VisionConfig
 from export.modules.recurrent import CONV_STATE, LRU_STATE

@@ -21,7 +21,8 @@ convolution spans, N heads, S slots.
 import torch
 from torch import Tensor, nn
 
-from beam_gemma.model.config import RECURRENT, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.layer_types import RECURRENT
 from export.modules.decoder import (
     Attend,
     Attention,

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.layer_types import FULL, SLIDING
 from benchmarks import floors
 from benchmarks.floors import Floor, Rates
 from export.checkpoints.released_sizes import SIZES

@@ -10,7 +10,8 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from beam_gemma.model.config import FULL, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.layer_types import FULL
 from export.checkpoints.gguf_config import MODEL_TYPES
 from export.checkpoints.gguf_file import LAYER_NAMES, NORM_NAMES
 from export.checkpoints.hf_folder import read_checkpoint

@@ -13,8 +13,8 @@ from beam_gemma.inference.handlers import GemmaGenerateModelHandler
 from beam_gemma.inference.task_handler import BATCH_ROWS
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.config import FULL
 from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.layer_types import FULL
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.monitoring.progress import METER

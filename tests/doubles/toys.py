@@ -5,8 +5,8 @@ It has no weights: tokens are one-hot vectors, so what comes out can be said by 
 
 import torch
 
-from beam_gemma.model.config import FULL
 from beam_gemma.model.graph_tensors import PagedState
+from beam_gemma.model.layer_types import FULL
 from beam_gemma.model.signature import Signature
 from export.modules.heads import Named, generate_head
 from export.ops.reference import NO_WINDOW, ragged_attention

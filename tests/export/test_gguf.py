@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from beam_gemma.errors import CheckpointError
-from beam_gemma.model.config import FULL, SLIDING, RopeParameters
+from beam_gemma.model.layer_types import FULL, SLIDING
+from beam_gemma.model.rope import RopeParameters
 from export.checkpoints.gguf_file import _eos_token_ids, _stored
 from export.checkpoints.gguf_header import read_gguf_header
 from export.checkpoints.hf_folder import read_checkpoint

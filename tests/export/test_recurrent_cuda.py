@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.config import SLIDING
+from beam_gemma.model.layer_types import SLIDING
 from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
 from export.graph.weights import inverse_frequencies

@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.config import SLIDING
 from beam_gemma.model.graph_tensors import Device, Head
+from beam_gemma.model.layer_types import SLIDING
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from export.checkpoints.hf_folder import read_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from beam_gemma.errors import ConfigError
-from beam_gemma.model.config import FULL, SLIDING, GemmaConfig
+from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.encoder_decoder_config import (
     DEFAULTS,
     UNSAID,
@@ -16,6 +16,7 @@ from beam_gemma.model.encoder_decoder_config import (
     picture_settings,
     start_token_id,
 )
+from beam_gemma.model.layer_types import FULL, SLIDING
 from beam_gemma.model.vision_config import VisionConfig
 from tests.doubles.encoder_decoder_models import MODELS, WINDOWS, model_config
 

@@ -4,8 +4,9 @@ import pytest
 import transformers
 
 from beam_gemma.errors import ConfigError
-from beam_gemma.model.config import RECURRENT, SLIDING, GemmaConfig
-from beam_gemma.model.config_reader import MAX_SIZES
+from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.config_reader import MAX_SIZES, NEWER_SIZES
+from beam_gemma.model.layer_types import RECURRENT, SLIDING
 from beam_gemma.model.recurrent_config import WINDOW_KEYS, recurrent_config
 from tests.model.test_config import NONSENSE
 
@@ -124,7 +125,7 @@ def test_what_cannot_be_computed_is_refused(change: dict, sentence: str) -> None
     assert len(str(raised.value)) < 500
 
 
-SIZES = sorted({*MAX_SIZES} - {"max_position_embeddings"} | {*WINDOW_KEYS})
+SIZES = sorted({*MAX_SIZES} - {*NEWER_SIZES} - {"max_position_embeddings"} | {*WINDOW_KEYS})
 MAY_BE_NULL = {"num_key_value_heads", "lru_width", *WINDOW_KEYS}
 
 
