@@ -170,7 +170,8 @@ class GemmaConfig:
             )
 
     def _check_recurrent(self) -> None:
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
+        widths = {self.rotary_dim_of(group) for group in self.groups}
+        if not 0 < self.partial_rotary_factor <= 1 or any(w % 2 or not w for w in widths):
             raise ConfigError(
                 f"partial_rotary_factor: expected a share of head_dim ({self.head_dim}) that is an "
                 f"even number of channels, got {self.partial_rotary_factor}"
@@ -222,10 +223,9 @@ class GemmaConfig:
         """Factor applied to query-key products."""
         return 1.0 / math.sqrt(self.query_pre_attn_scalar)
 
-    @property
-    def rotary_dim(self) -> int:
-        """Channels of a head that the rotary embedding turns."""
-        return int(self.head_dim * self.partial_rotary_factor)
+    def rotary_dim_of(self, layer_type: str) -> int:
+        """Return how many channels of a head the rotary embedding of a layer type turns."""
+        return int(self.head_dim_of(layer_type) * self.partial_rotary_factor)
 
     @property
     def has_qk_norm(self) -> bool:

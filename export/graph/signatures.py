@@ -42,9 +42,9 @@ def decoder_signature(
     states: tuple[State, ...] = tuple(
         PagedState(
             group=group,
-            layers=config.layers_of(group),
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            layers=config.cached_layers_of(group),
+            num_key_value_heads=config.num_kv_heads_of(group),
+            head_dim=config.head_dim_of(group),
             sliding_window=config.window(group),
             holds="both" if config.merges_attention else "target",
         )
@@ -62,7 +62,7 @@ def decoder_signature(
         hidden_size=config.hidden_size,
         max_model_len=config.max_position_embeddings,
         states=states,
-        block_size=block_size_for(device, config.head_dim),
+        block_size=block_size_for(device, min(map(config.head_dim_of, config.groups))),
         optional_inputs=_optional_inputs(config, device, vision),
         source_size=0 if encoder is None else encoder.hidden_size,
         max_source_len=0 if encoder is None else max_source_len(encoder),

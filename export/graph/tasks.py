@@ -27,6 +27,7 @@ from export.modules.decoder import GemmaDecoder
 from export.modules.encoder import GemmaEncoder
 from export.modules.encoder_decoder import SourceDecoder
 from export.modules.recurrent import RecurrentDecoder
+from export.modules.shared_cache import SharedCacheDecoder
 from export.modules.source_encoder import SourceEmbedder, SourceEncoder
 from export.modules.vision import VisionModel
 
@@ -164,6 +165,7 @@ def graph_module(
         return CudaRecurrentDecoder(config, signature)
     if config.is_recurrent:
         return RecurrentDecoder(config, signature)
-    if embedding is None or signature.head != "embed":
-        return GemmaDecoder(config, signature, vision)
-    return GemmaEncoder(config, signature, embedding)
+    if embedding is not None and signature.head == "embed":
+        return GemmaEncoder(config, signature, embedding)
+    kind = SharedCacheDecoder if config.num_kv_shared_layers else GemmaDecoder
+    return kind(config, signature, vision)

@@ -151,14 +151,15 @@ def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]
 def inverse_frequencies(config: GemmaConfig, layer_type: str) -> np.ndarray:
     """Return theta^(-2i / H) / factor for i < H / 2, computed in float32 like the reference.
 
-    H are the channels of a head that turn.
+    H are the channels of a head that turn. Of a proportional embedding, the last frequencies are 0.
 
-    Source: `ROPE_INIT_FUNCTIONS` in transformers 5.23, kinds `default` and `linear`.
+    Source: `ROPE_INIT_FUNCTIONS` in transformers 5.23, kinds `default`, `linear`, `proportional`.
     """
-    rope = config.rope(layer_type)
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64).float()
-    exponents = exponents / config.rotary_dim
-    return (1.0 / (rope.rope_theta**exponents) / rope.factor).numpy()
+    rope, width = config.rope(layer_type), config.rotary_dim_of(layer_type)
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
+    frequencies = 1.0 / (rope.rope_theta**exponents) / rope.factor
+    frequencies[int(rope.partial_rotary_factor * width // 2) :] = 0.0
+    return frequencies.numpy()
 
 
 def _derived(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Written]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from beam_gemma.model.config import GemmaConfig
-from export.modules.decoder import Attend, GemmaDecoder, Rotation
+from export.modules.decoder import GemmaDecoder
 from export.modules.encoder_decoder import MergedAttention, MergedLayer, SourceDecoder
 from export.modules.heads import Named
+from export.modules.layers import Attend, Rotation
 from export.ops.source_attention import source_attention
 
 
@@ -43,37 +44,36 @@ class SourceRows:
 class RowAttention(MergedAttention):
     """Attention over the source and the decoder's own tokens."""
 
-    def __init__(self, config: GemmaConfig, layer_type: str) -> None:
-        super().__init__(config)
-        self.layer_type = layer_type
+    def __init__(self, config: GemmaConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.layer_type = config.layer_types[layer]
 
     def forward(  # type: ignore[override]
         self, x: Tensor, rotation: Rotation, attend: Attend, source: SourceRows
     ) -> Tensor:
         """Return the attention output [T, D] of x [T, D]."""
-        config = self.config
-        query = self._heads(self.q_proj(x), config.num_attention_heads, "q_norm", rotation)
+        query = self._heads(self.q_proj(x), self.num_heads, "q_norm", rotation)
         rows, rotation = source.beside(x), source.rotations[self.layer_type]
-        key = self._heads(self.k_proj(rows), config.num_key_value_heads, "k_norm", rotation)
+        key = self._heads(self.k_proj(rows), self.num_kv_heads, "k_norm", rotation)
         return self.o_proj(attend(query, key, self.v_proj(rows)))
 
 
 class RowLayer(MergedLayer):
     """A layer of T5Gemma 2's decoder."""
 
-    def __init__(self, config: GemmaConfig, inner: torch.dtype | None, layer_type: str) -> None:
-        super().__init__(config, inner)
-        self.self_attn = RowAttention(config, layer_type)
+    def __init__(self, config: GemmaConfig, layer: int, inner: torch.dtype | None) -> None:
+        super().__init__(config, layer, inner)
+        self.self_attn = RowAttention(config, layer)
 
 
 class CudaSourceDecoder(SourceDecoder):
     """One ragged step of a decoder whose sequences have a source, for CUDA."""
 
-    def layer(self, layer_type: str) -> nn.Module:
-        """Return a new layer of a type."""
+    def layer(self, layer: int) -> nn.Module:
+        """Return a new layer."""
         if self.config.merges_attention:
-            return RowLayer(self.config, self.inner, layer_type)
-        return super().layer(layer_type)
+            return RowLayer(self.config, layer, self.inner)
+        return super().layer(layer)
 
     def sources(self, step: Named) -> tuple[Any, ...]:
         """Return what layers take of a step's sources: the states alone, or all that rows need."""

@@ -1,11 +1,7 @@
-"""The layers of Gemma 1, 2 and 3 in PyTorch, and the decoder as one ragged step.
+"""A stack of layers in PyTorch, and the decoder as one ragged step.
 
-Parameters have the names of Hugging Face checkpoints without the leading `model.`; a norm's
-weight is the effective one (1 + w). The formulas follow `models/gemma*/modeling_*.py` of
-transformers 5.23.
-
-Dimensions: T new tokens, R packed positions that need a head, D hidden, F feed-forward, N query
-heads, K key-value heads, H head dimension.
+Dimensions: T new tokens, R packed positions that need a head, B sequences, L layers, D hidden, N
+query heads, K key-value heads, H head dimension, P width of per-layer embeddings.
 """
 
 from collections.abc import Callable
@@ -21,139 +17,14 @@ from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.graph_tensors import cache_names
 from beam_gemma.model.signature import Signature
 from beam_gemma.model.vision_config import VisionConfig
+from export.modules.altup import AltUpLayer, merged, spread
+from export.modules.gemma4 import Gemma4Layer
 from export.modules.heads import Named, generate_head, score_head
+from export.modules.layers import Layer, RMSNorm, Rotary, Rotation
+from export.modules.per_layer import Table, per_layer_inputs
 from export.modules.token_choice import choosing_head
-from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm, rotate, rotate_heads
+from export.ops.reference import NO_WINDOW, ragged_attention, rotate, rotate_heads
 from export.ops.span_attention import span_attention
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalization; the weight is float32 for every model dtype."""
-
-    def __init__(self, dim: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the normalized x [..., D] in `dtype`, by default the dtype of x."""
-        return rms_norm(x, self.weight, self.epsilon, dtype or x.dtype)
-
-
-PACKET = 8
-"""ONNX Runtime computes cosines and sines in packets of at most so many numbers, and what is left
-at the end of a tensor by other code, whose last bits differ."""
-
-
-class Rotary(nn.Module):
-    """Cosines and sines of one layer type's rotary embedding."""
-
-    def __init__(self, rotary_dim: int) -> None:
-        super().__init__()
-        self.inv_freq = nn.Parameter(torch.empty(rotary_dim // 2, dtype=torch.float32))
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of half of the channels that turn, each [T, 1, H / 2], in float32."""
-        angles = positions.to(self.inv_freq.dtype)[:, None, None] * self.inv_freq
-        width = len(self.inv_freq)
-        if width % PACKET:  # no token may be the one at the end whose packet is not full
-            angles = nn.functional.pad(angles, (0, -width % PACKET))
-            cos, sin = angles.cos()[:, :, :width], angles.sin()[:, :, :width]
-            return cos.to(dtype), sin.to(dtype)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-Rotation = Callable[[Tensor, int], Tensor]
-"""Function of x [T, N * H] and N that rotates each head by its token's position."""
-Attend = Callable[..., Tensor]
-"""Function of rotated query [T, N * H], rotated key and value [T, K * H]; returns [T, N * H]. The
-keyword `group` names other caches than those of the layer's type."""
-
-
-class Attention(nn.Module):
-    """Grouped-query attention; the caller's `attend` stores and reads the keys and values."""
-
-    def __init__(self, config: GemmaConfig, *, bias: bool = False) -> None:
-        """Make the matrices; `bias` adds one to the output, which RecurrentGemma has."""
-        super().__init__()
-        self.config = config
-        hidden, dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, heads * dim, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(heads * dim, hidden, bias=bias)
-        if config.has_qk_norm:
-            self.q_norm = RMSNorm(dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(dim, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """Return the attention output [T, D]."""
-        config = self.config
-        query = self._heads(self.q_proj(x), config.num_attention_heads, "q_norm", rotation)
-        key = self._heads(self.k_proj(x), config.num_key_value_heads, "k_norm", rotation)
-        return self.o_proj(attend(query, key, self.v_proj(x)))
-
-    def _heads(self, x: Tensor, num_heads: int, norm: str, rotation: Rotation) -> Tensor:
-        """Normalize and rotate each head of x [T, N * H]."""
-        heads = x.view(-1, num_heads, self.config.head_dim)
-        if self.config.has_qk_norm:
-            heads = getattr(self, norm)(heads)
-        return rotation(heads.reshape(x.shape), num_heads)
-
-
-class FeedForward(nn.Module):
-    """GeGLU with the tanh approximation of GELU."""
-
-    def __init__(self, config: GemmaConfig, *, bias: bool = False) -> None:
-        """Make the matrices, with biases where the model has them."""
-        super().__init__()
-        hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, wide, bias=bias)
-        self.up_proj = nn.Linear(hidden, wide, bias=bias)
-        self.down_proj = nn.Linear(wide, hidden, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the feed-forward output [T, D] of x [T, D]."""
-        gate = nn.functional.gelu(self.gate_proj(x), approximate="tanh")
-        return self.down_proj(gate * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward, with a norm before each and, from Gemma 2 on, after each.
-
-    As in the checkpoints, `post_attention_layernorm` names the norm *before* the feed-forward in
-    Gemma 1 and the norm *after* attention from Gemma 2 on.
-
-    The residual stream may have a wider dtype than `inner`, in which attention and feed-forward
-    compute; the norms convert between the two.
-    """
-
-    def __init__(self, config: GemmaConfig, inner: torch.dtype | None) -> None:
-        super().__init__()
-        self.inner = inner
-        dim, epsilon = config.hidden_size, config.rms_norm_eps
-        self.has_post_norms = config.has_post_norms
-        self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(dim, epsilon)
-        self.post_attention_layernorm = RMSNorm(dim, epsilon)
-        if self.has_post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(dim, epsilon)
-            self.post_feedforward_layernorm = RMSNorm(dim, epsilon)
-
-    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """Return the residual stream [T, D]."""
-        attended = self.self_attn(self.input_layernorm(x, self.inner), rotation, attend)
-        if not self.has_post_norms:
-            x = x + attended.to(x.dtype)
-            return x + self.mlp(self.post_attention_layernorm(x, self.inner)).to(x.dtype)
-        return self.fed_forward(x + self.post_attention_layernorm(attended, x.dtype))
-
-    def fed_forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream [T, D] after the feed-forward, with a norm on both sides."""
-        wide = self.mlp(self.pre_feedforward_layernorm(x, self.inner))
-        return x + self.post_feedforward_layernorm(wide, x.dtype)
 
 
 class GemmaLayers(nn.Module):
@@ -176,14 +47,39 @@ class GemmaLayers(nn.Module):
         self.inner = torch.float16 if signature.dtype == "float16" else None
         if config.eoi_token_id is not None:
             self.eoi_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.layers = nn.ModuleList(self.layer(kind) for kind in config.layer_types)
+        self.embed_tokens_per_layer: Table | None = None
+        if width := config.hidden_size_per_layer_input:
+            self.table_factor = float(round_to(width**0.5))
+            self._add_per_layer_inputs(config.num_hidden_layers * width)
+        self.layers = nn.ModuleList(self.layer(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = nn.ModuleDict({group: Rotary(config.rotary_dim) for group in config.groups})
+        self.rotary = nn.ModuleDict({g: Rotary(config.rotary_dim_of(g)) for g in config.groups})
+        if num_streams := config.altup_num_inputs:
+            self.altup_projections, self.altup_unembed_projections = (
+                nn.ModuleList(
+                    nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+                    for _ in range(num_streams - 1)
+                )
+                for _ in range(2)
+            )
 
-    def layer(self, layer_type: str) -> nn.Module:
-        """Return a new layer of a type; models with other layers than `Layer` override it."""
-        del layer_type
-        return Layer(self.config, self.inner)
+    def _add_per_layer_inputs(self, width: int) -> None:
+        """Make what makes the per-layer embeddings of tokens, `width` numbers for each of them."""
+        config = self.config
+        assert config.hidden_size_per_layer_input is not None
+        if config.vocab_size_per_layer_input is not None:
+            self.embed_tokens_per_layer = Table(config.vocab_size_per_layer_input, width)
+        self.per_layer_model_projection = nn.Linear(config.hidden_size, width, bias=False)
+        self.per_layer_projection_norm = RMSNorm(
+            config.hidden_size_per_layer_input, config.rms_norm_eps
+        )
+
+    def layer(self, layer: int) -> nn.Module:
+        """Return a new layer; models with other layers than these override it."""
+        if self.config.altup_num_inputs is not None:
+            return AltUpLayer(self.config, layer, self.inner)
+        kind = Gemma4Layer if self.config.has_layer_scalar else Layer
+        return kind(self.config, layer, self.inner)
 
     def sources(self, step: Named) -> tuple[Any, ...]:
         """Return what layers take of a step's sources beside the others' arguments."""
@@ -198,6 +94,15 @@ class GemmaLayers(nn.Module):
             positions: [T], each token's position in its sequence.
             attend: Function of a layer number and the arguments of `Attend`.
         """
+        x, inputs = self.started(step)
+        numbers = range(self.config.num_hidden_layers)
+        return self.finished(self.run(numbers, x, inputs, positions, attend, self.sources(step)))
+
+    def started(self, step: Named) -> tuple[Tensor, Tensor | None]:
+        """Return the stream before the first layer, and the per-layer embeddings [T, L, P].
+
+        The stream is [T, D], or [T, S, D] with the S streams of AltUp.
+        """
         x = self.embed_tokens(step["input_ids"])
         x = (x if self.inner is None else x.float()) * self.embedding_factor
         if self.config.eoi_token_id is not None:
@@ -205,20 +110,62 @@ class GemmaLayers(nn.Module):
             x = torch.where(is_end, self.eoi_embedding.to(x.dtype), x)
         if "inputs_embeds" in step:
             x = _with_pictures(x, step)
-        rotary_positions = positions + self.first_position if self.first_position else positions
-        rotations = {g: self._rotation(g, rotary_positions) for g in self.config.groups}
-        sources = self.sources(step)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rotations.get(self.config.layer_types[i]), partial(attend, i), *sources)
+        inputs = None
+        if self.config.hidden_size_per_layer_input is not None:
+            inputs = per_layer_inputs(
+                step["input_ids"],
+                x,
+                self.embed_tokens_per_layer,
+                self.per_layer_model_projection,
+                self.per_layer_projection_norm,
+                self.table_factor,
+            )
+        if self.config.altup_num_inputs is not None:
+            x = spread(x, self.altup_projections, self.config.altup_active_idx)
+        return x, inputs
+
+    def run(
+        self,
+        numbers: range,
+        x: Tensor,
+        inputs: Tensor | None,
+        positions: Tensor,
+        attend: Callable[..., Tensor],
+        sources: tuple[Any, ...] = (),
+    ) -> Tensor:
+        """Return the stream after some of the layers.
+
+        Args:
+            numbers: The layers.
+            x: The stream before the first of them.
+            inputs: [T, L, P], per-layer embeddings; None for models without them.
+            positions: [T], each token's position in its sequence.
+            attend: Function of a layer number and the arguments of `Attend`.
+            sources: What layers take of a step's sources.
+        """
+        positions = positions + self.first_position if self.first_position else positions
+        groups = dict.fromkeys(self.config.layer_types[i] for i in numbers)
+        rotations = {g: self._rotation(g, positions) for g in groups if g in self.config.groups}
+        for i in numbers:
+            rotation = rotations.get(self.config.layer_types[i])
+            others = sources if inputs is None else (inputs[:, i],)
+            x = self.layers[i](x, rotation, partial(attend, i), *others)
         return x
+
+    def finished(self, x: Tensor) -> Tensor:
+        """Return the residual stream [T, D] of a stream after the last layer."""
+        if self.config.altup_num_inputs is None:
+            return x
+        return merged(x, self.altup_unembed_projections, self.config.altup_active_idx)
 
     def _rotation(self, group: str, positions: Tensor) -> Rotation:
         cos, sin = self.rotary[group](positions, self.embed_tokens.weight.dtype)
         if self.signature.device == "cuda":
             return lambda x, num_heads: rotate(x, cos, sin, num_heads)
-        return lambda x, num_heads: rotate_heads(
-            x.view(-1, num_heads, self.config.head_dim), cos, sin
-        ).reshape(x.shape)
+        dim = self.config.head_dim_of(group)
+        return lambda x, num_heads: rotate_heads(x.view(-1, num_heads, dim), cos, sin).reshape(
+            x.shape
+        )
 
 
 class GemmaDecoder(GemmaLayers):
@@ -253,9 +200,22 @@ class GemmaDecoder(GemmaLayers):
         attend = partial(self._attend, step, self._reach(step, positions), new_state)
         if self.signature.chooses:
             step = step | {"input_ids": _token_ids(step, state["next_ids"])}
-        x = self.residual(step, positions, attend)
-        rows = self.norm(x.index_select(0, step["logit_rows"]), self.inner)
-        return self._head(rows, step, new_state), new_state
+        rows = self.rows(step, positions, attend, new_state)
+        return self._head(self.norm(rows, self.inner), step, new_state), new_state
+
+    def rows(
+        self, step: Named, positions: Tensor, attend: Callable[..., Tensor], state: Named
+    ) -> Tensor:
+        """Return the residual stream [R, D] of the rows that need a head.
+
+        Args:
+            step: The step's inputs.
+            positions: [T], each token's position in its sequence.
+            attend: Function of a layer number and the arguments of `Attend`.
+            state: The caches by name, which `attend` replaces.
+        """
+        del state
+        return self.residual(step, positions, attend).index_select(0, step["logit_rows"])
 
     def _reach(self, step: Named, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the first and last position that each token reaches, for each layer type."""
@@ -300,7 +260,7 @@ class GemmaDecoder(GemmaLayers):
             step.get(f"context_starts.{group}", torch.zeros_like(step["past_seqlens"])),
             *reach[group],
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_kv_heads_of(group),
             self._window(group) or NO_WINDOW,
             config.attention_scale,
             config.attn_logit_softcapping or 0.0,
@@ -346,7 +306,7 @@ class GemmaDecoder(GemmaLayers):
             step["is_inside"],
             step["places"],
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_kv_heads_of(group),
             (config.window(group) if self.spans_keep_windows else None) or NO_WINDOW,
             config.attention_scale,
             config.attn_logit_softcapping or 0.0,

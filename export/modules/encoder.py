@@ -34,20 +34,32 @@ class WholeTexts(GemmaLayers):
         """
         if self.signature.device == "cuda":
             step = step | _masks(step, self.config)
-            return self.residual(
-                step, step["position_ids"], partial(self._attend_padded, step)
-            ), step
-        return self.residual(step, sequence_positions(step), partial(self._attend, step)), step
+            attend = self._with_shared_rows(partial(self._attend_padded, step))
+            return self.residual(step, step["position_ids"], attend), step
+        attend = self._with_shared_rows(partial(self._attend, step))
+        return self.residual(step, sequence_positions(step), attend), step
+
+    def _with_shared_rows(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `attend` for layers that may give a query alone, to read another's keys."""
+        shared: dict[int, tuple[Tensor, ...]] = {}
+
+        def attend_or_share(layer: int, query: Tensor, *new: Tensor) -> Tensor:
+            if new:
+                shared[layer] = new
+            return attend(layer, query, *shared[self.config.producer(layer)])
+
+        return attend_or_share
 
     def _attend(self, step: Named, layer: int, *rows: Tensor) -> Tensor:
         """Attend within each text."""
         config = self.config
-        back, ahead = reach(config, config.layer_types[layer])
+        kind = config.layer_types[layer]
+        back, ahead = reach(config, kind)
         return packed_attention(
             *rows,
             step["cu_seqlens"],
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_kv_heads_of(kind),
             back,
             ahead,
             config.attention_scale,
@@ -57,13 +69,14 @@ class WholeTexts(GemmaLayers):
     def _attend_padded(self, step: Named, layer: int, *rows: Tensor) -> Tensor:
         """Attend within each text, with the texts padded to one length."""
         config = self.config
+        kind = config.layer_types[layer]
         return padded_attention(
             *rows,
-            step[config.layer_types[layer]],
+            step[kind],
             step["rows"],
             step["token_places"],
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_kv_heads_of(kind),
             config.attention_scale,
             config.attn_logit_softcapping or 0.0,
         )

@@ -17,16 +17,9 @@ from torch import Tensor, nn
 
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.signature import CROSS, Signature
-from export.modules.decoder import (
-    Attend,
-    Attention,
-    GemmaDecoder,
-    Layer,
-    RMSNorm,
-    Rotation,
-    owners,
-)
+from export.modules.decoder import GemmaDecoder, owners
 from export.modules.heads import Named
+from export.modules.layers import Attend, Attention, Layer, RMSNorm, Rotation
 from export.ops.reference import NO_WINDOW
 
 
@@ -53,8 +46,8 @@ class CrossAttention(nn.Module):
 class CrossLayer(Layer):
     """A layer of T5Gemma's decoder: attention, attention over the source, feed-forward."""
 
-    def __init__(self, config: GemmaConfig, inner: torch.dtype | None) -> None:
-        super().__init__(config, inner)
+    def __init__(self, config: GemmaConfig, layer: int, inner: torch.dtype | None) -> None:
+        super().__init__(config, layer, inner)
         self.cross_attn = CrossAttention(config)
         self.pre_cross_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_cross_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -79,22 +72,21 @@ class MergedAttention(Attention):
         self, x: Tensor, rotation: Rotation, attend: Attend, source: Tensor
     ) -> Tensor:
         """Return the attention output [T, D] of x [T, D] over sources, of which C are new."""
-        config = self.config
-        query = self._heads(self.q_proj(x), config.num_attention_heads, "q_norm", rotation)
+        query = self._heads(self.q_proj(x), self.num_heads, "q_norm", rotation)
         # One product for both, since a step of few tokens costs what reading the weights costs.
         rows = torch.cat([x, source])
-        keys = self._heads(self.k_proj(rows), config.num_key_value_heads, "k_norm", _not_rotated)
+        keys = self._heads(self.k_proj(rows), self.num_kv_heads, "k_norm", _not_rotated)
         own, others = keys[: x.shape[0]], keys[x.shape[0] :]
-        key = torch.cat([rotation(own, config.num_key_value_heads), others])
+        key = torch.cat([rotation(own, self.num_kv_heads), others])
         return self.o_proj(attend(query, key, self.v_proj(rows)))
 
 
 class MergedLayer(Layer):
     """A layer of T5Gemma 2's decoder: attention and feed-forward."""
 
-    def __init__(self, config: GemmaConfig, inner: torch.dtype | None) -> None:
-        super().__init__(config, inner)
-        self.self_attn = MergedAttention(config)
+    def __init__(self, config: GemmaConfig, layer: int, inner: torch.dtype | None) -> None:
+        super().__init__(config, layer, inner)
+        self.self_attn = MergedAttention(config, layer)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, rotation: Rotation, attend: Attend, source: Tensor
@@ -111,11 +103,10 @@ class SourceDecoder(GemmaDecoder):
         super().__init__(config, signature)
         self.states = {state.group: state for state in signature.paged_states}
 
-    def layer(self, layer_type: str) -> nn.Module:
-        """Return a new layer of a type."""
-        del layer_type
+    def layer(self, layer: int) -> nn.Module:
+        """Return a new layer."""
         kind = MergedLayer if self.config.merges_attention else CrossLayer
-        return kind(self.config, self.inner)
+        return kind(self.config, layer, self.inner)
 
     def sources(self, step: Named) -> tuple[Any, ...]:
         """Return what layers take of a step's sources: the states of those that start in it."""

@@ -23,17 +23,9 @@ from torch import Tensor, nn
 
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.layer_types import RECURRENT
-from export.modules.decoder import (
-    Attend,
-    Attention,
-    FeedForward,
-    GemmaDecoder,
-    RMSNorm,
-    Rotation,
-    owners,
-    sequence_positions,
-)
+from export.modules.decoder import GemmaDecoder, owners, sequence_positions
 from export.modules.heads import Named
+from export.modules.layers import Attend, Attention, FeedForward, RMSNorm, Rotation
 from export.ops.linear_recurrence import linear_recurrence
 
 CONV_STATE, LRU_STATE = "conv_state", "rg_lru_state"
@@ -134,18 +126,18 @@ class GriffinLayer(nn.Module):
     """A block over time, attention or recurrent, and a feed-forward, with a norm before each."""
 
     def __init__(
-        self, config: GemmaConfig, layer_type: str, inner: torch.dtype | None, *, one_by_one: bool
+        self, config: GemmaConfig, layer: int, inner: torch.dtype | None, *, one_by_one: bool
     ) -> None:
         super().__init__()
         self.inner = inner
         self.temporal_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.temporal_block = (
             RecurrentBlock(config, one_by_one=one_by_one)
-            if layer_type == RECURRENT
-            else Attention(config, bias=True)
+            if config.layer_types[layer] == RECURRENT
+            else Attention(config, layer, bias=True)
         )
         self.channel_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp_block = FeedForward(config, bias=True)
+        self.mlp_block = FeedForward(config, layer, bias=True)
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """Return the residual stream [T, D]."""
@@ -157,10 +149,10 @@ class GriffinLayer(nn.Module):
 class RecurrentDecoder(GemmaDecoder):
     """One ragged step of a RecurrentGemma, with the head that the signature names."""
 
-    def layer(self, layer_type: str) -> nn.Module:
-        """Return a new layer of a type."""
+    def layer(self, layer: int) -> nn.Module:
+        """Return a new layer."""
         one_by_one = self.signature.device == "cpu"
-        return GriffinLayer(self.config, layer_type, self.inner, one_by_one=one_by_one)
+        return GriffinLayer(self.config, layer, self.inner, one_by_one=one_by_one)
 
     def forward(self, step: Named, state: Named) -> tuple[Named, Named]:
         """Run one step; see `GemmaDecoder.forward`."""

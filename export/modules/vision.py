@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from beam_gemma.model.signature import Signature
 from beam_gemma.model.vision_config import VisionConfig
-from export.modules.decoder import RMSNorm
 from export.modules.heads import Named
+from export.modules.layers import RMSNorm
 from export.ops.vision_attention import vision_attention
 
 

@@ -39,7 +39,7 @@ def test_sizes_are_those_of_the_original() -> None:
     config = recurrent_config(PUBLISHED)
     assert config.window(SLIDING) == 2049
     assert config.intermediate_size == 7680
-    assert (config.lru_width, config.conv1d_width, config.rotary_dim) == (2560, 4, 128)
+    assert (config.lru_width, config.conv1d_width, config.rotary_dim_of(SLIDING)) == (2560, 4, 128)
     assert config.attention_scale == 256**-0.5
     assert (config.final_logit_softcapping, config.attn_logit_softcapping) == (30.0, None)
     assert not config.has_post_norms
