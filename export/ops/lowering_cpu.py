@@ -207,6 +207,42 @@ def WeightedValues(weights, values, reached, item_of_place, num_groups):
 
 
 @script(DOMAIN, default_opset=op)
+def ListItems(
+    query, cu_seqlens, block_table, context_starts, first_keys, last_keys, num_groups, block_size,
+    query_tile: int,
+):  # fmt: skip
+    """List the step's items: what each of them reads, and where its results go."""
+    one = op.Constant(value_ints=[1])
+    # A product with a single row runs another kernel, whose results differ in bits.
+    least = op.Where(op.Equal(num_groups, one), op.Constant(value_ints=[2]), one)
+    most = op.Reshape(op.Constant(value_int=query_tile), one)
+    rows, owner, _, token_places = DOMAIN.QueryTiles(
+        cu_seqlens, op.Shape(query, start=0, end=1), least, most
+    )
+    chunk = op.Constant(value_int=CONTEXT_ALIGNMENT)
+    num_chunks = op.Shape(block_table, start=1, end=2) * block_size / chunk
+    mask, reached = DOMAIN.Reach(context_starts, first_keys, last_keys, rows, owner, num_chunks)
+    tiles, places, blocks, items = DOMAIN.Items(reached, owner, block_table, num_chunks)
+    return tiles, rows, mask, blocks, reached, items, places, token_places
+
+
+@script(DOMAIN, default_opset=op)
+def ScoreCached(
+    query, key_cache, cu_seqlens, block_table, context_starts, first_keys, last_keys, num_kv_heads,
+    num_groups, block_size, query_tile: int, scale: float,
+):  # fmt: skip
+    """List the step's items, read each item's keys and score them."""
+    tiles, rows, mask, blocks, reached, items, places, token_places = DOMAIN.ListItems(
+        query, cu_seqlens, block_table, context_starts, first_keys, last_keys, num_groups,
+        block_size, query_tile=query_tile,
+    )  # fmt: skip
+    keys = DOMAIN.GatherContext(key_cache, blocks)
+    item_rows = op.Gather(rows, tiles)
+    scores = DOMAIN.Scores(query, keys, item_rows, num_kv_heads, num_groups, scale=scale)
+    return scores, mask, blocks, reached, items, places, token_places
+
+
+@script(DOMAIN, default_opset=op)
 def StoreAndScore(
     query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
     context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, block_size: int,
@@ -219,19 +255,10 @@ def StoreAndScore(
     block = op.Reshape(op.Constant(value_int=block_size), one)
     key_out = DOMAIN.StoreTokens(key_cache, key, slot_mapping, kv_heads, block)
     value_out = DOMAIN.StoreTokens(value_cache, value, slot_mapping, kv_heads, block)
-    # A product with a single row runs another kernel, whose results differ in bits.
-    least = op.Where(op.Equal(groups, one), op.Constant(value_ints=[2]), one)
-    most = op.Reshape(op.Constant(value_int=query_tile), one)
-    rows, owner, _, token_places = DOMAIN.QueryTiles(
-        cu_seqlens, op.Shape(query, start=0, end=1), least, most
-    )
-    chunk = op.Constant(value_int=CONTEXT_ALIGNMENT)
-    num_chunks = op.Shape(block_table, start=1, end=2) * block / chunk
-    mask, reached = DOMAIN.Reach(context_starts, first_keys, last_keys, rows, owner, num_chunks)
-    tiles, places, blocks, items = DOMAIN.Items(reached, owner, block_table, num_chunks)
-    keys = DOMAIN.GatherContext(key_out, blocks)
-    item_rows = op.Gather(rows, tiles)
-    scores = DOMAIN.Scores(query, keys, item_rows, kv_heads, groups, scale=scale)
+    scores, mask, blocks, reached, items, places, token_places = DOMAIN.ScoreCached(
+        query, key_out, cu_seqlens, block_table, context_starts, first_keys, last_keys, kv_heads,
+        groups, block, query_tile=query_tile, scale=scale,
+    )  # fmt: skip
     return scores, mask, blocks, reached, items, places, token_places, groups, key_out, value_out
 
 
@@ -289,6 +316,45 @@ def RaggedAttentionSoftcap(
 
 
 @script(DOMAIN, default_opset=op)
+def CachedAttention(
+    query, key_cache, value_cache, cu_seqlens, block_table, context_starts, first_keys, last_keys,
+    num_heads: int, num_kv_heads: int, block_size: int, query_tile: int, scale: float,
+) -> TensorType:  # fmt: skip
+    one = op.Constant(value_ints=[1])
+    kv_heads = op.Reshape(op.Constant(value_int=num_kv_heads), one)
+    groups = op.Reshape(op.Constant(value_int=num_heads), one) / kv_heads
+    block = op.Reshape(op.Constant(value_int=block_size), one)
+    scores, mask, blocks, reached, items, places, token_places = DOMAIN.ScoreCached(
+        query, key_cache, cu_seqlens, block_table, context_starts, first_keys, last_keys, kv_heads,
+        groups, block, query_tile=query_tile, scale=scale,
+    )  # fmt: skip
+    return DOMAIN.Attend(
+        scores, mask, value_cache, blocks, reached, items, places, token_places, groups
+    )
+
+
+@script(DOMAIN, default_opset=op)
+def CachedAttentionSoftcap(
+    query, key_cache, value_cache, cu_seqlens, block_table, context_starts, first_keys, last_keys,
+    num_heads: int, num_kv_heads: int, block_size: int, query_tile: int, scale: float,
+    softcap: float,
+) -> TensorType:  # fmt: skip
+    one = op.Constant(value_ints=[1])
+    kv_heads = op.Reshape(op.Constant(value_int=num_kv_heads), one)
+    groups = op.Reshape(op.Constant(value_int=num_heads), one) / kv_heads
+    block = op.Reshape(op.Constant(value_int=block_size), one)
+    scores, mask, blocks, reached, items, places, token_places = DOMAIN.ScoreCached(
+        query, key_cache, cu_seqlens, block_table, context_starts, first_keys, last_keys, kv_heads,
+        groups, block, query_tile=query_tile, scale=scale,
+    )  # fmt: skip
+    cap = op.Constant(value_float=softcap)
+    capped = op.Tanh(scores / cap) * cap
+    return DOMAIN.Attend(
+        capped, mask, value_cache, blocks, reached, items, places, token_places, groups
+    )
+
+
+@script(DOMAIN, default_opset=op)
 def RmsNorm(x, weight, epsilon: float) -> TensorType:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
 
@@ -301,6 +367,8 @@ def VisionAttention(query, key, value, num_heads: int, scale: float) -> TensorTy
 
 FUNCTIONS = (
     StoreTokens, GatherContext, QueryTiles, Reach, Items, Scores, Weights, WeightedValues,
-    StoreAndScore, Attend, RaggedAttention, RaggedAttentionSoftcap, RmsNorm,
+    ListItems, ScoreCached, StoreAndScore, Attend, RaggedAttention, RaggedAttentionSoftcap, RmsNorm,
 )  # fmt: skip
 """The ops and everything they call."""
+CACHED = (CachedAttention, CachedAttentionSoftcap)
+"""Ops that only some graphs have, made of the same."""

@@ -74,7 +74,7 @@ def ragged_attention(
         key_cache: Cache with the shape `signature.PagedState.shape` for the device `layout`.
         value_cache: Cache of the same shape.
         cu_seqlens: [B + 1], start of each sequence's new tokens.
-        past_seqlens: [B], positions before the first new token.
+        past_seqlens: [B], positions before the first new token; only the CUDA kernel takes it.
         block_table: [B, M], cache blocks; the first slot is position `context_starts`.
         slot_mapping: Flat slot of each row of key and value; negative skips the write.
         context_starts: [B], position of the first slot in each table row.
@@ -88,20 +88,23 @@ def ragged_attention(
         layout: `cpu` or `cuda`.
         attention_metadata: [3], bounds for the CUDA kernel; not used in the formula.
     """
-    del attention_metadata, window
+    del past_seqlens, attention_metadata, window
     shape = (-1, num_kv_heads, key.shape[1] // num_kv_heads)
     key_tokens = _stored(key_cache, key.view(shape), slot_mapping, layout)
     value_tokens = _stored(value_cache, value.view(shape), slot_mapping, layout)
-    block_size = key_cache.shape[1 if layout == "cuda" else 2]
-    outputs = []
-    for b in range(past_seqlens.shape[0]):
-        new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
-        q = query[new].view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2])
-        context = slots_of(block_table[b], block_size)
-        keys = int(context_starts[b]) + torch.arange(context.shape[0])
-        reach = (keys <= last_keys[new, None]) & (keys >= first_keys[new, None])
-        outputs.append(attend(q, key_tokens[context], value_tokens[context], reach, scale, softcap))
-    output = torch.cat(outputs).reshape(query.shape)
+    output = attend_over(
+        query.view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2]),
+        key_tokens,
+        value_tokens,
+        cu_seqlens,
+        block_table,
+        key_cache.shape[1 if layout == "cuda" else 2],
+        context_starts,
+        first_keys,
+        last_keys,
+        scale,
+        softcap,
+    )
     key_cache = _cache_view(key_tokens, key_cache, layout)
     return output, key_cache, _cache_view(value_tokens, value_cache, layout)
 
@@ -228,6 +231,33 @@ def slots_of(blocks: Tensor, block_size: int) -> Tensor:
     return (blocks.long()[:, None] * block_size + torch.arange(block_size)).flatten()
 
 
+def attend_over(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    context_starts: Tensor,
+    first_keys: Tensor,
+    last_keys: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend with query [T, K, G, H] over caches [P * block, K, H]; return [T, N * H].
+
+    The other arguments are those of `ragged_attention`.
+    """
+    outputs = []
+    for b, blocks in enumerate(block_table):
+        new = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        context = slots_of(blocks, block_size)
+        reached = int(context_starts[b]) + torch.arange(context.shape[0])
+        reach = (reached <= last_keys[new, None]) & (reached >= first_keys[new, None])
+        outputs.append(attend(query[new], keys[context], values[context], reach, scale, softcap))
+    return torch.cat(outputs).flatten(1)
+
+
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, reach: Tensor, scale: float, softcap: float
 ) -> Tensor:
@@ -244,13 +274,13 @@ def attend(
 
 def _stored(cache: Tensor, tokens: Tensor, slot_mapping: Tensor, layout: str) -> Tensor:
     """Return a copy of the cache as [P * block, K, H], with tokens [T, K, H] written."""
-    copy = _token_view(cache, layout, tokens.shape[1], tokens.shape[2])
+    copy = token_view(cache, layout, tokens.shape[1], tokens.shape[2])
     kept = slot_mapping >= 0
     copy[slot_mapping[kept].long()] = tokens[kept]
     return copy
 
 
-def _token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) -> Tensor:
+def token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) -> Tensor:
     """Return a copy of the cache as [P * block, K, H]."""
     if layout == "cuda":
         return cache.clone().view(-1, num_kv_heads, head_dim)
@@ -258,7 +288,7 @@ def _token_view(cache: Tensor, layout: str, num_kv_heads: int, head_dim: int) ->
 
 
 def _cache_view(tokens: Tensor, cache: Tensor, layout: str) -> Tensor:
-    """Return the tokens in the layout of the cache: the inverse of `_token_view`."""
+    """Return the tokens in the layout of the cache: the inverse of `token_view`."""
     if layout == "cuda":
         return tokens.reshape(cache.shape)
     heads, blocks, block_size, dim = cache.shape

@@ -28,13 +28,12 @@ def vision_attention(
         query: [T, D], the patches of one picture after those of another.
         key: [T, D].
         value: [T, D].
-        num_patches: P.
+        num_patches: P; 0 if all rows are one picture.
         num_heads: Heads that D consists of.
         scale: Factor of query-key products.
     """
-    q, k, v = (
-        x.view(-1, num_patches, num_heads, x.shape[1] // num_heads) for x in (query, key, value)
-    )
+    shape = (-1, num_patches or len(query), num_heads, query.shape[1] // num_heads)
+    q, k, v = (x.view(shape) for x in (query, key, value))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(v.dtype)

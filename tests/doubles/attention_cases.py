@@ -1,5 +1,6 @@
-"""Calls of ragged attention, in either layout of caches."""
+"""Calls of attention over paged caches, in either layout, and its lowerings on the CPU."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,9 +8,13 @@ import numpy as np
 import torch
 
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT
+from export.ops import lowering_cpu, lowering_wide
+from export.ops.lowering_wide import WIDEST_SLICE, slices_of
 from export.ops.reference import NO_WINDOW, ragged_attention
+from tests.doubles.op_sessions import op_session
 
 BLOCK = 16
+Lowered = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,42 @@ class Case:
         heads, scale = (self.num_heads, self.num_kv_heads), self.head_dim**-0.5
         outputs = ragged_attention(*tensors, *heads, self.window, scale, self.softcap, self.layout)
         return [t.numpy() for t in outputs]
+
+    def written(self) -> dict[str, np.ndarray]:
+        """Return random inputs of which the caches hold the new tokens already."""
+        inputs = self.inputs()
+        caches = [cache.astype(np.float32) for cache in self.eager(inputs)[1:]]
+        return inputs | dict(zip(("key_cache", "value_cache"), caches, strict=True))
+
+    def attributes(self) -> dict[str, int | float]:
+        """Return the attributes of a node of this case, by the CPU's lowering."""
+        attributes = {
+            "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads,
+            "block_size": self.block, "query_tile": self.query_tile, "scale": self.head_dim**-0.5,
+        }  # fmt: skip
+        if self.head_dim > WIDEST_SLICE:
+            attributes["num_slices"] = slices_of(self.head_dim)
+        return attributes | ({"softcap": self.softcap} if self.softcap else {})
+
+    def lowered(self, op: str, *, num_threads: int = 1) -> Lowered:
+        """Return a function that runs `RaggedAttention` or `CachedAttention` as a node.
+
+        It takes inputs by name, which may have more of them, and returns the outputs.
+        """
+        ragged = op == "RaggedAttention"
+        inputs = self.inputs()
+        del inputs["past_seqlens"]
+        if not ragged:
+            inputs = {n: a for n, a in inputs.items() if n not in ("key", "value", "slot_mapping")}
+        session = op_session(
+            ("Wide" if self.head_dim > WIDEST_SLICE else "") + op + "Softcap" * bool(self.softcap),
+            self.attributes(),
+            inputs,
+            (*lowering_cpu.FUNCTIONS, *lowering_cpu.CACHED, *lowering_wide.FUNCTIONS),
+            num_threads=num_threads,
+            outputs=("output", "key_out", "value_out") if ragged else ("output",),
+        )
+        return lambda given: session.run(None, {name: given[name] for name in inputs})
 
 
 CASES = {

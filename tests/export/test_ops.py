@@ -1,7 +1,6 @@
 """The custom ops: the eager reference against masks written out, each lowering against it."""
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from export.ops import lowering_cpu, lowering_cuda
 from export.ops.reference import NO_WINDOW, ragged_attention, rms_norm
 from tests.doubles.attention_cases import BLOCK, CASES, Case
-from tests.doubles.op_models import op_model
+from tests.doubles.op_sessions import op_session
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -131,43 +130,13 @@ def test_rms_norm_equals_the_formula() -> None:
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
     eager = rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-6, torch.float64).numpy()
     np.testing.assert_allclose(eager, expected, rtol=0, atol=1e-12)
-    node = onnx.helper.make_node("RmsNorm", ["x", "w"], ["y"], domain="beam_gemma", epsilon=1e-6)
-    feeds = {"x": x.astype(np.float32), "w": weight.astype(np.float32)}
-    [lowered] = run_node(node, feeds, threads=1)
+    feeds = {"x": x.astype(np.float32), "weight": weight.astype(np.float32)}
+    session = op_session("RmsNorm", {"epsilon": 1e-6}, feeds, [lowering_cpu.RmsNorm])
+    [lowered] = session.run(None, feeds)
     # float32.
     np.testing.assert_allclose(lowered, expected, rtol=0, atol=2e-6)
 
 
 def run_lowering(case: Case, inputs: dict[str, np.ndarray], threads: int) -> list[np.ndarray]:
     """Run the ONNX function of the op in ONNX Runtime."""
-    attributes = {
-        "num_heads": case.num_heads,
-        "num_kv_heads": case.num_kv_heads,
-        "block_size": BLOCK,
-        "query_tile": case.query_tile,
-        "scale": case.head_dim**-0.5,
-    }
-    name = "RaggedAttention"
-    if case.softcap:
-        name, attributes["softcap"] = "RaggedAttentionSoftcap", case.softcap
-    outputs = ["output", "key_out", "value_out"]
-    inputs = {n: array for n, array in inputs.items() if n != "past_seqlens"}
-    node = onnx.helper.make_node(name, list(inputs), outputs, domain="beam_gemma", **attributes)
-    return run_node(node, inputs, threads)
-
-
-def run_node(node: onnx.NodeProto, feeds: dict[str, np.ndarray], threads: int) -> list[np.ndarray]:
-    """Run one node of the project's domain with the CPU's function bodies."""
-    value, kind_of = onnx.helper.make_tensor_value_info, onnx.helper.np_dtype_to_tensor_dtype
-    model = op_model(
-        [node],
-        [value(name, kind_of(array.dtype), array.shape) for name, array in feeds.items()],
-        [value(name, onnx.TensorProto.FLOAT, None) for name in node.output],
-        lowering_cpu.FUNCTIONS,
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, feeds)
+    return case.lowered("RaggedAttention", num_threads=threads)(inputs)

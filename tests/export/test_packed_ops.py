@@ -3,7 +3,6 @@
 A sequence's result must be the same bits in any company, which tests here show for the ops alone.
 """
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -14,97 +13,23 @@ import torch
 
 from export.ops.lowering_packed import FUNCTIONS
 from export.ops.reference import NO_WINDOW, packed_attention, packed_sum
-from tests.doubles.op_models import op_model
-
-F32, I32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
-LENGTHS = (5, 1, 37, 300, 64, 2, 130)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of the op."""
-
-    num_heads: int = 3
-    num_kv_heads: int = 1
-    head_dim: int = 256
-    back: int = NO_WINDOW
-    ahead: int = NO_WINDOW
-    softcap: float = 0.0
-    lengths: tuple[int, ...] = LENGTHS
-
-    @property
-    def scale(self) -> float:
-        """Factor under which scores differ by a few units, as in a trained model."""
-        return self.head_dim**-0.5
-
-    def inputs(self) -> dict[str, np.ndarray]:
-        """Return random inputs."""
-        rng = np.random.default_rng(3)
-        shape = {"query": self.num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
-        tensors = {
-            name: rng.standard_normal((sum(self.lengths), heads * self.head_dim), np.float32)
-            for name, heads in shape.items()
-        }
-        return tensors | {"cu_seqlens": np.cumsum([0, *self.lengths]).astype(np.int32)}
-
-    def eager(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Return the reference in float64."""
-        tensors = [torch.from_numpy(a) for a in inputs.values()]
-        tensors = [t.double() if t.is_floating_point() else t for t in tensors]
-        heads = (self.num_heads, self.num_kv_heads)
-        reach = (self.back, self.ahead)
-        return packed_attention(*tensors, *heads, *reach, self.scale, self.softcap).numpy()
-
-    def session(self, num_threads: int) -> onnxruntime.InferenceSession:
-        """Return the lowering, ready to run."""
-        attributes = {
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "num_slices": -(-self.head_dim // 64),
-            "back": self.back,
-            "ahead": self.ahead,
-            "scale": self.scale,
-        }
-        name = "PackedAttention"
-        if self.softcap:
-            name, attributes["softcap"] = "PackedAttentionSoftcap", self.softcap
-        inputs = {"query": F32, "key": F32, "value": F32, "cu_seqlens": I32}
-        node = onnx.helper.make_node(name, list(inputs), ["y"], domain="beam_gemma", **attributes)
-        return session_of([node], inputs, ["y"], num_threads)
-
+from tests.doubles.op_sessions import session_of
+from tests.doubles.packed_cases import PackedCase
 
 CASES = {
-    "two-sided": Case(),
-    "two-sided window": Case(back=40, ahead=40),
-    "causal": Case(ahead=0),
-    "causal window": Case(back=29, ahead=0),
-    "own token alone": Case(back=0, ahead=0),
-    "ahead alone": Case(back=0),
-    "uneven": Case(back=7, ahead=90),
-    "one query head for each key head": Case(num_heads=4, num_kv_heads=4, head_dim=16),
-    "grouped queries": Case(num_heads=8, num_kv_heads=4, head_dim=128, back=50, ahead=50),
-    "softcap": Case(softcap=0.7, back=50, ahead=50, head_dim=64),
-    "long": Case(lengths=(700, 3, 900), back=256, ahead=256),
-    "one token": Case(lengths=(1,), num_heads=1, head_dim=16),
+    "two-sided": PackedCase(),
+    "two-sided window": PackedCase(back=40, ahead=40),
+    "causal": PackedCase(ahead=0),
+    "causal window": PackedCase(back=29, ahead=0),
+    "own token alone": PackedCase(back=0, ahead=0),
+    "ahead alone": PackedCase(back=0),
+    "uneven": PackedCase(back=7, ahead=90),
+    "one query head for each key head": PackedCase(num_heads=4, num_kv_heads=4, head_dim=16),
+    "grouped queries": PackedCase(num_heads=8, num_kv_heads=4, head_dim=128, back=50, ahead=50),
+    "softcap": PackedCase(softcap=0.7, back=50, ahead=50, head_dim=64),
+    "long": PackedCase(lengths=(700, 3, 900), back=256, ahead=256),
+    "one token": PackedCase(lengths=(1,), num_heads=1, head_dim=16),
 }
-
-
-def session_of(
-    nodes: list[onnx.NodeProto], inputs: dict[str, int], outputs: list[str], num_threads: int
-) -> onnxruntime.InferenceSession:
-    """Return a session of nodes of the project's domain, with the CPU's function bodies."""
-    value = onnx.helper.make_tensor_value_info
-    ranks = {F32: ["T", None], I32: ["B1"]}
-    model = op_model(
-        nodes,
-        [value(name, kind, ranks[kind]) for name, kind in inputs.items()],
-        [value(name, F32, None) for name in outputs],
-        FUNCTIONS,
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    providers = ["CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -153,7 +78,7 @@ def test_a_sequence_attends_alike_in_any_company(name: str, threads: int) -> Non
 
 @pytest.mark.parametrize("back", [40, NO_WINDOW])
 def test_nothing_of_another_sequence_is_reached(back: int) -> None:
-    case = Case(back=back, ahead=back)
+    case = PackedCase(back=back, ahead=back)
     inputs = case.inputs()
     session = case.session(1)
     [clean] = session.run(None, inputs)
@@ -166,14 +91,16 @@ def test_nothing_of_another_sequence_is_reached(back: int) -> None:
     np.testing.assert_array_equal(output[others], clean[others])
 
 
-def sum_session(longest: int, num_threads: int) -> onnxruntime.InferenceSession:
+def sum_session(
+    inputs: dict[str, np.ndarray], longest: int, num_threads: int
+) -> onnxruntime.InferenceSession:
     """Return `packed_sum` as the exporter lowers it: chunks of 64 until a sequence is one."""
-    nodes, names = [], ["x", "cu_seqlens"]
+    nodes, names = [], [*inputs]
     while longest > 1:
         outputs = [f"{name}_" for name in names]
         nodes.append(onnx.helper.make_node("ChunkSums", names, outputs, domain="beam_gemma"))
         names, longest = outputs, -(-longest // 64)
-    return session_of(nodes, {"x": F32, "cu_seqlens": I32}, names[:1], num_threads)
+    return session_of(nodes, inputs, FUNCTIONS, num_threads=num_threads, outputs=names[:1])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
@@ -181,8 +108,9 @@ def sum_session(longest: int, num_threads: int) -> onnxruntime.InferenceSession:
 def test_sums_are_alike_in_any_company(lengths: tuple[int, ...], threads: int) -> None:
     x = np.random.default_rng(0).standard_normal((sum(lengths), 48), np.float32)
     cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
-    session = sum_session(max(64, *lengths), threads)
-    [sums] = session.run(None, {"x": x, "cu_seqlens": cu_seqlens})
+    inputs = {"x": x, "cu_seqlens": cu_seqlens}
+    session = sum_session(inputs, max(64, *lengths), threads)
+    [sums] = session.run(None, inputs)
     double, ends = torch.from_numpy(x).double(), torch.from_numpy(cu_seqlens)
     expected = packed_sum(double, ends, max(lengths)).numpy()
     # float32 sums of up to 5,000 terms of order 1.
