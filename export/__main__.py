@@ -28,6 +28,7 @@ from export.checkpoints.legal import write_legal
 from export.checkpoints.lora import merge_adapter
 from export.checkpoints.tensors import Checkpoint
 from export.graph.quantize import BITS, quantize_graph
+from export.graph.tables import with_tables_as_inputs
 from export.graph.tasks import (
     check_tasks,
     default_tasks,
@@ -35,6 +36,7 @@ from export.graph.tasks import (
     for_embeddings,
     graph_module,
     graph_signatures,
+    table_dtype,
 )
 from export.graph.to_onnx import trace
 from export.graph.weights import WEIGHTS, WRITTEN, attach
@@ -114,7 +116,7 @@ def export(
     folder = output.with_name(output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WEIGHTS).mkdir(parents=True)
-    _write_graphs(checkpoint, embedding, signatures, precision, folder)
+    signatures = _write_graphs(checkpoint, embedding, signatures, precision, folder)
     _write_texts(checkpoint, folder)
     linked = {f"{WEIGHTS}/{f.name}" for f in (folder / WEIGHTS).iterdir()} - {WRITTEN}
     write_manifest(
@@ -175,20 +177,26 @@ def _write_graphs(
     signatures: Sequence[Signature],
     precision: str,
     folder: Path,
-) -> None:
-    """Write one graph per head; all graphs share one set of weights."""
+) -> tuple[Signature, ...]:
+    """Write one graph per head, of which all share one set of weights; return their signatures."""
     config, vision, encoder = checkpoint.config, checkpoint.vision, checkpoint.encoder
     models = [
-        trace(partial(graph_module, config, embedding, signature, vision, encoder), signature)
+        trace(
+            partial(graph_module, config, embedding, signature, vision, encoder),
+            signature,
+            table_dtype(checkpoint, signature),
+        )
         for signature in signatures
     ]
     for model, signature in zip(models, signatures, strict=True):
         # A tower is small, and its matrices do not divide into blocks.
         if precision in BITS and signature.head != "vision":
             quantize_graph(model, BITS[precision])
-    attach(models, checkpoint, signatures[0].dtype, folder)
+    attach(models, checkpoint, folder)
+    signatures = tuple(map(with_tables_as_inputs, models, signatures))
     for model, signature in zip(models, signatures, strict=True):
         ir.save(model, folder / graph_name(signature.head, signature.device))
+    return signatures
 
 
 def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:

@@ -1,62 +1,25 @@
-"""Reads a GGUF file of Gemma 1, 2 or 3.
+"""Reads a GGUF file of Gemma 1, 2, 3, 3n or 4, or of an EmbeddingGemma.
 
-GGUF stores norm weights as 1 + w and has its own tensor names; the `gguf` package decodes block
-quantizations. Metadata keys: llama.cpp's `gguf-py/gguf/constants.py`.
+GGUF stores the effective weights of norms, 1 + w in the models that have w, and its own names of
+tensors. Metadata keys: llama.cpp's `gguf-py/gguf/constants.py`.
 """
 
 import re
 import reprlib
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
-
 from beam_gemma.errors import CheckpointError
-from beam_gemma.model.config import GemmaConfig
 from export.checkpoints.bounds import inside
-from export.checkpoints.gguf_config import gguf_config
-from export.checkpoints.gguf_header import GgufFile, GgufTensor, read_gguf_header
-from export.checkpoints.tensors import (
-    Checkpoint,
-    RawBytes,
-    StoredTensor,
-    by_name,
-    raw_tensor,
-    read_rows,
-    without_head,
-)
+from export.checkpoints.gguf_config import gguf_config, gguf_embedding
+from export.checkpoints.gguf_header import GgufFile, read_gguf_header
+from export.checkpoints.gguf_names import named
+from export.checkpoints.sidecar_files import license_line
+from export.checkpoints.tensors import Checkpoint, by_name, without_head
 from export.checkpoints.tokenizer_model import TURN_ENDS, sentencepiece_from_gguf, strings
 
-RAW_TYPES = {
-    GGMLQuantizationType.F32: "float32",
-    GGMLQuantizationType.F16: "float16",
-    GGMLQuantizationType.BF16: "bfloat16",
-}
-LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-}
-# In Gemma 1, `post_attention_layernorm` is the norm before the feed-forward.
-NORM_NAMES = {
-    "gemma": {"ffn_norm": "post_attention_layernorm"},
-    "gemma2": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
-}
-NORM_NAMES["gemma3_text"] = NORM_NAMES["gemma2"]
+LICENSE_ENDS = ("", ".name", ".link")
+"""Ends of the keys in which a file names its license."""
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 """Name of one of several files that a model is split into."""
 
@@ -70,19 +33,18 @@ def read_gguf(path: Path) -> Checkpoint:
     """
     file = _whole(read_gguf_header(path))
     config = gguf_config(file)
-    names = _Names(config)
     return Checkpoint(
         name=path.stem,
         path=path,
         format="gguf",
         config=config,
-        tensors=without_head(
-            by_name(path, ((names.ours(t.name), _stored(t.file, t)) for t in file.tensors))
-        ),
+        tensors=without_head(by_name(path, named(config, file.tensors))),
         norm_offset=0.0,
         tokenizer_model=lambda: sentencepiece_from_gguf(file),
         eos_token_ids=_eos_token_ids(file, config.vocab_size),
         chat_template=_chat_template(file),
+        license=license_line(*(file.value(f"general.license{end}", None) for end in LICENSE_ENDS)),
+        embedding=gguf_embedding(file, config),
     )
 
 
@@ -149,59 +111,3 @@ def _chat_template(file: GgufFile) -> str | None:
             f"{file.path}: expected the chat template as text, got {reprlib.repr(template)}"
         )
     return template
-
-
-class _Names:
-    """Maps GGUF tensor names to ours."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        layer = LAYER_NAMES | NORM_NAMES[config.model_type]
-        self._table = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
-        for i in range(config.num_hidden_layers):
-            self._table |= {f"blk.{i}.{theirs}": f"layers.{i}.{o}" for theirs, o in layer.items()}
-
-    def ours(self, name: str) -> str:
-        """Return our name of a tensor, or the GGUF name if the architecture has no such tensor."""
-        stem = name.removesuffix(".weight")
-        return f"{self._table[stem]}.weight" if stem in self._table else name
-
-
-def _stored(path: Path, tensor: GgufTensor) -> StoredTensor:
-    raw = RawBytes(file=path, offset=tensor.offset, length=tensor.length)
-    dtype = RAW_TYPES.get(tensor.kind)
-    if dtype is not None:
-        return raw_tensor(tensor.name, tensor.shape, dtype, raw)
-    if len(tensor.shape) < 2:
-        raise CheckpointError(
-            f"{path}: expected {tensor.name} as a matrix, as it is packed as {tensor.kind.name}, "
-            f"got the shape {list(tensor.shape)}"
-        )
-    _check_decoder(path, tensor)
-    packed = partial(read_rows, raw, np.dtype(np.uint8), (tensor.length // tensor.shape[0],))
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        # A damaged scale overflows or is NaN, which `chunks` finds.
-        with np.errstate(all="ignore"):
-            values = dequantize(packed(start, stop), tensor.kind)
-        return values.reshape(stop - start, *tensor.shape[1:])
-
-    return StoredTensor(
-        name=tensor.name,
-        shape=tensor.shape,
-        dtype=tensor.kind.name,
-        raw=None,
-        rows=rows,
-        coded_rows=packed,
-    )
-
-
-def _check_decoder(path: Path, tensor: GgufTensor) -> None:
-    """Check on one block that the `gguf` package decodes this type."""
-    _, block_bytes = GGML_QUANT_SIZES[tensor.kind]
-    try:
-        dequantize(np.zeros((1, block_bytes), np.uint8), tensor.kind)
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path}: expected {tensor.name} in a number format that the gguf package decodes, "
-            f"got {tensor.kind.name}; convert the file to another format"
-        ) from error

@@ -8,15 +8,16 @@ import logging
 import re
 import reprlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from beam_gemma.errors import CheckpointError, nearest
-from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig
+from beam_gemma.model.config import ENCODER_DECODERS, NEWER, GemmaConfig
 from beam_gemma.model.encoder_decoder_config import encoder_decoder_configs
+from beam_gemma.model.newer_config import is_newer
 from beam_gemma.model.recurrent_config import RECURRENT_TYPE, recurrent_config
 from beam_gemma.model.vision_config import VISION_MODEL_TYPES
 from export.checkpoints.bounds import (
@@ -32,6 +33,7 @@ from export.checkpoints.bounds import (
     is_file,
 )
 from export.checkpoints.ckpt_file import read_ckpt
+from export.checkpoints.embedding_gemma2 import EMBEDDING_GEMMA2, PROJECTION
 from export.checkpoints.encoder_decoder_folder import (
     check_start,
     read_pictures,
@@ -39,6 +41,7 @@ from export.checkpoints.encoder_decoder_folder import (
     without_copies,
 )
 from export.checkpoints.gguf_file import read_gguf
+from export.checkpoints.newer_folder import newer_name, read_newer_config, read_newer_vision
 from export.checkpoints.recurrent_file import check_no_flax, read_recurrent
 from export.checkpoints.released_sizes import encoder_shapes, tensor_shapes
 from export.checkpoints.sentence_folder import MODULES, read_sentence_folder
@@ -49,6 +52,7 @@ from export.checkpoints.sidecar_files import (
     json_object,
     legal_files,
     read_json,
+    stated_license,
     tokenizer_bytes,
 )
 from export.checkpoints.tensors import (
@@ -154,26 +158,43 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
     if raw.get("model_type") == RECURRENT_TYPE:
         config = recurrent_config(raw)
+    elif is_newer(raw):
+        config = read_newer_config(raw)
     else:
         config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
-    vision = read_vision(folder, raw) if has_images and not text_only else None
+    if is_newer(raw):
+        vision = read_newer_vision(folder, raw, text_only=text_only)
+    else:
+        vision = read_vision(folder, raw) if has_images and not text_only else None
     our_name = partial(_our_name, config=config, has_images=has_images)
     tensors = without_head(_named(folder, our_name, with_pictures=vision is not None))
     if vision is not None:
         tensors = with_flat_patches(tensors, vision)
     embedding = None
-    if (folder / MODULES).exists():
-        embedding, dense_folders = read_sentence_folder(folder, config)
-        for i, dense in enumerate(dense_folders):
-            parts = read_safetensors(inside(folder, f"{dense}/model.safetensors"))
-            tensors |= by_name(
-                folder, [(f"dense.{i}.{t.name.removeprefix('linear.')}", t) for t in parts]
-            )
+    if (folder / MODULES).exists() or config.model_type == EMBEDDING_GEMMA2:
+        embedding, dense_folders = read_sentence_folder(folder, config, raw)
+        tensors = _with_dense(folder, tensors, dense_folders)
     tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
     if vision is not None:
         check_markers(folder, vision, raw, tokenizer_model)
     checkpoint = _with_texts(folder, raw, config, tensors, tokenizer_model)
     return replace(checkpoint, embedding=embedding, vision=vision)
+
+
+def _with_dense(
+    folder: Path, tensors: Mapping[str, StoredTensor], dense_folders: Sequence[str]
+) -> dict[str, StoredTensor]:
+    """Return tensors with those of the dense layers behind the pooling, which are numbered.
+
+    The first one of an EmbeddingGemma 2 is its projection.
+    """
+    named = {"dense.0.weight" if n == PROJECTION else n: t for n, t in tensors.items()}
+    for number, dense in enumerate(dense_folders, start=int(PROJECTION in tensors)):
+        parts = read_safetensors(inside(folder, f"{dense}/model.safetensors"))
+        named |= by_name(
+            folder, [(f"dense.{number}.{t.name.removeprefix('linear.')}", t) for t in parts]
+        )
+    return named
 
 
 def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Checkpoint:
@@ -230,18 +251,21 @@ def _with_texts(
         format="safetensors",
         config=config,
         tensors=tensors,
-        norm_offset=1.0,
+        norm_offset=config.norm_offset,
         tokenizer_model=tokenizer_model,
         eos_token_ids=eos_token_ids(
             folder, raw, config.vocab_size, tokenizer_model if template else None
         ),
         chat_template=template,
         legal_files=legal_files(folder),
+        license=stated_license(folder),
     )
 
 
 def _our_name(name: str, config: GemmaConfig, *, has_images: bool) -> str | None:
     """Return our name of a Hugging Face tensor, or None if no graph needs it."""
+    if config.model_type in NEWER:
+        return newer_name(name, config)
     if not has_images:
         is_head = name.removeprefix("language_model.") == HEAD
         return HEAD if is_head else layer_name(name.removeprefix("model."), config)
@@ -313,6 +337,7 @@ def _described(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
             "copy it again"
         )
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    shape = [1] if shape == [] else shape  # a single number
     dtype = SAFETENSORS_DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise CheckpointError(

@@ -4,36 +4,39 @@ An adapter may also hold whole weights, which take the place of the checkpoint's
 template. What PEFT's `merge_and_unload` returns for the same adapter has the same numbers.
 
 Only the tensors that an adapter changes are computed and written; all others keep their bytes.
-Source: `tuners/lora/layer.py` of PEFT 0.21, `Linear.merge` and `get_delta_weight`.
+Source: `tuners/lora/layer.py` of PEFT 0.21, `merge` and `get_delta_weight` of its classes.
 
-Dimensions: O rows of a weight, I its columns, r rank of the adapter.
+Dimensions: O rows of a weight, I its columns, E experts, r rank of the adapter.
 """
 
 import logging
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from beam_gemma.errors import CheckpointError, nearest
-from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.config import NEWER, GemmaConfig
 from beam_gemma.model.tokenizer import Tokenizer
 from export.checkpoints.bounds import inside, is_file
 from export.checkpoints.encoder_decoder_folder import stack_name
 from export.checkpoints.hf_folder import layer_name, read_safetensors
+from export.checkpoints.lora_sums import summed_embeddings, summed_experts, summed_rows
+from export.checkpoints.newer_folder import newer_name
 from export.checkpoints.sidecar_files import chat_template, read_json, with_names
 from export.checkpoints.tensors import (
     EMBEDDING,
     ENCODER,
     HEAD,
+    TABLE,
     Checkpoint,
     StoredTensor,
+    is_norm,
     without_head,
 )
 from export.checkpoints.tokenizer_model import turn_ends
@@ -41,18 +44,30 @@ from export.checkpoints.vision_tensors import vision_name
 
 LOGGER = logging.getLogger("export")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = r"base_model\.model\.(?P<module>(language_model\.)?(model\.)?(language_model\.)?"
 TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>(language_model\.)?(model\.)?(language_model\.)?"
-    r"(?P<name>lm_head|embed_tokens|norm|layers\.\d+\.[a-z_]+(\.[a-z_]+)?))\."
+    PREFIX + r"(?P<name>lm_head|embed_tokens(_per_layer)?|norm|per_layer_[a-z_]+|"
+    r"altup_(unembed_)?projections\.\d+|layers\.\d+\.[a-z_]+(_\d)?(\.[a-z_]+)?))\."
     r"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|(base_layer\.)?weight)"
 )
 """Name of an adapter's tensor: of a factor, or of a whole weight."""
+PARAMETER = re.compile(
+    PREFIX + r"layers\.\d+\.(altup|experts|router))\."
+    r"(?P<part>correct_output_scale|gate_up_proj|down_proj|scale|per_expert_scale)"
+)
+"""The same for a whole weight that is no module's."""
+EXPERTS = re.compile(r"(?P<module>layers\.\d+\.experts)(\.base_layer)?\.weight")
+"""Our name of what an adapter's factors of experts change, before it is known which weight it is.
+
+PEFT puts the factors of a module's second parameter around those of its first."""
 PATTERN = re.compile(r"([\w.^|]|\\[.d]\+?)+", re.ASCII)
 """Keys of `alpha_pattern` that are read: regular expressions that take no time to match."""
 MAX_ALPHA = 1e6
-IMAGE_PARTS = re.compile(
-    r"base_model\.model\.(model\.)*(encoder\.)?(vision_tower|multi_modal_projector)\."
+OTHER_PARTS = re.compile(
+    r"base_model\.model\.(model\.)*(encoder\.)?"
+    r"(vision_tower|multi_modal_projector|vision_embedder|embed_vision|audio_tower|embed_audio)\."
 )
+"""Start of the name of a tensor of what a model has for pictures or sound."""
 IMAGE_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(model\.)*"
     r"(?P<name>(vision_tower|multi_modal_projector)(\.[a-z0-9_]+?)*?))"
@@ -71,7 +86,7 @@ IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
 })  # fmt: skip
 READ = ("alpha_pattern", "modules_to_save")
 # Supported values; the first is the default. Other initializations also change the base weights.
@@ -115,7 +130,8 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
                 f"adapter: {first.name} changes {name}, which the checkpoint has not"
                 f"{nearest(name, tensors)}"
             )
-        tensors[name] = _merged(name, weight, change, config, checkpoint.norm_offset)
+        shift = checkpoint.config.norm_offset - checkpoint.norm_offset
+        tensors[name] = _merged(name, weight, change, config, shift)
     if checkpoint.config.tie_word_embeddings:
         _check_head(config, changes, checkpoint, tensors)
     merged = replace(checkpoint, name=f"{checkpoint.name} + {folder.name}", tensors=tensors)
@@ -138,9 +154,9 @@ def _with_texts(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _merged(
-    name: str, weight: StoredTensor, change: _Change, config: Mapping[str, Any], norm_offset: float
+    name: str, weight: StoredTensor, change: _Change, config: Mapping[str, Any], norm_shift: float
 ) -> StoredTensor:
-    """Return one weight as the adapter changes it."""
+    """Return one weight as the adapter changes it; a whole norm has `norm_shift` added."""
     parts = change.parts
     whole = parts.get("weight")
     if whole is not None:
@@ -149,14 +165,13 @@ def _merged(
                 f"adapter: expected {whole.name} of shape {list(weight.shape)}, got "
                 f"{list(whole.shape)}; it was trained on another model"
             )
-        weight = whole if not name.endswith("norm.weight") else _shifted(whole, 1 - norm_offset)
+        weight = _shifted(whole, norm_shift) if is_norm(name) else whole
     if "A" not in parts:
         return weight
     a, b = parts["A"], parts["B"]
-    rank = a.shape[0]
-    is_embedding = name in (EMBEDDING, ENCODER + EMBEDDING)
-    shape = weight.shape[::-1] if is_embedding else weight.shape
-    if (*b.shape, *a.shape) != (*shape[:1], rank, rank, *shape[1:2]):
+    is_embedding = name in (EMBEDDING, ENCODER + EMBEDDING, TABLE)
+    rank = _rank(weight.shape[::-1] if is_embedding else weight.shape, a, b)
+    if rank is None:
         raise CheckpointError(
             f"adapter: expected factors of {name} {list(weight.shape)}, got "
             f"{list(b.shape)} and {list(a.shape)}; it was trained on another model"
@@ -164,8 +179,17 @@ def _merged(
     scaling = _alpha(config, change.module) / (
         math.sqrt(rank) if config.get("use_rslora") else rank
     )
-    make = _merged_embeddings if is_embedding else _merged_rows
+    make = summed_experts if len(weight.shape) == 3 else summed_rows
+    make = summed_embeddings if is_embedding else make
     return replace(weight, raw=None, coded_rows=None, rows=make(weight, a, b, scaling))
+
+
+def _rank(shape: tuple[int, ...], a: StoredTensor, b: StoredTensor) -> int | None:
+    """Return the rank of two factors of a weight, or None if they are none of this shape."""
+    experts = shape[0] if len(shape) == 3 else 1
+    rank, rest = divmod(a.shape[0], experts)
+    expected = (*shape[-2:-1], a.shape[0], a.shape[0], *shape[-1:])
+    return rank if rank and not rest and (*b.shape, *a.shape) == expected else None
 
 
 def _alpha(config: Mapping[str, Any], module: str) -> float:
@@ -280,10 +304,11 @@ def _changes(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
     if not is_file(file):
         raise CheckpointError(f"{file}: expected an adapter's weights, got nothing")
     changes: dict[str, _Change] = {}
-    patterns = (TENSOR, IMAGE_TENSOR) if checkpoint.encoder is None else (STACK_TENSOR,)
+    patterns = (TENSOR, PARAMETER, IMAGE_TENSOR) if checkpoint.encoder is None else (STACK_TENSOR,)
     tensors = read_safetensors(file)
     if checkpoint.vision is None:
         tensors = _of_text(tensors, folder)
+    unused = []
     for stored in tensors:
         match = next(filter(None, (pattern.fullmatch(stored.name) for pattern in patterns)), None)
         if match is None:
@@ -292,6 +317,9 @@ def _changes(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
                 "embedding, and no whole weight; only those can be merged here"
             )
         name, part = _changed(match, checkpoint.config)
+        if name is None:
+            unused.append(stored.name)
+            continue
         change = changes.setdefault(name, _Change(module=match["module"], parts={}))
         if part in change.parts:
             raise CheckpointError(
@@ -299,19 +327,56 @@ def _changes(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
                 f"{stored.name}"
             )
         change.parts[part] = stored
+    if unused:
+        LOGGER.warning(
+            "%s: leaving out %d tensors such as %s, as layers that read the keys and values of "
+            "others have none",
+            folder,
+            len(unused),
+            unused[0],
+        )
     for name, change in changes.items():
         if len({"A", "B"} & change.parts.keys()) == 1:
             raise CheckpointError(f"{file}: expected lora_A and lora_B of {name}, got one of them")
-    return changes
+    return dict(_of_experts(name, change, checkpoint) for name, change in changes.items())
 
 
-def _changed(match: re.Match[str], model: GemmaConfig) -> tuple[str, str]:
-    """Return our name of the weight that an adapter's tensor changes, and its part of `_Change`."""
+def _of_experts(name: str, change: _Change, checkpoint: Checkpoint) -> tuple[str, _Change]:
+    """Return the weight of experts that two factors change, as their shapes say, and the change.
+
+    Any other change is returned as it is.
+
+    Raises:
+        CheckpointError: the factors fit none of a layer's two weights.
+    """
+    experts = EXPERTS.fullmatch(name)
+    if experts is None:
+        return name, change
+    a, b = change.parts["A"], change.parts["B"]
+    for part in ("gate_up_proj", "down_proj"):
+        weight = checkpoint.tensors.get(f"{experts['module']}.{part}")
+        if weight is not None and _rank(weight.shape, a, b) is not None:
+            module = f"{change.module.removesuffix('.base_layer')}.{part}"
+            return f"{experts['module']}.{part}", replace(change, module=module)
+    raise CheckpointError(
+        f"adapter: expected {a.name} and {b.name} as factors of the experts' weights, got "
+        f"{list(b.shape)} and {list(a.shape)}; it was trained on another model"
+    )
+
+
+def _changed(match: re.Match[str], model: GemmaConfig) -> tuple[str | None, str]:
+    """Return our name of the weight that an adapter's tensor changes, and its part of `_Change`.
+
+    The name is None for what no layer reads.
+    """
     part = match["part"]
+    if match.re is PARAMETER:
+        return newer_name(f"{match['module']}.{part}", model), "weight"
     is_factor = part.startswith("lora_")
     kind = part.removeprefix("lora_").removeprefix("embedding_")[0] if is_factor else "weight"
     if match.re is TENSOR:
-        return layer_name(f"{match['name']}.weight", model), kind
+        find = newer_name if model.model_type in NEWER else layer_name
+        return find(f"{match['name']}.weight", model), kind
     leaf = "weight" if is_factor else part.removeprefix("base_layer.")
     name = f"{match['name']}.{leaf}"
     if match.re is STACK_TENSOR:
@@ -321,33 +386,12 @@ def _changed(match: re.Match[str], model: GemmaConfig) -> tuple[str, str]:
 
 def _of_text(tensors: Iterable[StoredTensor], folder: Path) -> list[StoredTensor]:
     found = list(tensors)
-    text = [stored for stored in found if not IMAGE_PARTS.match(stored.name)]
+    text = [stored for stored in found if not OTHER_PARTS.match(stored.name)]
     if len(text) < len(found):
-        LOGGER.warning("%s: merging the text model's part; the one for images is left out", folder)
+        LOGGER.warning(
+            "%s: merging the text model's part; those for images and sound are left out", folder
+        )
     return text
-
-
-def _merged_rows(
-    weight: StoredTensor, a: StoredTensor, b: StoredTensor, scaling: float
-) -> Callable[[int, int], np.ndarray]:
-    def rows(start: int, stop: int) -> np.ndarray:
-        left, right = _float32(b.rows(start, stop)), _float32(a.rows(0, a.shape[0]))
-        return (_float32(weight.rows(start, stop)) + left @ right * scaling).numpy()
-
-    return rows
-
-
-def _merged_embeddings(
-    weight: StoredTensor, a: StoredTensor, b: StoredTensor, scaling: float
-) -> Callable[[int, int], np.ndarray]:
-    """As `_merged_rows`, for an embedding, whose factors are those of its transpose."""
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        left, right = _float32(b.rows(0, b.shape[0])), _float32(a.rows(0, a.shape[0]))
-        delta = (left @ right[:, start:stop]).T * scaling
-        return (_float32(weight.rows(start, stop)) + delta).numpy()
-
-    return rows
 
 
 def _shifted(stored: StoredTensor, offset: float) -> StoredTensor:
@@ -360,7 +404,3 @@ def _shifted(stored: StoredTensor, offset: float) -> StoredTensor:
         raw=None,
         rows=lambda start, stop: stored.rows(start, stop).astype(np.float32) + np.float32(offset),
     )
-
-
-def _float32(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32))

@@ -36,7 +36,9 @@ def merge_scores(pieces: Set[str], pairs: Sequence[Any], file: Path) -> dict[str
     if long is not None:
         raise _no_model(file, f"a piece of {len(long):,} characters")
     known = [
-        (left, right) for left, right in _parts(pairs, file) if pieces >= {left, right, left + right}
+        (left, right)
+        for left, right in _parts(pairs, file)
+        if pieces >= {left, right, left + right}
     ]
     runs = _run_scores(known)
     counts: Counter[str] = Counter()
@@ -59,17 +61,20 @@ def _run_scores(pairs: Sequence[Pair]) -> dict[str, float]:
 
     In Gemma's model these runs share one score, which puts their pairs in the order of the length
     of the left part, then of the right part. From the left of a text, such pairs merge to runs that
-    are as long as possible. A score that grows with the length does the same.
+    are as long as possible. A score that grows with the length does the same. Runs of two may be
+    pieces like any other, as those of tabs are.
     """
-    lengths: dict[str, list[tuple[int, int]]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     for left, right in takewhile(_make_run, pairs):
-        lengths.setdefault(left[0], []).append((len(left), len(right)))
-    scores = {}
-    for char, found in lengths.items():
-        longest = sum(found[0])
-        if found != [(i, j) for i in range(longest - 1, 0, -1) for j in range(longest - i, 0, -1)]:
+        found.setdefault(left[0], []).append((len(left), len(right)))
+    scores: dict[str, float] = {}
+    for char, parts in found.items():
+        lengths = {sum(part) for part in parts}
+        shortest, longest = min(lengths), max(lengths)
+        is_whole = shortest <= 3 and len(lengths) == longest - shortest + 1
+        if not is_whole or parts != sorted(parts, reverse=True):
             return {}
-        scores |= {char * length: float(length) for length in range(2, longest + 1)}
+        scores |= {char * length: float(length) for length in lengths}
     return scores
 
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from beam_gemma.model.config import ENCODER_DECODERS, GemmaConfig
+from beam_gemma.model.config import ENCODER_DECODERS, NEWER, GemmaConfig
 from beam_gemma.model.encoder_decoder_config import encoder_decoder_configs, picture_settings
 from beam_gemma.model.layer_types import FULL
+from beam_gemma.model.newer_config import is_newer, newer_config
 from beam_gemma.model.recurrent_config import RECURRENT_TYPE, recurrent_config
 from beam_gemma.model.vision_config import VISION_MODEL_TYPES, VisionConfig
+from export.checkpoints.newer_shapes import newer_shapes
 from export.checkpoints.recurrent_shapes import recurrent_shapes
 from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, HEAD
 from export.checkpoints.vision_folder import text_config
@@ -41,6 +43,8 @@ class Size:
             return encoder_decoder_configs(self.raw)[0]
         if self.raw["model_type"] == RECURRENT_TYPE:
             return recurrent_config(self.raw)
+        if is_newer(self.raw):
+            return newer_config(self.raw)
         takes_pictures = self.raw["model_type"] in VISION_MODEL_TYPES
         return GemmaConfig.from_hf(text_config(self.raw) if takes_pictures else self.raw)
 
@@ -70,6 +74,8 @@ def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a model, under the names of `export.modules`."""
     if config.lru_width is not None:
         return recurrent_shapes(config)
+    if config.model_type in NEWER:
+        return newer_shapes(config)
     hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer: dict[str, tuple[int, ...]] = {

@@ -2,12 +2,13 @@
 
 `modules.json` lists a transformer, a pooling, dense layers and a normalization, each with a
 `config.json`. Unsupported modules and settings are refused by name, because a slightly wrong
-embedding would go unnoticed.
+embedding would go unnoticed. An EmbeddingGemma 2 may come without these files: the module list and
+the prompts are then those of its release (`embedding_gemma2.py`).
 """
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,20 @@ from beam_gemma.errors import CheckpointError, nearest
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
 from export.checkpoints.bounds import inside, read_file
-from export.checkpoints.sidecar_files import are_texts, json_value, read_optional_json
+from export.checkpoints.embedding_gemma2 import (
+    CONTEXT,
+    EMBEDDING_GEMMA2,
+    PROMPTS,
+    adds_markers,
+    check_template,
+    projection_width,
+)
+from export.checkpoints.sidecar_files import (
+    are_texts,
+    chat_template,
+    json_value,
+    read_optional_json,
+)
 
 MODULES, TOKENIZER_CONFIG = "modules.json", "tokenizer_config.json"
 MAX_MODULES = 64
@@ -30,9 +44,23 @@ OLD_POOLINGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Older settings, one switch per mode, that `pooling_mode` replaced."""
-ONLY_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+ONLY_TEXT = {"text": FORWARD}
+MODALITIES = {
+    **dict.fromkeys(("text", "image", "audio", "video"), FORWARD),
+    "message": {**FORWARD, "format": "structured"},
+}
+"""What the transformer of an EmbeddingGemma 2 may take; as messages, texts go through a chat
+template."""
 SENTENCE = "sentence_embedding"
 IDENTITY = ("torch.nn.modules.linear.Identity", "torch.nn.Identity")
+PROMPTS_FILE = "config_sentence_transformers.json"
+RELEASED = (
+    {"type": "sentence_transformers.models.Transformer", "path": ""},
+    {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+    {"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"},
+)
+"""Modules of an EmbeddingGemma 2, whose folder may lack their list."""
 
 
 class _Settings:
@@ -82,14 +110,25 @@ class _Settings:
             )
 
 
-def read_sentence_folder(folder: Path, config: GemmaConfig) -> tuple[EmbeddingConfig, list[str]]:
+def read_sentence_folder(
+    folder: Path, config: GemmaConfig, raw: Mapping[str, Any]
+) -> tuple[EmbeddingConfig, list[str]]:
     """Return the embedding settings and the folders of the dense layers, relative to this one.
+
+    The projection of an EmbeddingGemma 2 is a dense layer before those, without a folder.
+
+    Args:
+        folder: The checkpoint's folder.
+        config: Its architecture.
+        raw: Content of its `config.json`.
 
     Raises:
         CheckpointError: a module or a setting is not supported.
+        ConfigError: the width of an EmbeddingGemma 2's projection is no size.
     """
+    is_gemma2 = config.model_type == EMBEDDING_GEMMA2
     paths: dict[str, list[str]] = {"Transformer": [], "Pooling": [], "Dense": [], "Normalize": []}
-    kinds = [_kind(folder, module, paths) for module in _modules(folder)]
+    kinds = [_kind(folder, module, paths) for module in _modules(folder, is_gemma2=is_gemma2)]
     expected = ["Transformer", "Pooling", *["Dense"] * len(paths["Dense"])]
     if kinds not in (expected, [*expected, "Normalize"]) or [
         folder / path for path in paths["Transformer"]
@@ -100,27 +139,48 @@ def read_sentence_folder(folder: Path, config: GemmaConfig) -> tuple[EmbeddingCo
         )
     for path in paths["Normalize"]:
         _check_normalize(_Settings(folder, f"{path}/config.json"))
-    prompts = _Settings(folder, "config_sentence_transformers.json")
-    prompts.take("__version__")
-    prompts.require(model_type="SentenceTransformer")
+    widths = (config.hidden_size, *([projection_width(raw)] if is_gemma2 else []))
+    limit, modalities = _transformer(folder, is_gemma2=is_gemma2)
+    if "message" in modalities:
+        check_template(folder, chat_template(folder))
+    has_markers = not is_gemma2 or adds_markers(folder, raw, modalities)
     embedding = EmbeddingConfig(
         pooling=_pooling(_Settings(folder, f"{paths['Pooling'][0]}/config.json")),
-        dense_sizes=_dense_sizes(folder, paths["Dense"], config.hidden_size),
+        dense_sizes=(*widths[1:], *_dense_sizes(folder, paths["Dense"], widths[-1])),
         normalize=bool(paths["Normalize"]),
-        max_tokens=_max_tokens(folder, config),
-        add_bos=_adds(folder, "bos", default=True),
-        add_eos=_adds(folder, "eos", default=False),
-        prompts=_prompts(prompts),
-        default_prompt_name=prompts.text("default_prompt_name"),
-        similarity=prompts.text("similarity_fn_name") or "cosine",
+        max_tokens=_max_tokens(folder, config, limit),
+        add_bos=has_markers and _adds(folder, "bos", default=True),
+        add_eos=has_markers and _adds(folder, "eos", default=is_gemma2),
+        **_prompt_settings(folder, PROMPTS if is_gemma2 else {}),
     )
-    prompts.finish()
     return embedding, paths["Dense"]
 
 
-def _modules(folder: Path) -> list[Mapping[str, str]]:
+def _prompt_settings(folder: Path, released: Mapping[str, str]) -> dict[str, Any]:
+    """Return the prompts, the default one's name and the similarity of `EmbeddingConfig`.
+
+    Args:
+        folder: The checkpoint's folder.
+        released: Prompts of a folder without settings of them.
+    """
+    settings = _Settings(folder, PROMPTS_FILE)
+    settings.take("__version__")
+    settings.require(model_type="SentenceTransformer")
+    default = {} if (folder / PROMPTS_FILE).exists() else dict(released)
+    prompts = settings.take("prompts", default)
+    if not isinstance(prompts, dict) or not are_texts(prompts):
+        raise settings.refuse("prompts", "as texts by name", prompts)
+    default_name = settings.text("default_prompt_name")
+    similarity = settings.text("similarity_fn_name") or "cosine"
+    settings.finish()
+    return {"prompts": prompts, "default_prompt_name": default_name, "similarity": similarity}
+
+
+def _modules(folder: Path, *, is_gemma2: bool) -> Sequence[Mapping[str, str]]:
     """Return the type and the path of each module."""
     file = inside(folder, MODULES)
+    if is_gemma2 and not file.exists():
+        return RELEASED
     modules = json_value(read_file(file), file)
     if (
         isinstance(modules, list)
@@ -148,13 +208,6 @@ def _kind(folder: Path, module: Mapping[str, str], paths: dict[str, list[str]]) 
         )
     paths[kind].append(module["path"])
     return kind
-
-
-def _prompts(settings: _Settings) -> dict[str, str]:
-    prompts = settings.take("prompts", {})
-    if not isinstance(prompts, dict) or not are_texts(prompts):
-        raise settings.refuse("prompts", "as texts by name", prompts)
-    return prompts
 
 
 def _check_normalize(settings: _Settings) -> None:
@@ -200,20 +253,32 @@ def _dense_sizes(folder: Path, paths: list[str], width: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _max_tokens(folder: Path, config: GemmaConfig) -> int:
-    """Return the longest text in tokens that the model and its settings or tokenizer allow."""
+def _transformer(folder: Path, *, is_gemma2: bool) -> tuple[float | None, Mapping[str, Any]]:
+    """Return the longest text in tokens that the transformer allows, and what it takes, by name."""
     settings = _Settings(folder, "sentence_bert_config.json")
     limit = settings.length("max_seq_length")
+    modalities = settings.take("modality_config", ONLY_TEXT)
     settings.require(
         do_lower_case=False,
         transformer_task="feature-extraction",
-        modality_config=ONLY_TEXT,
         module_output_name="token_embeddings",
     )
     settings.finish()
+    known = MODALITIES if is_gemma2 else ONLY_TEXT
+    if not isinstance(modalities, dict) or not (
+        "text" in modalities and all(known.get(key) == value for key, value in modalities.items())
+    ):
+        raise settings.refuse("modality_config", f"with text, of {known}", modalities)
+    return limit, modalities
+
+
+def _max_tokens(folder: Path, config: GemmaConfig, limit: float | None) -> int:
+    """Return the longest text in tokens that the model and its settings or tokenizer allow."""
     if limit is None:
         limit = _Settings(folder, TOKENIZER_CONFIG).length("model_max_length")
     most = config.max_position_embeddings
+    if config.model_type == EMBEDDING_GEMMA2:
+        most = min(most, CONTEXT)
     return most if limit is None else min(int(limit), most)
 
 

@@ -24,6 +24,11 @@ UNUSED_PIECE = re.compile(r"<unused\d+>")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """How JSON writes half of a surrogate pair, of which only whole pairs have a UTF-8 form."""
 MAX_LEGAL_BYTES = 1 << 20
+CARD_HEAD = re.compile(r"---\n(.*?)\n---", re.DOTALL)
+"""The lines at the start of a model card that programs read."""
+CARD_LICENSE = re.compile(r"^license(?:_name|_link)?: *(\S.*)$", re.MULTILINE)
+MAX_CARD_BYTES, MAX_LICENSE_CHARS = 1 << 16, 200
+"""How much of a model card is read for its license, and how much of a license's name is kept."""
 LIMITS = {"tokenizer.json": 64 << 20}
 """Largest size of a settings file that is larger than others; Gemma's has 33 MB."""
 
@@ -255,3 +260,21 @@ def legal_files(folder: Path) -> tuple[Path, ...]:
                 f"{file}: expected a text of at most {MAX_LEGAL_BYTES:,} bytes, got {size:,}"
             )
     return found
+
+
+def stated_license(folder: Path) -> str | None:
+    """Return the license that the model card names, in one line, or None if it names none."""
+    file = inside(folder, "README.md")
+    if not is_file(file):
+        return None
+    with file.open("rb") as stream:
+        card = stream.read(MAX_CARD_BYTES).decode(errors="replace")
+    head = CARD_HEAD.match(card)
+    return license_line(*CARD_LICENSE.findall(head[1])) if head else None
+
+
+def license_line(*names: Any) -> str | None:
+    """Return names of licenses in one line of printable characters, or None if there are none."""
+    texts = (name for name in names if isinstance(name, str))
+    lines = ("".join(filter(str.isprintable, text)).strip("\"' ") for text in texts)
+    return ", ".join(line[:MAX_LICENSE_CHARS] for line in lines if line) or None

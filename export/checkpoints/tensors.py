@@ -4,6 +4,7 @@ If a tensor's raw bytes are already in the form that a graph needs, the graph re
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +20,16 @@ from beam_gemma.model.vision_config import VisionConfig
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 """Names of the embedding, which is also the head, and of a copy of it that files may have."""
+TABLE = "embed_tokens_per_layer.weight"
+"""Name of the table of per-layer embeddings."""
 ENCODER = "encoder."
 """Start of the names of an encoder's tensors, beside those of its decoder."""
 EOI = "eoi_embedding"
 """Name of the embedding of a picture's end, where it is a tensor of its own."""
+NORM = re.compile(r"norm(_\d)?\.weight$")
+"""Ends of the names of a norm's weight."""
+LAYER_NORM = re.compile(r"\.(layer_norm[12]|post_layernorm|patch_ln[12]|pos_norm)\.(weight|bias)$")
+"""Ends of the names of the weights of a tower's norms, which have no offset."""
 CHUNK_BYTES = 64 << 20
 """Tensors are converted in slices of about this size, so memory stays small."""
 NUMPY_DTYPES = {
@@ -97,6 +104,8 @@ class Checkpoint:
     chat_template: str | None
     legal_files: tuple[Path, ...] = field(default=())
     """License, terms and notices found beside the weights."""
+    license: str | None = None
+    """Names of licenses that the checkpoint states, in one line; None if it states none."""
     embedding: EmbeddingConfig | None = None
     """Embedding settings, if the checkpoint has any."""
     vision: VisionConfig | None = None
@@ -104,6 +113,11 @@ class Checkpoint:
     encoder: GemmaConfig | None = None
     """Encoder of an encoder-decoder, whose decoder is `config`; its tensors are those of `tensors`
     whose names begin with `encoder.`."""
+
+
+def is_norm(name: str) -> bool:
+    """Return whether a tensor, by our name of it, is the weight of a norm with an offset."""
+    return NORM.search(name) is not None and LAYER_NORM.search(name) is None
 
 
 def raw_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: RawBytes) -> StoredTensor:

@@ -1,13 +1,14 @@
 """Builds a SentencePiece model from the vocabulary of a GGUF file.
 
-GGUF keeps pieces, scores and types, and drops the rest of `tokenizer.model`: text normalization and
-the special pieces. These are the same for every Gemma: byte-pair encoding with byte fallback for
-unknown characters, and no normalization.
+GGUF keeps pieces, types and scores, or in Gemma 4 pairs of pieces, and drops the rest of
+`tokenizer.model`: text normalization and the special pieces. These are the same for every Gemma:
+byte-pair encoding with byte fallback for unknown characters, and no normalization.
 """
 
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from beam_gemma.errors import ArtifactError, CheckpointError
 from beam_gemma.model.tokenizer import (
@@ -23,17 +24,21 @@ from beam_gemma.model.tokenizer import (
     Tokenizer,
 )
 from export.checkpoints.gguf_header import GgufFile
+from export.checkpoints.gguf_keys import EMBEDDER
+from export.checkpoints.merge_scores import merge_scores
 
 PIECE_TYPES = range(NORMAL, BYTE + 1)
-SETTINGS: dict[str, str | bool] = {
-    "model": "llama",
-    "add_space_prefix": False,
-    "remove_extra_whitespaces": False,
-    "add_eos_token": False,
+SCORED, PAIRED = "llama", "gemma4"
+"""Kinds of vocabularies: with a score for each piece, and with the pairs of pieces in order."""
+SETTINGS: dict[str, tuple[str | bool, ...]] = {
+    "model": (SCORED, PAIRED),
+    "add_space_prefix": (False,),
+    "remove_extra_whitespaces": (False,),
 }
 """What a vocabulary says of itself where it is Gemma's, or says nothing."""
-TURN_ENDS = ("<end_of_turn>", "<|im_end|>")
-"""Pieces of Gemma and ChatML that end a chat turn, and so the output of a chat model."""
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<turn|>", "<|tool_response>")
+"""Pieces of Gemma and ChatML that end a chat turn, and so the output of a chat model. The response
+of a tool is for others to write."""
 
 
 def sentencepiece_from_gguf(file: GgufFile) -> bytes:
@@ -42,30 +47,49 @@ def sentencepiece_from_gguf(file: GgufFile) -> bytes:
     Raises:
         CheckpointError: the file has no SentencePiece vocabulary of Gemma.
     """
-    for key, expected in SETTINGS.items():
-        if (value := file.value(f"tokenizer.ggml.{key}", expected)) != expected:
+    adds_end = file.value("general.architecture", None) == EMBEDDER
+    settings = SETTINGS | {"add_eos_token": (False, True) if adds_end else (False,)}
+    for key, allowed in settings.items():
+        if (value := file.value(f"tokenizer.ggml.{key}", allowed[0])) not in allowed:
             raise CheckpointError(
-                f"{file.path}: expected tokenizer.ggml.{key} as {expected!r}, as Gemma's "
-                f"SentencePiece model has it, got {reprlib.repr(value)}"
+                f"{file.path}: expected tokenizer.ggml.{key} as {' or '.join(map(repr, allowed))}, "
+                f"as Gemma's SentencePiece model has it, got {reprlib.repr(value)}"
             )
     pieces = strings(file, "tokenizer.ggml.tokens")
-    scores, types = (file.value(f"tokenizer.ggml.{n}") for n in ("scores", "token_type"))
-    for name, values in (("scores", scores), ("token_type", types)):
-        if not isinstance(values, list) or len(values) != len(pieces):
-            raise CheckpointError(
-                f"{file.path}: expected tokenizer.ggml.{name} as {len(pieces):,} numbers, one for "
-                f"each piece, got {reprlib.repr(values)}"
-            )
+    types = _numbers(file, "token_type", len(pieces))
     if not all(type(kind) is int and kind in PIECE_TYPES for kind in types):
         raise CheckpointError(
             f"{file.path}: expected tokenizer.ggml.token_type as numbers from {NORMAL} to {BYTE}, "
             f"got {reprlib.repr(sorted(set(types)))}"
         )
-    if not all(isinstance(score, float | int) for score in scores):
+    return loaded(file.path, sentencepiece_model(pieces, _scores(file, pieces, types), types))
+
+
+def _scores(file: GgufFile, pieces: Sequence[str], types: Sequence[int]) -> list[float]:
+    """Return the score of each piece, which in a Gemma 4 follows from the pairs of pieces."""
+    if file.value("tokenizer.ggml.model", SCORED) == SCORED:
+        scores = _numbers(file, "scores", len(pieces))
+        if not all(isinstance(score, float | int) for score in scores):
+            raise CheckpointError(
+                f"{file.path}: expected tokenizer.ggml.scores as numbers, got "
+                f"{reprlib.repr(scores)}"
+            )
+        return scores
+    cut_out = (CONTROL, UNKNOWN, USER_DEFINED)
+    merged = {piece for piece, kind in zip(pieces, types, strict=True) if kind not in cut_out}
+    found = merge_scores(merged, strings(file, "tokenizer.ggml.merges"), file.path)
+    return [found.get(piece, 0.0) for piece in pieces]
+
+
+def _numbers(file: GgufFile, name: str, count: int) -> list[Any]:
+    """Return one value of the vocabulary for each piece."""
+    values = file.value(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or len(values) != count:
         raise CheckpointError(
-            f"{file.path}: expected tokenizer.ggml.scores as numbers, got {reprlib.repr(scores)}"
+            f"{file.path}: expected tokenizer.ggml.{name} as {count:,} numbers, one for each "
+            f"piece, got {reprlib.repr(values)}"
         )
-    return loaded(file.path, sentencepiece_model(pieces, scores, types))
+    return values
 
 
 def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:

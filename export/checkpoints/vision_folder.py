@@ -7,6 +7,7 @@ from typing import Any
 
 from beam_gemma.errors import CheckpointError, ConfigError
 from beam_gemma.model.config_reader import check_keys
+from beam_gemma.model.gemma4_vision import IMAGE_TOKEN_ID
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.model.vision_config import OUTER_KEYS, VisionConfig
 from export.checkpoints.sidecar_files import read_optional_json
@@ -31,6 +32,12 @@ PALIGEMMA_TEXT: dict[str, dict[str, Any]] = {
 """The same for the text models of PaliGemma, by their `model_type`."""
 MARKER_IDS = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
 """Keys of the ids around a picture, with those of Gemma 3."""
+GEMMA4_MARKER_IDS = {
+    "boi_token_id": 255_999,
+    "eoi_token_id": 258_882,
+    "image_token_id": IMAGE_TOKEN_ID,
+}
+"""Keys of the ids around and of a picture, with those of Gemma 4."""
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,11 +87,20 @@ def check_text_only(raw: Mapping[str, Any]) -> None:
 def read_vision(folder: Path, raw: Mapping[str, Any]) -> VisionConfig:
     """Read the tower of a folder, with the settings of its image processor where it has them.
 
-    Newer releases of transformers save these settings as a part of `processor_config.json`.
-
     Raises:
         CheckpointError: a file is damaged.
         ConfigError: a setting is missing, unknown or not supported.
+    """
+    return VisionConfig.from_hf(raw, image_settings(folder))
+
+
+def image_settings(folder: Path) -> Mapping[str, Any]:
+    """Return the settings of a folder's image processor; empty if it has none.
+
+    Newer releases of transformers save them as a part of `processor_config.json`.
+
+    Raises:
+        CheckpointError: a file is damaged.
     """
     settings = read_optional_json(folder, "preprocessor_config.json")
     if not settings:
@@ -94,7 +110,7 @@ def read_vision(folder: Path, raw: Mapping[str, Any]) -> VisionConfig:
             f"{folder / 'processor_config.json'}: expected image_processor as a dictionary, got "
             f"{reprlib.repr(settings)}"
         )
-    return VisionConfig.from_hf(raw, settings)
+    return settings
 
 
 def check_markers(
@@ -108,7 +124,10 @@ def check_markers(
     if vision.begin_token is None or vision.end_token is None:
         return
     ids = Tokenizer(tokenizer_model()).control_pieces
-    markers = zip((vision.begin_token, vision.end_token), MARKER_IDS.items(), strict=True)
+    pieces = (vision.begin_token, vision.end_token)
+    markers = zip(pieces, MARKER_IDS.items(), strict=True)
+    if vision.image_token is not None:
+        markers = zip((*pieces, vision.image_token), GEMMA4_MARKER_IDS.items(), strict=True)
     for piece, (key, default) in markers:
         expected = raw.get(key, raw.get(key.replace("_index", "_id"), default))
         if piece not in ids or ids[piece] != expected:

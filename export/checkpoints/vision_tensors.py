@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from beam_gemma.model.vision_config import VisionConfig
+from export.checkpoints.gemma4_vision import gemma4_vision_shapes
 from export.checkpoints.tensors import StoredTensor
 
 TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
+OF_PICTURES = (TOWER, PROJECTOR, "vision_embedder.", "embed_vision.")
+"""Starts of the names of all that a model may have for pictures."""
 PATCHES = "vision_tower.embeddings.patch_embedding.weight"
 HEAD = "vision_tower.head."
 """Prefix of the pooling head of SigLIP, which no Gemma uses."""
@@ -21,6 +24,8 @@ def vision_shapes(config: VisionConfig, hidden_size: int) -> dict[str, tuple[int
         config: The tower.
         hidden_size: Width of the decoder.
     """
+    if config.image_step:
+        return gemma4_vision_shapes(config, hidden_size)
     width, wide = config.hidden_size, config.intermediate_size
     layer: dict[str, tuple[int, ...]] = {
         **_affine("mlp.fc1", wide, width),
@@ -59,7 +64,7 @@ def _affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
 
 def is_of_pictures(name: str) -> bool:
     """Return whether a tensor, by its name without prefixes, belongs to a tower or projector."""
-    return name.startswith((TOWER, PROJECTOR))
+    return name.startswith(OF_PICTURES)
 
 
 def vision_name(name: str) -> str | None:

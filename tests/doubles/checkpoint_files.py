@@ -11,15 +11,24 @@ import safetensors.numpy
 import torch
 
 from beam_gemma.model.config import GemmaConfig
+from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.layer_types import FULL
 from export.checkpoints.gguf_config import MODEL_TYPES
-from export.checkpoints.gguf_file import LAYER_NAMES, NORM_NAMES
+from export.checkpoints.gguf_keys import EMBEDDER
+from export.checkpoints.gguf_names import LAYER_NAMES, NORM_NAMES
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.released_sizes import tensor_shapes
 from export.checkpoints.tensors import Checkpoint, StoredTensor
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
-ARCHITECTURES = {model_type: arch for arch, model_type in MODEL_TYPES.items()}
+ARCHITECTURES = {
+    model_type: arch
+    for arch, model_type in MODEL_TYPES.items()
+    if model_type in NORM_NAMES and arch != EMBEDDER
+}
+"""Name in GGUF of each model type that `write_gguf` writes."""
+TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "dense.0": "dense_2",
+             "dense.1": "dense_3"}  # fmt: skip
 MINI: dict[str, Any] = {
     "model_type": "gemma", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
@@ -74,6 +83,8 @@ def write_gguf(
 ) -> Path:
     """Write a checkpoint as llama.cpp's converter does: norms as 1 + w, matrices as F16 or F32.
 
+    One with dense layers is an EmbeddingGemma there.
+
     Args:
         path: To write.
         checkpoint: To read.
@@ -86,9 +97,11 @@ def write_gguf(
         part_tensors: Tensors in each of several files, whose names have a number before `.gguf`.
     """
     config = checkpoint.config
-    arch = ARCHITECTURES[config.model_type]
+    arch = ARCHITECTURES[config.model_type] if checkpoint.embedding is None else EMBEDDER
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=part_tensors)
     _add_settings(writer, config)
+    if checkpoint.embedding is not None:
+        _add_embedding(writer, checkpoint.embedding, config.hidden_size)
     for key, value in (settings or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     if head is not None:
@@ -102,7 +115,7 @@ def write_gguf(
         if name == skip:
             continue
         stem = name.removesuffix(".weight")
-        stem = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(stem, stem)
+        stem = TOP_NAMES.get(stem, stem)
         if stem.startswith("layers."):
             _, index, part = stem.split(".", 2)
             stem = f"blk.{index}.{theirs[part]}"
@@ -132,6 +145,16 @@ def _add_settings(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
     if config.attn_logit_softcapping and config.final_logit_softcapping:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _add_embedding(writer: gguf.GGUFWriter, embedding: EmbeddingConfig, width: int) -> None:
+    pooling = {"mean": gguf.PoolingType.MEAN, "lasttoken": gguf.PoolingType.LAST}
+    writer.add_pooling_type(pooling[embedding.pooling])
+    for name, size in zip(("dense_2", "dense_3"), embedding.dense_sizes, strict=True):
+        writer.add_dense_features_dims(name, width, size)
+        width = size
+    writer.add_add_bos_token(embedding.add_bos)
+    writer.add_add_eos_token(embedding.add_eos)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

@@ -55,21 +55,35 @@ def completion_of(prompt, max_tokens=3):
     return TOKENIZER.decode(ids[start:])
 
 
-def fake_encoder(settings, chat_template=None):
+def fake_encoder(
+    settings, chat_template=None, tokenizer=TOKENIZER, max_model_len=SIGNATURE.max_model_len
+):
     """Return what makes prompts for the fake model."""
-    room = settings.max_prompt(SIGNATURE.max_model_len)
-    return PromptEncoder(TOKENIZER, settings, chat_template=chat_template, max_tokens=room)
+    return PromptEncoder(
+        tokenizer,
+        settings,
+        chat_template=chat_template,
+        max_tokens=settings.max_prompt(max_model_len),
+        enable_thinking=settings.thinking,
+    )
 
 
 def fake_generator(
-    settings, *, chat_template=None, session=None, on_result=METER.add, **engine_options
+    settings,
+    *,
+    chat_template=None,
+    session=None,
+    tokenizer=TOKENIZER,
+    on_result=METER.add,
+    **engine_options,
 ):
-    """Return a generator over the fake model."""
+    """Return a generator over the fake model, or over another session."""
     session = session or FakeSession(SIGNATURE, num_blocks=2000, next_token=next_letter)
-    encoder = fake_encoder(settings, chat_template)
-    config = EngineConfig(eos_token_ids=(TOKENIZER.eos_token_id,), **engine_options)
+    max_model_len = session.signature.max_model_len
+    encoder = fake_encoder(settings, chat_template, tokenizer, max_model_len)
+    config = EngineConfig(eos_token_ids=(tokenizer.eos_token_id,), **engine_options)
     engine = Engine(session, config, on_step=on_result)
-    constraint = constraint_of(settings, TOKENIZER, config.eos_token_ids)
+    constraint = constraint_of(settings, tokenizer, config.eos_token_ids)
     return Generator(engine, encoder, settings, constraint=constraint, on_result=on_result)
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from beam_gemma.errors import CheckpointError
+from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.layer_types import FULL, SLIDING
 from beam_gemma.model.rope import RopeParameters
-from export.checkpoints.gguf_file import _eos_token_ids, _stored
+from export.checkpoints.gguf_file import _eos_token_ids
 from export.checkpoints.gguf_header import read_gguf_header
+from export.checkpoints.gguf_tensors import stored_tensor
 from export.checkpoints.hf_folder import read_checkpoint
 from tests.conftest import TinyModel
 from tests.doubles.checkpoint_files import ARCHITECTURES, finish, values, write_gguf, write_mini
@@ -84,7 +87,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     ("fields", "expected"),
     [
         ({}, (1,)),
-        ({"eos_token_id": 1, "chat_template": "{{ messages }}"}, (1, 3)),
+        ({"eos_token_id": 1, "chat_template": "{{ messages }}"}, (1, 3, 4, 5)),
         ({"eos_token_id": 3}, (1, 3)),
         ({"eos_token_id": 1, "eot_token_id": 2}, (1, 2)),
     ],
@@ -94,14 +97,15 @@ def test_a_turn_ends_a_text_where_there_are_turns(
     tmp_path: Path, fields: dict[str, int | str], expected: tuple[int, ...]
 ) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gemma3")
-    writer.add_array("tokenizer.ggml.tokens", ["<pad>", "<eos>", "<bos>", "<end_of_turn>"])
+    pieces = ["<pad>", "<eos>", "<bos>", "<end_of_turn>", "<turn|>", "<|tool_response>"]
+    writer.add_array("tokenizer.ggml.tokens", pieces)
     for name, value in fields.items():
         if isinstance(value, str):
             writer.add_string(f"tokenizer.{name}", value)
         else:
             writer.add_uint32(f"tokenizer.ggml.{name}", value)
     finish(writer)
-    assert _eos_token_ids(read_gguf_header(tmp_path / "x.gguf"), vocab_size=4) == expected
+    assert _eos_token_ids(read_gguf_header(tmp_path / "x.gguf"), vocab_size=6) == expected
 
 
 def rewritten(tiny: TinyModel, path: Path, **settings: object) -> Path:
@@ -295,11 +299,11 @@ def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path: Path, name: st
 
 
 def test_a_number_format_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
-    stored = tensor("x", (4, 2), kind=gguf.GGMLQuantizationType.I32)
-    (tmp_path / "x.gguf").write_bytes(header(stored, ZEROS, tensors=1))
+    whole_numbers = tensor("x", (4, 2), kind=gguf.GGMLQuantizationType.I32)
+    (tmp_path / "x.gguf").write_bytes(header(whole_numbers, ZEROS, tensors=1))
     [described] = read_gguf_header(tmp_path / "x.gguf").tensors
     with pytest.raises(CheckpointError, match=r"that the gguf package decodes, got I32"):
-        _stored(tmp_path / "x.gguf", described)
+        stored_tensor(described)
 
 
 def test_the_header_says_what_the_gguf_package_reads(
@@ -313,3 +317,48 @@ def test_the_header_says_what_the_gguf_package_reads(
     assert found == {
         t.name: (t.data_offset, t.n_bytes, t.shape.tolist()[::-1]) for t in theirs.tensors
     }
+
+
+def test_an_embedding_gemma_says_what_its_folder_says(
+    two_sided: tuple[SentenceTransformer, Artifact], tmp_path: Path
+) -> None:
+    expected = read_checkpoint(two_sided[1].path.parent / "checkpoint")
+    assert expected.embedding is not None
+    found = read_checkpoint(write_gguf(tmp_path / "x.gguf", expected))
+    assert found.config.use_bidirectional_attention
+    assert found.config.sliding_window == expected.config.sliding_window
+    assert found.config.rope(FULL) == expected.config.rope(FULL)
+    # A file has no prompts.
+    assert found.embedding == replace(expected.embedding, prompts={}, default_prompt_name=None)
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, stored in found.tensors.items():
+        offset = 1 if name.endswith("norm.weight") else 0
+        # float32: 1 + w was rounded.
+        theirs = values(expected.tensors[name])
+        np.testing.assert_allclose(values(stored) - offset, theirs, rtol=0, atol=2.4e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "skip", "sentence"),
+    [
+        ({"pooling_type": 2}, "", "pooling_type as 1 (mean) or 3 (lasttoken), got 2"),
+        ({"dense_2_feat_in": 50}, "", "dense_2_feat_in as 48, got 50"),
+        ({"dense_3_feat_out": 50}, "", "dense_3_feat_out as 160, got 50"),
+        ({}, "dense.1.weight", "got no dense_3; convert it with --sentence-transformers-dense"),
+        ({"attention.causal": True}, "", "attention.causal as False, got True"),
+    ],
+    ids=str,
+)
+def test_an_embedding_that_would_be_another_is_refused(
+    two_sided: tuple[SentenceTransformer, Artifact],
+    tmp_path: Path,
+    settings: dict[str, object],
+    skip: str,
+    sentence: str,
+) -> None:
+    expected = read_checkpoint(two_sided[1].path.parent / "checkpoint")
+    keys = {f"gemma-embedding.{key}": value for key, value in settings.items()}
+    path = write_gguf(tmp_path / "x.gguf", expected, settings=keys, skip=skip)
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(path)
+    assert sentence in str(raised.value)

@@ -106,7 +106,7 @@ def test_what_is_missing_is_named(folder: Path) -> None:
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n", "gemma4", "diffusion_gemma"])
+@pytest.mark.parametrize("model_type", ["diffusion_gemma", "gemma4_assistant"])
 def test_another_architecture_is_refused_before_anything_is_written(
     folder: Path, tmp_path: Path, model_type: str
 ) -> None:
