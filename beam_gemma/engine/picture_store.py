@@ -4,7 +4,7 @@ Rows often share a picture, and a preempted row needs its pictures again. So emb
 the digest of the pictures, up to a number of bytes; those that no step has needed for the longest
 time go first. A step's own embeddings stay until the next step, however many bytes they take.
 
-Dimensions: I pixels of a side, L tokens of a picture, D hidden.
+Dimensions: I height and J width in pixels, L tokens of a picture, D hidden.
 """
 
 from collections import OrderedDict
@@ -29,8 +29,8 @@ class PictureEncoder(Protocol):
     signature: Signature
 
     def encode(
-        self, pixels: Sequence[UInt8[np.ndarray, "3 I I"]]
-    ) -> list[Shaped[np.ndarray, "L D"]]:
+        self, pixels: Sequence[UInt8[np.ndarray, "3 _ _"]]
+    ) -> list[Shaped[np.ndarray, "_ D"]]:
         """Return the embeddings of each picture, which do not depend on the other pictures."""
 
 
@@ -48,8 +48,6 @@ class PictureStore:
         """Number of pictures computed."""
         self.num_reused = 0
         """Number of pictures that steps needed and that were not computed for them."""
-        self.num_tokens = encoder.signature.num_image_tokens
-        """Number of tokens of each picture."""
         self._encoder = encoder
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()  # the latest needed last
@@ -60,7 +58,7 @@ class PictureStore:
         """Size of the kept embeddings in bytes."""
         return self._num_bytes
 
-    def prepare(self, pictures: Sequence[Picture]) -> dict[bytes, Shaped[np.ndarray, "L D"]]:
+    def prepare(self, pictures: Sequence[Picture]) -> dict[bytes, Shaped[np.ndarray, "_ D"]]:
         """Return the embeddings of a step's pictures by digest; compute those that are not kept.
 
         Args:

@@ -132,6 +132,8 @@ class ImageProcessor:
         vision: Size and filter of the model's pictures.
         pan_and_scan: Whether to add crops of pictures that are much wider than high, or higher
             than wide.
+        image_tokens: Most tokens of a picture, for models that take several sizes; None for the
+            model's default.
         max_pixels: Most pixels of a picture, which are checked before it is decoded.
 
     Example:
@@ -146,12 +148,26 @@ class ImageProcessor:
     """
 
     def __init__(
-        self, vision: VisionConfig, pan_and_scan: bool = False, *, max_pixels: int = MAX_PIXELS
+        self,
+        vision: VisionConfig,
+        pan_and_scan: bool = False,
+        *,
+        image_tokens: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self._size = (vision.image_size, vision.image_size)
+        self._vision = vision
+        self._max_tokens = image_tokens or vision.num_image_tokens
         self._filter = Image.Resampling[vision.resample.upper()]
         self._pan_and_scan = pan_and_scan
         self._max_pixels = max_pixels
+
+    def num_tokens(self, header: ImageHeader) -> int:
+        """Return how many tokens a picture takes, and each of its crops.
+
+        Raises:
+            RecordError: no size of the model suits its sides.
+        """
+        return self._vision.tokens_of(*self._sides(header.height, header.width))
 
     def num_crops(self, header: ImageHeader) -> int:
         """Return how many crops a picture has beside the whole."""
@@ -176,8 +192,15 @@ class ImageProcessor:
         return crop_boxes(width, height) if self._pan_and_scan else []
 
     def _resized(self, picture: Image.Image) -> np.ndarray:
-        values = np.asarray(picture.resize(self._size, self._filter))
+        height, width = self._sides(picture.height, picture.width)
+        values = np.asarray(picture.resize((width, height), self._filter))
         return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+    def _sides(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that a picture is given."""
+        if not self._vision.image_step:
+            return self._vision.image_size, self._vision.image_size
+        return kept_ratio(height, width, self._vision.image_step, self._max_tokens)
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS, *, name: str = "picture") -> ImageHeader:
@@ -197,6 +220,23 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS, *, name: str = "pictu
         if _orientation_before_decoding(picture, data) >= 5:
             width, height = height, width
         return ImageHeader(picture.format or "", width, height)
+
+
+def kept_ratio(height: int, width: int, step: int, max_tokens: int) -> tuple[int, int]:
+    """Return the largest height and width of a picture's ratio with at most `max_tokens` squares.
+
+    Both are multiples of `step`, the side of a square, so that the ratio is kept up to that. Of a
+    side that would be 0, one square is left.
+
+    Source: `get_aspect_ratio_preserving_size` of transformers' `Gemma4ImageProcessorPil`.
+    """
+    factor = math.sqrt(max_tokens * step**2 / (height * width))
+    rows, columns = (math.floor(factor * side / step) for side in (height, width))
+    if not rows:
+        rows, columns = 1, min(width // height, max_tokens)
+    elif not columns:
+        rows, columns = min(height // width, max_tokens), 1
+    return rows * step, columns * step
 
 
 def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:

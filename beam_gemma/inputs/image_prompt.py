@@ -16,7 +16,7 @@ from beam_gemma.inputs.images import ImageSettings, column_images, image_file, i
 from beam_gemma.inputs.row import ImageFile, ImagePlace, Prompt, Row
 from beam_gemma.model.markup import Control, Part, SoftTokens, Text
 from beam_gemma.model.tokenizer import Tokenizer
-from beam_gemma.model.vision_config import VisionConfig
+from beam_gemma.model.vision_config import IMAGE_TOKENS, VisionConfig
 
 READABLE = "[picture]"
 """What people read in place of the tokens of a picture."""
@@ -34,6 +34,8 @@ class PicturePart(Control):
     image: ImageFile
     num_crops: int
     """Number of crops that the prompt shows beside the whole picture."""
+    num_tokens: int
+    """Number of tokens of the picture, and of each crop."""
 
 
 class ImagePrompts:
@@ -59,13 +61,14 @@ class ImagePrompts:
     ) -> None:
         self._tokenizer, self._vision, self._settings = tokenizer, vision, settings
         _check(vision, settings)
-        self.piece = None if vision is None else vision.begin_token or READABLE
+        self.piece = None if vision is None else vision.piece or READABLE
         """What chat templates write for a picture; None if the model takes none."""
         if vision is not None:
             size = tokenizer.vocab_size if vocab_size is None else vocab_size
-            token_id = vision.image_token_id if vision.image_token_id < size else 0
-            self._tokens = SoftTokens(READABLE, token_id, vision.num_image_tokens)
-            self._processor = ImageProcessor(vision, settings.pan_and_scan)
+            self._token_id = vision.image_token_id if vision.image_token_id < size else 0
+            self._processor = ImageProcessor(
+                vision, settings.pan_and_scan, image_tokens=settings.image_tokens
+            )
 
     def of_row(self, row: Row, *, decode: bool = False) -> dict[str, tuple[PicturePart, ...]]:
         """Return the pictures of each image column.
@@ -133,7 +136,7 @@ class ImagePrompts:
         ids, starts = _encoded(self._tokenizer, written)
         indices = {digest: index for index, digest in enumerate(images)}
         crops = (
-            (indices[picture.image.digest], crop)
+            (indices[picture.image.digest], crop, picture.num_tokens)
             for picture in pictures
             for crop in range(1 + picture.num_crops)
         )
@@ -148,8 +151,9 @@ class ImagePrompts:
     def _picture(self, name: str, image: ImageFile, *, decode: bool = False) -> PicturePart:
         if decode:
             self._processor.pixels(image.data, name)
-        num_crops = self._processor.num_crops(read_header(image.data, name=name))
-        return PicturePart(self.piece or READABLE, image, num_crops)
+        header = read_header(image.data, name=name)
+        numbers = self._processor.num_crops(header), self._processor.num_tokens(header)
+        return PicturePart(self.piece or READABLE, image, *numbers)
 
     def _own(self, part: Mapping[str, Any], column: str, number: int) -> PicturePart | None:
         """Return the picture that a part of a message brings."""
@@ -168,14 +172,18 @@ class ImagePrompts:
 
     def _expanded(self, parts: Iterable[Part], vision: VisionConfig) -> Iterator[Part]:
         """Yield parts with the tokens of pictures and what stands around them."""
-        one: tuple[Part, ...] = (self._tokens,)
+        before: tuple[Part, ...] = ()
+        behind: tuple[Part, ...] = ()
         if vision.begin_token is not None and vision.end_token is not None:
-            begin, end = Control(vision.begin_token), Control(vision.end_token)
-            one = (Text("\n\n"), begin, self._tokens, end, Text("\n\n"))
+            before, behind = (Control(vision.begin_token),), (Control(vision.end_token),)
+        if vision.projector == "pooled":  # Gemma 3's processor adds empty lines
+            before, behind = (Text("\n\n"), *before), (*behind, Text("\n\n"))
         for part in parts:
             if not isinstance(part, PicturePart):
                 yield part
-            elif not part.num_crops:
+                continue
+            one = (*before, SoftTokens(READABLE, self._token_id, part.num_tokens), *behind)
+            if not part.num_crops:
                 yield from one
             else:
                 yield from (Text(_BEFORE), *one, Text(_BETWEEN), *one)
@@ -197,14 +205,26 @@ def _check(vision: VisionConfig | None, settings: ImageSettings) -> None:
                 "as Gemma 3 4B or PaliGemma"
             )
         return
-    if vision.bidirectional == "prefix":
-        if settings.pan_and_scan:
-            raise OptionsError("pan_and_scan: expected none for PaliGemma, which takes no crops")
-        if not (settings.image_columns or settings.allow_missing_images):
-            raise OptionsError(
-                "image_columns: expected a column with pictures for PaliGemma, got none; pass "
-                "--image_column"
-            )
+    if vision.projector != "pooled" and settings.pan_and_scan:
+        raise OptionsError(
+            "pan_and_scan: expected none for a PaliGemma or a Gemma 4, which takes no crops"
+        )
+    if settings.image_tokens is not None and not vision.image_step:
+        raise OptionsError(
+            f"image_tokens: expected none for a model whose pictures all take "
+            f"{vision.num_image_tokens} tokens, got {settings.image_tokens}"
+        )
+    if settings.image_tokens not in (None, *IMAGE_TOKENS):
+        raise OptionsError(
+            f"image_tokens: expected one of {', '.join(map(str, IMAGE_TOKENS))}, got "
+            f"{settings.image_tokens}"
+        )
+    has_pictures = settings.image_columns or settings.allow_missing_images
+    if vision.bidirectional == "prefix" and not has_pictures:
+        raise OptionsError(
+            "image_columns: expected a column with pictures for PaliGemma, got none; pass "
+            "--image_column"
+        )
 
 
 def _placed(

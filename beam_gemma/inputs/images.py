@@ -33,6 +33,10 @@ class ImageSettings(Protocol):
         """True if a null means that the row has no picture; otherwise the row is an error."""
 
     @property
+    def image_tokens(self) -> int | None:
+        """Most tokens of a picture, for models that take several sizes; None for the default."""
+
+    @property
     def pan_and_scan(self) -> bool:
         """True to add crops of pictures that are much wider than high, or higher than wide."""
 

@@ -39,6 +39,8 @@ class ImagePlace(NamedTuple):
     """Index of the picture among those of the row."""
     crop: int = 0
     """0 for the whole picture, else the number of the crop, in the order of pan and scan."""
+    num_tokens: int = 0
+    """Number of its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from beam_gemma.errors import ConfigError, nearest
 from beam_gemma.model.config_reader import Reader, check_factor, check_keys, section_of
 
-Projector = Literal["pooled", "linear"]
-Bidirectional = Literal["picture", "prefix"]
+Projector = Literal["pooled", "linear", "tower", "patches"]
+Bidirectional = Literal["picture", "prefix", "local", "none"]
 Resample = Literal["bilinear", "bicubic"]
 
 VISION_MODEL_TYPES = ("gemma3", "shieldgemma2", "paligemma")
@@ -43,6 +43,10 @@ MAX_TOWER_SIZES = {
 }
 """Largest sizes that are read: at least 8 times those of any released tower."""
 MAX_TOKEN_ID = 1 << 22
+IMAGE_TOKENS = (70, 140, 280, 560, 1120)
+"""Most tokens of a picture that can be chosen where pictures vary in size; source:
+`Gemma4ImageProcessorPil` of transformers 5.23."""
+MAX_IMAGE_TOKENS = IMAGE_TOKENS[-1]
 RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters in `preprocessor_config.json`."""
 MIN_CROP_SIZE, MAX_NUM_CROPS, MIN_RATIO = 256, 4, 1.2
@@ -72,17 +76,19 @@ class VisionConfig:
     num_hidden_layers: int
     num_attention_heads: int
     image_size: int
-    """Height and width of the pictures that the tower takes, in pixels."""
+    """Height and width of the pictures that the tower takes, in pixels; 0 if they vary."""
     patch_size: int
     layer_norm_eps: float
     projector: Projector
     """`pooled`: means of patches, a norm and a matrix (Gemma 3); `linear`: a matrix and a bias for
-    each patch (PaliGemma)."""
+    each patch (PaliGemma); `tower`: the tower of Gemma 4; `patches`: no tower, a projection of each
+    square of pixels (Gemma 4 12B)."""
     num_image_tokens: int
-    """Tokens of the decoder that one picture takes."""
+    """Tokens of the decoder that one picture takes, or most of them if pictures vary in size."""
     bidirectional: Bidirectional
     """Tokens that attend in both directions: those of each `picture`, within the window of a layer
-    (Gemma 3), or the whole `prefix`, which is the prompt, beyond any window (PaliGemma)."""
+    (Gemma 3), the same in layers with a window alone (`local`, the larger Gemma 4), the whole
+    `prefix`, which is the prompt, beyond any window (PaliGemma), or `none`."""
     first_position: int
     """Rotary position of the first token of a sequence: 0, or 1 in PaliGemma."""
     image_token_id: int
@@ -96,12 +102,27 @@ class VisionConfig:
     image_mean: tuple[float, ...]
     """Mean of each channel; a value from 0 to 1 becomes (value - mean) / std."""
     image_std: tuple[float, ...]
+    pooling_kernel_size: int | None = None
+    """Patches along the side of a square that is one token, if pictures vary in size."""
+    position_embedding_size: int = 0
+    """Places along a side that have an embedding, if pictures vary in size."""
+    standardize: bool = False
+    """True if features are shifted and scaled by learned numbers."""
+    use_clipped_linears: bool = False
+    """True if products have bounds for what goes in and comes out."""
+    image_token: str | None = None
+    """Control piece that chat templates write for a picture, if it is not `begin_token`."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"vision_config: expected a hidden_size that num_attention_heads "
                 f"({self.num_attention_heads}) divides, got {self.hidden_size}"
+            )
+        if (self.image_size == 0) != (self.pooling_kernel_size is not None):
+            raise ConfigError(
+                "vision_config: expected an image_size, or a pooling_kernel_size for pictures that "
+                f"vary in size, got {self.image_size} and {self.pooling_kernel_size}"
             )
         if self.image_size % self.patch_size:
             raise ConfigError(
@@ -153,8 +174,36 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of a picture."""
+        """Number of patches of a picture, or most of them if pictures vary in size."""
+        if self.pooling_kernel_size is not None:
+            return MAX_IMAGE_TOKENS * self.pooling_kernel_size**2
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def max_pixels(self) -> int:
+        """Most pixels of a picture in a size that the model takes."""
+        return self.num_patches * self.patch_size**2
+
+    @property
+    def image_step(self) -> int:
+        """Side in pixels of a square that is one token, if pictures vary in size; else 0."""
+        return self.patch_size * (self.pooling_kernel_size or 0)
+
+    @property
+    def graph_patch_size(self) -> int:
+        """Side in pixels of the patches that a graph takes, if pictures vary in size."""
+        return self.image_step if self.projector == "patches" else self.patch_size
+
+    @property
+    def piece(self) -> str | None:
+        """Control piece that chat templates write for a picture; None for none."""
+        return self.image_token or self.begin_token
+
+    def tokens_of(self, height: int, width: int) -> int:
+        """Return how many tokens a picture of a size that the model takes is."""
+        if not self.image_step:
+            return self.num_image_tokens
+        return (height // self.image_step) * (width // self.image_step)
 
     @property
     def head_dim(self) -> int:

@@ -31,41 +31,37 @@ class Asked:
 def asked(
     prompts: Sequence[Prompt],
     sequences: Iterable[tuple[Prompt, tuple[int, ...]]],
-    num_image_tokens: int,
 ) -> Asked:
     """Return what a row asks for; pictures are in the source where there is one.
 
     Args:
         prompts: The prompts of the row.
         sequences: Each sequence of tokens that the model continues or scores, after its prompt.
-        num_image_tokens: The tokens that a picture takes.
     """
     return Asked(
         prompts=tuple(prompts),
         sequences=tuple(
-            ids if prompt.source_token_ids else told_apart(prompt, ids, num_image_tokens)
-            for prompt, ids in sequences
+            ids if prompt.source_token_ids else told_apart(prompt, ids) for prompt, ids in sequences
         ),
         sources=tuple(
-            told_apart(prompt, prompt.source_token_ids, num_image_tokens)
+            told_apart(prompt, prompt.source_token_ids)
             for prompt in prompts
             if prompt.source_token_ids
         ),
     )
 
 
-def told_apart(prompt: Prompt, token_ids: Sequence[int], num_image_tokens: int) -> tuple[int, ...]:
+def told_apart(prompt: Prompt, token_ids: Sequence[int]) -> tuple[int, ...]:
     """Return the token ids of a sequence with those of pictures told apart, as the engine does.
 
     Args:
         prompt: The prompt that the sequence starts with.
         token_ids: The token ids of the sequence.
-        num_image_tokens: The tokens that a picture takes.
     """
     told = list(token_ids)
-    for start, image, crop in prompt.places:
+    for start, image, crop, num_tokens in prompt.places:
         number = -1 - int(prompt.images[image].digest[:12], 16) - crop
-        told[start : start + num_image_tokens] = [number] * num_image_tokens
+        told[start : start + num_tokens] = [number] * num_tokens
     return tuple(told)
 
 
@@ -101,6 +97,11 @@ class Settings(ABC):
     def allow_missing_images(self) -> bool:
         """True if a null stands for no picture; otherwise such a row is an error."""
         return False
+
+    @property
+    def image_tokens(self) -> int | None:
+        """Most tokens of a picture, for models that take several sizes; None for the default."""
+        return None
 
     @property
     def pan_and_scan(self) -> bool:

@@ -5,7 +5,7 @@ bounds the rows that are decoded and not finished, and the memory of their pixel
 with thousands of rows holds the pixels of a few. Pictures that several rows of the window share are
 decoded once.
 
-Dimensions: I height and width of the model's pictures.
+Dimensions: I height and J width of a picture in pixels.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Pixels:
     """A picture, or a crop of one, in the model's size."""
 
     digest: bytes
-    values: UInt8[np.ndarray, "3 I I"]
+    values: UInt8[np.ndarray, "3 I J"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,10 @@ def spans_of(vision: VisionConfig, prompt: Prompt, request: Request) -> tuple[tu
     The tokens of a label, after the prompt of the request, are in none. A decoder whose source an
     encoder reads has none.
     """
-    if request.source_token_ids:
+    if request.source_token_ids or vision.bidirectional == "none":
         return ()
-    if vision.bidirectional == "picture":
-        return tuple((p.start, p.start + vision.num_image_tokens) for p in prompt.places)
+    if vision.bidirectional != "prefix":
+        return tuple((p.start, p.start + p.num_tokens) for p in prompt.places)
     shared = takewhile(bool, map(eq, prompt.token_ids, request.prompt_token_ids))
     return ((0, sum(shared)),)
 
@@ -119,10 +119,12 @@ class PictureDecoder:
             settings: The settings of the task.
         """
         self.vision = vision
-        self.num_bytes = 3 * vision.image_size**2
-        """Size of a picture's pixels."""
+        self.num_bytes = 3 * vision.max_pixels
+        """Largest size of a picture's pixels."""
         self._columns = settings.image_columns
-        self._processor = ImageProcessor(vision, settings.pan_and_scan)
+        self._processor = ImageProcessor(
+            vision, settings.pan_and_scan, image_tokens=settings.image_tokens
+        )
         self._large = threading.Lock()
         self.pool = ThreadPoolExecutor(
             min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="beam-gemma-pictures"
@@ -155,12 +157,13 @@ class PictureDecoder:
             request: The request of its tokens.
             pixels: The decoded pictures by the digests of their files.
         """
-        if not prompt.places and self.vision.bidirectional == "picture":
+        if not prompt.places and self.vision.bidirectional != "prefix":
             return request
         pictures = []
         for place in prompt.places:
             shown = pixels[prompt.images[place.image].digest][place.crop]
-            pictures.append(Picture(place.start, shown.digest, shown.values))
+            picture = Picture(place.start, shown.digest, shown.values, place.num_tokens)
+            pictures.append(picture)
         spans = spans_of(self.vision, prompt, request)
         return replace(request, pictures=tuple(pictures), spans=spans)
 

@@ -28,11 +28,11 @@ from export.ops.vision_attention import vision_attention
 class LayerNorm(nn.Module):
     """Layer normalization; weight and bias are float32 for every model dtype."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
-        self.epsilon = config.layer_norm_eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.epsilon = epsilon
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the normalized x [T, C] in `dtype`."""
@@ -109,7 +109,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = LayerNorm(config), LayerNorm(config)
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1, self.layer_norm2 = LayerNorm(width, epsilon), LayerNorm(width, epsilon)
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
 
@@ -134,7 +135,7 @@ class Tower(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.post_layernorm = LayerNorm(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, inner: torch.dtype) -> Tensor:
         """Return [T, C] in float32 or wider for pixels [N, 3, I, I]."""

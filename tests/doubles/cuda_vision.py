@@ -45,6 +45,7 @@ class Prompt:
     starts: list[int]
     pixels: list[np.ndarray]
     spans: tuple[tuple[int, int], ...]
+    num_image_tokens: int
 
     def request(self, name: str = "r", **options: Any) -> Request:
         """Return a request for a completion."""
@@ -53,7 +54,9 @@ class Prompt:
             request_id=name,
             prompt_token_ids=tuple(self.token_ids),
             spans=self.spans,
-            pictures=tuple(Picture(start, p.tobytes()[:64], p) for start, p in pictures),
+            pictures=tuple(
+                Picture(start, p.tobytes()[:64], p, self.num_image_tokens) for start, p in pictures
+            ),
             **{"params": SamplingParams(max_tokens=8, ignore_eos=True), **options},
         )
 
@@ -174,7 +177,7 @@ def prompts(model: SeeingModel, *, seed: int = 0) -> list[Prompt]:
         token_ids += ids(after)
         if model.vision.bidirectional == "prefix":
             spans = ((0, len(token_ids) - 4),)
-        made.append(Prompt(token_ids, starts, pixels, spans))
+        made.append(Prompt(token_ids, starts, pixels, spans, model.vision.num_image_tokens))
     return made
 
 

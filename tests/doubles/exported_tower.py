@@ -35,7 +35,7 @@ def exported_tower(checkpoint: Checkpoint, folder: Path, device: Device, dtype: 
     graph = traced_tower(checkpoint, device, dtype)
     pictures = {name: t for name, t in checkpoint.tensors.items() if is_of_pictures(name)}
     (folder / WEIGHTS).mkdir(parents=True)
-    attach([graph], replace(checkpoint, tensors=pictures), dtype, folder)
+    attach([graph], replace(checkpoint, tensors=pictures), folder)
     file = folder / graph_name("vision", device)
     ir.save(graph, file)
     return file

@@ -24,7 +24,14 @@ import numpy as np
 
 from beam_gemma.engine.sampling import sample
 from beam_gemma.engine.sequence import Completion, Picture, Request
-from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
+from beam_gemma.model.graph_tensors import (
+    Device,
+    Head,
+    PagedState,
+    RecurrentState,
+    State,
+    Table,
+)
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
 from beam_gemma.runtime.step_interface import Finished, ScoreOutput, StepOutput
 
@@ -51,6 +58,9 @@ def fake_signature(
     max_model_len: int = 1000,
     vocab_size: int = VOCAB_SIZE,
     head: Head = "generate",
+    shares_caches: bool = False,
+    gathered_heads: int = 0,
+    tables: tuple[Table, ...] = (),
 ) -> Signature:
     """Return the signature of a small decoder: full, sliding and recurrent layers by default."""
     return Signature(
@@ -62,6 +72,9 @@ def fake_signature(
         max_model_len=max_model_len,
         states=states,
         optional_inputs=optional_inputs,
+        shares_caches=shares_caches,
+        gathered_heads=gathered_heads,
+        tables=tables,
     )
 
 
@@ -459,7 +472,7 @@ class FakeEncoder:
 def fake_picture(number: int, start: int) -> Picture:
     """Return one of 200 pictures, from a position of a prompt on."""
     pixels = np.full((3, IMAGE_SIZE, IMAGE_SIZE), number, np.uint8)
-    return Picture(start, hashlib.blake2b(pixels.tobytes()).digest(), pixels)
+    return Picture(start, hashlib.blake2b(pixels.tobytes()).digest(), pixels, NUM_IMAGE_TOKENS)
 
 
 def logsumexp(logits: np.ndarray) -> np.ndarray:

@@ -60,10 +60,11 @@ def make_request(
             continue
         ids += [] if pali else [BEGIN_ID]
         pixels = picture_pixels(name, part)
-        pictures.append(Picture(len(ids), hashlib.blake2b(pixels.tobytes()).digest(), pixels))
+        digest = hashlib.blake2b(pixels.tobytes()).digest()
+        pictures.append(Picture(len(ids), digest, pixels, NUM_IMAGE_TOKENS))
         ids += [IMAGE_ID if pali else SOFT_ID] * NUM_IMAGE_TOKENS
         ids += [] if pali else [END_ID]
-    spans = tuple((p.start, p.start + NUM_IMAGE_TOKENS) for p in pictures)
+    spans = tuple((p.start, p.end) for p in pictures)
     return Request(
         request_id="row",
         prompt_token_ids=tuple(ids),

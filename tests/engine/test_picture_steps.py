@@ -5,6 +5,7 @@ pictures were computed.
 """
 
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
-from beam_gemma.engine.sequence import Picture, Request, Sequence
+from beam_gemma.engine.sequence import Request, Sequence
 from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import ArtifactError, EngineError, PromptTooLongError, RecordError
 from beam_gemma.runtime.limits import EngineConfig
@@ -228,13 +229,13 @@ def test_pictures_that_do_not_fit_their_prompt_are_refused():
     base = make_request(5, "1", 3, "2")
     scheduler.check(base)
     first, second = base.pictures
-    late = Picture(second.start + 1, second.digest, second.pixels)
-    over = Picture(first.start + 19, second.digest, second.pixels)
-    early = Picture(-1, second.digest, second.pixels)
+    late = replace(second, start=second.start + 1)
+    over = replace(second, start=first.start + 19)
+    early = replace(second, start=-1)
     for pictures in ((first, late), (first, over), (early,), (second, first)):
         with pytest.raises(RecordError, match=r"places of 20 tokens in order inside a prompt of"):
             scheduler.check(replaced(base, pictures=pictures))
-    wrong = Picture(first.start, b"wrong", np.zeros((3, 5, 5), np.uint8))
+    wrong = replace(first, digest=b"wrong", pixels=np.zeros((3, 5, 5), np.uint8))
     with pytest.raises(RecordError, match=r"expected 4 by 4 pixels, got 5 by 5$"):
         scheduler.check(replaced(base, pictures=(wrong,)))
     with pytest.raises(RecordError, match=r"^pictures: expected none, .* takes none, got 2$"):

@@ -10,7 +10,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT
 from tests.doubles.caches import BLOCK, GROUPS, admit, chain_of, found, make_cache
-from tests.doubles.fakes import NUM_IMAGE_TOKENS, fake_picture
+from tests.doubles.fakes import fake_picture
 
 
 def test_a_digest_stands_for_all_tokens_up_to_its_blocks_end():
@@ -56,7 +56,7 @@ def request_with(pictures=(), spans=(), last=8):
 
 
 def prefixes(request):
-    return PrefixChain(request.prompt_token_ids, BLOCK, request.marks(NUM_IMAGE_TOKENS)).digests(
+    return PrefixChain(request.prompt_token_ids, BLOCK, request.marks()).digests(
         0, 5
     )
 

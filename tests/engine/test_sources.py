@@ -300,7 +300,8 @@ def picture_row(numbers: list[int], seed: int) -> Request:
     for number in numbers:
         ids += [rng.randint(FIRST_TEXT_ID, LAST_TEXT_ID) for _ in range(3)] + [BEGIN_ID]
         pixels = np.random.default_rng(number).integers(0, 256, (3, 56, 56), np.uint8)
-        pictures.append(Picture(len(ids), hashlib.blake2b(pixels.tobytes()).digest(), pixels))
+        digest = hashlib.blake2b(pixels.tobytes()).digest()
+        pictures.append(Picture(len(ids), digest, pixels, NUM_IMAGE_TOKENS))
         ids += [SOFT_ID] * NUM_IMAGE_TOKENS + [END_ID]
     ids += [rng.randint(FIRST_TEXT_ID, LAST_TEXT_ID) for _ in range(5)]
     return replace(

@@ -385,7 +385,8 @@ def test_prompts_are_restored_from_their_identity():
     restored = Prompt.of_identity(found.identity, [image.data for image in found.images])
     assert (restored.token_ids, restored.places) == (found.token_ids, found.places)
     assert restored.images == found.images
-    assert found.places[0] == ImagePlace(found.places[0].start, 0, 0)
+    count = VISIONS["gemma3"].num_image_tokens
+    assert found.places[0] == ImagePlace(found.places[0].start, 0, 0, count)
     # All that encodes parts again, as labels do, gives the same ids.
     assert TOKENIZERS["gemma3"].encode(found.parts) == list(found.token_ids)
     assert not any(isinstance(part, PicturePart) for part in found.parts)
