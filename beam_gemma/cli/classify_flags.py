@@ -41,7 +41,8 @@ EXAMPLES = """\
 NOT_WITH_A_POLICY = (
     "prompt", "messages_column", "decoder_prompt", "system", "chat_template",
     "allow_special_tokens", "labels", "label", "labels_file", "label_norm", "logliks",
-    "num_fewshot", "fewshot_file", "label_column", "pan_and_scan", "allow_missing_images",
+    "num_fewshot", "fewshot_file", "label_column", "pan_and_scan", "image_tokens",
+    "allow_missing_images",
 )  # fmt: skip
 """Flags that conflict with --policy, which sets its own prompt and labels."""
 

@@ -48,8 +48,9 @@ def add_estimate(parser: argparse.ArgumentParser, *, completes: bool) -> None:
             "--expected_tokens",
             type=above_zero,
             metavar="N",
-            help="Number of tokens that a completion has on average, at most --max_tokens. "
-            "(default: --max_tokens)",
+            help="Number of tokens that the model writes for a row on average: at most "
+            "--max_tokens, and --thinking_tokens beside them with --thinking on. "
+            "(default: the most)",
         )
     add(
         "--worker_price",
@@ -71,9 +72,15 @@ def check_estimate(flags: argparse.Namespace, max_new_tokens: int) -> None:
         raise OptionsError(f"--{idle[0]}: expected --dry_run beside it, got none")
     if (given["expected_tokens"] or 0) > max_new_tokens:
         raise OptionsError(
-            f"--expected_tokens: expected at most --max_tokens {max_new_tokens:,}, got "
+            f"--expected_tokens: expected at most {_limits(flags)} {max_new_tokens:,}, got "
             f"{given['expected_tokens']:g}"
         )
+
+
+def _limits(flags: argparse.Namespace) -> str:
+    """Return the flags that limit what a model writes for a row."""
+    thinks = getattr(flags, "thinking", None) == "on"
+    return "--max_tokens and --thinking_tokens" if thinks else "--max_tokens"
 
 
 def means_of(
@@ -93,7 +100,7 @@ def means_of(
         worker_price=flags.worker_price,
         completion_tokens=float(most) if expected is None else expected,
         completion_origin=(
-            "as many as --max_tokens allows; what is expected is said by --expected_tokens"
+            f"the most by {_limits(flags)}; what is expected is said by --expected_tokens"
             if expected is None
             else "by --expected_tokens"
         ),

@@ -9,6 +9,7 @@ from beam_gemma.cli.flags import ArgumentGroup, text_of
 from beam_gemma.dataflow.gpus import GPUS
 from beam_gemma.dataflow.options import DRIVER
 from beam_gemma.inference.image_files import MAX_IMAGE_BYTES, ImageReading
+from beam_gemma.model.vision_config import IMAGE_TOKENS
 from beam_gemma.runtime.limits import (
     GPU_MEMORY_UTILIZATION,
     MAX_NUM_BATCHED_TOKENS,
@@ -46,6 +47,7 @@ def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
         "truncate": flags.truncate,
         "image_columns": tuple(flags.image_column),
         "pan_and_scan": flags.pan_and_scan,
+        "image_tokens": flags.image_tokens,
         "allow_missing_images": flags.allow_missing_images,
     }
 
@@ -226,6 +228,15 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         **SWITCH,
         help="Gemma 3 and T5Gemma 2 only: add crops of a picture that is much wider than high, or "
         "higher than wide. Use it for small text in such pictures. (default: false)",
+    )
+    add(
+        "--image_tokens",
+        type=int,
+        choices=IMAGE_TOKENS,
+        metavar="N",
+        help="Gemma 4 only: most tokens of a picture, one of "
+        f"{', '.join(map(str, IMAGE_TOKENS))}. More tokens show smaller details and take longer. "
+        "(default: that of the model folder)",
     )
     add(
         "--image_size",

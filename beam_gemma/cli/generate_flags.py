@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beam_gemma.cli.estimate_flags import add_estimate
@@ -18,8 +18,10 @@ from beam_gemma.cli.flag_types import SWITCH
 from beam_gemma.cli.flags import FlagParser, flag_parser, text_of, words_of
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
+from beam_gemma.inputs.tools import checked_tools
 from beam_gemma.structured.output import StructuredOutput
 from beam_gemma.tasks.generate import GenerateSettings
+from beam_gemma.tasks.thoughts import DEFAULT_TOKENS
 
 EXAMPLES = """\
   python -m pipelines.generate --model models/gemma-3-270m-it --input articles.parquet \\
@@ -48,8 +50,10 @@ def generate_parser() -> FlagParser:
     add_prompt(parser)
     _add_infill(parser)
     _add_languages(parser)
+    _add_thinking(parser)
     _add_sampling(parser)
     _add_structured(parser)
+    _add_tools(parser)
     _add_results(parser)
     add_engine(parser)
     add_job(parser)
@@ -78,6 +82,10 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
         ),
         stop=tuple(flags.stop),
         structured=structured_output(flags),
+        thinking=None if flags.thinking is None else flags.thinking == "on",
+        thinking_tokens=flags.thinking_tokens,
+        tools=_tools(flags.tools),
+        tool_choice=flags.tool_choice,
         key_column=flags.key_column,
         logprob=flags.logprob,
         token_ids=flags.token_ids,
@@ -86,6 +94,8 @@ def generate_settings(flags: argparse.Namespace) -> GenerateSettings:
         mask_decoder=flags.mask_decoder,
         source_lang=flags.source_lang,
         target_lang=flags.target_lang,
+        source_lang_column=flags.source_lang_column,
+        target_lang_column=flags.target_lang_column,
     )
     if not settings.has_source:
         raise OptionsError(
@@ -126,17 +136,26 @@ def read_schema(path: str) -> Mapping[str, Any]:
         OptionsError: the file cannot be read or does not hold a JSON object.
     """
     flag = "--json_schema"
-    try:
-        schema = json.loads(text_of(flag, path), object_pairs_hook=_each_once)
-    except (ValueError, RecursionError) as error:
-        raise OptionsError(
-            f"{flag} {path}: expected a JSON Schema, got an error: {error}"
-        ) from error
+    schema = _read_json(flag, path, "a JSON Schema")
     if not isinstance(schema, dict):
         raise OptionsError(
             f"{flag} {path}: expected an object of JSON, got a {type(schema).__name__}"
         )
     return schema
+
+
+def _tools(path: str | None) -> Sequence[Mapping[str, Any]]:
+    if path is None:
+        return ()
+    tools = _read_json("--tools", path, "a list of functions in JSON")
+    return checked_tools(tools, f"--tools {path}")
+
+
+def _read_json(flag: str, path: str, expected: str) -> Any:
+    try:
+        return json.loads(text_of(flag, path), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise OptionsError(f"{flag} {path}: expected {expected}, got an error: {error}") from error
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -185,7 +204,7 @@ def _add_languages(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "translation",
         "For TranslateGemma, which translates the text in --prompt_column or in the\n"
-        "picture in --image_column. Set both languages.",
+        "picture in --image_column. Set both languages, by code or by column.",
     ).add_argument
     add(
         "--source_lang",
@@ -197,6 +216,40 @@ def _add_languages(parser: argparse.ArgumentParser) -> None:
         "--target_lang",
         metavar="CODE",
         help="Language to translate to, named likewise. (default: none)",
+    )
+    add(
+        "--source_lang_column",
+        metavar="COLUMN",
+        help="Column with each row's language to translate from, named likewise. A row with "
+        "another code gets an error. (default: none)",
+    )
+    add(
+        "--target_lang_column",
+        metavar="COLUMN",
+        help="Column with each row's language to translate to. (default: none)",
+    )
+
+
+def _add_thinking(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "thinking",
+        "For models such as Gemma 4, which can write a thought before the answer. The\n"
+        "thought goes to the column thoughts, never into the completion.",
+    ).add_argument
+    add(
+        "--thinking",
+        choices=("on", "off"),
+        help="Whether the model thinks before it answers. on adds the columns thoughts and "
+        "num_thinking_tokens. off ends each thought at once. (default: what the model's chat "
+        "template does by itself)",
+    )
+    add(
+        "--thinking_tokens",
+        type=int,
+        metavar="N",
+        help="Maximum number of tokens of a row's thoughts, beside those of --max_tokens, which "
+        "are for the answer alone. A thought that reaches it is ended, and the answer follows. "
+        f"Only with --thinking on. (default: {DEFAULT_TOKENS})",
     )
 
 
@@ -304,6 +357,29 @@ def _add_structured(parser: argparse.ArgumentParser) -> None:
         **SWITCH,
         help="Write the column completion too, with the JSON text that the values are read from. "
         "Only with --json_schema. (default: false)",
+    )
+
+
+def _add_tools(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "tools",
+        "For models such as Gemma 4 and FunctionGemma, which call functions. The calls\n"
+        "become the column tool_calls, and the text beside them the completion.",
+    ).add_argument
+    add(
+        "--tools",
+        metavar="FILE",
+        help="File with a JSON list of functions that the model may call, as OpenAI declares them: "
+        "each with name, description and parameters. docs/tools.md has an example. "
+        "(default: none)",
+    )
+    add(
+        "--tool_choice",
+        choices=("auto", "required"),
+        default="auto",
+        help="What a completion is. auto is text, calls, or both, as the model likes. required is "
+        "one or more calls of the --tools, with arguments that are valid under their parameters. "
+        "(default: %(default)s)",
     )
 
 

@@ -107,12 +107,13 @@ def report(counts: Mapping[str, int], elapsed_secs: float) -> int:
 
 
 def _tokens(counts: Mapping[str, int], elapsed_secs: float) -> str:
-    """Return tokens, seconds and rate as text; the rate is of completions if there are any."""
-    amount = f"{counts.get('prompt_tokens', 0):,}"
-    if "completion_tokens" in counts:
-        amount += f" prompt + {counts['completion_tokens']:,} completion"
-    rate = counts.get("completion_tokens", counts.get("prompt_tokens", 0)) / max(elapsed_secs, 1e-9)
-    return f"{amount} tokens in {elapsed_secs:,.1f} s ({rate:,.1f} tokens/s)"
+    """Return tokens, seconds and rate as text; the rate is of new tokens if there are any."""
+    new = {n: counts[f"{n}_tokens"] for n in ("thinking", "completion") if f"{n}_tokens" in counts}
+    num_prompt = counts.get("prompt_tokens", 0)
+    parts = [f"{num_prompt:,} prompt" if new else f"{num_prompt:,}"]
+    parts += [f"{number:,} {name}" for name, number in new.items()]
+    rate = (sum(new.values()) if new else num_prompt) / max(elapsed_secs, 1e-9)
+    return f"{' + '.join(parts)} tokens in {elapsed_secs:,.1f} s ({rate:,.1f} tokens/s)"
 
 
 def counters(result: PipelineResult) -> dict[str, int]:

@@ -5,7 +5,9 @@ its sequences. Where the graph itself chooses tokens, two steps may be in flight
 launched before the host knows the tokens that the first chooses, so the device never waits for the
 host. A sequence that ends with the first step may be in the second one as well. Its results there
 are surplus: they are not counted, and its slot and blocks are kept until that step is over. Where
-the host has to choose a token, no further step is launched before it has.
+the host has to choose a token, no further step is launched before it has. A token that is forced
+after one of the first step, as the end of a thought is, takes the place of the one that the second
+chooses, which is void.
 
 Failures are handled as if there were one step at a time: all steps in flight are waited for first.
 Steps started after a failed step are discarded and run again after it.
@@ -195,8 +197,7 @@ class Executor:
         """Return the embeddings of the pictures that have tokens of the decoder in a step."""
         if self._pictures is None or self._sources is not None:
             return NO_FEATURES
-        num_tokens = self._pictures.num_tokens
-        pictures = [p for sequence, n in step for p in sequence.pictures_within(n, num_tokens)]
+        pictures = [p for sequence, n in step for p in sequence.pictures_within(n)]
         return self._pictures.prepare(pictures) if pictures else NO_FEATURES
 
     def _source_states(self, step: Step) -> Sources:
@@ -326,6 +327,8 @@ class Executor:
         for row, (sequence, best) in enumerate(zip(flight.rows, _best(output), strict=True)):
             token_id, logit, top_logit = best
             probability = next(probabilities) if sequence.request.logprob else 1.0
+            if sequence.skip_void():
+                continue
             if not (math.isfinite(top_logit) and probability > 0):
                 self._refuse(sequence)
                 continue

@@ -8,9 +8,13 @@ A token fits if the text can still be completed within the tokens left after it.
 from a mask does not fit, it is replaced by a candidate that does, or else by the next token of the
 shortest completion. The choice depends on the row alone.
 
+A constraint holds for the answer only. The first token may begin a thought instead, within which
+all tokens are allowed; one that would end the completion there ends the thought.
+
 Dimensions: C candidates, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +55,8 @@ def candidates_of(output: StepOutput, row: int, full_row: int) -> Candidates:
 
 def wants_mask(sequence: Sequence, candidates: int) -> bool:
     """Return whether a row needs its constraint's mask regardless of the candidates."""
-    return sequence.guide is not None and needs_logits(sequence.request.params, candidates)
+    is_held = sequence.guide is not None and not sequence.is_thinking
+    return is_held and needs_logits(sequence.request.params, candidates)
 
 
 def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> Chosen:
@@ -62,8 +67,22 @@ def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> C
         candidates: The step's outputs for the row.
         mask_of: Function that returns the mask of a guide.
     """
-    if sequence.guide is not None:
+    if sequence.guide is None:
+        return _draw_freely(sequence, candidates)
+    if sequence.thoughts is None:
         return _draw_within(sequence, sequence.guide, candidates, mask_of)
+    if not sequence.is_thinking:
+        first_id = sequence.thoughts.first_id
+        return _draw_within(sequence, sequence.guide, candidates, mask_of, first_id=first_id)
+    token_id, logit = _draw_freely(sequence, candidates)
+    if token_id in sequence.end_token_ids:
+        token_id = sequence.thoughts.end_id
+        logit = float(_all_logits(candidates)[token_id])
+    return token_id, logit
+
+
+def _draw_freely(sequence: Sequence, candidates: Candidates) -> Chosen:
+    """Return a next token among all tokens."""
     logits, ids, _ = candidates
     if needs_logits(sequence.request.params, len(ids)):
         logits = _all_logits(candidates)
@@ -73,19 +92,38 @@ def next_token(sequence: Sequence, candidates: Candidates, mask_of: MaskOf) -> C
 
 
 def _draw_within(
-    sequence: Sequence, guide: Guide, candidates: Candidates, mask_of: MaskOf
+    sequence: Sequence,
+    guide: Guide,
+    candidates: Candidates,
+    mask_of: MaskOf,
+    *,
+    first_id: int | None = None,
 ) -> Chosen:
-    """Return a next token that the constraint allows and that leaves enough tokens to end."""
+    """Return a next token that the constraint allows and that leaves enough tokens to end.
+
+    Args:
+        sequence: The sequence of the row.
+        guide: State of the row's answer in the language of its constraint.
+        candidates: The step's outputs for the row.
+        mask_of: Function that returns the mask of a guide.
+        first_id: Token that may come before the answer, as one that begins a thought; or None.
+    """
     num_left = sequence.num_tokens_left - 1
+
+    def fits(token_id: int) -> bool:
+        return token_id == first_id or guide.fits(token_id, num_left)
+
     logits = _all_logits(candidates)
     is_drawn = sequence.request.params.temperature > 0
-    fitting = _fitting(guide, num_left, candidates, is_drawn=is_drawn)
+    fitting = _fitting(fits, candidates, is_drawn=is_drawn)
     if len(fitting) and not needs_logits(sequence.request.params, len(fitting)):
         token_id = _sample(sequence, logits[fitting], fitting)
         return token_id, float(logits[token_id])
     allowed = allowed_ids(mask_of(guide))
+    if first_id is not None:
+        allowed = np.union1d(allowed, first_id)
     token_id = _sample(sequence, logits[allowed], allowed)
-    if not guide.fits(token_id, num_left):
+    if not fits(token_id):
         token_id = (
             _sample(sequence, logits[fitting], fitting)
             if len(fitting)
@@ -95,7 +133,7 @@ def _draw_within(
 
 
 def _fitting(
-    guide: Guide, num_left: int, candidates: Candidates, *, is_drawn: bool
+    fits: Callable[[int], bool], candidates: Candidates, *, is_drawn: bool
 ) -> Int64[np.ndarray, " C"]:
     """Return the candidates that fit; without a draw, only the likeliest of them."""
     fitting: list[int] = []
@@ -104,7 +142,7 @@ def _fitting(
         # Candidates are sorted; only those equal to the first one that fits still compete with it.
         if logit < least:
             break
-        if guide.fits(token_id, num_left):
+        if fits(token_id):
             fitting.append(token_id)
             least = -np.inf if is_drawn else logit
     return np.array(fitting, np.int64)

@@ -71,6 +71,8 @@ def pack(
     if signature.device == "cuda" and signature.paged_states:
         is_decode = not any(sequence.is_prefilling for sequence, _ in step)
         feeds["attention_metadata"] = _attention_metadata(layout, is_decode=is_decode)
+    if signature.device == "cuda" and signature.shares_caches:
+        feeds |= rows_as_sequences(feeds)
     if signature.device == "cuda" and signature.has_source:
         return as_tokens(feeds, signature)
     return feeds
@@ -142,6 +144,20 @@ def _targets(step: Step, layout: StepLayout) -> dict[str, np.ndarray]:
     }
 
 
+def rows_as_sequences(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the inputs by which CUDA layers without caches take each row as a sequence.
+
+    Args:
+        feeds: The step's `cu_seqlens`, `logit_rows` and `position_ids`.
+    """
+    rows = feeds["logit_rows"]
+    return {
+        "row_sequences": np.searchsorted(feeds["cu_seqlens"], rows, side="right") - 1,
+        "row_cu_seqlens": np.arange(len(rows) + 1, dtype=np.int32),
+        "row_past_seqlens": feeds["position_ids"][rows].astype(np.int32),
+    }
+
+
 def _tables(
     layout: StepLayout, signature: Signature, cache: KVCache, state: PagedState
 ) -> dict[str, np.ndarray]:
@@ -195,11 +211,10 @@ def place_embeddings(
     rows = np.full(num_tokens, -1, np.int64)
     parts: list[np.ndarray] = []
     num_rows = 0
-    num_image_tokens = next((len(values) for values in features.values()), 0)
     for begin, past, num_new_tokens, pictures in ranges:
         for picture in pictures:
             first = max(past, picture.start)
-            end = min(past + num_new_tokens, picture.start + num_image_tokens)
+            end = min(past + num_new_tokens, picture.end)
             if first >= end:
                 continue
             parts.append(features[picture.digest][first - picture.start : end - picture.start])

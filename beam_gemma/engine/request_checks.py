@@ -34,10 +34,11 @@ class RequestChecks:
         self._check_source(request)
         self._check_spans(request)
         self._check_pictures(request)
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+        max_tokens = request.params.max_tokens
         if request.constraint and (too_few := request.constraint.shortage(max_tokens)):
             raise RecordError(too_few)
-        num_tokens, limit = num_prompt_tokens + max_tokens, self.signature.max_model_len
+        num_tokens = len(request.prompt_token_ids) + request.max_new_tokens
+        limit = self.signature.max_model_len
         if num_tokens > limit:
             raise PromptTooLongError(
                 f"{wanted(request)}: expected at most {limit:,} together, got {num_tokens:,}; "
@@ -106,24 +107,31 @@ class RequestChecks:
             if self.encoder is None
             else ("source", request.source_token_ids)
         )
-        size, num_tokens = self.vision.image_size, self.vision.num_image_tokens
-        ends = [0, *(picture.start + num_tokens for picture in pictures)]
+        ends = [0, *(picture.end for picture in pictures)]
         for end_before, picture in zip(ends, pictures, strict=False):
-            if not end_before <= picture.start <= len(holder) - num_tokens:
+            num_tokens = self.vision.tokens_of(*picture.pixels.shape[1:])
+            if num_tokens is None:
+                height, width = picture.pixels.shape[1:]
+                raise RecordError(
+                    f"pictures: expected {self.vision.sizes_of_pictures}, got {height} by {width}"
+                )
+            is_inside = end_before <= picture.start <= len(holder) - num_tokens
+            if picture.num_tokens != num_tokens or not is_inside:
                 raise RecordError(
                     f"pictures: expected places of {num_tokens:,} tokens in order inside a {where} "
-                    f"of {len(holder):,}, got one from token {picture.start:,} on"
+                    f"of {len(holder):,}, got one of {picture.num_tokens:,} from token "
+                    f"{picture.start:,} on"
                 )
-            if (got := picture.pixels.shape[1]) != size:
-                raise RecordError(f"pictures: expected {size} by {size} pixels, got {got} by {got}")
 
 
 def wanted(request: Request) -> str:
     """Return what a request takes, for messages."""
     source = f"source of {n:,} tokens, " if (n := len(request.source_token_ids)) else ""
+    num_extra = request.max_new_tokens - request.params.max_tokens
+    thoughts = f" and thinking_tokens {num_extra:,}" if num_extra else ""
     return (
         f"{source}prompt of {len(request.prompt_token_ids):,} tokens with max_tokens "
-        f"{request.params.max_tokens:,}"
+        f"{request.params.max_tokens:,}{thoughts}"
     )
 
 

@@ -103,7 +103,6 @@ class Scheduler:
             vision=vision,
             encoder=encoder,
         )
-        self._num_image_tokens = vision.num_image_tokens if vision else 0
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_prompt_tokens = signature.prefill_tokens(max_num_batched_tokens)
         self._snapshots = snapshots or Snapshots()
@@ -140,7 +139,7 @@ class Scheduler:
         self._checks.check(request)
         shortage = self._cache.shortage(
             len(request.prompt_token_ids),
-            request.params.max_tokens,
+            request.max_new_tokens,
             num_source_tokens=len(request.source_token_ids),
         )
         if shortage:
@@ -154,7 +153,7 @@ class Scheduler:
             if self._reuses_blocks:
                 # CUDA decode results differ in bits from prefill: only prefilled blocks are shared.
                 token_ids = tuple(sequence.token_ids) if self._is_apart else sequence.token_ids
-                marks = sequence.request.marks(self._num_image_tokens)
+                marks = sequence.request.marks()
                 sequence.chain = PrefixChain(token_ids, self._signature.block_size, marks)
             self._arrived.append(sequence)
 
@@ -289,7 +288,7 @@ class Scheduler:
     def _cached_prefix(self, sequence: Sequence, num_reusable_tokens: int) -> Prefix:
         """Return the longest prefix of which the cache holds all blocks in reach."""
         window = self._signature.shortest_window
-        if window is not None and sequence.request.has_wide_spans(self._num_image_tokens):
+        if window is not None and sequence.request.has_wide_spans():
             # Tokens of such a span may attend to blocks before the window, which the cache gives
             # back; as long as the prefix lies within the window, it holds all blocks.
             num_reusable_tokens = min(num_reusable_tokens, window - 1)
@@ -338,6 +337,7 @@ class Scheduler:
         """Return how many prompt tokens from `start` on fill a CUDA step's tokens or rows."""
         room = self._max_num_prompt_tokens - sum(n for _, n in step)
         room = min(room, self._most_from(start), self._most_places_beside(step))
+        room = min(room, self._most_reached_beside(step) - start)
         num_rows = sum(len(s.rows_within(s.num_computed_tokens, n)) for s, n in step)
         if room <= 0 or max(num_rows, len(step)) >= PREFILL_ROWS:
             return 0
@@ -353,6 +353,17 @@ class Scheduler:
         if not self._signature.has_recurrent_state:
             return self._max_num_batched_tokens
         return most if max((n for _, n in step), default=0) <= most else 0
+
+    def _most_reached_beside(self, step: list[tuple[Sequence, int]]) -> int:
+        """Return how many tokens a further sequence of a CUDA step may attend to.
+
+        Layers with heads too wide for flash attention gather the keys and values of all sequences
+        of a prefill step. There is room for those of one sequence of any length.
+        """
+        most = self._signature.max_model_len
+        if self._signature.gathered_heads:
+            most -= sum(s.num_computed_tokens + n for s, n in step)
+        return most
 
     def _chunk(self, sequence: Sequence, start: int) -> int:
         """Return how many prompt tokens to compute next: fewer whole tiles as `start` grows."""
@@ -462,7 +473,7 @@ def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
     by_length = sorted(
         sequences,
         key=lambda s: (
-            -s.request.params.max_tokens,
+            -s.request.max_new_tokens,
             -s.num_source_tokens - s.num_reusable_tokens,
         ),
     )

@@ -9,7 +9,7 @@ While steps are in flight, a sequence is ahead of what the host has seen of it:
 The first counts tokens computed by steps that are over. The second includes those of steps in
 flight. The third includes tokens that those steps choose, which the host does not know yet.
 
-Dimensions: I pixels of a picture's side.
+Dimensions: I height and J width of a picture in pixels.
 """
 
 import bisect
@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 
 from beam_gemma.engine.prefix import Mark, PrefixChain, digest_of
 from beam_gemma.engine.sampling import SamplingParams, needs_logits
+from beam_gemma.engine.thoughts import Thinking, Thoughts
 from beam_gemma.errors import OptionsError
 from beam_gemma.structured.constraint import Constraint, Guide
 
@@ -48,8 +49,15 @@ class Picture:
     """Position of its first token in the prompt."""
     digest: bytes
     """Hash of what the embeddings depend on: equal digests mean equal pixels."""
-    pixels: UInt8[np.ndarray, "3 I I"]
-    """Pixels in the model's size, channels first, red first."""
+    pixels: UInt8[np.ndarray, "3 I J"]
+    """Pixels in a size that the model takes, channels first, red first."""
+    num_tokens: int
+    """Number of tokens that it takes."""
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,19 +71,21 @@ class Request:
     sampling_key: str = ""
     """Key of the row's draws: the same key, seed and prompt give the same completion."""
     should_stop: Callable[[int], bool] | None = None
-    """Callback for each new token id, in order; True ends the sequence, which keeps that token."""
+    """Callback for each new token id of the answer, in order; True ends the sequence, which keeps
+    that token."""
     constraint: Constraint | None = None
-    """Language that the completion must belong to; it decides where the completion ends."""
+    """Language that the answer must belong to; it decides where the completion ends."""
+    thinking: Thinking | None = None
+    """Thoughts of the completion, and their limit; None if all of it is the answer."""
     logprob: bool = False
-    """True to sum the log-probabilities of the completion's tokens."""
+    """True to sum the log-probabilities of the answer's tokens."""
     spans: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of the prompt, in order, with attention in both directions."""
     source_token_ids: tuple[int, ...] = ()
     """Source of an encoder-decoder, which its encoder reads in both directions; the prompt is then
     what the decoder starts with."""
     pictures: tuple[Picture, ...] = ()
-    """Pictures of the prompt, or of the source if there is one, in order; each takes as many tokens
-    as the model says."""
+    """Pictures of the prompt, or of the source if there is one, in order."""
     targets: tuple[tuple[int, int], ...] = ()
     """Pairs to score instead of completing: a prompt position and a possible next token, in order
     of positions; the last pair is at the prompt's last position."""
@@ -87,6 +97,11 @@ class Request:
             raise OptionsError(
                 f"request {self.request_id!r}: expected a constraint, or should_stop and "
                 "ignore_eos, got both; a constraint alone says where a completion ends"
+            )
+        if self.constraint is not None and self.thinking and not self.thinking.max_tokens:
+            raise OptionsError(
+                f"request {self.request_id!r}: expected a limit of thoughts beside a constraint, "
+                "whose text comes after them, got none"
             )
         positions = [position for position, _ in self.targets]
         last = len(self.prompt_token_ids) - 1
@@ -106,16 +121,15 @@ class Request:
                 )
             end_before = end
 
-    def marks(self, num_image_tokens: int) -> tuple[Mark, ...]:
-        """Return the marks of pictures and spans, for the digests of the prompt's blocks.
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum length of the completion with its thoughts, in tokens."""
+        extra = self.thinking.num_extra_tokens if self.thinking is not None else 0
+        return self.params.max_tokens + extra
 
-        Args:
-            num_image_tokens: Number of tokens of each picture.
-        """
-        pictures = [
-            Mark(p.start, p.start + num_image_tokens, digest_of(b"picture", p.digest))
-            for p in self.pictures
-        ]
+    def marks(self) -> tuple[Mark, ...]:
+        """Return the marks of pictures and spans, for the digests of the prompt's blocks."""
+        pictures = [Mark(p.start, p.end, digest_of(b"picture", p.digest)) for p in self.pictures]
         spans = []
         for start, end in self.spans:
             inside = (
@@ -133,9 +147,9 @@ class Request:
         token_ids = array("q", self.source_token_ids).tobytes()
         return digest_of(array("q", (len(token_ids),)).tobytes(), token_ids, *pictures)
 
-    def has_wide_spans(self, num_image_tokens: int) -> bool:
+    def has_wide_spans(self) -> bool:
         """Return whether any span is not just one of the pictures."""
-        pictures = {(p.start, p.start + num_image_tokens) for p in self.pictures}
+        pictures = {(p.start, p.end) for p in self.pictures}
         return not pictures.issuperset(self.spans)
 
 
@@ -144,12 +158,12 @@ class Completion:
     """The result of a request."""
 
     token_ids: tuple[int, ...]
-    """Tokens of the completion, without the end token; empty after an error."""
+    """Tokens of the completion, thoughts included, without the end token; empty after an error."""
     finish_reason: FinishReason
     logprob: float | None
-    """Sum of the chosen tokens' log-probabilities at temperature 1, the end token's included; None
-    unless the request asks for it. Probabilities are the model's own, without the constraint;
-    tokens that a constraint forces are not counted."""
+    """Sum of the log-probabilities, at temperature 1, of the chosen tokens outside of thoughts, the
+    end token's included; None unless the request asks for it. Probabilities are the model's own,
+    without the constraint; tokens that a constraint forces are not counted."""
     error: str | None = None
     scores: tuple[float, ...] = ()
     """Log-probability of each target, or its logit if the request is not `normalized`."""
@@ -174,6 +188,9 @@ class Sequence:
     """Leading tokens already in the caches."""
     num_unknown_tokens: int = 0
     """Tokens after `token_ids` that steps in flight choose."""
+    num_void_tokens: int = 0
+    """Tokens that steps in flight choose in vain, since a forced one has taken the place; these
+    steps come before those that choose unknown tokens."""
     prefill_end: int = 0
     """Leading tokens that are computed in chunks; later ones are computed by decode."""
     isolated: bool = False
@@ -185,11 +202,11 @@ class Sequence:
     snapshot_slot: int = -1
     """Slot of the snapshot to copy to the sequence's own before its next step; -1 for none."""
     guide: Guide | None = None
-    """State of the completion in the language of its constraint."""
+    """State of the answer in the language of its constraint."""
+    thoughts: Thoughts | None = field(init=False)
+    """Thoughts of the completion so far; None if it has none."""
     wants_logits: bool = False
     """True if the candidates of a step may be too few to choose its next token from."""
-    max_length: int = field(init=False)
-    """Maximum number of tokens of prompt and completion together."""
     source_digest: bytes = field(init=False)
     """Hash of all that the encoder's states of the source depend on; empty without a source."""
     logprob: float = 0.0
@@ -203,17 +220,17 @@ class Sequence:
         self.token_ids = list(self.request.prompt_token_ids)
         request = self.request
         self.source_digest = request.source_digest() if request.source_token_ids else b""
-        self.max_length = self.num_prompt_tokens + self.request.params.max_tokens
+        self.thoughts = Thoughts(request.thinking) if request.thinking is not None else None
 
     def begin(self, candidates: int) -> None:
-        """Append the first tokens that the constraint forces; call this before any step.
+        """Append the first tokens that are forced; call this before any step.
 
         Args:
             candidates: Number of candidates that each step returns.
         """
         if self.request.constraint is not None:
             self.guide = self.request.constraint.start()
-            self.token_ids += self.guide.take_forced(self.num_tokens_left)
+        self._take_forced()
         self.prefill_end = len(self.token_ids)
         self.wants_logits = self.guide is not None or needs_logits(self.request.params, candidates)
 
@@ -228,8 +245,19 @@ class Sequence:
         return len(self.request.source_token_ids)
 
     @property
+    def is_thinking(self) -> bool:
+        """True within a thought, as far as the host knows."""
+        return self.thoughts is not None and self.thoughts.is_open
+
+    @property
+    def max_length(self) -> int:
+        """Maximum number of tokens of prompt and completion together, with the thoughts so far."""
+        num_extra = self.thoughts.num_extra_tokens if self.thoughts is not None else 0
+        return self.num_prompt_tokens + self.request.params.max_tokens + num_extra
+
+    @property
     def num_tokens_left(self) -> int:
-        """Number of tokens by which the completion may still grow."""
+        """Number of tokens by which the completion may still grow, without further thoughts."""
         return self.max_length - len(self.token_ids)
 
     @property
@@ -279,7 +307,7 @@ class Sequence:
     def restart(self, num_tokens: int) -> None:
         """Reset to `num_tokens` leading tokens in the caches, with nothing in flight."""
         self.num_computed_tokens = self.num_settled_tokens = num_tokens
-        self.num_unknown_tokens = 0
+        self.num_unknown_tokens = self.num_void_tokens = 0
 
     def chunk(self, start: int, limit: int, *, evenly: bool = True) -> int:
         """Return how many of the tokens from `start` on to compute in one step, at most `limit`.
@@ -329,19 +357,11 @@ class Sequence:
         """Return the end of the span that the token at `start` is in, else `start`."""
         return next((b for a, b in self.request.spans if a <= start < b), start)
 
-    def pictures_within(self, num_new_tokens: int, num_image_tokens: int) -> list[Picture]:
-        """Return the pictures with tokens among the next `num_new_tokens`.
-
-        Args:
-            num_new_tokens: Number of next tokens.
-            num_image_tokens: Number of tokens of each picture.
-        """
+    def pictures_within(self, num_new_tokens: int) -> list[Picture]:
+        """Return the pictures with tokens among the next `num_new_tokens`."""
         start = self.num_computed_tokens
-        return [
-            p
-            for p in self.request.pictures
-            if p.start < start + num_new_tokens and start < p.start + num_image_tokens
-        ]
+        pictures = self.request.pictures
+        return [p for p in pictures if p.start < start + num_new_tokens and start < p.end]
 
     def spans_within(self, num_new_tokens: int) -> list[tuple[int, int]]:
         """Return the spans with tokens among the next `num_new_tokens`; none ends behind these.
@@ -362,19 +382,48 @@ class Sequence:
     def accept(self, token_id: int, logprob: float) -> FinishReason | None:
         """Take the next token; return the finish reason if it ends the sequence, else None."""
         self.num_unknown_tokens -= 1
-        self.logprob += logprob
+        is_answer = self.thoughts is None or self.thoughts.is_answer(token_id)
+        self.logprob += logprob if is_answer else 0
         if token_id in self.end_token_ids:
             return "stop"
         self.token_ids.append(token_id)
-        if self.request.should_stop is not None and self.request.should_stop(token_id):
-            return "stop"
-        if self.guide is not None:
-            self.guide.take(token_id)
-            left = self.num_tokens_left
-            self.token_ids += self.guide.take_forced(left, limit=MAX_FORCED_TOKENS)
-            if self.guide.is_final:
+        if self.thoughts is not None:
+            self.thoughts.take(token_id)
+        if is_answer:
+            if self.request.should_stop is not None and self.request.should_stop(token_id):
                 return "stop"
+            if self.guide is not None:
+                self.guide.take(token_id)
+        self._take_forced(limit=MAX_FORCED_TOKENS)
+        if self.guide is not None and self.guide.is_final and not self.is_thinking:
+            return "stop"
         return "length" if len(self.token_ids) >= self.max_length else None
+
+    def skip_void(self) -> bool:
+        """Return whether the next token that a step has chosen is void, and forget it if so."""
+        is_void = self.num_void_tokens > 0
+        self.num_void_tokens -= is_void
+        return is_void
+
+    def _take_forced(self, *, limit: int | None = None) -> None:
+        """Append the tokens that must follow, in place of those that steps in flight choose.
+
+        Args:
+            limit: Maximum number of tokens to append; None for no limit.
+        """
+        num_before = len(self.token_ids)
+        thoughts = self.thoughts
+        if thoughts is not None and thoughts.must_end and self.num_tokens_left > 0:
+            thoughts.take(thoughts.end_id)
+            self.token_ids.append(thoughts.end_id)
+        # The first token decides between a thought and the text of the constraint.
+        is_open = thoughts is not None and (thoughts.is_open or thoughts.first_id is not None)
+        if self.guide is not None and not is_open:
+            limit = None if limit is None else limit - (len(self.token_ids) - num_before)
+            self.token_ids += self.guide.take_forced(self.num_tokens_left, limit=limit)
+        if len(self.token_ids) > num_before:
+            self.num_void_tokens += self.num_unknown_tokens
+            self.num_unknown_tokens = 0
 
     def _span_around(self, position: int) -> tuple[int, int]:
         """Return the span that a cut at a position would split, else the position twice."""

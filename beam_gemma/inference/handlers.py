@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.task_handler import TaskHandler, image_tokens
+from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.row import Row
 from beam_gemma.inputs.template import column_value
@@ -55,6 +55,7 @@ class GemmaGenerateModelHandler(TaskHandler):
 
     token_counters: ClassVar[Mapping[str, str]] = {
         "num_prompt_tokens": "prompt_tokens",
+        "num_thinking_tokens": "thinking_tokens",
         "num_completion_tokens": "completion_tokens",
     }
     head: Head = "generate"
@@ -172,12 +173,11 @@ class GemmaClassifyModelHandler(TaskHandler):
     def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
         """Return a function from a row to the token ids to compute; no weights are loaded."""
         encoders = open_model.question_encoders(artifact, self.settings)
-        size = image_tokens(artifact)
 
         def asks(row: Row) -> Asked:
             questions = [encode(row) for encode in encoders]
             paths = ((q.prompt, path.token_ids) for q in questions for path in q.plan.paths)
-            return asked([question.prompt for question in questions], paths, size)
+            return asked([question.prompt for question in questions], paths)
 
         return asks
 

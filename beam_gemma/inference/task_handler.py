@@ -147,11 +147,11 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
 
     def asks(self, artifact: Artifact) -> Callable[[Row], Asked]:
         """Return a function from a row to the token ids to compute; no weights are loaded."""
-        encode, size = self.encoder(artifact), image_tokens(artifact)
+        encode = self.encoder(artifact)
 
         def asks(row: Row) -> Asked:
             prompt = encode(row)
-            return asked([prompt], [(prompt, prompt.start_token_ids)], size)
+            return asked([prompt], [(prompt, prompt.start_token_ids)])
 
         return asks
 
@@ -301,7 +301,10 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         rows = {"rows_in": len(results), "rows_ok": len(results) - failed, "rows_failed": failed}
         for name, number in (rows | counts).items():
             Metrics.counter(METRICS_NAMESPACE, name).inc(number)
+        columns = self.settings.result_schema.names
         for column, name in self.token_counters.items():
+            if column not in columns:
+                continue
             counter = Metrics.counter(METRICS_NAMESPACE, name)
             distribution = Metrics.distribution(METRICS_NAMESPACE, column)
             for result in results:
@@ -315,11 +318,6 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             return next(results)
         own = [next(results) for _ in range(example.num_rows)]
         return pa.RecordBatch.from_pylist(own, schema=self.settings.result_schema)
-
-
-def image_tokens(artifact: Artifact) -> int:
-    """Return the number of tokens that a picture takes in a model."""
-    return 0 if artifact.vision is None else artifact.vision.num_image_tokens
 
 
 def check_bounded(rows: PCollection[Any]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import jinja2
 
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.languages import language_codes, takes_languages
 from beam_gemma.inputs.template_sandbox import TemplateSandbox
+from beam_gemma.inputs.tools import texts_in, traced
 from beam_gemma.inputs.traced_text import (
     LAST,
     ROW,
@@ -39,7 +41,13 @@ GEMMA_CHAT_TEMPLATE = """\
 """Turn format of instruction-tuned Gemma 1, 2 and 3, for models that lack a template."""
 
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+}
 """Roles of messages, and what chat templates call them."""
 SPECIAL_TOKENS = {
     f"{name}_token": TracedText(f"<{name}>", TEMPLATE) for name in ("bos", "eos", "unk", "pad")
@@ -62,7 +70,6 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 100
 _short = _SHORT.repr
-_CODES = ("source_lang_code", "target_lang_code")
 _PROBE = "probe"
 _QUESTION = "question"
 
@@ -82,18 +89,22 @@ class ChatTemplate:
 
     Args:
         source: Text of the template; its variables are `messages`, `add_generation_prompt`,
-            `tools` and `documents`, which are None, those of `SPECIAL_TOKENS`, and the functions
-            `raise_exception` and `strftime_now`.
+            `tools`, `documents`, which is None, those of `SPECIAL_TOKENS`, `enable_thinking` if
+            that is given, and the functions `raise_exception` and `strftime_now`.
         control_pieces: The tokenizer's control pieces.
         allow_special_tokens: Whether to recognize control pieces in message contents as well.
         image_piece: Control piece that stands for a picture; None if the model takes none.
         languages: Codes of the languages to translate from and to, for a template that takes only
             a text or a picture with such codes, as TranslateGemma's does; None for other templates.
+        enable_thinking: Whether the model is to think before it answers, for a template that knows
+            it, as Gemma 4's does; None for what the template does by itself.
+        tools: Functions that the model may call, from `checked_tools`. Their text is data, as that
+            of rows: it never yields control pieces.
 
     Raises:
-        OptionsError: the template is malformed, rejects a single user message, knows no languages
-            though they are given, or writes control pieces by an operation that loses track of
-            whose text it is.
+        OptionsError: the template is malformed, rejects a single user message, knows no languages,
+            thinking or tools though they are given, or writes control pieces by an operation that
+            loses track of whose text it is.
     """
 
     def __init__(
@@ -104,6 +115,8 @@ class ChatTemplate:
         allow_special_tokens: bool = False,
         image_piece: str | None = None,
         languages: tuple[str, str] | None = None,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._pieces = ControlPieces(control_pieces)
         self._allow_special_tokens = allow_special_tokens
@@ -113,6 +126,10 @@ class ChatTemplate:
                 "source_lang: expected a model whose chat template takes languages, such as "
                 "TranslateGemma, got one that ignores them"
             )
+        self._options: dict[str, Any] = {"tools": traced(tools) or None}
+        self._tool_texts = tuple(texts_in(tools))
+        if enable_thinking is not None:
+            self._options["enable_thinking"] = enable_thinking
         text = {"type": "text", "text": _QUESTION}
         codes = {} if languages is None else language_codes(*languages)
         question: Any = [text | codes] if languages else _QUESTION
@@ -124,10 +141,20 @@ class ChatTemplate:
         except _FAULTS as error:
             needs_codes = languages is None and takes_languages(source)
             hint = "; give source_lang and target_lang" if needs_codes else ""
+            taken = "one user message, and these tools" if tools else "one user message"
             raise OptionsError(
-                f"chat template: expected a template that takes one user message, got: {error}"
-                f"{hint}"
+                f"chat template: expected a template that takes {taken}, got: {error}{hint}"
             ) from error
+        if tools and not self._heeds(rendered, tools=None):
+            raise OptionsError(
+                "tools: expected a model whose chat template declares functions, such as Gemma 4 "
+                "or FunctionGemma, got one that ignores them"
+            )
+        if enable_thinking and not self._heeds(rendered, enable_thinking=False):
+            raise OptionsError(
+                "thinking: expected a chat template that knows enable_thinking, as Gemma 4's does, "
+                "got one that ignores it"
+            )
         self._takes_parts = languages is not None or self._shows(rendered, [text])
         self._takes_images = languages is not None or self._shows_image()
         self._takes_system = self._shows_system()
@@ -151,7 +178,7 @@ class ChatTemplate:
             RecordError: the messages are malformed, or the template rejects them.
         """
         conversation = [dict(message) for message in _checked(messages, self._image is not None)]
-        if system is not None and conversation[0]["role"] != "system":
+        if system is not None and ROLES[conversation[0]["role"]] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         continues = ROLES[conversation[-1]["role"]] == "assistant"
         traced = [self._traced(message) for message in conversation[:-1]]
@@ -169,17 +196,21 @@ class ChatTemplate:
             rendered = _up_to_answer(rendered, traced[-1]["content"])
         return tuple(_merged(self._parts(rendered)))
 
-    def _run(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> TracedText:
-        return self._sandbox.rendered(
-            self._template,
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
+    def _run(self, messages: Sequence[Mapping[str, Any]], **changes: Any) -> TracedText:
+        """Return the prompt of messages.
+
+        Args:
+            messages: The messages as the template sees them.
+            changes: Variables of the template with other values than the usual ones.
+        """
+        variables = {
+            "add_generation_prompt": True,
+            "documents": None,
             **SPECIAL_TOKENS,
-        )
+            **self._options,
+            **changes,
+        }
+        return self._sandbox.rendered(self._template, messages=messages, **variables)
 
     def _shows_system(self) -> bool:
         """Return whether a system message appears in the prompt; Gemma 1 and 2 reject it."""
@@ -187,6 +218,13 @@ class ChatTemplate:
             return _PROBE in self._run([{"role": "system", "content": _PROBE}, _of_user(_QUESTION)])
         except _FAULTS:
             return False
+
+    def _heeds(self, rendered: str, **changes: Any) -> bool:
+        """Return whether the prompt of a question is another one with such changes."""
+        try:
+            return self._run([_of_user(_QUESTION)], **changes) != rendered
+        except _FAULTS:
+            return True
 
     def _shows(self, expected: str, content: list[dict[str, str]]) -> bool:
         """Return whether the prompt of a content is the expected one."""
@@ -262,11 +300,12 @@ class ChatTemplate:
                 yield Text(text)
 
     def _check_origins(self, rendered: TracedText, contents: Sequence[str]) -> None:
-        """Refuse a control piece of unknown origin, unless a row holds it, whose text it stays."""
+        """Refuse a control piece of unknown origin, unless a row or a tool has it in its text."""
         written = origins(rendered)
         if UNKNOWN not in written:
             return
         end = 0
+        contents = (*contents, *self._tool_texts)
         for part in self._pieces.split(plain(rendered)):
             start, end = end, end + len(part.piece if isinstance(part, Control) else part.text)
             if not isinstance(part, Control) or UNKNOWN not in written[start:end]:
@@ -281,16 +320,6 @@ class ChatTemplate:
 def picture_key(part: Mapping[str, Any]) -> str | None:
     """Return the key under which a part of a message brings a picture; None if it brings none."""
     return next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
-
-
-def takes_languages(source: str) -> bool:
-    """Return whether a chat template takes codes of languages, as TranslateGemma's does."""
-    return all(code in source for code in _CODES)
-
-
-def language_codes(source_lang: str, target_lang: str) -> dict[str, str]:
-    """Return the keys of a part of a message that TranslateGemma translates."""
-    return dict(zip(_CODES, (source_lang, target_lang), strict=True))
 
 
 def _of_user(content: Any) -> dict[str, Any]:
@@ -314,9 +343,9 @@ def _checked(messages: Any, takes_images: bool) -> list[Mapping[str, Any]]:
                 f"messages: expected each with a text, or a list of parts of type {kinds} as "
                 f"content, got {_short(message)}"
             )
-    if any(message["role"] == "system" for message in messages[1:]):
+    if any(ROLES[message["role"]] == "system" for message in messages[1:]):
         raise RecordError("messages: expected a system message only at the head, got a later one")
-    if messages[-1]["role"] == "system":
+    if ROLES[messages[-1]["role"]] == "system":
         raise RecordError("messages: expected the last one to be the user's, got 'system'")
     return list(messages)
 

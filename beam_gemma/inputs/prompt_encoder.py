@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
-from beam_gemma.inputs.chat_template import (
-    GEMMA_CHAT_TEMPLATE,
-    ChatTemplate,
-    language_codes,
-    takes_languages,
-)
+from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
 from beam_gemma.inputs.decoder_prompt import Decoder, DecoderPrompts, check_decoder
 from beam_gemma.inputs.image_prompt import ImagePrompts, PicturePart
 from beam_gemma.inputs.infill import Infill
+from beam_gemma.inputs.languages import (
+    PROBES,
+    LanguageSettings,
+    language_codes,
+    takes_languages,
+)
 from beam_gemma.inputs.row import (
     ColumnUse,
     ImageFile,
@@ -28,6 +29,8 @@ from beam_gemma.inputs.row import (
     shots_own_errors,
 )
 from beam_gemma.inputs.template import Template, column_text, format_value
+from beam_gemma.inputs.tools import check_calls
+from beam_gemma.model.call_pieces import response_ids
 from beam_gemma.model.markup import Part, Text
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.model.vision_config import VisionConfig
@@ -43,7 +46,7 @@ MAX_CUTS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PromptSettings:
+class PromptSettings(LanguageSettings):
     """Settings to turn a row into a prompt; at most one of `SOURCES` may be set."""
 
     SOURCES: ClassVar[tuple[str, ...]] = (
@@ -68,13 +71,11 @@ class PromptSettings:
     not name come before its text, in this order."""
     pan_and_scan: bool = False
     """True to add crops of a picture that is much wider than high, or higher than wide."""
+    image_tokens: int | None = None
+    """Most tokens of a picture, for models that take several sizes, such as Gemma 4. None for the
+    model's default."""
     allow_missing_images: bool = False
     """True if a null stands for no picture; otherwise such a row is an error."""
-    source_lang: str | None = None
-    """Code of the language to translate from, as `cs`, for models whose chat template takes it:
-    those of TranslateGemma. They get one text or picture of a row."""
-    target_lang: str | None = None
-    """Code of the language to translate to, as `de-DE`."""
     decoder_prompt: str | None = None
     """Template of the text that the decoder of an encoder-decoder, such as T5Gemma, starts with.
     The completion excludes it."""
@@ -99,7 +100,7 @@ class PromptSettings:
         self._check_infill()
         self._check_images()
         self._check_decoder_prompt()
-        self._check_languages()
+        self._check_translation()
         if self.prompt_format == "raw" and (self.system is not None or self.messages_column):
             raise OptionsError(
                 "prompt_format: expected chat for a system prompt or messages, got raw; "
@@ -143,15 +144,14 @@ class PromptSettings:
                 f"decoder_prompt: expected texts, got {column!r}, a column of pictures"
             )
 
-    def _check_languages(self) -> None:
-        if (self.source_lang is None) != (self.target_lang is None):
-            raise OptionsError("source_lang: expected source_lang and target_lang, got one of them")
-        if self.source_lang is None:
+    def _check_translation(self) -> None:
+        self.check_languages()
+        if not self.has_languages:
             return
         others = ("prompt", "messages_column", "prefix_column", "system")
         given = [name for name in others if getattr(self, name) is not None]
         if len(self.image_columns) + (self.prompt_column is not None) > 1:
-            given.append(f"columns {', '.join(self.prompt_columns)}")
+            given.append(f"columns {', '.join(self.text_columns)}")
         if given or self.prompt_format == "raw":
             raise OptionsError(
                 "source_lang: expected only a prompt_column or one image column to translate, got "
@@ -161,7 +161,7 @@ class PromptSettings:
     @property
     def prompt_columns(self) -> dict[str, ColumnUse]:
         """Columns that a prompt is made of, with their use; those of the decoder prompt last."""
-        columns = self.text_columns
+        columns = self.text_columns | self.language_columns
         more = [field for field in self._decoder_fields if field not in columns]
         return columns | dict.fromkeys(more, "value")
 
@@ -173,7 +173,7 @@ class PromptSettings:
 
     @property
     def text_columns(self) -> dict[str, ColumnUse]:
-        """Columns that a prompt is made of without its decoder prompt, with their use."""
+        """Columns of a prompt's texts and pictures, with their use."""
         images: dict[str, ColumnUse] = dict.fromkeys(self.image_columns, "images")
         if self.prompt is not None:
             values: dict[str, ColumnUse] = dict.fromkeys(Template(self.prompt, ()).fields, "value")
@@ -212,6 +212,8 @@ class PromptEncoder:
         vision: VisionConfig | None = None,
         vocab_size: int | None = None,
         decoder: Decoder | None = None,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Prepare the templates.
 
@@ -224,6 +226,9 @@ class PromptEncoder:
             vision: What the model says of pictures; None if it takes none.
             vocab_size: Number of token ids that the model knows; None for the tokenizer's.
             decoder: The decoder of a model whose encoder reads the prompts; None for others.
+            enable_thinking: Whether chats have the model think; None for what their template does
+                by itself.
+            tools: Functions that the model may call, from `checked_tools`.
 
         Raises:
             OptionsError: the model does not support the settings, or a shot yields no prompt.
@@ -235,20 +240,27 @@ class PromptEncoder:
         )
         self._images = ImagePrompts(tokenizer, vision, settings, vocab_size=vocab_size)
         source = _template_source(settings, chat_template, vision)
+        if tools:
+            check_calls(tokenizer.control_pieces, source, decoder)
+        if enable_thinking and source is None:
+            raise OptionsError(
+                "thinking: expected a model with a chat template, such as Gemma 4, got one without"
+            )
         pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
-        self._languages = _languages(settings, source)
         self._chat = source and ChatTemplate(
             source,
             pieces,
             allow_special_tokens=allow,
             image_piece=self._images.piece,
-            languages=self._languages,
+            languages=_languages(settings, source),
+            enable_thinking=enable_thinking,
+            tools=tools,
         )
         self._template = _template(settings, pieces)
-        self.stop_token_ids: tuple[int, ...] = ()
+        self.stop_token_ids = response_ids(pieces)
         """Token ids that end an answer, in addition to the model's own end tokens."""
         if isinstance(self._template, Infill):
-            self.stop_token_ids = self._template.stop_token_ids
+            self.stop_token_ids += self._template.stop_token_ids
         self._decoder: DecoderPrompts | None = None
         if decoder is not None:
             self._decoder = DecoderPrompts(
@@ -289,13 +301,14 @@ class PromptEncoder:
         """Return the prompt of one row, its texts cut if necessary and allowed."""
         images = self._images.of_row(row)
         turns = self._turns_before(row, images)
-        prompt = self._encode(row, images, turns)
+        languages = self.settings.languages_of(row)
+        prompt = self._encode(row, images, turns, languages)
         for _ in range(MAX_CUTS if self.settings.truncate else 0):
             excess = len(prompt.token_ids) - max_tokens
             if excess <= 0:
                 return prompt
             row = self._cut(row, excess)
-            prompt = self._encode(row, images, turns, truncated=True)
+            prompt = self._encode(row, images, turns, languages, truncated=True)
         if len(prompt.token_ids) > max_tokens:
             raise PromptTooLongError(
                 f"prompt: expected at most {max_tokens:,} tokens, got "
@@ -311,7 +324,13 @@ class PromptEncoder:
         return [turn for turn in self._turns if turn[0] != content][: self._shots.number]
 
     def _encode(
-        self, row: Row, images: RowPictures, turns: Sequence[Turn], *, truncated: bool = False
+        self,
+        row: Row,
+        images: RowPictures,
+        turns: Sequence[Turn],
+        languages: tuple[str, str] | None,
+        *,
+        truncated: bool = False,
     ) -> Prompt:
         """Return the prompt of one row as it is."""
         system, column = self.settings.system, self.settings.messages_column
@@ -329,17 +348,17 @@ class PromptEncoder:
         parts = (*before, *content)
         pictures = [part for part in parts if isinstance(part, PicturePart)]
         if self._chat:
-            said = [*itertools.chain.from_iterable(turns), self._asked(content)]
+            said = [*itertools.chain.from_iterable(turns), self._asked(content, languages)]
             roles = itertools.cycle(("user", "assistant"))
             messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
             parts = self._chat.render(messages, system)
         return self._images.prompt(parts, pictures, truncated=truncated)
 
-    def _asked(self, content: tuple[Part, ...]) -> Any:
+    def _asked(self, content: tuple[Part, ...], languages: tuple[str, str] | None) -> Any:
         """Return the content of the last message: a prompt, or what is to be translated."""
-        if self._languages is None:
+        if languages is None:
             return content
-        codes = language_codes(*self._languages)
+        codes = language_codes(*languages)
         if not self.settings.image_columns:
             return [{"type": "text", "text": as_text(content), **codes}]
         if not content:
@@ -358,7 +377,7 @@ class PromptEncoder:
         pictures = tuple(itertools.chain.from_iterable(unnamed))
         if template:
             return (*pictures, *template.render(row, images))
-        if self.settings.source_lang and self.settings.image_columns:
+        if self.settings.has_languages and self.settings.image_columns:
             return pictures
         return (*pictures, *self._split(self._column_text(row)))
 
@@ -423,14 +442,9 @@ def _template(settings: PromptSettings, pieces: Mapping[str, int]) -> Template |
 
 
 def _languages(settings: PromptSettings, template: str | None) -> tuple[str, str] | None:
-    """Return the codes of the languages to translate from and to; None for no translation.
-
-    Messages bring codes of their own. The template is only tried with those returned here.
-    """
-    if settings.source_lang is not None and settings.target_lang is not None:
-        return settings.source_lang, settings.target_lang
+    """Return the codes that a template is tried with; messages and rows bring their own."""
     brings_own = settings.messages_column and template and takes_languages(template)
-    return ("en", "de") if brings_own else None
+    return PROBES if brings_own else settings.languages
 
 
 def _template_source(
@@ -442,7 +456,7 @@ def _template_source(
     own = GEMMA_CHAT_TEMPLATE if settings.chat_template == "gemma" else settings.chat_template
     source = own or of_model
     needs_chat = {
-        "languages": settings.source_lang is not None,
+        "languages": settings.has_languages,
         "a system prompt": settings.system is not None,
         "messages": settings.messages_column,
         "prompt_format chat": settings.prompt_format == "chat",

@@ -5,7 +5,7 @@ with a third one at either end of each string. They differ in the names of these
 Sources: Gemma 4's chat template, and the formatting page of FunctionGemma at ai.google.dev.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -40,3 +40,13 @@ def call_pieces(control_pieces: Iterable[str]) -> CallPieces | None:
         if known >= {pieces.start, pieces.end, pieces.quote}:
             return pieces
     return None
+
+
+def response_ids(control_pieces: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the token ids, if any, that start the result of a function.
+
+    Args:
+        control_pieces: The tokenizer's control pieces with their token ids.
+    """
+    names = (pieces.response for pieces in (GEMMA_4, FUNCTION_GEMMA))
+    return tuple(control_pieces[name] for name in names if name in control_pieces)

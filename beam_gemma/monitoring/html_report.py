@@ -75,6 +75,7 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for line in record["timelines"]
         for name in ("prompt_tokens", "completion_tokens")
     )
+    num_new_tokens = total.thinking_tokens + total.completion_tokens
     figures = [
         ("rows", f"{record['rows']:,}", ""),
         *(
@@ -82,11 +83,11 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             for name, summary in zip(_names(record), summaries, strict=True)
         ),
         ("prompt tokens", f"{total.prompt_tokens:,}", ""),
-        ("new tokens", f"{total.completion_tokens:,}", ""),
+        ("new tokens", f"{num_new_tokens:,}", ""),
         ("from start to end", duration(round(secs, 1) if secs < 60 else secs), ""),
         ("tokens/s computed", f"{computed / secs:,.0f}" if secs else "unknown", ""),
     ]
-    if not total.completion_tokens:
+    if not num_new_tokens:
         del figures[-3]
     return figures
 

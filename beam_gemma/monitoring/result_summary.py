@@ -34,6 +34,7 @@ class Summary:
     """Rows whose prompt or text was cut."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    thinking_tokens: int = 0
     prompt_lengths: Counter[int] = field(default_factory=Counter)
     """Rows by prompt length in tokens; each key is the smallest length of its bin."""
     completion_lengths: Counter[int] = field(default_factory=Counter)
@@ -58,6 +59,7 @@ class Summary:
             truncated=_values(results, "truncated")[True],
             prompt_tokens=_total(prompt_lengths),
             completion_tokens=_total(completion_lengths),
+            thinking_tokens=_total(_values(results, "num_thinking_tokens")),
             prompt_lengths=_binned(prompt_lengths),
             completion_lengths=_binned(completion_lengths),
             finish_reasons=_values(results, "finish_reason"),

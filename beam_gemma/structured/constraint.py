@@ -8,9 +8,10 @@ that begins with enough tokens left ends as a text of the language.
 Dimensions: W words of a mask, each of 32 tokens; C allowed tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -18,20 +19,27 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, Token
 from llguidance.numpy import fill_next_token_bitmask_par, get_bitmask_shape
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.model.markup import Text
+from beam_gemma.model.markup import Control, ControlPieces
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.structured.automaton import Automaton, Vocabulary
 from beam_gemma.structured.grammar import Language
 from beam_gemma.structured.lark import to_lark
 
 Mask = Int32[np.ndarray, " W"]
+PLANE_16_BYTE = b"\xf4"
+"""First byte in UTF-8 of all characters of Unicode's last plane, which is left to private use."""
 
 
 class Constraint:
     """A language that completions must belong to, over the vocabulary of a tokenizer."""
 
     def __init__(
-        self, language: Language, tokenizer: Tokenizer, end_token_ids: Iterable[int]
+        self,
+        language: Language,
+        tokenizer: Tokenizer,
+        end_token_ids: Iterable[int],
+        *,
+        marks: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Measure the language; the matcher, which only a running model needs, is built on use.
 
@@ -41,12 +49,15 @@ class Constraint:
             language: The language of whole completions.
             tokenizer: The tokenizer of the model.
             end_token_ids: The tokens that end a completion; they are not part of its text.
+            marks: Characters of the language that stand for control pieces, each with the name of
+                its piece. No other token writes a character of plane 16, in which they are.
 
         Raises:
             OptionsError: the language is too large to be measured, or llguidance refuses it.
         """
         self.end_token_ids = frozenset(end_token_ids)
-        self._vocabulary = tokenizer.vocabulary()
+        self._marks = marks
+        self._vocabulary = _with_marks(tokenizer, marks)
         self.vocab_size = len(self._vocabulary)
         self.automaton = Automaton(language, Vocabulary(self._vocabulary))
         self._grammar = LLMatcher.grammar_from_lark(to_lark(language))
@@ -77,7 +88,7 @@ class Constraint:
     def matcher(self) -> LLMatcher:
         """Matcher that guides copy; takes a second or two to build for a large vocabulary."""
         tokenizer = LLTokenizer(
-            TokenizerWrapper(_TokenizerFace(self._tokenizer, self._vocabulary)),
+            TokenizerWrapper(_TokenizerFace(self._tokenizer, self._vocabulary, self._marks)),
             n_vocab=self.vocab_size,
             eos_token=sorted(self.end_token_ids),
         )
@@ -195,18 +206,47 @@ def allowed_ids(mask: Mask) -> Int64[np.ndarray, " C"]:
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 
+def _with_marks(tokenizer: Tokenizer, marks: Mapping[str, str]) -> list[bytes]:
+    """Return the text of every token, which is its mark for a control piece that has one.
+
+    All characters of plane 16 have the same first byte. Other tokens with this byte, such as the
+    byte piece, lose their text, so that they cannot write a mark.
+    """
+    vocabulary = tokenizer.vocabulary()
+    if not marks:
+        return vocabulary
+    marked = [b"" if PLANE_16_BYTE in text else text for text in vocabulary]
+    for mark, piece in marks.items():
+        assert mark.encode()[:1] == PLANE_16_BYTE, mark
+        marked[tokenizer.control_pieces[piece]] = mark.encode()
+    return marked
+
+
 class _TokenizerFace:
     """The interface of a tokenizer that llguidance expects."""
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: Sequence[bytes]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocabulary: Sequence[bytes], marks: Mapping[str, str]
+    ) -> None:
         self.eos_token_id = tokenizer.eos_token_id
         self.bos_token_id = tokenizer.bos_token_id
-        self.special_token_ids = sorted(tokenizer.control_pieces.values())
+        specials = {
+            token_id: name
+            for name, token_id in tokenizer.control_pieces.items()
+            if name not in marks.values()
+        }
+        self.special_token_ids = sorted(specials)
         # llguidance tells special tokens apart by their names.
         self.tokens = list(vocabulary)
-        for name, token_id in tokenizer.control_pieces.items():
+        for token_id, name in specials.items():
             self.tokens[token_id] = name.encode()
         self._tokenizer = tokenizer
+        self._marks = marks
+        self._split = ControlPieces(marks).split
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode([Text(text.decode())], add_bos=False)
+        parts = [
+            Control(self._marks[part.piece]) if isinstance(part, Control) else part
+            for part in self._split(text.decode())
+        ]
+        return self._tokenizer.encode(parts, add_bos=False)

@@ -10,7 +10,7 @@ none of them calls itself.
 Every language contains at least one text; `Literal("")` contains only the empty one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_CODE_POINT = 0x10FFFF
@@ -167,6 +167,23 @@ def each_once(language: Language) -> list[Language]:
             waiting.append((part, True))
             waiting += [(inner, False) for inner in parts_of(part) if id(inner) not in found]
     return list(found.values())
+
+
+def rebuilt(language: Language, of_leaf: Callable[[Literal | Chars], Language]) -> Language:
+    """Return a language with another one in place of each literal and each set of characters."""
+    made: dict[int, Language] = {}
+    for part in each_once(language):
+        inner = tuple(made[id(each)] for each in parts_of(part))
+        match part:
+            case Concat():
+                made[id(part)] = Concat(inner)
+            case OneOf():
+                made[id(part)] = OneOf(inner)
+            case Repeat(_, least, most):
+                made[id(part)] = Repeat(inner[0], least, most)
+            case _:
+                made[id(part)] = of_leaf(part)
+    return made[id(language)]
 
 
 def is_same(one: Language, other: Language) -> bool:

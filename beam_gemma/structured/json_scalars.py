@@ -9,15 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from beam_gemma.errors import nearest
-from beam_gemma.structured.grammar import (
-    MAX_CODE_POINT,
-    Concat,
-    Language,
-    Literal,
-    OneOf,
-    Repeat,
-    chars,
-)
+from beam_gemma.structured.grammar import Language
 from beam_gemma.structured.json_formats import FORMATS
 from beam_gemma.structured.json_numbers import (
     MAX_DIGITS,
@@ -28,17 +20,12 @@ from beam_gemma.structured.json_numbers import (
     multiples,
 )
 from beam_gemma.structured.json_values import Values, arrow_value, json_text, union
-from beam_gemma.structured.regex import json_string, parse_pattern
+from beam_gemma.structured.notation import JSON, Notation
+from beam_gemma.structured.regex import parse_pattern
 from beam_gemma.structured.schema_node import OF_TYPE, Subschema
 
 KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string"}
 
-
-PLAIN = chars((ord(" "), ord("!")), (ord("#"), ord("[")), (ord("]"), MAX_CODE_POINT))
-ESCAPED = Concat((Literal("\\"), chars(*((ord(char), ord(char)) for char in '"\\/bfnrt'))))
-CHARACTER = OneOf((PLAIN, ESCAPED))
-"""Character within a JSON string; control characters only if they have a short escape."""
-QUOTE = Literal('"')
 INT64 = range(-(2**63), 2**63)
 OF_FLOATS = range(1 - 10**MAX_DIGITS, 10**MAX_DIGITS)
 """Whole numbers that are taken where a column has floats."""
@@ -52,15 +39,20 @@ def string(schema: Subschema) -> Values:
         return _format(schema)
     if "pattern" in keywords:
         schema.alone("pattern", keywords, "; say it in the pattern, as in ^.{1,9}$")
-        place = f"json_schema: {schema.pointer}/pattern"
-        contents = json_string(parse_pattern(schema["pattern"], place))
-    else:
-        contents = Repeat(CHARACTER, *schema.counts("minLength", "maxLength"))
-    return _strings(contents, pa.string())
+        texts = parse_pattern(schema["pattern"], f"{schema.place}/pattern")
+        notation = schema.notation
+        return _strings(notation.strings(notation.contents(texts)), pa.string())
+    counts = schema.counts("minLength", "maxLength")
+    return _strings(schema.notation.any_string(*counts), pa.string())
 
 
-def _strings(contents: Language, kind: pa.DataType) -> Values:
-    return Values(language=Concat((QUOTE, contents, QUOTE)), type=kind, kinds=frozenset({"string"}))
+def any_string(notation: Notation) -> Values:
+    """Return all strings."""
+    return _strings(notation.any_string(), pa.string())
+
+
+def _strings(language: Language, kind: pa.DataType) -> Values:
+    return Values(language=language, type=kind, kinds=frozenset({"string"}))
 
 
 def _format(schema: Subschema) -> Values:
@@ -78,7 +70,8 @@ def _format(schema: Subschema) -> Values:
     if most is not None and longest is not None and longest <= most:
         others -= {"maxLength"}
     schema.alone("format", others)
-    return _strings(FORMATS[name].language, FORMATS[name].type)
+    texts = schema.notation.strings(FORMATS[name].language)
+    return _strings(texts, FORMATS[name].type)
 
 
 def integer(schema: Subschema) -> Values:
@@ -179,12 +172,12 @@ def _constant(value: Any, place: Subschema, arrow_types: Mapping[str, pa.DataTyp
         pa.scalar(value if kind == "number" else arrow_value(value, arrow_type), arrow_type)
     except (ValueError, OverflowError) as error:
         raise place.error(f"values that {arrow_type} holds", json_text(value)) from error
-    return _single(value, kind, arrow_type)
+    return _single(value, kind, arrow_type, place.notation)
 
 
-def _single(value: Any, kind: str, arrow_type: pa.DataType) -> Values:
+def _single(value: Any, kind: str, arrow_type: pa.DataType, notation: Notation = JSON) -> Values:
     return Values(
-        language=Literal(json_text(value)),
+        language=notation.constant(value),
         type=arrow_type,
         kinds=frozenset({kind}),
         listed=frozenset({value}),
@@ -192,7 +185,5 @@ def _single(value: Any, kind: str, arrow_type: pa.DataType) -> Values:
     )
 
 
-TEXT = _strings(Repeat(CHARACTER, 0, None), pa.string())
-"""All strings."""
 BOOLEAN = union([_single(value, "boolean", pa.bool_()) for value in (True, False)])
 NULL = _single(None, "null", pa.null())

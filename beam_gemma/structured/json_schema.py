@@ -28,13 +28,14 @@ from beam_gemma.structured.grammar import (
 from beam_gemma.structured.json_scalars import (
     BOOLEAN,
     NULL,
-    TEXT,
+    any_string,
     constants,
     integer,
     number,
     string,
 )
-from beam_gemma.structured.json_values import Values, arrow_value, json_text, may_share, union
+from beam_gemma.structured.json_values import Values, arrow_value, may_share, union
+from beam_gemma.structured.notation import JSON, Notation
 from beam_gemma.structured.schema_node import MAX_LEVELS, OF_TYPE, Subschema, checked
 
 COMMA = Literal(",")
@@ -57,13 +58,20 @@ class JsonSchema:
         return arrow_value(json.loads(text), self.type)
 
 
-def compile_schema(schema: Mapping[str, Any] | type) -> JsonSchema:
+def compile_schema(
+    schema: Mapping[str, Any] | type, *, notation: Notation = JSON, subject: str = "json_schema"
+) -> JsonSchema:
     """Compile a JSON Schema, or a class with `model_json_schema()` like Pydantic's.
+
+    Args:
+        schema: The schema.
+        notation: How the texts write their values; `parse` of the result reads JSON alone.
+        subject: What messages call the schema.
 
     Raises:
         OptionsError: the schema is invalid or cannot be enforced; the message names the place.
     """
-    values = _column(checked(json_schema_of(schema)))
+    values = _column(checked(json_schema_of(schema), notation=notation, subject=subject))
     return JsonSchema(values.language, values.type)
 
 
@@ -229,7 +237,7 @@ def _map(schema: Subschema) -> Values:
         "additionalProperties", keywords - {"propertyNames", "properties"}, "; name all properties"
     )
     items = _column(schema.inner("additionalProperties"))
-    name = TEXT
+    name = any_string(schema.notation)
     if "propertyNames" in keywords:
         place = schema.inner("propertyNames")
         name = _values(place)
@@ -266,7 +274,11 @@ def _object(parts: Sequence[Subschema]) -> Values:
         written |= _required(part, properties)
     if not properties:
         raise parts[-1].error("properties, each of which becomes a field", "none", "; add them")
-    members = [(_member(name, values), name in written) for name, values in properties.items()]
+    notation = parts[0].notation
+    members = [
+        (_member(notation.name(name), properties[name]), name in written)
+        for name in notation.ordered(properties)
+    ]
     return Values(
         language=Concat((Literal("{"), _members(members), Literal("}"))),
         type=pa.struct([(name, values.type) for name, values in properties.items()]),
@@ -317,7 +329,7 @@ def _required(schema: Subschema, properties: Mapping[str, Values]) -> set[str]:
 
 
 def _member(name: str, values: Values) -> Language:
-    return Concat((Literal(f"{json_text(name)}:"), values.language))
+    return Concat((Literal(f"{name}:"), values.language))
 
 
 def _members(members: Sequence[tuple[Language, bool]]) -> Language:

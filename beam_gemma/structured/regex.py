@@ -31,9 +31,8 @@ from beam_gemma.structured.grammar import (
     Range,
     Repeat,
     chars,
-    each_once,
     one_of,
-    parts_of,
+    rebuilt,
     repeated,
     without,
 )
@@ -270,24 +269,13 @@ class Parser:
 
 def json_string(language: Language) -> Language:
     """Return a language with its texts escaped as in JSON strings, without the quotes."""
-    written: dict[int, Language] = {}
-    for part in each_once(language):
-        written[id(part)] = _in_json_string(part, [written[id(each)] for each in parts_of(part)])
-    return written[id(language)]
+    return rebuilt(language, _leaf_in_json)
 
 
-def _in_json_string(part: Language, inner: Sequence[Language]) -> Language:
-    match part:
-        case Literal(text):
-            return Literal(_in_json(text))
-        case Chars(ranges):
-            return _chars_in_json(ranges)
-        case Concat():
-            return Concat(tuple(inner))
-        case OneOf():
-            return OneOf(tuple(inner))
-        case Repeat(_, least, most):
-            return Repeat(inner[0], least, most)
+def _leaf_in_json(leaf: Literal | Chars) -> Language:
+    if isinstance(leaf, Literal):
+        return Literal(_in_json(leaf.text))
+    return _chars_in_json(leaf.ranges)
 
 
 ESCAPED = [*map(chr, range(0x20)), '"', "\\"]

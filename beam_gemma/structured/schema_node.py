@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from jsonschema import Draft202012Validator, SchemaError
 
 from beam_gemma.errors import OptionsError, nearest
+from beam_gemma.structured.notation import JSON, Notation
 
 T = TypeVar("T")
 
@@ -64,6 +65,10 @@ class Subschema:
     """Number of schemas that this one is within; a reference is at the level of its target."""
     known: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
     """What `once` has made of schemas of this root."""
+    notation: Notation = JSON
+    """How texts write the values."""
+    subject: str = "json_schema"
+    """What messages call the root."""
 
     @property
     def keywords(self) -> frozenset[str]:
@@ -179,7 +184,12 @@ class Subschema:
 
     def error(self, expected: str, got: object, remedy: str = "") -> OptionsError:
         """Return an error that names this place."""
-        return OptionsError(f"json_schema: {self.pointer}: expected {expected}, got {got}{remedy}")
+        return OptionsError(f"{self.place}: expected {expected}, got {got}{remedy}")
+
+    @property
+    def place(self) -> str:
+        """This place, as messages name it."""
+        return f"{self.subject}: {self.pointer}"
 
     def _target(self) -> "Subschema":
         """Return the target of `$ref`."""
@@ -244,7 +254,7 @@ def _check_shape(schema: Subschema) -> None:
         raise place.error("the shape of JSON Schema 2020-12", got, remedy) from error
 
 
-def _check_size(schema: object) -> None:
+def _check_size(schema: object, subject: str) -> None:
     """Refuse a schema whose text would be too large to be checked, before it is written out."""
     num_objects = num_values = 0
     waiting = [(schema, 0)]
@@ -263,24 +273,31 @@ def _check_size(schema: object) -> None:
         ):
             if got > limit:
                 raise OptionsError(
-                    f"json_schema: expected at most {limit:,} {what}, got more; take a smaller one"
+                    f"{subject}: expected at most {limit:,} {what}, got more; take a smaller one"
                 )
 
 
-def checked(schema: Mapping[str, Any]) -> Subschema:
+def checked(
+    schema: Mapping[str, Any], *, notation: Notation = JSON, subject: str = "json_schema"
+) -> Subschema:
     """Return the root of a schema after checking it against JSON Schema 2020-12.
+
+    Args:
+        schema: The schema.
+        notation: How texts write its values.
+        subject: What messages call the schema.
 
     Raises:
         OptionsError: the schema is invalid; the message names the place.
     """
-    _check_size(schema)
+    _check_size(schema, subject)
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
         root = json.loads(text.encode())
     except (TypeError, ValueError) as error:
         raise OptionsError(
-            f"json_schema: expected a JSON Schema, got what JSON does not have: {error}"
+            f"{subject}: expected a JSON Schema, got what JSON does not have: {error}"
         ) from error
-    found = Subschema(root, root)
+    found = Subschema(root, root, notation=notation, subject=subject)
     _check_shape(found)
     return found

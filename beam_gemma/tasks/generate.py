@@ -6,7 +6,7 @@ A row that fails reports the failure in its `error` column and does not affect o
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -15,17 +15,20 @@ import pyarrow as pa
 
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.engine.sequence import Completion, Request
+from beam_gemma.engine.sequence import Request
+from beam_gemma.engine.thoughts import Thinking
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.image_processor import read_header
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 from beam_gemma.inputs.template import column_value
+from beam_gemma.inputs.tools import ToolChoice, checked_tools
 from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
 from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.structured.constraint import Constraint
 from beam_gemma.structured.output import StructuredOutput
+from beam_gemma.structured.tool_grammar import calls_language, check_parameters
 from beam_gemma.tasks.boxes import LOCATION_PIECE, box_type, read_boxes
 from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
@@ -33,6 +36,8 @@ from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.mask_decoder import MaskDecoder, digest_of
 from beam_gemma.tasks.picture_requests import Work
 from beam_gemma.tasks.row_keys import ENCODED, ROW_KEY
+from beam_gemma.tasks.thoughts import DEFAULT_TOKENS, parts_of, text_of, thinking_of
+from beam_gemma.tasks.tool_calls import CALL_TYPE, CallReader, calls_constraint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +56,21 @@ class GenerateSettings(PromptSettings, Settings):
     """Texts that end a completion; the completion excludes them."""
     structured: StructuredOutput | None = None
     """Format that completions must have; None for any text."""
+    thinking: bool | None = None
+    """True to have the model think before it answers, False to have it answer at once, None for
+    what its chat template does by itself; see `thoughts.py`."""
+    thinking_tokens: int | None = None
+    """Most tokens of a row's thoughts, beyond those of `max_tokens`; None for 1,024."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that the model may call, as OpenAI declares them; see `inputs/tools.py`."""
+    tool_choice: ToolChoice = "auto"
+    """`auto` for text, calls of functions, or both; `required` for at least one call, of declared
+    functions with valid arguments, and nothing else."""
     key_column: str | None = None
     """Column that seeds a row's random draws. Without a key, the prompt seeds them; in a job over a
     table, all columns of the row do."""
     logprob: bool = False
-    """True to return the log-probability of the completion."""
+    """True to return the log-probability of the completion, after its thoughts if it has any."""
     token_ids: bool = False
     """True to return the token ids of the completion."""
     statistics: bool = False
@@ -71,11 +86,45 @@ class GenerateSettings(PromptSettings, Settings):
             raise OptionsError("stop: expected texts that are not empty, got an empty one")
         if self.mask_decoder is not None and not self.boxes:
             raise OptionsError("mask_decoder: expected boxes beside it, whose masks it decodes")
+        self._check_thinking()
         if self.structured is not None:
             self._check_structured()
+        self._check_tools()
 
-    def _check_structured(self) -> None:
+    def _check_thinking(self) -> None:
+        if self.thinking_tokens is not None and not self.thinking:
+            raise OptionsError("thinking_tokens: expected thinking beside it, which it limits")
+        if self.thinking_tokens is not None and self.thinking_tokens < 2:
+            raise OptionsError(
+                "thinking_tokens: expected at least 2, for the control tokens that begin and end a "
+                f"thought, got {self.thinking_tokens}"
+            )
         others = {
+            "prompt_format raw": self.prompt_format == "raw",
+            "prefix_column": self.prefix_column,
+            "source_lang": self.has_languages,
+            "decoder_prompt": self.decoder_prompt,
+            "boxes": self.boxes,
+        }
+        if self.thinking and (given := [name for name, value in others.items() if value]):
+            raise OptionsError(
+                f"thinking: expected a chat with a model that thinks, such as Gemma 4, got "
+                f"{given[0]}; leave one of them out"
+            )
+
+    def _check_tools(self) -> None:
+        if not self.tools:
+            if self.tool_choice == "required":
+                raise OptionsError("tool_choice: expected tools beside it, got none")
+            return
+        check_parameters(self.functions)
+        if self.tool_choice == "required":
+            calls_language(self.functions)
+        self._check_alone("tools, which alone say", structured=self.structured)
+
+    def _check_alone(self, what: str, **others: Any) -> None:
+        """Refuse settings beside one that says where a completion ends and what it holds."""
+        others |= {
             "stop": self.stop,
             "stop_token_ids": self.sampling.stop_token_ids,
             "ignore_eos": self.sampling.ignore_eos,
@@ -85,9 +134,12 @@ class GenerateSettings(PromptSettings, Settings):
         }
         if given := [name for name, value in others.items() if value]:
             raise OptionsError(
-                f"{given[0]}: expected none beside structured output, which alone says where a "
-                "completion ends and what it holds; leave one of them out"
+                f"{given[0]}: expected none beside {what} where a completion ends and what it "
+                "holds; leave one of them out"
             )
+
+    def _check_structured(self) -> None:
+        self._check_alone("structured output, which alone says")
         names = self.result_schema.names
         for name in names:
             if names.count(name) > 1:
@@ -97,9 +149,19 @@ class GenerateSettings(PromptSettings, Settings):
                 )
 
     @property
+    def functions(self) -> list[dict[str, Any]]:
+        """The declarations of `tools`, each with a `name`."""
+        return [tool["function"] for tool in self.openai_tools]
+
+    @property
+    def openai_tools(self) -> list[dict[str, Any]]:
+        """The tools in OpenAI's form."""
+        return checked_tools(self.tools) if self.tools else []
+
+    @property
     def has_source(self) -> bool:
         """True if settings define a row's input: one of `SOURCES`, or a picture to translate."""
-        is_translated = self.source_lang is not None and bool(self.image_columns)
+        is_translated = self.has_languages and bool(self.image_columns)
         return is_translated or any(getattr(self, name) is not None for name in self.SOURCES)
 
     @property
@@ -115,8 +177,10 @@ class GenerateSettings(PromptSettings, Settings):
         if self.structured is not None:
             text = self.structured.columns
         columns = {
+            "thoughts": pa.string() if self.thinking else None,
             "finish_reason": pa.string(),
             "num_prompt_tokens": pa.int64(),
+            "num_thinking_tokens": pa.int64() if self.thinking else None,
             "num_completion_tokens": pa.int64(),
             "logprob": pa.float64() if self.logprob else None,
             "completion_token_ids": pa.list_(pa.int64()) if self.token_ids else None,
@@ -124,6 +188,8 @@ class GenerateSettings(PromptSettings, Settings):
             "statistic_values": pa.list_(pa.string()) if self.statistics else None,
             "boxes": box_type(with_mask=self.mask_decoder is not None) if self.boxes else None,
             "num_unreadable_boxes": pa.int64() if self.boxes else None,
+            "tool_calls": CALL_TYPE if self.tools else None,
+            "num_unreadable_calls": pa.int64() if self.tools else None,
             "truncated": pa.bool_() if self.truncate else None,
             "error": pa.string(),
         }
@@ -137,8 +203,15 @@ class GenerateSettings(PromptSettings, Settings):
 
     @property
     def max_new_tokens(self) -> int:
-        """Maximum number of tokens in a completion."""
-        return self.sampling.max_tokens
+        """Maximum number of tokens in a completion, with its thoughts."""
+        return self.sampling.max_tokens + (self.max_thinking_tokens or 0)
+
+    @property
+    def max_thinking_tokens(self) -> int | None:
+        """Maximum number of tokens of thoughts, 0 to allow none; see `Thinking.max_tokens`."""
+        if not self.thinking:
+            return None if self.thinking is None else 0
+        return DEFAULT_TOKENS if self.thinking_tokens is None else self.thinking_tokens
 
     def _parameters(self) -> dict[str, Any]:
         sampling = asdict(self.sampling)
@@ -151,8 +224,13 @@ class GenerateSettings(PromptSettings, Settings):
             # Infill adds stop tokens, which the prompt does not show.
             "infill": self.prefix_column is not None,
         }
+        if self.thinking is not None:
+            parameters["thinking_tokens"] = self.max_thinking_tokens
         if self.structured is not None:
             parameters["structured"] = asdict(self.structured)
+        if self.tools:
+            parameters |= {"tools": self.openai_tools, "tool_choice": self.tool_choice}
+        if self.structured is not None or self.tool_choice == "required":
             # llguidance chooses how forced text is tokenized.
             parameters["llguidance"] = version("llguidance")
         if self.mask_decoder is not None:
@@ -165,11 +243,12 @@ class GenerateSettings(PromptSettings, Settings):
         Raises:
             OptionsError: there is no room for a prompt.
         """
-        room = max_model_len - self.sampling.max_tokens
+        room = max_model_len - self.max_new_tokens
         if room < 1:
+            both = " and thinking_tokens" if self.thinking else ""
             raise OptionsError(
-                f"max_tokens: expected less than the {max_model_len:,} tokens that the model "
-                f"takes in all, got {self.sampling.max_tokens:,}"
+                f"max_tokens{both}: expected less than the {max_model_len:,} tokens that the model "
+                f"takes in all, got {self.max_new_tokens:,}"
             )
         return room
 
@@ -177,19 +256,22 @@ class GenerateSettings(PromptSettings, Settings):
 def constraint_of(
     settings: GenerateSettings, tokenizer: Tokenizer, end_token_ids: Iterable[int]
 ) -> Constraint | None:
-    """Return the constraint for the requested structured output, or None if there is none.
+    """Return the constraint for the structured output or the calls that are required, or None.
 
     Args:
         settings: The settings of the task.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, with control pieces for calls if these are required.
         end_token_ids: The model's token ids that end a completion.
 
     Raises:
         OptionsError: `max_tokens` is too small for any valid output.
     """
-    if settings.structured is None:
+    if settings.tool_choice == "required":
+        constraint = calls_constraint(settings.functions, tokenizer, end_token_ids)
+    elif settings.structured is not None:
+        constraint = Constraint(settings.structured.language, tokenizer, end_token_ids)
+    else:
         return None
-    constraint = Constraint(settings.structured.language, tokenizer, end_token_ids)
     if too_few := constraint.shortage(settings.sampling.max_tokens):
         raise OptionsError(too_few)
     return constraint
@@ -281,6 +363,7 @@ class Generator(EngineModel[_Completing]):
         self._encoder = encoder
         self._settings = settings
         self._constraint = constraint
+        self._calls = CallReader(encoder.tokenizer) if settings.tools else None
         self._mask_decoder = mask_decoder_of(settings)
         stops = (*settings.sampling.stop_token_ids, *encoder.stop_token_ids)
         self._sampling = replace(settings.sampling, stop_token_ids=stops)
@@ -302,9 +385,20 @@ class Generator(EngineModel[_Completing]):
             sampling_key=key,
             should_stop=stop,
             constraint=self._constraint,
+            thinking=self._thinking(prompt),
             logprob=self._settings.logprob,
         )
         return _Completing(index=index, asked=[(prompt, request)], prompt=prompt, stop=stop)
+
+    def _thinking(self, prompt: Prompt) -> Thinking | None:
+        """Return how the thoughts of a row are recognized; None if it can have none."""
+        if self._constraint is not None and not self._settings.thinking:
+            return None  # structured output has no room for thoughts
+        return thinking_of(
+            self._encoder.tokenizer,
+            prompt.start_token_ids,
+            max_tokens=self._settings.max_thinking_tokens,
+        )
 
     def _sampling_key(self, row: Row, prompt: Prompt) -> str:
         """Return the key that seeds a row's random draws; it is the same in every run."""
@@ -327,20 +421,28 @@ class Generator(EngineModel[_Completing]):
             result["truncated"] = work.prompt.truncated
         if completion.error is not None:
             return result | {"error": completion.error}
-        text = self._text(work, completion)
+        ((_, request),) = work.asked
+        parts = parts_of(completion.token_ids, request.thinking)
+        calls = self._calls.read(parts.answer) if self._calls else None
+        text = calls.text if calls else self._text(work, parts.answer)
         structured = self._settings.structured
         result |= {"completion": text} if structured is None else structured.values_of(text)
         result["finish_reason"] = completion.finish_reason
-        result["num_completion_tokens"] = len(completion.token_ids)
+        result["num_completion_tokens"] = len(parts.answer)
+        if "thoughts" in result:
+            result["thoughts"] = text_of(parts.thoughts, self._encoder.tokenizer)
+            result["num_thinking_tokens"] = len(completion.token_ids) - len(parts.answer)
         if "logprob" in result:
             result["logprob"] = completion.logprob
         if "completion_token_ids" in result:
-            result["completion_token_ids"] = list(completion.token_ids)
+            result["completion_token_ids"] = parts.answer
         if "statistic_queries" in result:
             queries, values = find_statistics(text)
             result |= {"statistic_queries": queries, "statistic_values": values}
         if "boxes" in result:
             result |= self._boxes(work.prompt, text)
+        if calls is not None:
+            result |= calls.columns(completion.finish_reason)
         return result
 
     def _boxes(self, prompt: Prompt, text: str) -> dict[str, Any]:
@@ -353,9 +455,9 @@ class Generator(EngineModel[_Completing]):
                 value["mask"] = self._mask_decoder.png(box.segment) if box.segment else None
         return {"boxes": values, "num_unreadable_boxes": num_unreadable}
 
-    def _text(self, work: _Completing, completion: Completion) -> str:
+    def _text(self, work: _Completing, token_ids: list[int]) -> str:
         # The last token may be only part of a character.
-        text = self._encoder.tokenizer.decode(completion.token_ids, final=False)
+        text = self._encoder.tokenizer.decode(token_ids, final=False)
         return text if work.stop is None else text[: work.stop.position]
 
 

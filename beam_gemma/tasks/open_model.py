@@ -39,6 +39,7 @@ from beam_gemma.tasks.generate import GenerateSettings, Generator, check_boxes, 
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
+from beam_gemma.tasks.thoughts import check_thinking
 
 SIGHT_TEXT = "one two three"
 """Text for `check_sight`; its first three tokens differ, be they words or letters."""
@@ -53,6 +54,8 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
     """
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     check_boxes(settings, tokenizer)
+    if settings.thinking:
+        check_thinking(tokenizer)
     room = settings.max_prompt(artifact.config.max_position_embeddings)
     return PromptEncoder(
         tokenizer,
@@ -62,6 +65,8 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
         vision=artifact.vision,
         vocab_size=artifact.reader.vocab_size,
         decoder=_decoder(artifact, room),
+        enable_thinking=settings.thinking,
+        tools=settings.openai_tools,
     )
 
 

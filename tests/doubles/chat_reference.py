@@ -16,12 +16,15 @@ TEMPLATES = {
 }
 
 
-def hugging_face(source: str, conversation: list[dict[str, Any]]) -> str:
+def hugging_face(
+    source: str, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> str:
     """Return the prompt of a conversation, which continues a last message of the assistant."""
     continues = conversation[-1]["role"] in ("assistant", "model")
     rendered, _ = render_jinja_template(
         conversations=[conversation],
         chat_template=source,
+        tools=tools,
         add_generation_prompt=not continues,
         continue_final_message=continues,
         bos_token="<bos>",

@@ -99,6 +99,23 @@ def test_tokens_of_a_prompt_that_are_cached_do_not_fill_a_step():
     assert lengths(scheduler.schedule()) == [1] * 31, "80 of 100 tokens are there"
 
 
+@pytest.mark.parametrize("gathers", [False, True])
+def test_a_step_gathers_no_more_tokens_than_the_longest_sequence_has(gathers):
+    """Sequences find most of their tokens in the cache, and read them; two read 199 of 200."""
+    scheduler = make(max_num_batched_tokens=100, max_model_len=200, gathered_heads=int(gathers))
+    scheduler.add([make_sequence(81, 1, token=7)])
+    run_all(scheduler)
+    scheduler.add([make_sequence(n, 1, token=7) for n in (100, 99, 98)])
+    steps = [[n for _, _, n, _ in step] for step in run_all(scheduler)]
+    assert steps == ([[20, 3], [2]] if gathers else [[20, 3, 2]])
+
+
+def test_a_sequence_alone_gathers_all_its_tokens():
+    scheduler = make(max_num_batched_tokens=100, max_model_len=200, gathered_heads=1)
+    scheduler.add([make_sequence(199, 1)])
+    assert [len(step) for step in run_all(scheduler)] == [1, 1]
+
+
 def test_a_step_is_filled_to_the_last_token():
     scheduler = make(max_num_batched_tokens=100)
     scheduler.add([make_sequence(n, 1, token=n) for n in (99, 5)])

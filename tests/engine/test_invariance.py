@@ -51,10 +51,12 @@ def requests(*, sampled: bool) -> list[Request]:
     return rows
 
 
-def run(tiny: TinyModel, condition: Condition) -> tuple[list[Completion], EngineStats]:
+def run(
+    tiny: TinyModel, condition: Condition, *, small_cache: int = SMALL_CACHE
+) -> tuple[list[Completion], EngineStats]:
     """Complete all rows under a condition; completions come in the order of the rows."""
     signature = tiny.artifact.signature("generate", "cpu")
-    num_blocks = SMALL_CACHE if condition.num_blocks else 2000
+    num_blocks = small_cache if condition.num_blocks else 2000
     session = Session(
         str(tiny.artifact.graph_path("generate", "cpu")),
         signature,

@@ -70,6 +70,20 @@ def test_prefill_of_three_sequences():
     assert feeds["span_ends"].tolist() == [38, 39, 0, 1, 2, 0, 1, 2, 3]
 
 
+def test_layers_without_caches_take_each_row_as_a_sequence():
+    signature = fake_signature(
+        device="cuda", states=STATES[:2], optional_inputs=("position_ids",), shares_caches=True
+    )
+    cache = make_cache(signature)
+    whole, part = admit(cache, [10, 11, 12]), admit(cache, range(20, 40))
+    rest = admit(cache, range(50, 90), computed=38)
+    feeds = pack_step([(rest, 2), (part, 4), (whole, 3)], signature, cache)
+    assert feeds["logit_rows"].tolist() == [1, 8], "the second prompt is not complete"
+    assert feeds["row_sequences"].tolist() == [0, 2]
+    assert feeds["row_cu_seqlens"].tolist() == [0, 1, 2]
+    assert feeds["row_past_seqlens"].tolist() == [39, 2]
+
+
 def test_of_the_complete_rows_those_that_ask_get_a_probability():
     signature = fake_signature()
     cache = make_cache(signature, max_num_seqs=5)

@@ -143,8 +143,8 @@ def test_models_without_languages_are_refused_and_those_with_need_them():
 @pytest.mark.parametrize(
     ("settings", "got"),
     [
-        ({"source_lang": "cs"}, "got one of them"),
-        ({"target_lang": "cs"}, "got one of them"),
+        ({"source_lang": "cs"}, "got source_lang alone"),
+        ({"target_lang": "cs"}, "got target_lang alone"),
         ({**CODES, "prompt": "{t}"}, "got prompt"),
         ({**CODES, "messages_column": "m"}, "got messages_column"),
         ({**CODES, "prefix_column": "a", "suffix_column": "b"}, "got prefix_column"),
@@ -156,4 +156,76 @@ def test_models_without_languages_are_refused_and_those_with_need_them():
 )
 def test_contradictions_are_refused(settings, got):
     with pytest.raises(OptionsError, match=f"source_lang: .*{got}"):
+        PromptSettings(**settings)
+
+
+COLUMNS = {"source_lang_column": "from", "target_lang_column": "to"}
+
+
+def test_columns_name_the_languages_of_each_row():
+    encode = encoder(**COLUMNS, prompt_column="t")
+    assert encode.settings.prompt_columns == {"t": "text", "from": "text", "to": "text"}
+    for source, target in (("cs", "de_DE"), ("en", "de")):
+        codes = {"source_lang_code": source, "target_lang_code": target}
+        found = encode({"t": "kniha", "from": source, "to": target})
+        assert found.token_ids == published("kniha", **codes)
+    picture = encoder(**COLUMNS, image_columns=("x",))({"x": png(), "from": "cs", "to": "de_DE"})
+    assert picture.token_ids == published(PICTURE, **PUBLISHED_CODES)
+    half = encoder(source_lang="cs", target_lang_column="to", prompt_column="t")
+    assert half({"t": "kniha", "to": "de_DE"}).token_ids == published("kniha", **PUBLISHED_CODES)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"from": None, "to": "de"}, "column 'from': expected the code of a language, got None"),
+        ({"from": "cs", "to": ""}, "column 'to': expected the code of a language, got ''"),
+        ({"from": "cs"}, "column 'to': expected in every row"),
+        ({"from": "xx", "to": "de"}, "unknown code xx or de"),
+        ({"from": "cs", "to": "German"}, "unknown code cs or German"),
+    ],
+)
+def test_a_row_without_a_code_that_the_template_knows_is_an_error(row, message):
+    encode = encoder(**COLUMNS, prompt_column="t")
+    with pytest.raises(RecordError, match=message):
+        encode({"t": "kniha", **row})
+    with pytest.raises(RecordError, match="got a row that is a text"):
+        encode("kniha")
+
+
+def test_codes_are_not_cut_with_the_text():
+    encode = encoder(**COLUMNS, prompt_column="t", truncate="right", max_prompt_tokens=70)
+    found = encode({"t": "k", "from": "cs", "to": "de"})
+    long = encode({"t": "kniha " * 99, "from": "cs", "to": "de"})
+    assert (found.truncated, long.truncated) == (False, True)
+    assert long.text.startswith(found.text.partition("\n\n\n")[0])
+
+
+def test_a_code_of_a_row_makes_no_control_tokens():
+    template = TEMPLATE.replace('raise_exception("unknown code " ~ source ~ " or " ~ target)', "''")
+    for code in ("source", "target"):
+        template = template.replace(f"languages[{code}]", code)
+    found = encoder(**COLUMNS, prompt_column="t", chat_template=template)(
+        {"t": "a", "from": "<bos>", "to": "de"}
+    )
+    assert found.text.count("<bos>") == 3
+    controls = [part.piece for part in found.parts if isinstance(part, Control)]
+    assert controls.count("<bos>") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source_lang_column": "from"}, "got source_lang_column alone"),
+        ({"target_lang": "de"}, "got target_lang alone"),
+        (
+            {"source_lang": "cs", "source_lang_column": "from", "target_lang": "de"},
+            "source_lang: expected a code or a column of codes, got both",
+        ),
+        ({**COLUMNS, "prompt": "{t}"}, "source_lang: .*got prompt"),
+        ({**COLUMNS, "prompt_column": "t", "image_columns": ("x",)}, "got columns t, x"),
+    ],
+)
+def test_contradictions_of_columns_are_refused(settings, message):
+    with pytest.raises(OptionsError, match=message):
         PromptSettings(**settings)
