@@ -30,6 +30,7 @@ from beam_gemma.model.graph_tensors import Head
 from beam_gemma.model.signature import HEADS
 from benchmarks.table import table
 from export.checkpoints.encoder_decoder_folder import NORMS, SHARED
+from export.checkpoints.newer_sizes import NEWER_SIZES
 from export.checkpoints.released_sizes import (
     ENCODER_DECODER_SIZES,
     RECURRENT_SIZES,
@@ -44,7 +45,7 @@ from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 SHARD_BYTES = 5e9
 ITEM_BYTES = {"BF16": 2, "F32": 4}
-ALL_SIZES = (*SIZES, *VISION_SIZES, *RECURRENT_SIZES, *ENCODER_DECODER_SIZES)
+ALL_SIZES = (*SIZES, *VISION_SIZES, *RECURRENT_SIZES, *ENCODER_DECODER_SIZES, *NEWER_SIZES)
 END = "<end_of_image>"
 MARKER_IDS = {"boi_token_index": 6, "eoi_token_index": 300}
 """Ids of the pieces around a picture in the tiny tokenizer, the last of which is `END`."""

@@ -22,6 +22,7 @@ from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.tensors import Checkpoint
 from tests.doubles.emulators import Cloud, emulators
+from tests.doubles.gemma4_models import GEMMA4_MODELS, gemma4_model
 from tests.doubles.once import exporter_digest, kept
 from tests.doubles.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
 
@@ -45,6 +46,11 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 SEQUENCE_LENGTHS = [9, 150, 40]
+BUILDERS: dict[str, Callable[[str], torch.nn.Module]] = {
+    **dict.fromkeys(MODELS, tiny_model),
+    **dict.fromkeys(GEMMA4_MODELS, gemma4_model),
+}
+"""Functions that make the tiny decoders, by their names."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,7 +101,7 @@ def tiny_of() -> Callable[[str], TinyModel]:
     return functools.cache(_tiny)
 
 
-@pytest.fixture(scope="session", params=MODELS)
+@pytest.fixture(scope="session", params=BUILDERS)
 def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], TinyModel]) -> TinyModel:
     """Each tiny model in turn."""
     return tiny_of(request.param)
@@ -175,7 +181,7 @@ def batch() -> list[str]:
 
 
 def _tiny(name: str) -> TinyModel:
-    reference = tiny_model(name)
+    reference = BUILDERS[name](name)
 
     def make(folder: Path) -> None:
         export(save_checkpoint(reference, folder / "checkpoint"), folder / "artifact")
@@ -184,7 +190,7 @@ def _tiny(name: str) -> TinyModel:
     rng = np.random.default_rng(7)
     sequences = [rng.integers(3, VOCAB, n).tolist() for n in SEQUENCE_LENGTHS]
     logits = [logits_of(reference, ids) for ids in sequences]
-    exact = tiny_model(name).double()
+    exact = BUILDERS[name](name).double()
     return TinyModel(
         reference=reference,
         checkpoint=read_checkpoint(folder / "checkpoint"),

@@ -70,7 +70,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 PAGES = ("dataflow", "design", "models", "pictures", "structured", "classification",
-         "reliability", "tables", "gpu")  # fmt: skip
+         "reliability", "tables", "thinking", "tools", "gpu")  # fmt: skip
 
 
 OTHERS = re.compile(r"^(?:gcloud|bq) (?:.*\\\n)*.*$", re.MULTILINE)

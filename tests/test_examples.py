@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from beam_gemma.inputs.row import as_text
 from beam_gemma.inputs.template import Template
+from beam_gemma.inputs.tools import checked_tools
 from beam_gemma.structured.grammar import to_regex
 from beam_gemma.structured.output import StructuredOutput
+from beam_gemma.structured.tool_grammar import END, QUOTE, START, calls_language
 from examples import demo
 from examples.make_articles import FOLDER, SCHEMA, rows
 from examples.picture import draw_completions, draw_map, draw_scores, draw_values
@@ -145,3 +147,19 @@ def test_the_reviews_are_balanced() -> None:
     labels = [review["sentiment"] for review in reviews]
     assert {label: labels.count(label) for label in labels} == {"positive": 24, "negative": 24}
     assert [review["id"] for review in reviews] == list(range(48))
+
+
+def test_the_tools_can_be_required() -> None:
+    tools = checked_tools(json.loads((FOLDER / "tools.json").read_text(encoding="utf-8")))
+    functions = [tool["function"] for tool in tools]
+    language = calls_language(functions)
+    order = f"order:{QUOTE}BX1042{QUOTE}"
+    item = f"{{count:2,name:{QUOTE}mug{QUOTE}}}"
+    for body in (
+        "ask_a_person{}",
+        f"track_order{{{order}}}",
+        f"return_items{{items:[{item}],{order},reason:{QUOTE}broken{QUOTE}}}",
+    ):
+        assert re.fullmatch(to_regex(language), f"{START}call:{body}{END}" * 2)
+    lines = (FOLDER / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, 3, 4, 5, 6]

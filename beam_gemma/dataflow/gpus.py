@@ -12,6 +12,8 @@ Sources, as of 2026:
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from beam_gemma.model.graph_tensors import MOST_TABLE_SHARE
+
 WEIGHTS_FRACTION = 0.85
 """Share of a GPU's memory for weights; the rest is for caches, a step's tensors and the driver."""
 
@@ -33,9 +35,20 @@ class Gpu:
         """Return whether the GPU supports the number format of a model's precision."""
         return self.has_bfloat16 or precision != "bf16"
 
-    def holds(self, num_bytes: int) -> bool:
-        """Return whether weights of `num_bytes` fit into `WEIGHTS_FRACTION` of the memory."""
-        return num_bytes <= self.memory_gib * 2**30 * WEIGHTS_FRACTION
+    def held(self, num_bytes: int, table_bytes: int = 0) -> int:
+        """Return how much of a model's weights its memory holds, in bytes.
+
+        Args:
+            num_bytes: All weights.
+            table_bytes: Those of tables among them, which lie in host memory if they are large.
+        """
+        is_large = table_bytes > self.memory_gib * 2**30 * MOST_TABLE_SHARE
+        return num_bytes - table_bytes if is_large else num_bytes
+
+    def holds(self, num_bytes: int, table_bytes: int = 0) -> bool:
+        """Return whether weights fit into `WEIGHTS_FRACTION` of the memory; see `held`."""
+        limit = self.memory_gib * 2**30 * WEIGHTS_FRACTION
+        return self.held(num_bytes, table_bytes) <= limit
 
 
 _TYPES = (
@@ -123,7 +136,14 @@ GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _TYPES}
 """GPU types by name, from cheapest to dearest, except that T4, without bfloat16, is last."""
 
 
-def smallest_gpu(precision: str, num_bytes: int) -> Gpu | None:
-    """Return the GPU with the least memory that computes in a precision and holds the weights."""
-    fit = (gpu for gpu in GPUS.values() if gpu.computes(precision) and gpu.holds(num_bytes))
+def smallest_gpu(precision: str, num_bytes: int, table_bytes: int = 0) -> Gpu | None:
+    """Return the GPU with the least memory that computes in a precision and holds the weights.
+
+    Args:
+        precision: The model's precision.
+        num_bytes: All weights, in bytes.
+        table_bytes: Those of tables among them; see `Gpu.held`.
+    """
+    able = (gpu for gpu in GPUS.values() if gpu.computes(precision))
+    fit = (gpu for gpu in able if gpu.holds(num_bytes, table_bytes))
     return min(fit, key=lambda gpu: gpu.memory_gib, default=None)

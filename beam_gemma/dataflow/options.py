@@ -228,7 +228,7 @@ def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
             f"that does not; export it with --precision fp16, or take {_smallest(artifact)}"
         )
     num_bytes = _num_bytes(artifact)
-    if not gpu.holds(num_bytes):
+    if not gpu.holds(num_bytes, _table_bytes(artifact)):
         raise OptionsError(
             f"--gpu_type {gpu.name}: expected a GPU with room for {num_bytes / 2**30:,.1f} GiB of "
             f"weights and for caches, got {gpu.memory_gib} GiB; take {_smallest(artifact)}"
@@ -237,8 +237,15 @@ def _check_fit(gpu: Gpu, artifact: Artifact) -> None:
 
 def _smallest(artifact: Artifact) -> str:
     """Return the name of the GPU with the least memory that can run a model."""
-    smallest = smallest_gpu(artifact.precision, _num_bytes(artifact))
+    sizes = _num_bytes(artifact), _table_bytes(artifact)
+    smallest = smallest_gpu(artifact.precision, *sizes)
     return smallest.name if smallest else "a smaller model, no type has as much"
+
+
+def _table_bytes(artifact: Artifact) -> int:
+    """Return the bytes of the weights that graphs take as tables, of which all have the same."""
+    signatures = artifact.signatures.values()
+    return max(sum(table.num_bytes for table in s.tables) for s in signatures)
 
 
 def _num_bytes(artifact: Artifact) -> int:

@@ -137,8 +137,8 @@ class GemmaConfig:
             raise ConfigError("tie_word_embeddings: expected true for a Gemma model, got false")
         if self.use_bidirectional_attention:
             self._check_two_sided()
-        self._check_recurrent()
         self._check_layers()
+        self._check_recurrent()
 
     def _check_numbers(self) -> None:
         for name in MAX_SIZES:

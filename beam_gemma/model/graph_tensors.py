@@ -1,5 +1,6 @@
 """Input and output tensors of a graph, and the kinds of state it keeps."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,28 @@ class Tensor:
     """Data type under NumPy's name, or `bfloat16`."""
     shape: tuple[int | str, ...]
     """Fixed sizes, or dimension letters from the legend in `signature`."""
+
+
+MOST_TABLE_SHARE = 1 / 8
+"""Largest share of a GPU's memory that tables take; larger ones lie in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Weights that a graph takes as an input, of which a step reads few rows."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    """Path of the file that holds the numbers, relative to the graph's folder."""
+    offset: int
+    """Offset of the numbers in the file, in bytes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the numbers in bytes."""
+        return math.prod(self.shape) * {"uint8": 1, "float32": 4}.get(self.dtype, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,7 +42,8 @@ def newer_config(raw: Mapping[str, Any]) -> GemmaConfig:
     """
     outer = raw.get("model_type")
     if outer in OUTER_TYPES:
-        raw = {"model_type": f"{outer}_text"} | dict(section_of("text_config", raw["text_config"]))
+        text = section_of("text_config", raw.get("text_config"))
+        raw = {"model_type": f"{outer}_text", **text}
     reader = Reader(raw)
     name = reader.take("model_type")
     if name not in TEXT_TYPES or (outer in OUTER_TYPES and name != f"{outer}_text"):
@@ -92,7 +93,7 @@ def _config(reader: Reader, model_type: str, name: str) -> GemmaConfig:
         **_of_full_layers(reader, model_type, layer_types),
         **_per_layer_inputs(reader, model_type, name),
         **(_altup(reader, num_layers) if model_type == "gemma3n_text" else {}),
-        **(_experts(reader) if name == "gemma4_text" else {}),
+        **(_experts(reader, name) if model_type == "gemma4_text" else {}),
     )
     reader.finish()
     return config
@@ -244,8 +245,13 @@ def _saved_heads(
 
 
 def _per_layer_inputs(reader: Reader, model_type: str, name: str) -> dict[str, Any]:
-    """Return the sizes of per-layer embeddings; a width of 0 stands for none."""
+    """Return the sizes of per-layer embeddings; a width of 0 stands for none.
+
+    The class of the type `gemma4_unified_text` has none, which its files say with other keys.
+    """
     if name == "gemma4_unified_text":
+        reader.require("hidden_size_per_layer_input", (0, None))
+        reader.take("vocab_size_per_layer_input", None)
         return {}
     rows = None
     if model_type != "embedding_gemma2_text":
@@ -291,8 +297,10 @@ def _sparsity(reader: Reader, num_layers: int) -> tuple[float, ...]:
     return tuple(float(share) for share in given)
 
 
-def _experts(reader: Reader) -> dict[str, Any]:
+def _experts(reader: Reader, name: str) -> dict[str, Any]:
     """Return the sizes of a mixture of experts; files without one may have the keys as null."""
+    if name == "gemma4_unified_text":  # whose class has no experts
+        reader.require("enable_moe_block", (False, None))
     has_experts = reader.switch("enable_moe_block", default=False)
     values = {
         key: reader.size(key, None)

@@ -8,9 +8,9 @@ Dimensions: B sequences of the step, T new tokens, R packed positions passed to 
 with a probability, F of these with the full distribution, Y targets, V vocabulary size, D hidden
 size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
 sequences, E embeddings of pictures, W width of an embedding, L places of a padded text or tokens of
-a picture, N pictures, I pixels of a side, X new tokens inside spans, Z spans of the step, C source
-tokens of sequences that start in the step, U width of the encoder; B1, Z1, T1, T2 for one or two
-more, TC for T + C.
+a picture, N pictures, I pixels of a side, G patches of a token, A pixels of a patch's side, X new
+tokens inside spans, Z spans of the step, C source tokens of sequences that start in the step, U
+width of the encoder; B1, R1, Z1, T1, T2 for one or two more, TC for T + C.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -58,6 +58,15 @@ The inputs below take the place of `source_seqlens` and of the `block_table.g`, 
                                    sequences of source tokens
     token_slot_mapping.g [TC] int32    cache slot of each new key and value; -1 skips the write
 
+CUDA decoders whose last layers read caches of earlier ones (`shares_caches`) compute these layers
+for the R rows alone, each of which is a sequence of its own to attention
+    row_sequences [R] int64        sequence of each row
+    row_cu_seqlens [R1] int32      where each row starts: 0 to R
+    row_past_seqlens [R] int32     number of tokens before each row in its sequence
+
+CUDA decoders with a table of per-layer embeddings take it as an input that is the same in all steps
+(`tables`), so that it may lie in host memory.
+
 Optional inputs, if a model declares them
     inputs_embeds [E, D]           embeddings of pictures that take the place of those of ids; at
                                    least one row, which may be of zeros
@@ -99,6 +108,11 @@ Head `encode`: no state; the encoder of a model whose decoder reads a source, ea
 Head `vision`: no state and none of the inputs above; each picture is computed by itself
     pixels [N, 3, I, I] uint8      pictures of the model's size, channels first, red first
     image_features [N, L, D]       output: embeddings of each picture's L tokens, in `dtype`
+                                   If sizes vary, one picture is computed at a time, and the inputs
+                                   are the G patches of each of its tokens
+    patches [L, G, 3 A^2] uint8    colors of patches of A x A pixels, row by row, red first
+    patch_places [L, G, 2] int64   column and row of each patch
+    image_features [L, D]          output: embeddings of the picture's L tokens, in `dtype`
 
 Inputs of CUDA graphs with the heads `embed` and `encode`, in addition
     position_ids [T]
@@ -140,10 +154,21 @@ from beam_gemma.model.graph_tensors import (
     RecurrentState,
     State,
     StateTensor,
+    Table,
     Tensor,
     state_tensor,
     tensors_of,
 )
+from beam_gemma.model.input_groups import (
+    CHOICE_INPUTS,
+    CHOICE_OUTPUTS,
+    ROW_INPUTS,
+    SHARED_CACHE_INPUTS,
+    SOURCE_INPUTS,
+    SPAN_INPUTS,
+    TEXT_INPUTS,
+)
+from beam_gemma.model.picture_signature import PictureSignature
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
 """Graph head for each task."""
@@ -160,6 +185,11 @@ PREFILL_ROWS = 64
 SOURCE_PREFILL_TOKENS = 256
 """CUDA: most new tokens of a prefill step of a decoder whose sequences have a source. What such a
 decoder starts with is short, while each of its tokens is a sequence of its own to attention."""
+WIDEST_FLASH_HEAD = 256
+"""CUDA: widest head of ONNX Runtime's flash attention. For wider ones it reads keys and values in
+their blocks in decode steps, and gathers them in prefill steps. Given bounds (`attention_metadata`)
+it makes room for as many as all sequences times the longest, so such layers take none: a prefill
+step then waits until the device has counted them."""
 TOP_K = 64
 """Candidates that the `generate` head returns for each row."""
 OPTIONAL_INPUTS = ("inputs_embeds", "span_ends", "first_keys", "position_ids")
@@ -167,7 +197,7 @@ CROSS = "cross_attention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Signature:
+class Signature(PictureSignature):
     """Complete description of an exported graph for the engine."""
 
     head: Head
@@ -184,14 +214,19 @@ class Signature:
     top_k: int = TOP_K
     embedding_size: int = 0
     """Width of an embedding, for the head `embed`."""
-    image_size: int = 0
-    """Height and width of a picture in pixels, for the head `vision`."""
-    num_image_tokens: int = 0
-    """Tokens of the decoder that one picture takes, for the head `vision`."""
     source_size: int = 0
     """Width of the states of a source; 0 for a decoder whose sequences have none."""
     max_source_len: int = 0
     """Longest source in tokens; 0 for a decoder whose sequences have none."""
+    shares_caches: bool = False
+    """True if the last layers of a decoder have no caches, read those of earlier layers, and
+    compute the R rows alone."""
+    gathered_heads: int = 0
+    """CUDA: query heads of a layer whose keys and values a prefill step gathers, since its heads
+    are wider than `WIDEST_FLASH_HEAD`; 0 for a decoder without such layers."""
+
+    tables: tuple[Table, ...] = ()
+    """Weights that the graph takes as inputs."""
 
     def __post_init__(self) -> None:
         unknown = set(self.optional_inputs) - set(OPTIONAL_INPUTS)
@@ -228,6 +263,15 @@ class Signature:
         return max_num_batched_tokens
 
     @property
+    def gathered_bytes(self) -> int:
+        """Memory that a prefill step needs for each token it attends to, in bytes; 0 for none.
+
+        One layer at a time gathers, and has a copy of keys and values for each query head.
+        """
+        widest = max((s.head_dim for s in self.paged_states), default=0)
+        return 2 * self.gathered_heads * widest * 2
+
+    @property
     def has_recurrent_state(self) -> bool:
         """True if each running sequence needs a state slot."""
         return bool(self.recurrent_states)
@@ -245,11 +289,10 @@ class Signature:
     def step_inputs(self) -> tuple[Tensor, ...]:
         """Return the inputs that change with every step, in the order of the graph."""
         if self.head == "vision":
-            pixels = ("N", 3, self.image_size, self.image_size)
-            return (Tensor(name="pixels", dtype="uint8", shape=pixels),)
+            return self.picture_inputs()
         tensors = [*tensors_of(("T",), input_ids="int64"), *tensors_of(("B1",), cu_seqlens="int32")]
         if self.head in ("embed", "encode"):
-            tensors += _TEXT_INPUTS if self.device == "cuda" else ()
+            tensors += TEXT_INPUTS if self.device == "cuda" else ()
             return (*tensors, *self._optional_tensors())
         tensors += tensors_of(("B",), past_seqlens="int32")
         tensors += tensors_of(("R",), logit_rows="int64")
@@ -258,16 +301,9 @@ class Signature:
             tensors += tensors_of(("Y",), target_rows="int64", target_ids="int64")
         for state in self.paged_states:
             tensors += self._paged_inputs(state)
-        if self.has_recurrent_state:
-            tensors.append(Tensor(name="state_slots", dtype="int32", shape=("B",)))
-            tensors += _ROW_INPUTS if self.device == "cuda" else ()
-        if self.has_source:
-            states = ("C", self.source_size)
-            tensors.append(Tensor(name="source_states", dtype=self.dtype, shape=states))
-            on_cuda = self.device == "cuda"
-            tensors += _SOURCE_INPUTS if on_cuda else tensors_of(("B",), source_seqlens="int32")
+        tensors += self._inputs_of_some()
         if self.chooses:
-            tensors += _CHOICE_INPUTS
+            tensors += CHOICE_INPUTS
         tensors += self._optional_tensors()
         if self.device == "cuda" and self.paged_states:
             tensors.append(Tensor(name="attention_metadata", dtype="int32", shape=(3,)))
@@ -299,8 +335,7 @@ class Signature:
     def outputs(self) -> tuple[Tensor, ...]:
         """Return the outputs that are not state."""
         if self.head == "vision":
-            features = ("N", self.num_image_tokens, self.hidden_size)
-            return (Tensor(name="image_features", dtype=self.dtype, shape=features),)
+            return self.picture_outputs(self.hidden_size, self.dtype)
         if self.head == "encode":
             states = ("T", self.hidden_size)
             return (Tensor(name="source_states", dtype=self.dtype, shape=states),)
@@ -324,7 +359,7 @@ class Signature:
                 shape=("F" if self.chooses else "R", self.vocab_size),
             ),
         )
-        return (*tensors, *_CHOICE_OUTPUTS) if self.chooses else tensors
+        return (*tensors, *CHOICE_OUTPUTS) if self.chooses else tensors
 
     @property
     def candidates(self) -> int:
@@ -341,7 +376,8 @@ class Signature:
     def from_json(cls, raw: Mapping[str, Any]) -> "Signature":
         """Read what `to_json` wrote."""
         states = tuple(_state_from_json(dict(state)) for state in raw["states"])
-        return cls(**{**_tuples(raw), "states": states})
+        tables = tuple(Table(**_tuples(table)) for table in raw.get("tables", ()))
+        return cls(**{**_tuples(raw), "states": states, "tables": tables})
 
     def _paged_inputs(self, state: PagedState) -> list[Tensor]:
         group = state.group
@@ -364,6 +400,21 @@ class Signature:
             tensors.append(Tensor(name=f"context_starts.{group}", dtype="int32", shape=("B",)))
         return tensors
 
+    def _inputs_of_some(self) -> list[Tensor]:
+        """Return the inputs of shared caches, of recurrent state and of sources."""
+        tensors: list[Tensor] = []
+        on_cuda = self.device == "cuda"
+        if self.shares_caches and on_cuda:
+            tensors += SHARED_CACHE_INPUTS
+        if self.has_recurrent_state:
+            tensors.append(Tensor(name="state_slots", dtype="int32", shape=("B",)))
+            tensors += ROW_INPUTS if on_cuda else ()
+        if self.has_source:
+            states = ("C", self.source_size)
+            tensors.append(Tensor(name="source_states", dtype=self.dtype, shape=states))
+            tensors += SOURCE_INPUTS if on_cuda else tensors_of(("B",), source_seqlens="int32")
+        return tensors
+
     def _optional_tensors(self) -> list[Tensor]:
         tensors = {
             "inputs_embeds": [
@@ -383,7 +434,7 @@ class Signature:
             Tensor(name=f"span_block_table.{s.group}", dtype="int32", shape=("Z", f"M_{s.group}"))
             for s in self.paged_states
         )
-        return [*_SPAN_INPUTS, *tables]
+        return [*SPAN_INPUTS, *tables]
 
     def _cache_tensors(self, state: PagedState) -> list[StateTensor]:
         shape = state.shape(self.device, self.block_size)
@@ -392,33 +443,6 @@ class Signature:
             for layer in state.layers
             for name in state.names(layer)
         ]
-
-
-_ROW_INPUTS = (
-    *tensors_of(("B", "L"), token_rows="int64"),
-    *tensors_of(("T",), token_places="int64"),
-)
-_TEXT_INPUTS = (*tensors_of(("T",), position_ids="int64"), *_ROW_INPUTS)
-_SOURCE_INPUTS = (
-    *tensors_of(("TC",), token_rows="int64", source_rows="int64"),
-    *tensors_of(("T",), token_places="int64"),
-    *tensors_of(("T2",), token_cu_seqlens="int32"),
-)
-_SPAN_INPUTS = (
-    *tensors_of(("X",), span_rows="int64"),
-    *tensors_of(("T",), span_places="int64"),
-    *tensors_of(("Z1",), span_cu_seqlens="int32"),
-    *tensors_of(("Z",), span_past_seqlens="int32"),
-)
-_CHOICE_INPUTS = (
-    *tensors_of(("T",), token_slots="int32"),
-    *tensors_of(("R",), logit_slots="int32", temperatures="float32", uniforms="float32"),
-    *tensors_of(("R",), top_ks="int32", top_ps="float32"),
-    *tensors_of(("F",), full_rows="int64"),
-)
-_CHOICE_OUTPUTS = tensors_of(
-    ("R",), chosen_ids="int64", chosen_logits="float32", top_logits="float32"
-)
 
 
 def block_size_for(device: Device, head_dim: int) -> int:

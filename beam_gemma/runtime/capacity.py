@@ -1,7 +1,7 @@
 """Sizes of a session's state: memory divided among the groups of layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -13,6 +13,10 @@ from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature, blocks_for
 NUM_SNAPSHOTS = 16
 """Slots for snapshots of recurrent state, beside those of sequences: 12 MB for RecurrentGemma 2B,
 whose state takes 0.7 MB in 32 bits. Rows of a job have few prefixes in common at a time."""
+
+GATHERED_SHARE = 1 / 4
+"""Most of the memory beside weights for keys and values that a prefill step gathers; sequences are
+shorter where that is too little (`Signature.gathered_bytes`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +75,21 @@ def plan_capacity(
             f"got {num_bytes:,} bytes in all; free memory or run on a larger machine"
         )
     return Capacity(num_blocks=num_blocks, num_state_slots=num_state_slots)
+
+
+def within_reach(signature: Signature, *, num_bytes: int, num_prefill_tokens: int) -> Signature:
+    """Return the contract with the longest sequence whose keys and values a step can gather.
+
+    Args:
+        signature: The contract.
+        num_bytes: Memory for all that takes its size from the free memory.
+        num_prefill_tokens: Most new tokens of a prefill step, which may all be padding.
+    """
+    if not signature.gathered_bytes:
+        return signature
+    num_cells = int(GATHERED_SHARE * num_bytes) // signature.gathered_bytes
+    longest = max(num_cells - num_prefill_tokens, num_prefill_tokens)
+    return replace(signature, max_model_len=min(longest, signature.max_model_len))
 
 
 def num_slots(signature: Signature, max_num_seqs: int) -> int:

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from beam_gemma.model.signature import Signature
 from beam_gemma.monitoring.startup_log import logged
 from beam_gemma.monitoring.timeline import DeviceStats
 from beam_gemma.runtime.bound_graph import UNCAPTURED, Binding, BoundGraph, Place, is_lack_of_memory
-from beam_gemma.runtime.capacity import Capacity, num_slots, plan_capacity
+from beam_gemma.runtime.capacity import Capacity, num_slots, plan_capacity, within_reach
 from beam_gemma.runtime.device_memory import DeviceMemory, Mark
 from beam_gemma.runtime.device_state import DeviceState
+from beam_gemma.runtime.placed_tables import PlacedTables
 from beam_gemma.runtime.step_buffers import CANDIDATES, Layout, StepBuffers, num_real
 from beam_gemma.runtime.step_interface import EmbedOutput, Feeds, ScoreOutput, StepOutput
 from beam_gemma.runtime.step_shapes import (
@@ -88,6 +90,10 @@ class CudaSession:
         self._pending: list[PendingStep | None] = [None] * MAX_STEPS_IN_FLIGHT
         with logged("moved weights to the device"):
             self._graph = BoundGraph(graph_path, signature, memory)
+        with logged("read tables"):
+            self._tables = PlacedTables(signature, Path(graph_path).parent, memory)
+        if self._gathers:
+            self._shorten(memory_utilization)
         try:
             with logged("ran the largest steps and allocated caches"):
                 self._open(memory_utilization)
@@ -184,12 +190,12 @@ class CudaSession:
         )
         self._state = DeviceState(self.signature, capacity, self._memory)
         for shape in largest:
-            self._run_for_nobody(self._bind(shape, UNCAPTURED))
+            past = self.signature.max_model_len if self._gathers and not shape.is_decode else 0
+            self._run_for_nobody(self._bind(shape, UNCAPTURED), past)
         self._state.free()
-        room = self._memory.room()
         capacity = plan_capacity(
             self.signature,
-            num_bytes=max(0, room.free - round((1 - memory_utilization) * room.total)),
+            num_bytes=self._num_free_bytes(memory_utilization),
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._sizes.prefill[-1],
         )
@@ -197,6 +203,32 @@ class CudaSession:
         capacity = replace(capacity, num_state_slots=self.num_state_slots)
         self._state = DeviceState(self.signature, capacity, self._memory)
         self._measure()
+
+    @property
+    def _gathers(self) -> bool:
+        """True if prefill steps gather the keys and values of some layers."""
+        return self.signature.gathered_heads > 0 and self._sizes.has_flash
+
+    def _shorten(self, memory_utilization: float) -> None:
+        """Lower the length of the longest sequence to what a step has room to gather."""
+        before = self.signature.max_model_len
+        self.signature = within_reach(
+            self.signature,
+            num_bytes=self._num_free_bytes(memory_utilization),
+            num_prefill_tokens=self._sizes.prefill[-1],
+        )
+        if (after := self.signature.max_model_len) < before:
+            LOGGER.warning(
+                "device: room to gather the keys and values of %d tokens, so that no sequence may "
+                "have more than these; the model takes %d",
+                after,
+                before,
+            )
+
+    def _num_free_bytes(self, memory_utilization: float) -> int:
+        """Return the free part of the share of the memory that may be used, in bytes."""
+        room = self._memory.room()
+        return max(0, room.free - round((1 - memory_utilization) * room.total))
 
     def _bound_to(self, shape: StepShape) -> "_Bound":
         """Return the binding of a shape; a decode shape's graph is captured at its first step."""
@@ -217,24 +249,33 @@ class CudaSession:
         """Bind all inputs and outputs of a shape, or update all but the state in binding `old`."""
         layout = self._buffers.layout(shape)
         inputs, outputs = self._buffers.places(layout)
+        inputs += () if old else self._tables.places
         for placed in () if old else self._state:
             tensor, where = placed.tensor, (placed.tensor.dtype, placed.shape, placed.address)
             inputs.append(Place(tensor.input_name, *where))
             outputs.append(Place(tensor.output_name, *where))
         return _Bound(layout, self._graph.bind(inputs, outputs, old and old.binding), graph_id)
 
-    def _launch(self, bound: "_Bound", feeds: Feeds) -> None:
-        """Copy a step's inputs to the device and start the graph."""
+    def _launch(self, bound: "_Bound", feeds: Feeds, past: int = 0) -> None:
+        """Copy a step's inputs to the device and start the graph.
+
+        Args:
+            bound: The binding of the step's shape.
+            feeds: The step's inputs.
+            past: Number of tokens before those of the first padding sequence.
+        """
         buffer = self._buffers.inputs[self._free_frame()]
         views = {name: slot.of(buffer) for name, slot in bound.layout.inputs.items()}
         pad(feeds, bound.layout.shape, views, spare_slot=self.num_state_slots - 1)
+        if past:
+            views["past_seqlens"][len(feeds["past_seqlens"])] = past
         source = buffer[: bound.layout.num_input_bytes]
         self._memory.copy_in(self._buffers.input_address, source)
         self._graph.run(bound.binding, bound.graph_id)
 
-    def _run_for_nobody(self, bound: "_Bound") -> None:
+    def _run_for_nobody(self, bound: "_Bound", past: int = 0) -> None:
         """Run a step without sequences, which changes no sequence's state, and wait for it."""
-        self._launch(bound, no_step(self.signature))
+        self._launch(bound, no_step(self.signature), past)
         self._memory.mark().wait()
 
     def _free_frame(self) -> int:

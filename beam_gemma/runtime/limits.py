@@ -124,7 +124,7 @@ class Limits:
         """
         if (
             vision is None
-            or vision.bidirectional == "picture"
+            or vision.bidirectional != "prefix"
             or self.max_num_batched_tokens is not None
             or (least := vision.num_image_tokens + TEXT_BESIDE_PICTURE)
             <= MAX_NUM_BATCHED_TOKENS[device]

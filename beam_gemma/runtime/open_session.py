@@ -25,6 +25,12 @@ from beam_gemma.runtime.device_memory import (
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.step_shapes import StepSizes
 
+LEAST_ROW_HEADS = 64
+"""Fewest rows times query heads of a decode step with heads too wide for flash attention. In a
+smaller step, ONNX Runtime splits the keys of a row over up to 32 blocks of threads, but no more
+than there are tiles of 128 keys in the longest context, so a row's sums would depend on other rows.
+With so many, a device of 256 multiprocessors splits them over 8 blocks, and the narrowest block
+table covers 8 tiles (`step_shapes.MIN_CONTEXT`)."""
 NO_MEMORY = re.compile(
     r"MemoryError|bad_alloc|bad allocation|[Cc]annot allocate memory|[Ff]ailed to allocate|"
     r"pthread_create failed"
@@ -46,8 +52,8 @@ def open_session(
         signature = artifact.signature(head, device)
         require_bfloat16(signature.dtype, compute_capability)
         require_two_sided(signature, compute_capability)
-        splits_sources = signature.has_source and compute_capability() < FLASH_CAPABILITY
-        return open_on(CudaMemory(), artifact, signature, limits, splits_sources=splits_sources)
+        has_flash = compute_capability() >= FLASH_CAPABILITY
+        return open_on(CudaMemory(), artifact, signature, limits, has_flash=has_flash)
     config = limits.engine_config(device)
     tokens = limits.embed_tokens(device) if head == "embed" else config.max_num_batched_tokens
     try:
@@ -69,7 +75,7 @@ def open_on(
     signature: Signature,
     limits: Limits,
     *,
-    splits_sources: bool = False,
+    has_flash: bool = True,
 ) -> CudaSession:
     """Load a CUDA graph with its inputs, outputs and state in a device's memory.
 
@@ -78,7 +84,7 @@ def open_on(
         artifact: The model folder.
         signature: Contract of the graph.
         limits: Limits set by the user.
-        splits_sources: Whether attention takes each source token as a sequence.
+        has_flash: Whether the device has flash attention.
     """
     names = [name for name in artifact.files if name.startswith("weights/")]
     with logged("read weights ahead"):
@@ -87,13 +93,13 @@ def open_on(
         str(artifact.graph_path(signature.head, signature.device)),
         signature,
         memory,
-        sizes=_sizes(signature, limits, splits_sources=splits_sources),
+        sizes=_sizes(signature, limits, has_flash=has_flash),
         max_num_seqs=limits.engine_config("cuda").max_num_seqs,
         memory_utilization=limits.memory_utilization,
     )
 
 
-def _sizes(signature: Signature, limits: Limits, *, splits_sources: bool) -> StepSizes:
+def _sizes(signature: Signature, limits: Limits, *, has_flash: bool) -> StepSizes:
     """Return the sizes to pad steps to.
 
     For whole texts and for sources, they cover one that is longer than the budget.
@@ -101,7 +107,7 @@ def _sizes(signature: Signature, limits: Limits, *, splits_sources: bool) -> Ste
     Args:
         signature: Contract of the graph.
         limits: Limits set by the user.
-        splits_sources: Whether attention takes each source token as a sequence.
+        has_flash: Whether the device has flash attention.
     """
     if signature.head == "embed":
         sizes = _doubled(limits.embed_tokens("cuda"), signature.max_model_len)
@@ -109,11 +115,13 @@ def _sizes(signature: Signature, limits: Limits, *, splits_sources: bool) -> Ste
     tokens = limits.engine_config("cuda").max_num_batched_tokens
     if signature.head == "encode":
         return StepSizes(decode=(), prefill=_doubled(tokens, signature.max_model_len))
+    # Only a decoder with wide heads says how many there are.
+    least = -(-LEAST_ROW_HEADS // signature.gathered_heads) if signature.gathered_heads else 1
     return StepSizes(
-        decode=limits.capture_sizes,
+        decode=tuple(sorted({max(width, least) for width in limits.capture_sizes})),
         prefill=(signature.prefill_tokens(tokens),),
         sources=_doubled(tokens, signature.max_source_len) if signature.has_source else (),
-        splits_sources=splits_sources,
+        has_flash=has_flash,
     )
 
 

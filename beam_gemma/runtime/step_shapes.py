@@ -95,6 +95,7 @@ class StepShape:
             "B": self.num_sequences,
             "B1": self.num_sequences + 1,
             "R": self.num_rows,
+            "R1": self.num_rows + 1,
             "Q": self.num_probabilities,
             "Y": self.num_targets,
             "F": self.num_full,
@@ -120,10 +121,12 @@ class StepSizes:
     """Sizes of any other step, in tokens."""
     sources: tuple[int, ...] = ()
     """Sizes of any other step of a decoder with sources, in source tokens."""
-    splits_sources: bool = False
-    """Whether attention takes each source token as a sequence. Below compute capability 8.0, its
-    kernel for decode steps does the others too if no sequence has more than one token; what it runs
-    otherwise copies the whole source for each new token."""
+    has_flash: bool = True
+    """Whether the device has flash attention: compute capability 8.0. Without it, ONNX Runtime
+    takes its kernel for decode steps if a step has as many sequences as tokens; what it runs
+    otherwise gathers keys and values, those of a whole source for each new token. So each source
+    token is a sequence of its own then, and in a decoder that gathers anyway (`gathered_heads`),
+    empty sequences follow those of a prefill step."""
 
     def shape(
         self, feeds: Mapping[str, np.ndarray], signature: Signature, *, with_logits: bool
@@ -167,7 +170,7 @@ class StepSizes:
             is_decode=False,
             size=size,
             num_tokens=size,
-            num_sequences=num_sequences + (padding > 0),
+            num_sequences=size if self.has_as_many(signature) else num_sequences + (padding > 0),
             num_rows=num_rows,
             num_full=num_rows if with_logits else 0,
             num_probabilities=_rounded(num_probabilities),
@@ -178,6 +181,10 @@ class StepSizes:
             **sources,
         )
 
+    def has_as_many(self, signature: Signature) -> bool:
+        """Return whether a prefill step has as many sequences as tokens, to gather nothing."""
+        return signature.gathered_heads > 0 and not self.has_flash
+
     def source_sizes(self, num_source_tokens: int) -> dict[str, int]:
         """Return the padded numbers of source tokens and of their sequences in a prefill step.
 
@@ -187,7 +194,7 @@ class StepSizes:
         if not num_source_tokens:
             return {}
         size = _least(self.sources, num_source_tokens)
-        num_sequences = size if self.splits_sources else 1
+        num_sequences = 1 if self.has_flash else size
         return {"num_source_tokens": size, "num_source_sequences": num_sequences}
 
 
@@ -236,7 +243,7 @@ def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
         is_decode=False,
         size=most,
         num_tokens=most,
-        num_sequences=min(PREFILL_ROWS, most) + 1,
+        num_sequences=most if sizes.has_as_many(signature) else min(PREFILL_ROWS, most) + 1,
         num_rows=PREFILL_ROWS,
         num_probabilities=PREFILL_ROWS,
         num_targets=PREFILL_ROWS if signature.head == "score" else 0,
@@ -301,6 +308,9 @@ def pad(
             continue
         if name == "span_cu_seqlens":
             _pad_starts(source, target, shape.num_spans, shape.num_span_tokens)
+            continue
+        if name == "row_cu_seqlens":
+            _pad_starts(source, target, shape.num_rows, shape.num_rows)
             continue
         if name == "full_rows":
             source = source[: shape.num_full]

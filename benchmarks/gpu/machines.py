@@ -4,8 +4,9 @@
 
 Prints the tables of `docs/dataflow.md`. Weights take two bytes per parameter, or the size of their
 blocks in int8 and int4 (`export.graph.quantize`). A row's cache holds a key and a value of two
-bytes per number for each layer, key-value head and token; a layer with a window keeps only the
-window's tokens. Weights and caches together stay within the share of memory allowed for weights.
+bytes per number for each layer with a cache, key-value head and token; a layer with a window keeps
+only the window's tokens. Weights and caches together stay within the share of memory allowed for
+weights; a large table of per-layer embeddings lies in host memory.
 """
 
 import math
@@ -15,7 +16,9 @@ from beam_gemma.jobs.estimate import Estimate, Means, Sample, Throughput
 from beam_gemma.jobs.profiles import profiles
 from beam_gemma.model.config import GemmaConfig
 from benchmarks.table import table
+from export.checkpoints.newer_sizes import NEWER_SIZES
 from export.checkpoints.released_sizes import SIZES, Size
+from export.checkpoints.tensors import TABLE
 from export.graph.quantize import BITS, CodedMatrix
 
 BYTES = 2
@@ -26,6 +29,7 @@ EXAMPLE_PRICE = 0.10
 """Example price in US dollars per worker hour; not a real offer."""
 WORK = {"generate": (500, 100), "score": (200, 0), "embed": (200, 0)}
 """Computed prompt tokens and completion tokens of an example row, by head."""
+MODELS = (*SIZES, *NEWER_SIZES)
 FITTING = [gpu for gpu in GPUS.values() if gpu.has_bfloat16]
 
 
@@ -45,18 +49,28 @@ def num_bytes(name: str, shape: tuple[int, ...], bits: int | None) -> int:
     return math.prod(matrix.shape_of(matrix.codes)) + BYTES * blocks
 
 
+def table_bytes(size: Size, precision: str = "bf16") -> int:
+    """Return the bytes of a model's table of per-layer embeddings; 0 for a model without one."""
+    shape = size.tensor_shapes().get(TABLE)
+    return 0 if shape is None else num_bytes(TABLE, shape, BITS.get(precision))
+
+
 def cache_bytes(config: GemmaConfig, num_tokens: int) -> int:
     """Return the bytes of a sequence's keys and values."""
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * BYTES
-    windows = [config.window(kind) for kind in config.layer_types]
-    return per_layer * sum(min(num_tokens, window or num_tokens) for window in windows)
+    total = 0
+    for group in config.groups:
+        per_token = 2 * config.num_kv_heads_of(group) * config.head_dim_of(group) * BYTES
+        cells = min(num_tokens, config.window(group) or num_tokens)
+        total += len(config.cached_layers_of(group)) * per_token * cells
+    return total
 
 
 def num_rows(gpu: Gpu, size: Size) -> int:
     """Return the number of sequences that fit beside a model's weights; 0 if these do not fit."""
-    if not gpu.holds(weight_bytes(size)):
+    weights = weight_bytes(size), table_bytes(size)
+    if not gpu.holds(*weights):
         return 0
-    left = gpu.memory_gib * 2**30 * WEIGHTS_FRACTION - weight_bytes(size)
+    left = gpu.memory_gib * 2**30 * WEIGHTS_FRACTION - gpu.held(*weights)
     return int(left // cache_bytes(size.config, row_tokens(size)))
 
 
@@ -70,7 +84,7 @@ def fit_table() -> str:
     header = ["model", "weights, GB", "cache of a row, MB"]
     header += [f"{gpu.name}, {gpu.memory_gib} GiB" for gpu in FITTING]
     rows = []
-    for size in SIZES:
+    for size in MODELS:
         if size.config.use_bidirectional_attention:
             continue  # encoders keep no cache and run on the CPU
         fits = [num_rows(gpu, size) for gpu in FITTING]
@@ -83,13 +97,13 @@ def fit_table() -> str:
 def precision_table() -> str:
     """Return a table of each precision's weight size and the smallest GPU that holds it."""
     rows = []
-    for size in SIZES:
+    for size in MODELS:
         if size.config.use_bidirectional_attention:
             continue
         cells = []
         for precision in ("bf16", "fp16", *BITS):
             weights = weight_bytes(size, precision)
-            smallest = smallest_gpu(precision, weights)
+            smallest = smallest_gpu(precision, weights, table_bytes(size, precision))
             assert smallest is not None
             cells.append(f"{weights / 1e9:.1f}, {smallest.name.removeprefix('nvidia-')}")
         rows.append([size.name, *cells])

@@ -4,8 +4,8 @@ from beam_gemma.errors import ArtifactError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
 from beam_gemma.model.layer_types import FULL, RECURRENT, SLIDING
-from beam_gemma.model.signature import CROSS, Signature, block_size_for
-from beam_gemma.model.vision_config import VisionConfig
+from beam_gemma.model.signature import CROSS, WIDEST_FLASH_HEAD, Signature, block_size_for
+from beam_gemma.model.vision_config import MAX_IMAGE_TOKENS, VisionConfig
 from export.modules.recurrent import CONV_STATE, LRU_STATE
 
 LONGEST_TEXT = 8192
@@ -13,8 +13,9 @@ LONGEST_TEXT = 8192
 the model's limit is lower. Its full attention scores are in memory at once, and grow quadratically:
 4 bytes for each pair of tokens and each query head, so 1 GB at this length with 4 heads and 4 GB
 with 16. Their softmax takes as much again."""
-MAX_HEAD_DIM = 256
-"""Most channels that one query-key product sums at once on the CPU; see `CONTEXT_ALIGNMENT`."""
+MAX_HEAD_DIM = 512
+"""Widest head on the CPU, that of a Gemma 4; of more than 256 channels, so many are summed at once
+(`export.ops.lowering_wide`)."""
 
 
 def decoder_signature(
@@ -66,7 +67,15 @@ def decoder_signature(
         optional_inputs=_optional_inputs(config, device, vision),
         source_size=0 if encoder is None else encoder.hidden_size,
         max_source_len=0 if encoder is None else max_source_len(encoder),
+        shares_caches=config.num_kv_shared_layers > 0,
+        gathered_heads=_gathered_heads(config, device),
     )
+
+
+def _gathered_heads(config: GemmaConfig, device: Device) -> int:
+    """Return the query heads of layers whose keys and values prefill steps gather."""
+    is_wide = max(map(config.head_dim_of, config.groups)) > WIDEST_FLASH_HEAD
+    return config.num_attention_heads if device == "cuda" and is_wide else 0
 
 
 def _source_state(config: GemmaConfig) -> PagedState:
@@ -136,7 +145,9 @@ def vision_signature(
         max_model_len=config.max_position_embeddings,
         states=(),
         image_size=vision.image_size,
-        num_image_tokens=vision.num_image_tokens,
+        num_image_tokens=MAX_IMAGE_TOKENS if vision.image_step else vision.num_image_tokens,
+        image_step=vision.image_step,
+        patch_size=vision.graph_patch_size if vision.image_step else 0,
     )
 
 
@@ -161,7 +172,9 @@ def _optional_inputs(
     config: GemmaConfig, device: Device, vision: VisionConfig | None
 ) -> tuple[str, ...]:
     """Return the optional inputs of a decoder, in the order of `OPTIONAL_INPUTS`."""
-    names = ["inputs_embeds", "span_ends"] if vision is not None else []
+    names = ["inputs_embeds"] if vision is not None else []
+    if vision is not None and vision.bidirectional != "none":
+        names.append("span_ends")
     # On CUDA, each kind of reach is an attention of its own, so that none is input.
     is_wide = vision is not None and vision.bidirectional == "prefix" and SLIDING in config.groups
     if is_wide and device == "cpu":
@@ -170,7 +183,6 @@ def _optional_inputs(
 
 
 def _check_head_dim(config: GemmaConfig, device: Device) -> None:
-    if device == "cpu" and config.head_dim > MAX_HEAD_DIM:
-        raise ArtifactError(
-            f"head_dim: expected at most {MAX_HEAD_DIM} on the CPU, got {config.head_dim}"
-        )
+    widest = max(map(config.head_dim_of, config.groups))
+    if device == "cpu" and widest > MAX_HEAD_DIM:
+        raise ArtifactError(f"head_dim: expected at most {MAX_HEAD_DIM} on the CPU, got {widest}")

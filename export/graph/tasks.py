@@ -12,7 +12,7 @@ from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import HEADS, Signature
 from beam_gemma.model.vision_config import VisionConfig
 from export.checkpoints.sentence_folder import MODULES
-from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, Checkpoint
+from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, TABLE, Checkpoint
 from export.checkpoints.vision_tensors import is_of_pictures
 from export.graph.signatures import (
     LONGEST_TEXT,
@@ -22,10 +22,12 @@ from export.graph.signatures import (
     vision_signature,
 )
 from export.modules.cuda_recurrent import CudaRecurrentDecoder
+from export.modules.cuda_shared_cache import CudaSharedCacheDecoder
 from export.modules.cuda_source_decoder import CudaSourceDecoder
 from export.modules.decoder import GemmaDecoder
 from export.modules.encoder import GemmaEncoder
 from export.modules.encoder_decoder import SourceDecoder
+from export.modules.gemma4_vision import Gemma4Vision
 from export.modules.recurrent import RecurrentDecoder
 from export.modules.shared_cache import SharedCacheDecoder
 from export.modules.source_encoder import SourceEmbedder, SourceEncoder
@@ -143,6 +145,17 @@ def for_embeddings(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, vision=None)
 
 
+def table_dtype(checkpoint: Checkpoint, signature: Signature) -> str:
+    """Return the dtype in which a graph has the table of per-layer embeddings.
+
+    On the CPU it is the checkpoint's, so that the table is linked: a step reads few of its rows.
+    """
+    table = checkpoint.tensors.get(TABLE)
+    if table is None or table.raw is None or signature.device == "cuda":
+        return signature.dtype
+    return table.dtype
+
+
 def graph_module(
     config: GemmaConfig,
     embedding: EmbeddingConfig | None,
@@ -152,7 +165,7 @@ def graph_module(
 ) -> torch.nn.Module:
     """Return the PyTorch module that a signature describes."""
     if vision is not None and signature.head == "vision":
-        return VisionModel(vision, signature)
+        return (Gemma4Vision if vision.image_step else VisionModel)(vision, signature)
     if encoder is not None and signature.head == "encode":
         return SourceEncoder(encoder, signature)
     if encoder is not None and embedding is not None and signature.head == "embed":
@@ -167,5 +180,7 @@ def graph_module(
         return RecurrentDecoder(config, signature)
     if embedding is not None and signature.head == "embed":
         return GemmaEncoder(config, signature, embedding)
+    if config.num_kv_shared_layers and signature.device == "cuda":
+        return CudaSharedCacheDecoder(config, signature, vision)
     kind = SharedCacheDecoder if config.num_kv_shared_layers else GemmaDecoder
     return kind(config, signature, vision)

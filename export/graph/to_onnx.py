@@ -4,29 +4,33 @@ The module is built and traced under fake tensors, so a 27B model exports on a l
 attached later as references to files (`export.graph.weights`).
 """
 
-import inspect
-import math
-import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript.onnx_opset import opset23 as op
 from onnxscript.optimizer import optimize
-from onnxscript.values import OnnxFunction, Op
+from onnxscript.values import OnnxFunction
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beam_gemma.model.graph_tensors import StateTensor, Tensor
-from beam_gemma.model.signature import QUERY_TILE, Signature
-from export.modules.decoder import RMSNorm, Rotary
+from beam_gemma.model.signature import Signature
+from export.graph.translations import translations
+from export.modules.layers import RMSNorm, Rotary
+from export.modules.per_layer import Table
 from export.modules.source_encoder import SourceEmbedder, SourceEncoder
 from export.modules.vision import LayerNorm
-from export.ops import lowering_cpu, lowering_cuda, lowering_packed, lowering_recurrent
-from export.ops.lowering_packed import SUM_CHUNK, VALUE_SLICE
-from export.ops.reference import NO_WINDOW
+from export.ops import (
+    lowering_cpu,
+    lowering_cuda,
+    lowering_expert_loop,
+    lowering_experts,
+    lowering_packed,
+    lowering_recurrent,
+    lowering_wide,
+)
 
 OPSET = 23
 TORCH_DTYPES = {
@@ -37,23 +41,28 @@ TORCH_DTYPES = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
-TENSOR_TYPES = [
-    f"tensor({kind})" for kind in ("float", "bfloat16", "float16", "int32", "int64", "bool")
-]
 VISION_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
     "cpu": (lowering_cpu.VisionAttention, lowering_cpu.RmsNorm),
     "cuda": (lowering_cuda.VisionAttention, lowering_cuda.RmsNorm, lowering_cuda.HalfRmsNorm),
 }
 DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
+SOME_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
+    "cpu": (*lowering_cpu.CACHED, *lowering_wide.FUNCTIONS, *lowering_expert_loop.FUNCTIONS),
+    "cuda": (*lowering_cuda.CACHED, *lowering_experts.FUNCTIONS),
+}
+"""Functions that only those graphs have which call them."""
 
 
-def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Model:
+def trace(
+    build: Callable[[], torch.nn.Module], signature: Signature, table_dtype: str | None = None
+) -> ir.Model:
     """Export a module as the graph that `signature` describes.
 
     Args:
         build: Function that makes a module with `GemmaDecoder`'s `forward`; called under fake
             tensors.
         signature: Inputs, state and outputs of the graph.
+        table_dtype: Dtype of the table of per-layer embeddings; None for that of the matrices.
 
     Returns:
         A graph whose parameters are initializers without a value, named as in the module; those
@@ -62,7 +71,7 @@ def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Mode
     with FakeTensorMode(), warnings.catch_warnings():
         # Hide deprecation warnings from inside the exporter.
         warnings.simplefilter("ignore")
-        module = _typed(build(), signature.dtype).eval()
+        module = _typed(build(), signature.dtype, table_dtype or signature.dtype).eval()
         sizes = _Sizes()
         step = {t.name: sizes.example(t) for t in signature.step_inputs()}
         state = {t.input_name: sizes.example(t) for t in signature.state_tensors()}
@@ -84,7 +93,7 @@ def trace(build: Callable[[], torch.nn.Module], signature: Signature) -> ir.Mode
             verbose=False,
             input_names=[*step, *state],
             output_names=_output_names(signature),
-            custom_translation_table=_translations(signature.device),
+            custom_translation_table=translations(signature.device),
         )
     assert exported is not None
     finished = _finished(exported.model, signature, {n for n, _ in module.named_parameters()})
@@ -102,7 +111,7 @@ def _finished(model: ir.Model, signature: Signature, parameters: set[str]) -> ir
         model.graph.initializers[name].const_value = None
     optimize(model)
     model.opset_imports.update({"beam_gemma": 1, "com.microsoft": 1})
-    for function in _lowering(signature):
+    for function in (*_lowering(signature), *_called(model, SOME_LOWERINGS[signature.device])):
         body = ir.serde.deserialize_function(function.to_function_proto())
         model.functions[body.identifier()] = body
     _name_dimensions(model, signature)
@@ -131,12 +140,33 @@ def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
     return DECODER_LOWERINGS[signature.device]
 
 
-def _typed(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
+def _called(
+    model: ir.Model, functions: Iterable[OnnxFunction[..., Any]]
+) -> Iterator[OnnxFunction[..., Any]]:
+    """Yield those of `functions` that the graph calls, or that one of them calls."""
+    by_name = {function.name: function for function in functions}
+    names = [node.op_type for node in model.graph]
+    while names:
+        if function := by_name.pop(names.pop(), None):
+            yield function
+            names += _ops_of(function.to_function_proto().node)
+
+
+def _ops_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Yield the types of nodes, and of those in the bodies of loops."""
+    for node in nodes:
+        yield node.op_type
+        for attribute in node.attribute:
+            yield from _ops_of(attribute.g.node)
+
+
+def _typed(module: torch.nn.Module, dtype: str, table_dtype: str) -> torch.nn.Module:
     """Convert the module's matrices to a dtype; weights of norms and frequencies keep theirs."""
     for child in module.modules():
         if not isinstance(child, RMSNorm | LayerNorm | Rotary):
+            kind = TORCH_DTYPES[table_dtype if isinstance(child, Table) else dtype]
             for name, parameter in child.named_parameters(recurse=False):
-                parameter = torch.nn.Parameter(parameter.to(TORCH_DTYPES[dtype]))
+                parameter = torch.nn.Parameter(parameter.to(kind))
                 setattr(child, name, parameter)
     return module
 
@@ -189,226 +219,3 @@ def _values(model: ir.Model) -> Iterable[ir.Value]:
     yield from model.graph.inputs
     for node in model.graph:
         yield from node.outputs
-
-
-def _translations(device: str) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the device's translations of torch ops, added to PyTorch's own table."""
-    return {
-        torch.ops.beam_gemma.ragged_attention.default: (
-            _attention_cpu if device == "cpu" else _attention_cuda
-        ),
-        torch.ops.beam_gemma.span_attention.default: _span_attention,
-        torch.ops.beam_gemma.source_attention.default: _source_attention,
-        torch.ops.beam_gemma.packed_attention.default: _packed_attention,
-        torch.ops.beam_gemma.packed_sum.default: _packed_sum,
-        torch.ops.beam_gemma.padded_attention.default: _padded_attention,
-        torch.ops.beam_gemma.column_maxima.default: _column_maxima,
-        torch.ops.beam_gemma.vision_attention.default: _vision_attention,
-        torch.ops.beam_gemma.rms_norm.default: _rms_norm_cpu if device == "cpu" else _rms_norm_cuda,
-        torch.ops.beam_gemma.rotate.default: _rotate,
-        torch.ops.beam_gemma.linear_recurrence.default: _linear_recurrence,
-        torch.ops.beam_gemma.padded_recurrence.default: _padded_recurrence,
-        torch.ops.aten.linear.default: _linear,
-        torch.ops.aten.index_put.default: _index_put,
-    }
-
-
-def _node(function: OnnxFunction[..., Any]) -> Op:
-    """Return an op that records a call of `function` as one node, without its body.
-
-    The exporter inlines any body that it sees when it changes the opset version.
-    """
-    schema = onnx.defs.OpSchema
-    attribute_types = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT}
-    signature = inspect.signature(function.function)
-    inputs, attributes = [], []
-    for name, parameter in signature.parameters.items():
-        kind = attribute_types.get(parameter.annotation)
-        if kind is None:
-            inputs.append(schema.FormalParameter(name, "T"))
-        else:
-            attributes.append(schema.Attribute(name, kind, "", required=True))
-    num_outputs = len(typing.get_args(signature.return_annotation)) or 1
-    return Op(
-        function.opset,
-        function.name,
-        schema(
-            function.name,
-            function.opset.domain,
-            1,
-            inputs=inputs,
-            outputs=[schema.FormalParameter(f"output_{i}", "T") for i in range(num_outputs)],
-            type_constraints=[("T", TENSOR_TYPES, "")],
-            attributes=attributes,
-        ),
-    )
-
-
-def _attention_cpu(  # type: ignore[no-untyped-def]
-    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, window: int,
-    scale: float, softcap: float, layout: str, attention_metadata=None,
-):  # fmt: skip
-    del past_seqlens, window, layout, attention_metadata
-    inputs = (
-        query, key, value, key_cache, value_cache, cu_seqlens, block_table, slot_mapping,
-        context_starts, first_keys, last_keys,
-    )  # fmt: skip
-    shape = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "block_size": key_cache.shape[2],
-        "query_tile": QUERY_TILE, "scale": scale,
-    }  # fmt: skip
-    if softcap:
-        return _node(lowering_cpu.RaggedAttentionSoftcap)(*inputs, **shape, softcap=softcap)
-    return _node(lowering_cpu.RaggedAttention)(*inputs, **shape)
-
-
-def _attention_cuda(  # type: ignore[no-untyped-def]
-    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    context_starts, first_keys, last_keys, num_heads: int, num_kv_heads: int, window: int,
-    scale: float, softcap: float, layout: str, attention_metadata=None,
-):  # fmt: skip
-    del layout, context_starts, first_keys, last_keys
-    return _node(lowering_cuda.RaggedAttention)(
-        query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
-        slot_mapping, attention_metadata,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
-        window=-1 if window == NO_WINDOW else window,
-    )  # fmt: skip
-
-
-def _span_attention(  # type: ignore[no-untyped-def]
-    output, query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, rows,
-    no_slots, is_inside, places, num_heads: int, num_kv_heads: int, window: int, scale: float,
-    softcap: float, attention_metadata,
-):  # fmt: skip
-    inside = _node(lowering_cuda.SpanAttention)(
-        op.Gather(query, rows), op.Gather(key, rows), key_cache, value_cache, cu_seqlens,
-        past_seqlens, block_table, no_slots, attention_metadata,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
-        window=-1 if window == NO_WINDOW else window,
-    )  # fmt: skip
-    inside.dtype = query.dtype  # ONNX cannot infer the type of a node that it does not know
-    return op.Where(is_inside, op.Gather(inside, places), output)
-
-
-def _source_attention(  # type: ignore[no-untyped-def]
-    query, key, value, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    rows, places, num_heads: int, num_kv_heads: int, scale: float, softcap: float,
-    attention_metadata,
-):  # fmt: skip
-    output, *caches = _node(lowering_cuda.RaggedAttention)(
-        op.Gather(query, rows), key, value, key_cache, value_cache, cu_seqlens, past_seqlens,
-        block_table, slot_mapping, attention_metadata,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap, window=-1,
-    )  # fmt: skip
-    output.dtype = query.dtype  # ONNX cannot infer the type of a node that it does not know
-    return op.Gather(output, places), *caches
-
-
-def _packed_attention(  # type: ignore[no-untyped-def]
-    query, key, value, cu_seqlens, num_heads: int, num_kv_heads: int, back: int, ahead: int,
-    scale: float, softcap: float,
-):  # fmt: skip
-    shape = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "back": back, "ahead": ahead,
-        "num_slices": math.ceil(key.shape[1] / num_kv_heads / VALUE_SLICE), "scale": scale,
-    }  # fmt: skip
-    if softcap:
-        node = _node(lowering_packed.PackedAttentionSoftcap)
-        return node(query, key, value, cu_seqlens, **shape, softcap=softcap)
-    return _node(lowering_packed.PackedAttention)(query, key, value, cu_seqlens, **shape)
-
-
-def _padded_attention(  # type: ignore[no-untyped-def]
-    query, key, value, mask, rows, places, num_heads: int, num_kv_heads: int, scale: float,
-    softcap: float,
-):  # fmt: skip
-    width = query.shape[1]
-    output = _node(lowering_cuda.PaddedAttention)(
-        op.Gather(query, rows), op.Gather(key, rows), op.Gather(value, rows), mask,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
-    )  # fmt: skip
-    return op.Gather(op.Reshape(output, _ints(-1, width)), places)
-
-
-def _packed_sum(x, cu_seqlens, longest: int):  # type: ignore[no-untyped-def]
-    """Sum chunks of rows, then chunks of these sums, until each sequence is one row."""
-    chunk_sums = _node(lowering_packed.ChunkSums)
-    while True:
-        x, cu_seqlens = chunk_sums(x, cu_seqlens)
-        longest = math.ceil(longest / SUM_CHUNK)
-        if longest == 1:
-            return x
-
-
-def _column_maxima(x, parts: int):  # type: ignore[no-untyped-def]
-    return op.Max(*op.Split(x, axis=1, num_outputs=parts))
-
-
-def _vision_attention(  # type: ignore[no-untyped-def]
-    query, key, value, num_patches: int, num_heads: int, scale: float
-):
-    width = query.shape[1]
-    rows = (op.Reshape(x, _ints(-1, num_patches, width)) for x in (query, key, value))
-    output = _node(lowering_cpu.VisionAttention)(*rows, num_heads=num_heads, scale=scale)
-    return op.Reshape(output, _ints(-1, width))
-
-
-def _rms_norm_cpu(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
-    del dtype
-    return _node(lowering_cpu.RmsNorm)(x, weight, epsilon=epsilon)
-
-
-def _rms_norm_cuda(x, weight, epsilon: float, dtype: int):  # type: ignore[no-untyped-def]
-    is_half = x.dtype == dtype == ir.DataType.FLOAT16
-    function = lowering_cuda.HalfRmsNorm if is_half else lowering_cuda.RmsNorm
-    return _node(function)(x, weight, epsilon=epsilon, to=dtype)
-
-
-def _rotate(x, cos, sin, num_heads: int):  # type: ignore[no-untyped-def]
-    """Rotate all tokens as one sequence in a batch of one."""
-    width, half = x.shape[1], cos.shape[2]
-    tables = (op.Reshape(table, _ints(1, -1, half)) for table in (cos, sin))
-    # 0 stands for all channels of a head.
-    part = 0 if 2 * half * num_heads == width else 2 * half
-    rotated = op.RotaryEmbedding(
-        op.Reshape(x, _ints(1, -1, width)),
-        *tables,
-        num_heads=num_heads,
-        rotary_embedding_dim=part,
-    )
-    return op.Reshape(rotated, _ints(-1, width))
-
-
-def _linear_recurrence(inputs, log_decay, initial, owner, is_first):  # type: ignore[no-untyped-def]
-    function = lowering_recurrent.LinearRecurrence
-    return _node(function)(inputs, log_decay, initial, owner, is_first)
-
-
-def _padded_recurrence(inputs, log_decay, initial, token_places):  # type: ignore[no-untyped-def]
-    width = inputs.shape[2]
-    one: Any = op.Constant(value_float=1.0)
-    ones = op.Expand(one, op.Shape(inputs))
-    states = op.Unsqueeze(initial, _ints(2, 3))
-    hidden, last = _node(lowering_recurrent.PaddedRecurrence)(
-        inputs, log_decay, states, ones, num_channels=width
-    )
-    hidden.dtype = last.dtype = inputs.dtype  # ONNX cannot infer them
-    return op.Gather(op.Reshape(hidden, _ints(-1, width)), token_places)
-
-
-def _ints(*values: int) -> Any:
-    return op.Constant(value_ints=values)
-
-
-def _linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
-    """Use Gemm, which takes weights as [out, in] like checkpoints, without a transposed copy."""
-    return op.Gemm(x, weight, bias, transB=1)
-
-
-def _index_put(x, indices, values, accumulate: bool = False):  # type: ignore[no-untyped-def]
-    """Write whole rows; PyTorch's own translation expands them to a shape known at run time."""
-    [rows] = indices
-    assert not accumulate
-    return op.ScatterND(x, op.Unsqueeze(rows, _ints(-1)), values)

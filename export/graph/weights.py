@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ import torch
 
 from beam_gemma.model.config import GemmaConfig
 from export.checkpoints.hf_folder import check_names
-from export.checkpoints.tensors import ENCODER, NUMPY_DTYPES, Checkpoint, StoredTensor
+from export.checkpoints.tensors import ENCODER, NUMPY_DTYPES, Checkpoint, StoredTensor, is_norm
 from export.graph.quantize import Blocks, CodedMatrix, coded_matrices, is_part
 
 LOGGER = logging.getLogger("export")
@@ -37,8 +36,6 @@ IR_DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
 }
-LAYER_NORM = re.compile(r"\.(layer_norm[12]|post_layernorm)\.(weight|bias)$")
-"""Names of the weights of a tower's norms, which have no offset."""
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
@@ -73,13 +70,12 @@ class Written:
             yield shifted.astype(NUMPY_DTYPES[self.dtype], copy=False)
 
 
-def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
+def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, folder: Path) -> None:
     """Point the graphs' initializers at bytes below `folder`; write those that cannot be linked.
 
     Args:
         models: Graphs of one checkpoint; shared tensors are written once.
         checkpoint: The checkpoint that holds the weights.
-        dtype: Dtype of the matrices.
         folder: The artifact folder.
 
     Raises:
@@ -95,18 +91,15 @@ def attach(models: Sequence[ir.Model], checkpoint: Checkpoint, dtype: str, folde
     derived = _derived(checkpoint, initializers)
     coded = coded_matrices(shapes)
     plain = {n: shape for n, shape in shapes.items() if n not in derived and not is_part(n)}
-    check_names(checkpoint.tensors, plain | {name: matrix.shape for name, matrix in coded.items()})
+    check_names(checkpoint.tensors, plain | {n: m.stored_shape for n, m in coded.items()})
     links = _Links(folder)
     writes = list(derived.values())
     for name, matrix in coded.items():
         writes += _coded(matrix, checkpoint.tensors[name])
     for name, shape in plain.items():
-        stored = checkpoint.tensors[name]
-        is_layer_norm = LAYER_NORM.search(name) is not None
-        is_norm = name.endswith("norm.weight") and not is_layer_norm
-        kind = "float32" if is_norm or is_layer_norm else dtype
-        offset = checkpoint.norm_offset if is_norm else 0.0
-        if stored.raw is not None and stored.dtype == kind and not is_norm:
+        stored, kind = checkpoint.tensors[name], _dtype(initializers[name][0])
+        offset = checkpoint.norm_offset if is_norm(name) else 0.0
+        if stored.raw is not None and stored.dtype == kind and not is_norm(name):
             location = links.location(stored.raw.file)
             place(name, kind, (location, stored.raw.offset, stored.raw.length))
         else:
@@ -132,9 +125,14 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     return value.shape.numpy()
 
 
+def _dtype(value: ir.Value) -> str:
+    assert value.dtype is not None
+    return next(name for name, dtype in IR_DTYPES.items() if dtype == value.dtype)
+
+
 def _coded(matrix: CodedMatrix, stored: StoredTensor) -> tuple[Written, Written]:
     """Return the codes and the scales of a matrix, to be written in this order."""
-    blocks = Blocks(stored, matrix.bits)
+    blocks = Blocks(stored, matrix)
     codes = Written(
         name=matrix.codes, shape=matrix.shape_of(matrix.codes), dtype="uint8", source=blocks.codes
     )

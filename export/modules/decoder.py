@@ -37,7 +37,8 @@ class GemmaLayers(nn.Module):
         self.config = config
         self.signature = signature
         self.first_position = vision.first_position if vision else 0
-        self.spans_keep_windows = vision is not None and vision.bidirectional == "picture"
+        self.spans_keep_windows = vision is not None and vision.bidirectional != "prefix"
+        self.spans_are_local = vision is not None and vision.bidirectional == "local"
         # Rounded to the model's dtype, as the reference does; RecurrentGemma's is always bfloat16.
         is_rounded = signature.dtype == "bfloat16" or config.lru_width is not None
         round_to = ml_dtypes.bfloat16 if is_rounded else np.float32
@@ -112,8 +113,11 @@ class GemmaLayers(nn.Module):
             x = _with_pictures(x, step)
         inputs = None
         if self.config.hidden_size_per_layer_input is not None:
+            ids = step["input_ids"]
+            if "embeds_rows" in step:  # pictures take the row of padding, which is the first
+                ids = torch.where(step["embeds_rows"] >= 0, 0, ids)
             inputs = per_layer_inputs(
-                step["input_ids"],
+                ids,
                 x,
                 self.embed_tokens_per_layer,
                 self.per_layer_model_projection,
@@ -121,7 +125,7 @@ class GemmaLayers(nn.Module):
                 self.table_factor,
             )
         if self.config.altup_num_inputs is not None:
-            x = spread(x, self.altup_projections, self.config.altup_active_idx)
+            x = spread(x, self.altup_projections)
         return x, inputs
 
     def run(
@@ -156,7 +160,7 @@ class GemmaLayers(nn.Module):
         """Return the residual stream [T, D] of a stream after the last layer."""
         if self.config.altup_num_inputs is None:
             return x
-        return merged(x, self.altup_unembed_projections, self.config.altup_active_idx)
+        return merged(x, self.altup_unembed_projections)
 
     def _rotation(self, group: str, positions: Tensor) -> Rotation:
         cos, sin = self.rotary[group](positions, self.embed_tokens.weight.dtype)
@@ -225,7 +229,8 @@ class GemmaDecoder(GemmaLayers):
         for group in self.config.groups:
             window = self.config.window(group)
             first = own - ((window or NO_WINDOW) - 1)
-            reach[group] = (step.get("first_keys", first) if window else first), last
+            ahead = own if self.spans_are_local and window is None else last
+            reach[group] = (step.get("first_keys", first) if window else first), ahead
         return reach
 
     def _attend(
@@ -292,7 +297,8 @@ class GemmaDecoder(GemmaLayers):
             output: [T, N * H], what each token attended to causally.
             rows: Query, key, key cache and value cache.
         """
-        if "span_rows" not in step:
+        is_causal = self.spans_are_local and self.config.window(group) is None
+        if "span_rows" not in step or is_causal:
             return output
         config = self.config
         return span_attention(

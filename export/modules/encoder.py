@@ -152,10 +152,12 @@ _WINDOWS: dict[str, Callable[[int], tuple[int, int]]] = {
     "gemma3_text": lambda window: (window // 2, window // 2),
     "t5gemma": lambda window: (window, window),
     "t5gemma2": lambda window: ((window + 1) // 2 - 1, window // 2),
+    "embedding_gemma2_text": lambda window: (window, window),
 }
 """Positions before and after its own that a token of a two-sided model with a window attends to, as
 transformers 5.23 has them: `create_bidirectional_sliding_window_mask` with half of Gemma 3's window
-and with the whole one of T5Gemma, and `sliding_window_mask_function` of T5Gemma 2."""
+and with the whole one of T5Gemma and EmbeddingGemma 2, and `sliding_window_mask_function` of
+T5Gemma 2."""
 
 
 def reach(config: GemmaConfig, layer_type: str) -> tuple[int, int]:

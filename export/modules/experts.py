@@ -9,21 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from beam_gemma.model.config import GemmaConfig
+from export.ops.expert_mlp import expert_mlp
+from export.ops.reference import rms_norm
 
 
 class Router(nn.Module):
-    """Chooses experts for each token, and their weights."""
+    """Chooses experts for each token, and their weights, in float32 or wider."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         assert config.num_experts is not None
+        assert config.top_k_experts is not None
+        self.top_k, self.epsilon = config.top_k_experts, config.rms_norm_eps
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.empty(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.empty(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts [T, k] of tokens x [T, D], and their weights [T, k]."""
-        raise NotImplementedError
+        """Return the experts [T, k] of tokens x [T, D], the likeliest first, and their weights."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = rms_norm(x, self.scale.to(wide), self.epsilon, wide) * x.shape[1] ** -0.5
+        logits = nn.functional.linear(normed, self.proj.weight.to(wide))
+        shares, ids = torch.topk(torch.softmax(logits, dim=-1), self.top_k, dim=-1)
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        factors = self.per_expert_scale.to(wide).index_select(0, ids.flatten())
+        return ids, shares * factors.view(-1, self.top_k)
 
 
 class Experts(nn.Module):
@@ -39,4 +49,4 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum [T, D] of what a token's experts make of x [T, D]."""
-        raise NotImplementedError
+        return expert_mlp(x, self.gate_up_proj, self.down_proj, ids, weights)

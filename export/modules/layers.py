@@ -31,6 +31,21 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon, dtype or x.dtype)
 
 
+def root_mean_square(x: Tensor, least: float = 0.0) -> Tensor:
+    """Return the root of the mean square of each row of x [T, D], as [T, 1], in float32 or wider.
+
+    The means of rows that ONNX Runtime computes on the CPU depend on the row alone.
+    """
+    wide = widened(x)
+    square = (wide * wide).mean(dim=1, keepdim=True)
+    return (square.clamp(min=least) if least else square).sqrt()
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 PACKET = 8
 """ONNX Runtime computes cosines and sines in packets of at most so many numbers, and what is left
 at the end of a tensor by other code, whose last bits differ."""

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from beam_gemma.model.config import GemmaConfig
-from export.modules.layers import RMSNorm
+from export.modules.layers import RMSNorm, root_mean_square
+
+LEAST_SQUARE = 1e-20
+"""Least mean square that a row is divided by; only rows of zeros, or nearly, have less."""
 
 
 class Table(nn.Embedding):
@@ -60,6 +63,17 @@ class PerLayerGate(nn.Module):
 
     def gated(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Return what a layer's embeddings [T, P] add to a stream that is gated by x [T, D]."""
-        gate = self.per_layer_input_gate(x if self.inner is None else x.to(self.inner))
+        gate = self._product(self.per_layer_input_gate, x)
         gate = nn.functional.gelu(gate, approximate="tanh") * inputs.to(gate.dtype)
-        return self.post_per_layer_input_norm(self.per_layer_projection(gate), x.dtype)
+        return self.post_per_layer_input_norm(self._product(self.per_layer_projection, gate))
+
+    def _product(self, matrix: nn.Linear, x: Tensor) -> Tensor:
+        """Return the product of a matrix with x [T, D], in the dtype of x.
+
+        Where `inner` is float16, x is the residual stream or of its magnitude, which that dtype
+        does not hold: each row is divided by its root mean square before, and multiplied after.
+        """
+        if self.inner is None:
+            return matrix(x)
+        size = root_mean_square(x, least=LEAST_SQUARE)
+        return matrix((x / size).to(self.inner)).to(x.dtype) * size

@@ -26,7 +26,19 @@ class SharedCacheDecoder(GemmaDecoder):
     def rows(
         self, step: Named, positions: Tensor, attend: Callable[..., Tensor], state: Named
     ) -> Tensor:
-        """Return the residual stream [R, D] of the rows that need a head."""
+        """Return the residual stream [R, D] of the rows that need a head.
+
+        The first token is computed as one row more, since a step may have none that needs a head,
+        and the products of attention need one.
+        """
+        rows = step["logit_rows"]
+        one_more = torch.cat([rows, torch.zeros(1, dtype=rows.dtype)])
+        return self._rows(step | {"logit_rows": one_more}, positions, attend, state)[:-1]
+
+    def _rows(
+        self, step: Named, positions: Tensor, attend: Callable[..., Tensor], state: Named
+    ) -> Tensor:
+        """Return the residual stream [R, D] of a step's `logit_rows`, of which there are some."""
         config, rows = self.config, step["logit_rows"]
         first = config.first_shared_layer
         keys: dict[int, Tensor] = {}
@@ -40,9 +52,19 @@ class SharedCacheDecoder(GemmaDecoder):
         x, positions = x.index_select(0, rows), positions.index_select(0, rows)
         inputs = None if inputs is None else inputs.index_select(0, rows)
         step = step | self._as_sequences(step, positions)
-        read = partial(self._read, step, self._reach(step, positions), state, keys)
+        read = partial(self._read, step, self._reach_of_rows(step, positions), state, keys)
         last = range(first, config.num_hidden_layers)
         return self.finished(self.run(last, x, inputs, positions, read))
+
+    def _reach_of_rows(self, step: Named, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the first and last position that each row reaches, for each layer type.
+
+        The last row, which `rows` adds, reaches itself alone, so that it takes hardly any time.
+        """
+        return {
+            group: (torch.cat([first[:-1], last[-1:]]), last)
+            for group, (first, last) in self._reach(step, positions).items()
+        }
 
     def _as_sequences(self, step: Named, positions: Tensor) -> Named:
         """Return a step's inputs with a sequence of one token for each row that needs a head.

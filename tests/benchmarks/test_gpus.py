@@ -8,11 +8,10 @@ from beam_gemma.dataflow.gpus import GPUS
 from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.runtime.capacity import block_bytes
 from benchmarks.gpu import machines
-from export.checkpoints.released_sizes import SIZES
 from export.graph.signatures import decoder_signature
 
 PAGE = (Path(__file__).parents[2] / "docs/dataflow.md").read_text()
-BY_NAME = {size.name: size for size in SIZES}
+BY_NAME = {size.name: size for size in machines.MODELS}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +21,9 @@ def test_the_page_has_the_tables(made):
     assert f"\n{made()}\n" in PAGE, "python -m benchmarks.gpu.machines prints them anew"
 
 
-@pytest.mark.parametrize("name", ["Gemma 1 7B", "Gemma 2 27B", "Gemma 3 4B"])
+@pytest.mark.parametrize(
+    "name", ["Gemma 1 7B", "Gemma 2 27B", "Gemma 3 4B", "Gemma 4 E2B", "Gemma 4 31B"]
+)
 @pytest.mark.parametrize("num_blocks", [1, 64, 1000])
 def test_a_cache_is_as_large_as_its_blocks(name, num_blocks):
     config = BY_NAME[name].config
@@ -36,12 +37,13 @@ def test_a_cache_is_as_large_as_its_blocks(name, num_blocks):
 
 
 def test_what_fits_is_what_a_job_is_not_refused_for():
-    for size in SIZES:
+    for size in machines.MODELS:
         for gpu in machines.FITTING:
             fits = machines.num_rows(gpu, size)
-            assert bool(fits) == gpu.holds(machines.weight_bytes(size))
+            weights, table = machines.weight_bytes(size), machines.table_bytes(size)
+            assert bool(fits) == gpu.holds(weights, table)
             cache = fits * machines.cache_bytes(size.config, machines.row_tokens(size))
-            assert not fits or gpu.holds(machines.weight_bytes(size) + cache)
+            assert not fits or gpu.holds(weights + cache, table)
     assert machines.num_rows(GPUS["nvidia-l4"], BY_NAME["Gemma 3 12B"]) == 0
 
 
@@ -55,6 +57,16 @@ def test_weights_in_blocks_by_hand():
     assert machines.weight_bytes(size, "int8") == (embedding + rest) * 34 // 32 + 2 * norms
     assert machines.weight_bytes(size, "int4") == (embedding * 34 + rest * 18) // 32 + 2 * norms
     assert machines.weight_bytes(size, "fp16") == 2 * size.num_parameters
+
+
+def test_a_large_table_lies_in_host_memory():
+    """Gemma 4 E2B's: 262,144 rows of 35 layers times 256 numbers of 2 bytes."""
+    size = BY_NAME["Gemma 4 E2B"]
+    weights, table = machines.weight_bytes(size), machines.table_bytes(size)
+    assert table == 262144 * 35 * 256 * 2
+    assert GPUS["nvidia-l4"].held(weights, table) == weights - table
+    assert GPUS["nvidia-a100-80gb"].held(weights, table) == weights
+    assert machines.table_bytes(BY_NAME["Gemma 4 31B"]) == 0
 
 
 def test_a_million_rows_by_hand():

@@ -26,7 +26,7 @@ Types = Mapping[str, str]
 
 def unplaced(model: onnx.ModelProto) -> list[str]:
     """Return each node of a graph that has no kernel for CUDA, with its element types."""
-    flat = infer_shapes(inline_local_functions(model), strict_mode=False)
+    flat = _typed(inline_local_functions(model))
     types = _types(flat)
     opset = next(entry.version for entry in flat.opset_import if not entry.domain)
     return [
@@ -35,6 +35,41 @@ def unplaced(model: onnx.ModelProto) -> list[str]:
         if node.op_type != "Constant"
         and not _has_kernel(node, used := _bound(node, types, opset), opset)
     ]
+
+
+def _typed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph with the types of all values.
+
+    ONNX does not know ONNX Runtime's own ops; an output has the type of an input of its parameter.
+    """
+    while True:
+        model = infer_shapes(model, strict_mode=False)
+        types = _types(model)
+        found = {
+            name: kind
+            for node in model.graph.node
+            if node.domain
+            for name, kind in _output_types(node, types)
+            if name not in types
+        }
+        if not found:
+            return model
+        for name, kind in found.items():
+            elem_type = TensorProto.DataType.Value(kind.upper())
+            model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, elem_type, None))
+
+
+def _output_types(node: onnx.NodeProto, types: Types) -> Iterator[tuple[str, str]]:
+    """Yield the outputs of a node whose types follow from those of its inputs."""
+    inputs, outputs = _parameters(node, 1)
+    known = {
+        parameter: types[name]
+        for name, (_, parameter) in zip(node.input, inputs, strict=False)
+        if name in types
+    }
+    for name, (_, parameter) in zip(node.output, outputs, strict=False):
+        if name and parameter in known:
+            yield name, known[parameter]
 
 
 def _types(model: onnx.ModelProto) -> dict[str, str]:

@@ -28,6 +28,7 @@ from beam_gemma.model.signature import HEADS, Signature
 from beam_gemma.runtime.step_shapes import side_by_side
 from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
+from export.checkpoints.tensors import Checkpoint, is_norm
 from export.graph.tasks import graph_module, graph_signature
 from export.graph.to_onnx import trace
 from export.graph.weights import inverse_frequencies
@@ -183,20 +184,25 @@ def cuda_model(name: str, folder: Path) -> Model:
     """Return one of `LAYERS`, or the two-sided one, with weights that bfloat16 holds."""
     model = rounded_reference(name)
     checkpoint = read_checkpoint(save_checkpoint(model, folder / name))
-    weights = {
-        key: np.concatenate([np.asarray(c, np.float32) for c in stored.chunks()])
-        + np.float32(checkpoint.norm_offset if key.endswith("norm.weight") else 0)
-        for key, stored in checkpoint.tensors.items()
-    }
-    for group in checkpoint.config.groups:
-        frequencies = inverse_frequencies(checkpoint.config, group)
-        weights[f"rotary.{group}.inv_freq"] = frequencies
+    weights = effective_weights(checkpoint)
     embedding = EMBEDDINGS.get(name)
     widths = (64, *embedding.dense_sizes) if embedding else ()
     for i, (rows, columns) in enumerate(itertools.pairwise(widths)):
         noise = np.random.default_rng(i).standard_normal((columns, rows))
         weights[f"dense.{i}.weight"] = noise.astype(np.float32)
     return Model(name, model, checkpoint.config, embedding, weights)
+
+
+def effective_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the weights of a checkpoint's decoder in float32, by their names in a graph."""
+    weights = {
+        key: np.concatenate([np.asarray(c, np.float32) for c in stored.chunks()])
+        + np.float32(checkpoint.norm_offset if is_norm(key) else 0)
+        for key, stored in checkpoint.tensors.items()
+    }
+    for group in checkpoint.config.groups:
+        weights[f"rotary.{group}.inv_freq"] = inverse_frequencies(checkpoint.config, group)
+    return weights
 
 
 def checked(graph: ir.Model) -> onnx.ModelProto:

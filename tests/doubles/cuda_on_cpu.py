@@ -1,10 +1,10 @@
 """A graph for CUDA, made into one that the CPU provider runs.
 
 What is proven that way is everything but the kernels themselves. So little is changed, and all of
-it is listed here: `RaggedAttention` and `SpanAttention` get the project's CPU lowering behind a
-change of the cache's layout, and 16-bit floats become float32, which the CPU provider has kernels
-for. A node or a type
-that is not listed is refused, since nobody would know then what a test proves.
+it is listed here: `RaggedAttention`, `SpanAttention` and `CachedAttention` get the project's CPU
+lowering behind a change of the cache's layout, and 16-bit floats become float32, which the CPU
+provider has kernels for. A node or a type that is not listed is refused, since nobody would know
+then what a test proves.
 
 Inputs, outputs and state keep their names and shapes; `state` gives the buffers.
 
@@ -15,7 +15,8 @@ H head dimension.
 # The types of parameters of ONNX functions are tensors, not Python values.
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ from onnxscript.onnx_opset import opset23 as op
 from onnxscript.onnx_types import TensorType
 from onnxscript.values import Opset
 
+from beam_gemma.model.graph_tensors import Table
 from beam_gemma.model.signature import QUERY_TILE, Signature
+from export.checkpoints.tensors import NUMPY_DTYPES
 from export.ops import lowering_cpu
 from export.ops.reference import NO_WINDOW
 
@@ -41,20 +44,28 @@ KEPT = {
         "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
         "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
         "MatMul", "Max", "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
-        "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "ScatterElements", "ScatterND",
-        "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze",
-        "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
+        "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding",
+        "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Softplus",
+        "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
     },
     "com.microsoft": {
-        "GatherBlockQuantized", "LinearAttention", "MatMulNBits", "MultiHeadAttention",
+        "FusedMatMul", "GatherBlockQuantized", "LinearAttention", "MatMulNBits",
+        "MultiHeadAttention",
     },
     "beam_gemma": {
-        "HalfRmsNorm", "PaddedAttention", "PaddedRecurrence", "RmsNorm", "VisionAttention",
+        "CodedExpertMlp", "ExpertMlp", "HalfRmsNorm", "PaddedAttention", "PaddedRecurrence",
+        "RmsNorm", "VisionAttention", "WeightedPairs",
     },
 }  # fmt: skip
 """What stays as it is, by domain."""
-LOWERED = {"RaggedAttention": "PagedAttention", "SpanAttention": "TwoSidedAttention"}
+LOWERED = {
+    "CachedAttention": "ReadingAttention",
+    "RaggedAttention": "PagedAttention",
+    "SpanAttention": "TwoSidedAttention",
+}
 """Functions for CUDA alone, and what takes their place."""
+NUM_INPUTS = {"CachedAttention": 8, "RaggedAttention": 9, "SpanAttention": 8}
+"""How many inputs what takes their place has: all but the bounds in host memory."""
 RETYPED = {ir.DataType.BFLOAT16: ir.DataType.FLOAT, ir.DataType.FLOAT16: ir.DataType.FLOAT}
 """What every value and every `Cast` is changed to."""
 
@@ -82,10 +93,31 @@ def cuda_on_cpu(model: ir.Model) -> ir.Model:
     return model
 
 
-def cuda_file_on_cpu(source: Path, target: Path) -> Path:
-    """Write a graph file for CUDA, with its weights, as one that the CPU provider runs."""
-    onnx.save(ir.to_proto(cuda_on_cpu(ir.load(source))), target)
+def cuda_file_on_cpu(source: Path, target: Path, tables: Sequence[Table] = ()) -> Path:
+    """Write a graph file for CUDA, with its weights, as one that the CPU provider runs.
+
+    Args:
+        source: The file.
+        target: The new file.
+        tables: Those of its inputs that are to be weights.
+    """
+    model = ir.load(source)
+    for table in tables:
+        value = next(value for value in model.graph.inputs if value.name == table.name)
+        numbers = table_numbers(table, source.parent)
+        value.const_value = ir.tensor(numbers, value.dtype, name=table.name)
+        model.graph.inputs.remove(value)
+        model.graph.initializers.add(value)
+    onnx.save(ir.to_proto(cuda_on_cpu(model)), target)
     return target
+
+
+def table_numbers(table: Table, folder: Path) -> np.ndarray:
+    """Return the numbers of a table of a model folder, with the type that the file has."""
+    kind = NUMPY_DTYPES[table.dtype]
+    count = math.prod(table.shape)
+    numbers = np.fromfile(folder / table.file, kind, count=count, offset=table.offset)
+    return numbers.reshape(table.shape)
 
 
 def state(signature: Signature, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -108,12 +140,13 @@ def _lower(node: ir.Node) -> None:
     values = {name: attribute.value for name, attribute in node.attributes.items()}
     assert sorted(values) == ["num_heads", "num_kv_heads", "scale", "softcap", "window"], values
     window = NO_WINDOW if values["window"] == -1 else values["window"]
+    num_inputs = NUM_INPUTS[node.op_type]
     node.domain = TESTS.domain
     node.op_type = LOWERED[node.op_type] + ("Softcap" if values["softcap"] else "")
     node.attributes["window"] = ir.AttrInt64("window", window)
     if not values["softcap"]:
         del node.attributes["softcap"]
-    node.resize_inputs(len(node.inputs) - 1)  # all but the bounds in host memory
+    node.resize_inputs(num_inputs)
 
 
 def _retype_cast(node: ir.Node) -> None:
@@ -229,6 +262,19 @@ def PagedAttentionSoftcap(  # noqa: N802
 
 
 @script(TESTS, default_opset=op)
+def ReadingAttention(  # noqa: N802
+    query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
+    num_heads: int, num_kv_heads: int, window: int, scale: float,
+) -> TensorType:  # fmt: skip
+    """Attend over blocks in CUDA's layout, of which none is written: all slots are -1."""
+    output, _, _ = TESTS.PagedAttention(
+        query, key, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
+        slot_mapping, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window, scale=scale,
+    )  # fmt: skip
+    return output
+
+
+@script(TESTS, default_opset=op)
 def TwoSidedAttention(  # noqa: N802
     query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
     num_heads: int, num_kv_heads: int, window: int, scale: float,
@@ -268,5 +314,5 @@ def TwoSidedAttentionSoftcap(  # noqa: N802
 
 FUNCTIONS = (
     SmallBlocks, LargeBlocks, Owners, SmallTables, LastKeys, PagedAttention, PagedAttentionSoftcap,
-    TwoSidedAttention, TwoSidedAttentionSoftcap,
+    ReadingAttention, TwoSidedAttention, TwoSidedAttentionSoftcap,
 )  # fmt: skip

@@ -16,14 +16,19 @@ MAKING = Counter[str]()
 """CPU seconds that this process has spent on each folder that it made."""
 MAKERS = (
     "cuda_models",
+    "cuda_newer_models",
     "cuda_sources",
     "cuda_vision",
+    "embedding_gemma2_models",
     "encoder_decoder_models",
+    "gemma4_models",
     "real_model",
     "recurrent_models",
     "reference",
     "sentence_model",
+    "thinking",
     "tiny_tokenizer",
+    "tool_models",
     "vision_models",
 )
 """The modules beside this one that make checkpoints or trace graphs."""

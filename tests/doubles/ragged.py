@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from beam_gemma.engine.packing import rows_as_sequences
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
 from beam_gemma.runtime.step_shapes import METADATA, StepShape, StepSizes, host_dtype, pad
 
@@ -46,6 +47,8 @@ class Feeder:
             feeds |= self._slots([seq for seq, _ in chunks], lengths)
         if "position_ids" in self.signature.optional_inputs:
             feeds["position_ids"] = positions.astype(np.int64)
+        if self.signature.shares_caches and self.signature.device == "cuda":
+            feeds |= rows_as_sequences(feeds)
         if self.signature.chooses:
             feeds |= greedy(len(positions), len(feeds["logit_rows"]))
         for (seq, _), length in zip(chunks, lengths, strict=True):

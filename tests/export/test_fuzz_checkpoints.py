@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from gguf import GGMLQuantizationType
 
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import ModelProto, Tokenizer
@@ -20,6 +21,7 @@ from export.checkpoints import ckpt_file
 from export.checkpoints.hf_folder import check_names, expected_shapes, read_checkpoint
 from export.checkpoints.lora import merge_adapter
 from export.checkpoints.released_sizes import Size
+from export.checkpoints.sidecar_files import tokenizer_bytes
 from export.checkpoints.tensors import Checkpoint
 from tests.doubles.checkpoint_files import (
     MINI,
@@ -31,6 +33,9 @@ from tests.doubles.checkpoint_files import (
     write_mini,
 )
 from tests.doubles.damage import damaged, damaged_json, judged
+from tests.doubles.gemma4_tokenizer import write_tokenizer
+from tests.doubles.gguf_models import MODELS, newer_model, write_model
+from tests.doubles.reference import FULL, SLIDING
 from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 SEED, CASES = 16, 400
@@ -172,6 +177,33 @@ def gguf_files(folder: Path, _: pytest.MonkeyPatch) -> Files:
     return Files(folder, {"x.gguf": damage}, lambda f: read_whole(read_checkpoint(f / "x.gguf")))
 
 
+def newer_gguf_files(folder: Path, _: pytest.MonkeyPatch) -> Files:
+    """Two layers of a Gemma 3n, whose architecture is read from its tensors too."""
+    small = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "num_kv_shared_layers": 0,
+             "intermediate_size": [32, 64], "activation_sparsity_pattern": [0.95, 0.0],
+             "vocab_size_per_layer_input": 300}  # fmt: skip
+    raw = MODELS["3n"] | small
+    write_tokenizer(folder)
+    path = write_model(folder / "x.gguf", newer_model("3n", **small), raw, vocabulary=folder,
+                       kind=GGMLQuantizationType.Q4_0)  # fmt: skip
+    numbers = gguf_numbers(path)
+    length = max(place + width for place, width in numbers)
+
+    def damage(content: bytes, rng: random.Random) -> bytes:
+        return damaged(content[:length], rng, numbers) + content[length:]
+
+    return Files(folder, {"x.gguf": damage}, lambda f: read_whole(read_checkpoint(f / "x.gguf")))
+
+
+def tokenizer_json_files(folder: Path, _: pytest.MonkeyPatch) -> Files:
+    write_tokenizer(folder)
+    return Files(
+        folder,
+        {"tokenizer.json": as_json},
+        lambda f: use(Tokenizer(tokenizer_bytes(f, 400))),
+    )
+
+
 def folder_files(*damage: tuple[str, Damage]) -> Callable[[Path, pytest.MonkeyPatch], Files]:
     def files(folder: Path, _: pytest.MonkeyPatch) -> Files:
         write_mini(folder / "x")
@@ -262,6 +294,8 @@ FORMATS = {
     "adapter": adapter_files,
     "ckpt": ckpt_files,
     "tokenizer.model": tokenizer_files,
+    "tokenizer.json": tokenizer_json_files,
+    "gguf of a Gemma 3n": newer_gguf_files,
 }
 
 

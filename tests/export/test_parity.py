@@ -11,9 +11,10 @@ import torch
 from beam_gemma.model.graph_tensors import Device
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
+from export.checkpoints.tensors import is_norm
 from export.graph.signatures import decoder_signature
+from export.graph.tasks import graph_module
 from export.graph.weights import inverse_frequencies
-from export.modules.decoder import GemmaDecoder
 from tests.conftest import SEQUENCE_LENGTHS, TinyModel
 from tests.doubles.ragged import Feeder, Feeds, run_module, run_schedule, schedules
 
@@ -24,14 +25,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).double().log_softmax(-1).numpy()
 
 
-def decoder(tiny: TinyModel, device: Device, dtype: torch.dtype) -> GemmaDecoder:
+def decoder(tiny: TinyModel, device: Device, dtype: torch.dtype) -> torch.nn.Module:
     """Return our module with the checkpoint's weights."""
     config = tiny.checkpoint.config
-    module = GemmaDecoder(config, decoder_signature(config, device=device, dtype="float32"))
+    signature = decoder_signature(config, device=device, dtype="float32")
+    module = graph_module(config, None, signature)
     state = {}
     for name, stored in tiny.checkpoint.tensors.items():
         values = np.concatenate(list(stored.chunks())).astype(np.float64)
-        state[name] = torch.from_numpy(values + (1 if name.endswith("norm.weight") else 0))
+        offset = tiny.checkpoint.norm_offset if is_norm(name) else 0
+        state[name] = torch.from_numpy(values + offset)
     for group in config.groups:
         state[f"rotary.{group}.inv_freq"] = torch.from_numpy(inverse_frequencies(config, group))
     module = module.to(dtype)
@@ -47,7 +50,8 @@ def test_module_in_float64_equals_the_reference(
     """Both cache layouts; float64 leaves no room for a wrong formula."""
     module = decoder(tiny, device, torch.float64)
     steps = SCHEDULES[schedule]
-    ours = run_module(module, module.signature, steps, tiny.sequences, np.float64)
+    signature = decoder_signature(tiny.checkpoint.config, device=device, dtype="float32")
+    ours = run_module(module, signature, steps, tiny.sequences, np.float64)
     for got, expected in zip(ours, tiny.exact_logits, strict=True):
         # float64.
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)

@@ -11,10 +11,17 @@ from gguf.quants import dequantize, quantize
 
 from beam_gemma.errors import CheckpointError
 from export.checkpoints import tensors
-from export.checkpoints.gguf_file import _stored
 from export.checkpoints.gguf_header import read_gguf_header
+from export.checkpoints.gguf_tensors import stored_tensor
 from export.checkpoints.tensors import StoredTensor
-from export.graph.quantize import BLOCK, EMBEDDING, Blocks, coded_matrices, quantize_graph
+from export.graph.quantize import (
+    BLOCK,
+    EMBEDDING,
+    Blocks,
+    CodedMatrix,
+    coded_matrices,
+    quantize_graph,
+)
 
 KINDS = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
 
@@ -48,13 +55,13 @@ def from_gguf(folder: Path, values: np.ndarray, kind: GGMLQuantizationType) -> S
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    path = folder / "x.gguf"
-    return _stored(path, read_gguf_header(path).tensors[0])
+    return stored_tensor(read_gguf_header(folder / "x.gguf").tensors[0])
 
 
-def decoded(stored: StoredTensor, bits: int) -> np.ndarray:
+def decoded(stored: StoredTensor, bits: int, name: str = "x") -> np.ndarray:
     """Return what ONNX Runtime's definition makes of codes and scales, in float32."""
-    blocks = Blocks(stored, bits)
+    coded = CodedMatrix.of(name, bits, stored.shape)
+    blocks = Blocks(stored, coded)
     codes = np.concatenate(list(blocks.codes()))
     scales = np.concatenate(list(blocks.scales()))
     assert (codes.dtype, scales.dtype) == (np.uint8, np.float16)
@@ -62,7 +69,7 @@ def decoded(stored: StoredTensor, bits: int) -> np.ndarray:
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, BLOCK)
     numbers = codes.astype(np.float32) - 2 ** (bits - 1)
-    return (numbers * scales[..., None].astype(np.float32)).reshape(stored.shape)
+    return (numbers * scales[..., None].astype(np.float32)).reshape(coded.shape)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -104,9 +111,31 @@ def test_scales_that_no_rounding_would_choose_are_kept(bits: int) -> None:
         coded_rows=lambda start, stop: packed[start:stop],
     )
     np.testing.assert_array_equal(decoded(stored, bits), rows(0, 1))
-    blocks = Blocks(stored, bits)
+    blocks = Blocks(stored, CodedMatrix.of("x", bits, (1, 32)))
     list(blocks.codes())
     assert [scales.item() for scales in blocks.scales()] == [0.125]
+
+
+@pytest.mark.parametrize("stores", ["numbers", "codes"])
+def test_experts_outputs_are_below_each_other_and_then_their_inputs_side_by_side(
+    tmp_path: Path, stores: str
+) -> None:
+    values = np.stack([matrix(), matrix()[::-1], 2 * matrix()])
+    kind = KINDS[4]
+    stored = plain(values) if stores == "numbers" else from_gguf(tmp_path, values, kind)
+    expected = dequantize(quantize(values, kind), kind).reshape(values.shape)
+    below = decoded(stored, 4, "layers.0.experts.gate_up_proj")
+    np.testing.assert_array_equal(below, expected.reshape(3 * 35, 64))
+    beside = decoded(stored, 4, "layers.0.experts.down_proj")
+    np.testing.assert_array_equal(beside, np.concatenate(list(expected), axis=1))
+
+
+@pytest.mark.parametrize("name", ["experts.gate_up_proj", "experts.down_proj", "proj.weight"])
+def test_the_names_of_its_parts_say_what_a_matrix_is_in_a_checkpoint(name: str) -> None:
+    shape = (35, 64) if name == "proj.weight" else (3, 35, 64)
+    coded = CodedMatrix.of(name, 8, shape)
+    assert coded.stored_shape == shape
+    assert coded_matrices({coded.codes: coded.shape_of(coded.codes)}) == {name: coded}
 
 
 def test_wider_numbers_of_a_gguf_file_are_rounded(tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ LENGTHS = ((9, 1), (30, 5), (1, 1), (12, 12), (7, 2), (16, 1), (11, 7))
 """Tokens of each row's source and prompt: beyond windows, and beyond the tokens of a step."""
 
 
-def session(name: str, head: Head, *, splits_sources: bool = False) -> CudaSession:
+def session(name: str, head: Head, *, has_flash: bool = True) -> CudaSession:
     path, signature = exported_pair(name, "cuda", PRECISIONS[name]).graph(head)
     sizes = StepSizes(
         decode=(SLOTS,),
         prefill=(TOKENS,),
         sources=(TOKENS, 2 * TOKENS),
-        splits_sources=splits_sources,
+        has_flash=has_flash,
     )
     if head == "encode":
         sizes = StepSizes(decode=(), prefill=(TOKENS, 2 * TOKENS))
@@ -92,10 +92,10 @@ def assert_completed(completions: Sequence[Completion], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "splits_sources"), [("t5gemma", False), ("t5gemma2", False), ("t5gemma2", True)]
+    ("name", "has_flash"), [("t5gemma", True), ("t5gemma2", True), ("t5gemma2", False)]
 )
-def test_an_engine_completes_as_the_reference_does(name: str, splits_sources: bool) -> None:
-    decoder = session(name, "generate", splits_sources=splits_sources)
+def test_an_engine_completes_as_the_reference_does(name: str, has_flash: bool) -> None:
+    decoder = session(name, "generate", has_flash=has_flash)
     encoder = session(name, "encode")
     with engine(decoder, encoder) as running:
         assert_completed(running.generate(requests(name)), name)

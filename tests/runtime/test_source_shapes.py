@@ -68,11 +68,11 @@ def steps(draw: st.DrawFn) -> tuple[Feeds, bool]:
 
 @given(steps(), st.booleans())
 def test_padding_parts_new_tokens_from_source_tokens(
-    step: tuple[Feeds, bool], splits_sources: bool
+    step: tuple[Feeds, bool], has_flash: bool
 ) -> None:
     feeds, is_decode = step
     shape, into = padded(
-        feeds, SIGNATURE, replace(SIZES, splits_sources=splits_sources), spare_slot=SPARE
+        feeds, SIGNATURE, replace(SIZES, has_flash=has_flash), spare_slot=SPARE
     )
     num_new, num_source = len(feeds["input_ids"]), len(feeds["source_states"])
     end = shape.num_tokens
@@ -86,7 +86,7 @@ def test_padding_parts_new_tokens_from_source_tokens(
     np.testing.assert_array_equal(starts[: end + 1], np.arange(end + 1))
     assert starts[-1] == end + shape.num_source_tokens
     lengths = np.diff(starts[end:])
-    assert (lengths == (1 if splits_sources else shape.num_source_tokens)).all()
+    assert (lengths == (shape.num_source_tokens if has_flash else 1)).all()
     for group in ("cross", "ring"):
         slots, given_slots = (f[f"token_slot_mapping.{group}"] for f in (into, feeds))
         np.testing.assert_array_equal(slots[:num_new], given_slots[:num_new])

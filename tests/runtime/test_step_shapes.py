@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beam_gemma.engine.packing import rows_as_sequences
 from beam_gemma.errors import DeviceError
 from beam_gemma.model.graph_tensors import PagedState
 from beam_gemma.model.signature import PREFILL_ROWS, Signature
@@ -96,6 +97,37 @@ def test_padding_leaves_a_step_as_it_is_and_writes_nowhere(step, with_logits):
     assert longest == (1 if is_decode else 300)
     assert (context >= into["past_seqlens"] + np.diff(starts)).all()
     assert least == 0
+
+
+@given(steps())
+def test_padding_rows_of_shared_caches_reach_one_cell(step):
+    """Of the first sequence of the step, whatever its length: they are read and dropped."""
+    sig, feeds, _ = step
+    sig = replace(sig, shares_caches=True)
+    feeds |= rows_as_sequences(feeds)
+    shape, into = padded(feeds, sig, SIZES, spare_slot=SPARE)
+    count = len(feeds["logit_rows"])
+    assert into["row_cu_seqlens"].tolist() == list(range(shape.num_rows + 1))
+    assert into["row_past_seqlens"][:count].tolist() == feeds["row_past_seqlens"].tolist()
+    assert (into["row_sequences"][:count] == feeds["row_sequences"]).all()
+    assert not into["row_past_seqlens"][count:].any()
+    assert not into["row_sequences"][count:].any()
+
+
+@given(steps())
+def test_without_flash_attention_wide_heads_have_as_many_sequences_as_tokens(step):
+    """ONNX Runtime then takes its kernel for decode steps, which gathers nothing."""
+    sig, feeds, is_decode = step
+    sig = replace(sig, gathered_heads=4)
+    sizes = replace(SIZES, has_flash=False)
+    shape, into = padded(feeds, sig, sizes, spare_slot=SPARE)
+    assert shape.num_sequences == shape.num_tokens
+    assert into["cu_seqlens"][-1] == shape.num_tokens
+    assert (np.diff(into["cu_seqlens"]) >= 0).all()
+    largest = largest_shapes(sizes, sig)
+    assert all(s.num_sequences == s.num_tokens for s in largest)
+    usual = SIZES.shape(feeds, sig, with_logits=False)
+    assert is_decode or usual.num_sequences < usual.num_tokens
 
 
 @given(st.lists(steps(), min_size=2, max_size=6))
