@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,24 @@ class Figures:
     """Peak memory beyond that of the loaded model, warm."""
 
 
-def prepare(folder: Path) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What is compared: systems that complete one long prompt at a time."""
+
+    module: str
+    """Module of the benchmark, which runs each system in a process of its own."""
+    models: Mapping[str, Mapping[str, Any]]
+    """Content of the config.json of each model."""
+    systems: Mapping[str, str]
+    """Model of each system; names of systems begin with `ours` or `transformers`."""
+    operations: Callable[[str], int]
+    """Function from a system to the floating-point operations of its matrices per prompt token,
+    without the head."""
+    lengths: tuple[int, ...]
+    """Lengths of prompts in tokens, unless others are asked for."""
+
+
+def prepare(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
     """Write a checkpoint of each model with random weights, and export it."""
     import torch
     import transformers
@@ -78,7 +96,7 @@ def prepare(folder: Path) -> None:
 
     hide_messages()
     shutil.rmtree(folder, ignore_errors=True)
-    for name, raw in MODELS.items():
+    for name, raw in models.items():
         checkpoint = folder / f"{name}.checkpoint"
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(**raw)
@@ -169,8 +187,9 @@ def _figures(steps: list[Step], before: int) -> Figures:
     )
 
 
-def operations(model: str) -> int:
+def operations(system: str) -> int:
     """Return the floating-point operations of all matrices per prompt token, without the head."""
+    model = SYSTEMS[system]
     hidden, heads = SHAPES["hidden_size"], SHAPES["num_attention_heads"]
     feed_forward = 3 * hidden * WIDE
     attention = hidden * 256 * (2 * heads + 2 * SHAPES["num_key_value_heads"])
@@ -180,13 +199,13 @@ def operations(model: str) -> int:
     return 2 * sum(block + feed_forward for block in blocks)
 
 
-def run_apart(folder: Path, system: str, num_tokens: int) -> Figures:
+def run_apart(module: str, folder: Path, system: str, num_tokens: int) -> Figures:
     """Run one system on one length in a new process.
 
     Raises:
         RuntimeError: the process failed.
     """
-    command = [sys.executable, "-m", "benchmarks.recurrent", "--folder", str(folder)]
+    command = [sys.executable, "-m", module, "--folder", str(folder)]
     command += ["--system", system, "--tokens", str(num_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -194,14 +213,14 @@ def run_apart(folder: Path, system: str, num_tokens: int) -> Figures:
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(folder: Path, lengths: list[int]) -> list[dict[str, Any]]:
+def compare(of: Comparison, folder: Path, lengths: list[int]) -> list[dict[str, Any]]:
     """Run all systems on all lengths, shortest first; return their figures."""
     results = []
     for num_tokens in lengths:
-        for system, model in SYSTEMS.items():
+        for system in of.systems:
             rate = matrix_rate()
-            figures = run_apart(folder, system, num_tokens)
-            work = operations(model) * num_tokens
+            figures = run_apart(of.module, folder, system, num_tokens)
+            work = of.operations(system) * num_tokens
             results.append(
                 {
                     "system": system,
@@ -216,22 +235,22 @@ def compare(folder: Path, lengths: list[int]) -> list[dict[str, Any]]:
     return results
 
 
-def main() -> None:
+def main(of: Comparison, description: str | None) -> None:
     """Prepare the models if needed, run everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folder", type=Path, required=True, help="Where models are written.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--tokens", type=int, nargs="+", default=of.lengths)
     parser.add_argument("--output", type=Path, help="JSON file for the figures.")
-    parser.add_argument("--system", choices=list(SYSTEMS), help=argparse.SUPPRESS)
+    parser.add_argument("--system", choices=list(of.systems), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.system:
-        run = run_transformers if args.system == "transformers" else run_ours
-        figures = run(args.folder, SYSTEMS[args.system], args.tokens[0])
+        run = run_transformers if args.system.startswith("transformers") else run_ours
+        figures = run(args.folder, of.systems[args.system], args.tokens[0])
         print(json.dumps({name: getattr(figures, name) for name in Figures.__dataclass_fields__}))
         return
-    if not all((args.folder / name).exists() for name in MODELS):
-        prepare(args.folder)
-    results = compare(args.folder, args.tokens)
+    if not all((args.folder / name).exists() for name in of.models):
+        prepare(args.folder, of.models)
+    results = compare(of, args.folder, args.tokens)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1))
@@ -249,5 +268,14 @@ def main() -> None:
     print(table(HEADER, rows))
 
 
+COMPARISON = Comparison(
+    module="benchmarks.recurrent",
+    models=MODELS,
+    systems=SYSTEMS,
+    operations=operations,
+    lengths=(2048, 8192, 32768),
+)
+
+
 if __name__ == "__main__":
-    main()
+    main(COMPARISON, __doc__)

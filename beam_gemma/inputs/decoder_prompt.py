@@ -109,6 +109,19 @@ class DecoderPrompts:
             )
 
 
+def decoder_prompts(
+    tokenizer: Tokenizer,
+    template: str | None,
+    decoder: Decoder | None,
+    *,
+    allow_special_tokens: bool,
+) -> DecoderPrompts | None:
+    """Return what adds to prompts the start of a decoder; None for a model without an encoder."""
+    if decoder is None:
+        return None
+    return DecoderPrompts(tokenizer, template, decoder, allow_special_tokens=allow_special_tokens)
+
+
 def check_decoder(
     decoder: Decoder | None, *, decoder_prompt: str | None, prefix_column: str | None
 ) -> None:

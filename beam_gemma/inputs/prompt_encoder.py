@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.chat_template import GEMMA_CHAT_TEMPLATE, ChatTemplate
-from beam_gemma.inputs.decoder_prompt import Decoder, DecoderPrompts, check_decoder
+from beam_gemma.inputs.decoder_prompt import Decoder, check_decoder, decoder_prompts
 from beam_gemma.inputs.image_prompt import ImagePrompts, PicturePart
 from beam_gemma.inputs.infill import Infill
 from beam_gemma.inputs.languages import (
@@ -226,8 +226,7 @@ class PromptEncoder:
             vision: What the model says of pictures; None if it takes none.
             vocab_size: Number of token ids that the model knows; None for the tokenizer's.
             decoder: The decoder of a model whose encoder reads the prompts; None for others.
-            enable_thinking: Whether chats have the model think; None for what their template does
-                by itself.
+            enable_thinking: Whether chats ask for a thought; None for what their template does.
             tools: Functions that the model may call, from `checked_tools`.
 
         Raises:
@@ -242,10 +241,6 @@ class PromptEncoder:
         source = _template_source(settings, chat_template, vision)
         if tools:
             check_calls(tokenizer.control_pieces, source, decoder)
-        if enable_thinking and source is None:
-            raise OptionsError(
-                "thinking: expected a model with a chat template, such as Gemma 4, got one without"
-            )
         pieces, allow = tokenizer.control_pieces, settings.allow_special_tokens
         self._chat = source and ChatTemplate(
             source,
@@ -261,15 +256,15 @@ class PromptEncoder:
         """Token ids that end an answer, in addition to the model's own end tokens."""
         if isinstance(self._template, Infill):
             self.stop_token_ids += self._template.stop_token_ids
-        self._decoder: DecoderPrompts | None = None
-        if decoder is not None:
-            self._decoder = DecoderPrompts(
-                tokenizer, settings.decoder_prompt, decoder, allow_special_tokens=allow
-            )
-        self._max_tokens = max_tokens
-        self._shots = shots
+        self._decoder = decoder_prompts(
+            tokenizer, settings.decoder_prompt, decoder, allow_special_tokens=allow
+        )
+        self._max_tokens, self._shots = max_tokens, shots
+        self._turns = self._turns_of(shots)
+
+    def _turns_of(self, shots: Shots) -> list[Turn]:
         with shots_own_errors():
-            self._turns = [
+            return [
                 (self._content(row, self._images.of_row(row, decode=True)), answer)
                 for row, answer in shots.examples
             ]

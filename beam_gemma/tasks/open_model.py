@@ -55,7 +55,7 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
     tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
     check_boxes(settings, tokenizer)
     if settings.thinking:
-        check_thinking(tokenizer)
+        check_thinking(tokenizer, settings.chat_template or artifact.chat_template)
     room = settings.max_prompt(artifact.config.max_position_embeddings)
     return PromptEncoder(
         tokenizer,

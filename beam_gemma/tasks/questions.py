@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.decoder_prompt import Decoder, DecoderPrompts
+from beam_gemma.inputs.decoder_prompt import Decoder, decoder_prompts
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_errors, shots_own_errors
 from beam_gemma.inputs.template import Template
@@ -221,14 +221,12 @@ class QuestionEncoder:
         self._tokenizer = tokenizer
         self._columns = settings.columns
         self._needs_logliks = settings.logliks or settings.label_norm == "chars"
-        self._start: DecoderPrompts | None = None
-        if decoder is not None:
-            self._start = DecoderPrompts(
-                tokenizer,
-                settings.decoder_prompt,
-                decoder,
-                allow_special_tokens=settings.allow_special_tokens,
-            )
+        self._start = decoder_prompts(
+            tokenizer,
+            settings.decoder_prompt,
+            decoder,
+            allow_special_tokens=settings.allow_special_tokens,
+        )
         self._max_model_len = max_model_len if decoder is None else decoder.max_tokens
         self._labels = [
             Template(

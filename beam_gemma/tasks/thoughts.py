@@ -78,12 +78,20 @@ def text_of(thoughts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> str | No
     return "\n\n".join(texts) if texts else None
 
 
-def check_thinking(tokenizer: Tokenizer) -> None:
-    """Check that a model can think.
+def check_thinking(tokenizer: Tokenizer, chat_template: str | None) -> None:
+    """Check that a model can think; its chat template is tried when prompts are made.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        chat_template: The chat template of its prompts; None for prompts without a chat.
 
     Raises:
-        OptionsError: its vocabulary has no control pieces of thoughts.
+        OptionsError: the model has no chat template, or no control pieces of thoughts.
     """
+    if chat_template is None:
+        raise OptionsError(
+            "thinking: expected a model with a chat template, such as Gemma 4, got one without"
+        )
     if not tokenizer.control_pieces.keys() >= {BEGIN, END}:
         raise OptionsError(
             f"thinking: expected a model such as Gemma 4, with {BEGIN} and {END} in its "

@@ -19,7 +19,7 @@ from benchmarks.table import table
 from export.checkpoints.newer_sizes import NEWER_SIZES
 from export.checkpoints.released_sizes import SIZES, Size
 from export.checkpoints.tensors import TABLE
-from export.graph.quantize import BITS, CodedMatrix
+from export.graph.quantize import BITS, CodedMatrix, keeps_numbers
 
 BYTES = 2
 """Bytes per number in bfloat16 or float16."""
@@ -41,8 +41,8 @@ def weight_bytes(size: Size, precision: str = "bf16") -> int:
 
 
 def num_bytes(name: str, shape: tuple[int, ...], bits: int | None) -> int:
-    """Return the bytes of a tensor; only matrices are quantized."""
-    if bits is None or len(shape) == 1:
+    """Return the bytes of a tensor; only matrices are quantized, and not all of them."""
+    if bits is None or len(shape) == 1 or keeps_numbers(name):
         return BYTES * math.prod(shape)
     matrix = CodedMatrix.of(name, bits, shape)
     blocks = math.prod(matrix.shape_of(matrix.scales))

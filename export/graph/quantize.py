@@ -14,6 +14,7 @@ Dimensions: N outputs of a matrix, K inputs, J = K / 32 blocks of an output, T t
 hidden, F an expert's feed-forward.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,11 @@ EMBEDDING_BITS = 8
 DOWN = "experts.down_proj"
 """End of the names of the experts' second matrices."""
 Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+ROUTING = re.compile(r"\.(altup\.\w+|router\.proj)\.weight$")
+"""Ends of the names of small matrices that route tokens to experts or mix the streams of a token.
+
+Those of Gemma 3n have as few as 4 inputs, which make no block.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +130,11 @@ def is_part(name: str) -> bool:
     return ":" in name
 
 
+def keeps_numbers(name: str) -> bool:
+    """Return whether a matrix has 16 bits per number in any precision."""
+    return ROUTING.search(name) is not None
+
+
 def quantize_graph(model: ir.Model, bits: int) -> None:
     """Make each product with a float16 matrix, and each look-up in one, read coded blocks instead.
 
@@ -139,7 +150,8 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is None and value.dtype == ir.DataType.FLOAT16:
             assert value.shape is not None
-            if len(value.shape) != 2 or name.endswith("bias"):  # also a single embedding, gates
+            # One embedding and the gates of heads are no matrices either.
+            if len(value.shape) != 2 or name.endswith("bias") or keeps_numbers(name):
                 continue
             matrix = CodedMatrix.of(name, bits, value.shape.numpy())
             for node, index in list(value.uses()):

@@ -190,8 +190,10 @@ def _bounds(query, num_heads: int, attention_metadata):  # type: ignore[no-untyp
 
 def _expert_mlp_cpu(x, gate_up, down, expert_ids, weights):  # type: ignore[no-untyped-def]
     return _node(lowering_expert_loop.ExpertLoop)(
-        x, gate_up, down, expert_ids, weights, num_experts=gate_up.shape[0]
-    )
+        x, gate_up, down, expert_ids, weights, num_experts=gate_up.shape[0],
+        num_hidden_slices=slices_of(gate_up.shape[2], lowering_expert_loop.WIDEST_SLICE),
+        num_inner_slices=slices_of(down.shape[2], lowering_expert_loop.WIDEST_SLICE),
+    )  # fmt: skip
 
 
 def _expert_mlp_cuda(x, gate_up, down, expert_ids, weights):  # type: ignore[no-untyped-def]

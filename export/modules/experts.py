@@ -30,8 +30,9 @@ class Router(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = rms_norm(x, self.scale.to(wide), self.epsilon, wide) * x.shape[1] ** -0.5
         logits = nn.functional.linear(normed, self.proj.weight.to(wide))
-        shares, ids = torch.topk(torch.softmax(logits, dim=-1), self.top_k, dim=-1)
-        shares = shares / shares.sum(dim=-1, keepdim=True)
+        # The softmax of the greatest alone is theirs of all, divided by their sum.
+        greatest, ids = torch.topk(logits, self.top_k, dim=-1)
+        shares = torch.softmax(greatest, dim=-1)
         factors = self.per_expert_scale.to(wide).index_select(0, ids.flatten())
         return ids, shares * factors.view(-1, self.top_k)
 

@@ -24,9 +24,9 @@ WIDEST_SLICE = 256
 """Most channels that are summed at once."""
 
 
-def slices_of(head_dim: int) -> int:
-    """Return into how many even slices a head is cut."""
-    return next(n for n in range(-(-head_dim // WIDEST_SLICE), head_dim + 1) if head_dim % n == 0)
+def slices_of(width: int, widest: int = WIDEST_SLICE) -> int:
+    """Return into how many even slices of at most `widest` channels a width is cut."""
+    return next(n for n in range(-(-width // widest), width + 1) if width % n == 0)
 
 
 @script(DOMAIN, default_opset=op)

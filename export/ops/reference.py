@@ -92,19 +92,11 @@ def ragged_attention(
     shape = (-1, num_kv_heads, key.shape[1] // num_kv_heads)
     key_tokens = _stored(key_cache, key.view(shape), slot_mapping, layout)
     value_tokens = _stored(value_cache, value.view(shape), slot_mapping, layout)
-    output = attend_over(
-        query.view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2]),
-        key_tokens,
-        value_tokens,
-        cu_seqlens,
-        block_table,
-        key_cache.shape[1 if layout == "cuda" else 2],
-        context_starts,
-        first_keys,
-        last_keys,
-        scale,
-        softcap,
-    )
+    queries = query.view(-1, num_kv_heads, num_heads // num_kv_heads, shape[2])
+    block_size = key_cache.shape[1 if layout == "cuda" else 2]
+    reach = (context_starts, first_keys, last_keys)
+    tables = (cu_seqlens, block_table, block_size)
+    output = attend_over(queries, key_tokens, value_tokens, *tables, *reach, scale, softcap)
     key_cache = _cache_view(key_tokens, key_cache, layout)
     return output, key_cache, _cache_view(value_tokens, value_cache, layout)
 

@@ -24,14 +24,7 @@ import numpy as np
 
 from beam_gemma.engine.sampling import sample
 from beam_gemma.engine.sequence import Completion, Picture, Request
-from beam_gemma.model.graph_tensors import (
-    Device,
-    Head,
-    PagedState,
-    RecurrentState,
-    State,
-    Table,
-)
+from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State, Table
 from beam_gemma.model.signature import CONTEXT_ALIGNMENT, Signature
 from beam_gemma.runtime.step_interface import Finished, ScoreOutput, StepOutput
 

@@ -21,6 +21,7 @@ MAKERS = (
     "cuda_vision",
     "embedding_gemma2_models",
     "encoder_decoder_models",
+    "gemma3n_models",
     "gemma4_models",
     "real_model",
     "recurrent_models",

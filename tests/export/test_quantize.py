@@ -201,6 +201,31 @@ def test_inputs_must_make_whole_blocks() -> None:
         quantize_graph(graph(width=48), 8)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.altup.correction_coefs.weight",
+        "layers.0.altup.prediction_coefs.weight",
+        "layers.0.altup.modality_router.weight",
+        "layers.0.router.proj.weight",
+    ],
+)
+def test_matrices_that_route_tokens_or_mix_streams_keep_their_numbers(name: str) -> None:
+    """Coefficients of streams have 4 inputs, which make no block."""
+    x, weight = (
+        ir.Value(name=n, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT16))
+        for n, shape in (("x", ["T", 4]), (name, [4, 4]))
+    )
+    product = ir.node("Gemm", [x, weight], {"transB": 1})
+    nodes = ir.Graph(
+        [x], product.outputs, nodes=[product], initializers=[weight], opset_imports={"": 23}
+    )
+    model = ir.Model(nodes, ir_version=10)
+    quantize_graph(model, 4)
+    assert list(model.graph.initializers) == [name]
+    assert [node.op_type for node in model.graph] == ["Gemm"]
+
+
 def test_another_use_of_a_matrix_is_no_product() -> None:
     model = graph()
     proj = model.graph.initializers["proj.weight"]

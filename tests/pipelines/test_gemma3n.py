@@ -120,10 +120,8 @@ def test_embeddings_are_the_mean_of_all_states(tiny, tokenizer, jobs):
 
 
 def test_a_published_folder_gives_the_same_completions(tiny, tmp_path, jobs):
-    export(
-        save_published("gemma3n", tmp_path / "published"), tmp_path / "model", tasks=["generate"]
-    )
-    model = Artifact.open(tmp_path / "model").path
+    model = tmp_path / "model"
+    export(save_published("gemma3n", tmp_path / "published"), model, tasks=["generate"])
     table = jobs.table(uneven_rows(4))
     expected = jobs.rows("generate", tiny.artifact.path, table, *FLAGS)
     assert jobs.rows("generate", model, table, *FLAGS) == expected
