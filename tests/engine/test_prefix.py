@@ -56,9 +56,7 @@ def request_with(pictures=(), spans=(), last=8):
 
 
 def prefixes(request):
-    return PrefixChain(request.prompt_token_ids, BLOCK, request.marks()).digests(
-        0, 5
-    )
+    return PrefixChain(request.prompt_token_ids, BLOCK, request.marks()).digests(0, 5)
 
 
 def num_shared(request, other):

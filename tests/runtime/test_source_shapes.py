@@ -71,9 +71,7 @@ def test_padding_parts_new_tokens_from_source_tokens(
     step: tuple[Feeds, bool], has_flash: bool
 ) -> None:
     feeds, is_decode = step
-    shape, into = padded(
-        feeds, SIGNATURE, replace(SIZES, has_flash=has_flash), spare_slot=SPARE
-    )
+    shape, into = padded(feeds, SIGNATURE, replace(SIZES, has_flash=has_flash), spare_slot=SPARE)
     num_new, num_source = len(feeds["input_ids"]), len(feeds["source_states"])
     end = shape.num_tokens
     assert shape.num_source_tokens == (1 if is_decode else 60)
