@@ -132,21 +132,15 @@ class Session:
     def _run(self, feeds: Feeds, *, with_logits: bool) -> dict[str, np.ndarray]:
         """Run the graph and return its outputs by name, without the state."""
         binding = self._bindings[with_logits]
-        num_rows = len(feeds.get("logit_rows", ()))
-        if self.signature.shares_caches and not num_rows:
-            # Layers that read others' caches compute these rows alone, and need at least one.
-            feeds = {**feeds, "logit_rows": np.zeros(1, np.int64)}
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        outputs = [t for t in self.signature.outputs() if with_logits or t.name != LOGITS]
-        for tensor in outputs:
-            binding.bind_output(tensor.name, "cpu")
+        names = [t.name for t in self.signature.outputs() if with_logits or t.name != LOGITS]
+        for name in names:
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
         # The state was bound first, so its outputs come first.
         fresh = binding.get_outputs()[len(self._state) :]
-        arrays = {t.name: value.numpy() for t, value in zip(outputs, fresh, strict=True)}
-        of_rows = [tensor.name for tensor in outputs if tensor.shape[0] == "R"]
-        return arrays | {name: arrays[name][:num_rows] for name in of_rows}
+        return {name: value.numpy() for name, value in zip(names, fresh, strict=True)}
 
     def zero_blocks(self, group: str, blocks: Sequence[int]) -> None:
         """Overwrite cache blocks with zeros, so that a finished row leaves no NaN in them."""

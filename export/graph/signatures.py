@@ -12,7 +12,8 @@ LONGEST_TEXT = 8192
 """Longest text that is read in full in one step, to be embedded or as a source, in tokens, unless
 the model's limit is lower. Its full attention scores are in memory at once, and grow quadratically:
 4 bytes for each pair of tokens and each query head, so 1 GB at this length with 4 heads and 4 GB
-with 16. Their softmax takes as much again."""
+with 16. Masks and copies come on top: with 4 heads, a process grew by 3 GB for 4,096 tokens, eleven
+times its scores."""
 MAX_HEAD_DIM = 512
 """Widest head on the CPU, that of a Gemma 4; of more than 256 channels, so many are summed at once
 (`export.ops.lowering_wide`)."""

@@ -80,7 +80,7 @@ def test_greedy_tokens_of_64_uneven_rows_are_those_of_transformers(tiny, jobs):
     prompts = [ids_of(tiny, f"say {row['text']}") for row in rows]
     expected = generated(tiny, prompts)
     assert [tokens_of(found[row["id"]]) for row in rows] == expected
-    assert len(set(map(tuple, expected))) > NUM_ROWS // 2
+    assert len(set(map(tuple, expected))) > 20
     for i in (0, 7, 23):
         # float32, the sum over a completion.
         total = loglik(tiny, prompts[i], expected[i])
