@@ -145,8 +145,6 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
     Raises:
         CheckpointError: a matrix's number of inputs is not a multiple of `BLOCK`.
     """
-    for node in [node for node in model.graph if node.op_type == ExpertMlp.name]:
-        _replace_experts(model, node, bits)
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is None and value.dtype == ir.DataType.FLOAT16:
             assert value.shape is not None
@@ -157,6 +155,9 @@ def quantize_graph(model: ir.Model, bits: int) -> None:
             for node, index in list(value.uses()):
                 _replace(model.graph, node, index, matrix)
             del model.graph.initializers[name]
+    # Afterwards, since the parts of experts' matrices are no matrices themselves.
+    for node in [node for node in model.graph if node.op_type == ExpertMlp.name]:
+        _replace_experts(model, node, bits)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, matrix: CodedMatrix) -> None:

@@ -40,9 +40,9 @@ BLOCK = 16
 
 KEPT = {
     "": {
-        "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Cos",
-        "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu", "Gemm",
-        "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
+        "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant",
+        "Cos", "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu",
+        "Gemm", "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
         "MatMul", "Max", "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",
         "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding",
         "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Softplus",
