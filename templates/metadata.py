@@ -120,7 +120,8 @@ def _parameter(action: argparse.Action, group: str) -> dict[str, Any]:
     if pattern is not None:
         parameter["regexes"] = [pattern]
     if action.choices is not None:
-        parameter["enumOptions"] = [{"value": name, "label": name} for name in action.choices]
+        names = map(str, action.choices)
+        parameter["enumOptions"] = [{"value": name, "label": name} for name in names]
     if (default := _default(action)) is not None:
         parameter["defaultValue"] = default
     if action.dest in NOT_IN_THE_FORM:
