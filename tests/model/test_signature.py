@@ -122,8 +122,8 @@ def test_a_decoder_has_a_group_for_each_layer_type(tiny_gemma3: TinyModel) -> No
 
 
 def test_a_head_too_wide_for_one_sum_is_refused(tiny_gemma3: TinyModel) -> None:
-    config = dataclasses.replace(tiny_gemma3.checkpoint.config, head_dim=258)
-    with pytest.raises(ArtifactError, match="head_dim: expected at most 256"):
+    config = dataclasses.replace(tiny_gemma3.checkpoint.config, head_dim=514)
+    with pytest.raises(ArtifactError, match="head_dim: expected at most 512"):
         decoder_signature(config, device="cpu", dtype="float32")
 
 

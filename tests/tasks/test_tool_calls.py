@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers.utils.chat_parsing.response_parser import parse_response
 
@@ -86,6 +86,7 @@ def test_calls_come_back_as_they_were_written(family, several, before, after):
 @given(several=st.lists(st.tuples(NAMES, ARGUMENTS), min_size=1, max_size=3))
 def test_transformers_reads_the_same(several):
     markup = "".join(call(*each) for each in several)
+    assume(not {"\x01", "\x02"} & {*markup})  # characters that its parser uses itself
     expected = parse_response(markup, REFERENCE, prefix="")["tool_calls"]
     calls = read(markup).calls
     assert [{**each, "arguments": json.loads(each["arguments"])} for each in calls] == expected
