@@ -443,7 +443,9 @@ def test_sources_that_do_not_suit_the_model_are_refused():
     late = replace(base, pictures=(fake_picture(1, MAX_SOURCE_LEN - NUM_IMAGE_TOKENS + 1),))
     seeing = make_scheduler(vision=FakeEncoder.signature)
     seeing.check(replace(base, pictures=(fake_picture(1, MAX_SOURCE_LEN - NUM_IMAGE_TOKENS),)))
-    with pytest.raises(RecordError, match=r"inside a source of 300, got one of 20 from token 281 on$"):
+    with pytest.raises(
+        RecordError, match=r"inside a source of 300, got one of 20 from token 281 on$"
+    ):
         seeing.check(late)
 
 
