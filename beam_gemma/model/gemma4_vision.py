@@ -4,7 +4,6 @@ Facts and defaults follow `models/gemma4`, `models/gemma4_unified` and `Gemma4Im
 transformers 5.23.
 """
 
-import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +14,11 @@ from beam_gemma.model.vision_config import (
     IMAGE_TOKENS,
     MAX_TOKEN_ID,
     MAX_TOWER_SIZES,
-    RESAMPLE,
     UNREAD_PROCESSOR_KEYS,
     Bidirectional,
     VisionConfig,
+    check_rescale,
+    resample_filter,
 )
 
 BEGIN_TOKEN, IMAGE_TOKEN, END_TOKEN = "<|image>", "<|image|>", "<image|>"
@@ -180,21 +180,14 @@ def _pixels(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
             "do_normalize: expected false, or a mean of 0 and a deviation of 1, got "
             f"{reprlib.repr(given.get('image_mean'))} and {reprlib.repr(given.get('image_std'))}"
         )
-    factor = given.get("rescale_factor", 1 / 255)
-    if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ConfigError(f"rescale_factor: expected 1 / 255, got {reprlib.repr(factor)}")
+    check_rescale(given.get("rescale_factor", 1 / 255))
     number = given.get("max_soft_tokens", given.get("image_seq_length", 280))
     if type(number) is not int or number not in IMAGE_TOKENS:
         raise ConfigError(
             f"max_soft_tokens: expected one of {', '.join(map(str, IMAGE_TOKENS))}, got "
             f"{reprlib.repr(number)}"
         )
-    resample = given.get("resample", 3)
-    if type(resample) is not int or resample not in RESAMPLE:
-        raise ConfigError(
-            f"resample: expected 2 (bilinear) or 3 (bicubic), got {reprlib.repr(resample)}"
-        )
-    return {"num_image_tokens": number, "resample": RESAMPLE[resample]}
+    return {"num_image_tokens": number, "resample": resample_filter(given.get("resample", 3))}
 
 
 def _changes(given: Mapping[str, Any]) -> bool:

@@ -308,14 +308,9 @@ def _pixels(
         if given.get(key, value) != value:
             raise ConfigError(f"{key}: expected {value}, got {reprlib.repr(given[key])}")
     _check_size(given.get("size"), image_size)
-    _check_rescale(given.get("rescale_factor", 1 / 255))
-    resample = given.get("resample", 3 if is_pali else 2)
-    if type(resample) is not int or resample not in RESAMPLE:
-        raise ConfigError(
-            f"resample: expected 2 (bilinear) or 3 (bicubic), got {reprlib.repr(resample)}"
-        )
+    check_rescale(given.get("rescale_factor", 1 / 255))
     return {
-        "resample": RESAMPLE[resample],
+        "resample": resample_filter(given.get("resample", 3 if is_pali else 2)),
         "image_mean": _channels("image_mean", given.get("image_mean", (0.5,) * 3)),
         "image_std": _channels("image_std", given.get("image_std", (0.5,) * 3)),
     }
@@ -331,7 +326,17 @@ def _check_size(size: Any, image_size: int) -> None:
             )
 
 
-def _check_rescale(factor: Any) -> None:
+def resample_filter(number: Any) -> Resample:
+    """Return the filter of Pillow's number in a processor's settings, checked."""
+    if type(number) is not int or number not in RESAMPLE:
+        raise ConfigError(
+            f"resample: expected 2 (bilinear) or 3 (bicubic), got {reprlib.repr(number)}"
+        )
+    return RESAMPLE[number]
+
+
+def check_rescale(factor: Any) -> None:
+    """Raise ConfigError if a processor's settings scale colors by other than 1 / 255."""
     if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ConfigError(f"rescale_factor: expected 1 / 255, got {reprlib.repr(factor)}")
 

@@ -43,7 +43,7 @@ _WORDS = {"true": "true", "false": "false", "null": "null", "None": "null"}
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a completion calls."""
+    """Functions that a completion calls, with its other text."""
 
     text: str
     """Text outside of calls, and the markup of calls that cannot be read."""

@@ -1,4 +1,4 @@
-"""What a folder of an EmbeddingGemma 2 has that those of other embedding models do not.
+"""Reads the parts of an EmbeddingGemma 2 folder that folders of other embedding models lack.
 
 The stack ends with a projection of each token's state. It is linear, so projecting their mean gives
 the same embedding, and the projection is the first dense layer. sentence-transformers writes each

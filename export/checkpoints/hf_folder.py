@@ -156,15 +156,14 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     if has_images and text_only:
         check_text_only(raw)
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
+    vision = None
     if raw.get("model_type") == RECURRENT_TYPE:
         config = recurrent_config(raw)
     elif is_newer(raw):
         config = read_newer_config(raw)
-    else:
-        config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
-    if is_newer(raw):
         vision = read_newer_vision(folder, raw, text_only=text_only)
     else:
+        config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
         vision = read_vision(folder, raw) if has_images and not text_only else None
     our_name = partial(_our_name, config=config, has_images=has_images)
     tensors = without_head(_named(folder, our_name, with_pictures=vision is not None))

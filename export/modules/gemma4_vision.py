@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from beam_gemma.model.signature import Signature
 from beam_gemma.model.vision_config import VisionConfig
 from export.modules.heads import Named
-from export.modules.layers import RMSNorm
+from export.modules.layers import RMSNorm, unit_norm
 from export.modules.vision import LayerNorm
-from export.ops.reference import rms_norm, rotate_heads
+from export.ops.reference import rotate_heads
 from export.ops.vision_attention import vision_attention
 
 THETA = 100.0
@@ -80,8 +80,7 @@ class Attention(nn.Module):
         query = self._turned(self.q_norm(self._heads(self.q_proj(x))), turns)
         key = self._turned(self.k_norm(self._heads(self.k_proj(x))), turns)
         value = self._heads(self.v_proj(x))
-        ones = torch.ones(self.head_dim, dtype=torch.promote_types(x.dtype, torch.float32))
-        value = rms_norm(value, ones, self.epsilon, x.dtype).reshape(x.shape)
+        value = unit_norm(value, self.epsilon, x.dtype).reshape(x.shape)
         return self.o_proj(vision_attention(query, key, value, 0, self.num_heads, 1.0))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -198,9 +197,7 @@ class Embedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [L, D] of features x [L, C]."""
         inner = self.embedding_projection.weight.dtype
-        width = self.embedding_projection.in_features
-        ones = torch.ones(width, dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.embedding_projection(rms_norm(x, ones, self.epsilon, inner))
+        return self.embedding_projection(unit_norm(x, self.epsilon, inner))
 
 
 class SquareEmbedder(nn.Module):

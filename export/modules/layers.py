@@ -41,6 +41,12 @@ def root_mean_square(x: Tensor, least: float = 0.0) -> Tensor:
     return (square.clamp(min=least) if least else square).sqrt()
 
 
+def unit_norm(x: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """Return x [..., D] in `dtype`, normalized as by an `RMSNorm` of weight 1."""
+    ones = torch.ones(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return rms_norm(x, ones, epsilon, dtype)
+
+
 def widened(x: Tensor) -> Tensor:
     """Return x in float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -125,8 +131,7 @@ class Attention(nn.Module):
         if not self.has_value_norm:
             return x
         heads = x.view(-1, self.num_kv_heads, self.head_dim)
-        ones = torch.ones(self.head_dim, dtype=torch.promote_types(x.dtype, torch.float32))
-        return rms_norm(heads, ones, self.epsilon, x.dtype).reshape(x.shape)
+        return unit_norm(heads, self.epsilon, x.dtype).reshape(x.shape)
 
 
 class FeedForward(nn.Module):
