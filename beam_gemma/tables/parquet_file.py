@@ -22,7 +22,8 @@ def open_parquet(stream: BufferedIOBase, *, is_bare: bool = False) -> pq.Parquet
         stream: The file.
         is_bare: Whether to read the types of Parquet alone, not those that Arrow's writers note
             beside them. Lists of a fixed size are plain lists then, the only ones that PyArrow
-            reads nulls of.
+            reads nulls of, and dictionaries are their values, as PyArrow reads an inner dictionary
+            within one row group alone.
     """
     metadata = None
     if is_bare:
@@ -37,6 +38,12 @@ def has_fixed_lists(kind: pa.DataType) -> bool:
         return True
     inner = [kind.field(i).type for i in range(kind.num_fields)]
     return any(map(has_fixed_lists, inner))
+
+
+def has_inner_dictionary(kind: pa.DataType) -> bool:
+    """Return whether a type has a dictionary inside a list, a struct or a map."""
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return any(pa.types.is_dictionary(one) or has_inner_dictionary(one) for one in inner)
 
 
 def read_type(kind: pa.DataType, *, has_nulls: bool) -> pa.DataType:

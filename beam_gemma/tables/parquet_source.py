@@ -18,6 +18,7 @@ from beam_gemma.storage import open_file
 from beam_gemma.tables.hive_partitions import Partitions, partitions_of
 from beam_gemma.tables.parquet_file import (
     has_fixed_lists,
+    has_inner_dictionary,
     may_have_nulls,
     open_parquet,
     read_type,
@@ -268,6 +269,7 @@ def _footer(path: str, columns: tuple[str, ...] | None) -> _Footer:
                 for field, has_nulls in zip(map(found.field, wanted), nulls, strict=True)
             ]
             is_bare |= any(nulls)
+            is_bare |= any(has_inner_dictionary(found.field(name).type) for name in wanted)
             if is_bare:
                 found = open_parquet(stream, is_bare=True).schema_arrow
             return _Footer(

@@ -279,3 +279,17 @@ def test_many_row_groups_and_files(tmp_path):
     table = read(tmp_path)
     assert table.column("key").to_pylist() == [*range(500)]
     assert table.column("kind").cast(pa.string()).to_pylist() == [*map(str, range(500))]
+
+
+def test_dictionaries_inside_of_other_types_of_several_row_groups(tmp_path):
+    codes = pa.dictionary(pa.int32(), pa.string())
+    values = {
+        pa.list_(codes): [["a"], None, ["b", None]],
+        pa.struct([("x", codes)]): [{"x": "a"}, None, {"x": "b"}],
+        pa.map_(pa.string(), pa.list_(codes)): [[("k", ["a"])], None, [("k", [None, "b"])]],
+    }
+    wanted = pa.table({str(i): pa.array(values[kind], kind) for i, kind in enumerate(values)})
+    pq.write_table(wanted, tmp_path / "in.parquet", row_group_size=1)
+    table = read(tmp_path / "in.parquet")
+    assert table.schema == wanted.schema
+    assert table.to_pylist() == wanted.to_pylist()

@@ -65,7 +65,8 @@ def examples(parameter):
     options = [option["value"] for option in parameter.get("enumOptions", ())]
     match parameter["paramType"]:
         case "ENUM":
-            found = {option: option for option in options}
+            kind = int if parameter["name"] == "image_tokens" else str
+            found = {option: kind(option) for option in options}
         case "BOOLEAN":
             found = {"true": True, "false": False}
         case "NUMBER":
