@@ -126,13 +126,10 @@ def export(
         precision=precision,
         signatures=signatures,
         eos_token_ids=checkpoint.eos_token_ids,
-        source={
-            "checkpoint": checkpoint.name,
-            "format": checkpoint.format,
-            "exporter": f"beam_gemma {beam_gemma.__version__}",
-        },
+        source=_source(checkpoint),
         embedding=embedding,
         vision=checkpoint.vision,
+        sound=checkpoint.sound,
         encoder=checkpoint.encoder,
         without_checksum=frozenset(linked if checksums == "later" else ()),
     )
@@ -140,6 +137,15 @@ def export(
         shutil.rmtree(output)
     folder.rename(output)
     LOGGER.info("%s", _summary(output, linked, time.monotonic() - start))
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return where a model comes from, for its manifest."""
+    return {
+        "checkpoint": checkpoint.name,
+        "format": checkpoint.format,
+        "exporter": f"beam_gemma {beam_gemma.__version__}",
+    }
 
 
 def hide_messages() -> None:

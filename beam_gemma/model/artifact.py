@@ -26,6 +26,7 @@ from beam_gemma.model.field_types import first_fault
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.rope import RopeParameters
 from beam_gemma.model.signature import HEADS, Signature
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
 
 FORMAT = 1
@@ -84,6 +85,8 @@ class Artifact:
     """Embedding configuration; None if the model makes no embeddings."""
     vision: VisionConfig | None = None
     """What the model needs for pictures; None if it takes none."""
+    sound: SoundConfig | None = None
+    """What the model needs for sound; None if it takes none."""
     encoder: GemmaConfig | None = None
     """Encoder of an encoder-decoder, whose decoder is `config`; None for a decoder alone."""
 
@@ -128,6 +131,7 @@ class Artifact:
                 files={name: FileEntry(**entry) for name, entry in manifest["files"].items()},
                 embedding=_embedding_from_json(manifest.get("embedding")),
                 vision=_vision_from_json(manifest.get("vision")),
+                sound=_sound_from_json(manifest.get("sound")),
                 encoder=_encoder_from_json(manifest.get("encoder")),
             )
         except _FAULTS as error:
@@ -294,6 +298,7 @@ def write_manifest(
     source: Mapping[str, str],
     embedding: EmbeddingConfig | None = None,
     vision: VisionConfig | None = None,
+    sound: SoundConfig | None = None,
     encoder: GemmaConfig | None = None,
     without_checksum: frozenset[str] = frozenset(),
 ) -> None:
@@ -316,6 +321,7 @@ def write_manifest(
         "source": dict(source),
         "embedding": None if embedding is None else embedding.to_json(),
         "vision": None if vision is None else vision.to_json(),
+        "sound": None if sound is None else sound.to_json(),
         "encoder": None if encoder is None else asdict(encoder),
         "files": {
             n: {"num_bytes": (folder / n).stat().st_size, "sha256": sums.get(n)} for n in names
@@ -387,6 +393,10 @@ def _embedding_from_json(raw: Mapping[str, Any] | None) -> EmbeddingConfig | Non
 
 def _vision_from_json(raw: Mapping[str, Any] | None) -> VisionConfig | None:
     return None if raw is None else VisionConfig.from_json(raw)
+
+
+def _sound_from_json(raw: Mapping[str, Any] | None) -> SoundConfig | None:
+    return None if raw is None else SoundConfig.from_json(raw)
 
 
 def _encoder_from_json(raw: Mapping[str, Any] | None) -> GemmaConfig | None:

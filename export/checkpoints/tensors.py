@@ -16,6 +16,7 @@ import numpy as np
 from beam_gemma.errors import CheckpointError
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -110,6 +111,8 @@ class Checkpoint:
     """Embedding settings, if the checkpoint has any."""
     vision: VisionConfig | None = None
     """The tower of pictures, whose tensors are among `tensors`; None for a text model."""
+    sound: SoundConfig | None = None
+    """The tower of sound, whose tensors are among `tensors`; None if the model takes no sound."""
     encoder: GemmaConfig | None = None
     """Encoder of an encoder-decoder, whose decoder is `config`; its tensors are those of `tensors`
     whose names begin with `encoder.`."""
