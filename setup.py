@@ -23,6 +23,8 @@ WORKER = [
     "psutil>=6",
     "pyarrow>=23.0.1",
     "sentencepiece>=0.2.1",
+    "soundfile>=0.14",
+    "soxr>=1.1",
 ]
 # One package under two names: whoever installs chooses one of them.
 ONNXRUNTIME = {

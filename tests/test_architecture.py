@@ -45,6 +45,8 @@ HOMES = {
     "llguidance": {"structured.constraint"},
     "onnxruntime": {"runtime.devices", "runtime.cpu_session", "runtime.bound_graph"},
     "sentencepiece": {"model.tokenizer"},
+    "soundfile": {"inputs.sound_file"},
+    "soxr": {"inputs.sound_file"},
 }  # fmt: skip
 """Packages of others that few modules may import; `wing.*` is all of a wing."""
 NOT_ON_A_WORKER = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf"}
