@@ -252,7 +252,7 @@ class _Sound:
         )
 
 
-class _Stream(soundfile.SoundFile):  # type: ignore[misc] - it has no stubs
+class _Stream(soundfile.SoundFile):  # type: ignore[misc]  # no stubs
     """A file that is read from its start to its end; soundfile would seek after each block."""
 
     def seekable(self) -> bool:
