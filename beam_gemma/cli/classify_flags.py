@@ -12,11 +12,11 @@ from beam_gemma.cli.flag_groups import (
     add_files,
     add_job,
     add_prompt,
-    image_reading,
     prompt_settings,
 )
 from beam_gemma.cli.flag_types import SWITCH, count
 from beam_gemma.cli.flags import FlagParser, flag_parser, text_of, words_of
+from beam_gemma.cli.media_flags import media_reading
 from beam_gemma.errors import OptionsError
 from beam_gemma.jobs.fewshot import POOL_ROWS, all_shots, draw_shots
 from beam_gemma.tables.bigquery_client import SCHEME
@@ -42,7 +42,7 @@ NOT_WITH_A_POLICY = (
     "prompt", "messages_column", "decoder_prompt", "system", "chat_template",
     "allow_special_tokens", "labels", "label", "labels_file", "label_norm", "logliks",
     "num_fewshot", "fewshot_file", "label_column", "pan_and_scan", "image_tokens",
-    "allow_missing_images",
+    "allow_missing_images", "audio_column", "split_audio", "allow_missing_audio",
 )  # fmt: skip
 """Flags that conflict with --policy, which sets its own prompt and labels."""
 
@@ -124,7 +124,7 @@ def _shots(flags: argparse.Namespace, settings: ClassifySettings) -> tuple[Shot,
             "knows which rows come first; write some to a file"
         )
     source = open_source(pool, limit=POOL_ROWS)
-    reading = image_reading(flags, source.folder, is_local=True)
+    reading = media_reading(flags, source.folder, is_local=True)
     if flags.num_fewshot is None:
         return all_shots(source, settings, flags.label_column, reading=reading)
     return draw_shots(

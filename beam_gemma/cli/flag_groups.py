@@ -6,10 +6,9 @@ from typing import Any
 
 from beam_gemma.cli.flag_types import SWITCH, column_names, count, fraction, positive, rising
 from beam_gemma.cli.flags import ArgumentGroup, text_of
+from beam_gemma.cli.media_flags import add_pictures, add_sounds, media_settings
 from beam_gemma.dataflow.gpus import GPUS
 from beam_gemma.dataflow.options import DRIVER
-from beam_gemma.inference.image_files import MAX_IMAGE_BYTES, ImageReading
-from beam_gemma.model.vision_config import IMAGE_TOKENS
 from beam_gemma.runtime.limits import (
     GPU_MEMORY_UTILIZATION,
     MAX_NUM_BATCHED_TOKENS,
@@ -45,28 +44,8 @@ def prompt_settings(flags: argparse.Namespace) -> dict[str, Any]:
         "allow_special_tokens": flags.allow_special_tokens,
         "max_prompt_tokens": flags.max_prompt_tokens,
         "truncate": flags.truncate,
-        "image_columns": tuple(flags.image_column),
-        "pan_and_scan": flags.pan_and_scan,
-        "image_tokens": flags.image_tokens,
-        "allow_missing_images": flags.allow_missing_images,
+        **media_settings(flags),
     }
-
-
-def image_reading(flags: argparse.Namespace, folder: str | None, *, is_local: bool) -> ImageReading:
-    """Return the limits of reading pictures that the `add_prompt` flags describe.
-
-    Args:
-        flags: The flags; those of a task without pictures give the default limits.
-        folder: The folder of the table, from which relative paths start; None if it has none.
-        is_local: True if pictures are read on this machine, so that paths are what a user sees.
-    """
-    if "max_image_bytes" not in flags:
-        return ImageReading()
-    return ImageReading(
-        max_bytes=flags.max_image_bytes,
-        allow_local=is_local or flags.allow_local_images,
-        folder=folder,
-    )
 
 
 def _chat_template(name_or_file: str | None) -> str | None:
@@ -176,7 +155,8 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
         help="Side on which a row's longest text is cut if the prompt has too many tokens. "
         "(default: none, such a row gets an error)",
     )
-    _add_pictures(parser)
+    add_pictures(parser)
+    add_sounds(parser)
 
 
 def _add_texts(add: Callable[..., argparse.Action]) -> None:
@@ -204,67 +184,6 @@ def _add_texts(add: Callable[..., argparse.Action]) -> None:
         help="Only for encoder-decoders such as T5Gemma, whose encoder reads the prompt: text that "
         "the decoder starts with, a template like --prompt. The completion or the label follows "
         "it. (default: none)",
-    )
-
-
-def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "pictures",
-        "For models that see. A prompt template puts a picture where it names its column;\n"
-        "pictures of other columns come before the text.",
-    )
-    add = group.add_argument
-    add(
-        "--image_column",
-        action="append",
-        default=[],
-        metavar="COLUMN",
-        help="Column with a picture: the bytes of a file, a path or URI, a struct with one of "
-        "them, or a list of these; may be repeated. Paths start from the folder of the table. "
-        "(default: none)",
-    )
-    add(
-        "--pan_and_scan",
-        **SWITCH,
-        help="Gemma 3 and T5Gemma 2 only: add crops of a picture that is much wider than high, or "
-        "higher than wide. Use it for small text in such pictures. (default: false)",
-    )
-    add(
-        "--image_tokens",
-        type=int,
-        choices=IMAGE_TOKENS,
-        metavar="N",
-        help="Gemma 4 only: most tokens of a picture, one of "
-        f"{', '.join(map(str, IMAGE_TOKENS))}. More tokens show smaller details and take longer. "
-        "(default: that of the model folder)",
-    )
-    add(
-        "--image_size",
-        type=positive,
-        metavar="N",
-        help="Height and width in pixels of the pictures that the model takes, such as 448. Set it "
-        "to make sure of the export; a model folder with another size is refused. "
-        "(default: that of the model folder)",
-    )
-    add(
-        "--allow_missing_images",
-        **SWITCH,
-        help="Take a null as no picture. Without this flag, a row with a null gets an error. "
-        "(default: false)",
-    )
-    add(
-        "--max_image_bytes",
-        type=positive,
-        default=MAX_IMAGE_BYTES,
-        metavar="N",
-        help="Maximum size of a picture's file in bytes. A row with a larger file gets an error. "
-        "(default: %(default)s)",
-    )
-    add(
-        "--allow_local_images",
-        **SWITCH,
-        help="Let rows name files of the workers' own disks. Without this flag, only a job on this "
-        "machine reads them; other workers read URIs such as gs://. (default: false)",
     )
 
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_gemma.cli.estimate_flags import check_estimate, means_of
-from beam_gemma.cli.flag_groups import image_reading, limits_of
+from beam_gemma.cli.flag_groups import limits_of
 from beam_gemma.cli.flags import FlagParser, in_one_process, is_local, parse
+from beam_gemma.cli.media_flags import media_reading
 from beam_gemma.cli.output_places import is_done, make_room
 from beam_gemma.cli.table_flags import refuse_streams, sink_of, source_of
 from beam_gemma.dataflow.options import on_dataflow, resource_hints, worker_device, worker_options
@@ -34,7 +35,7 @@ from beam_gemma.tables.lease import new_job
 from beam_gemma.tables.open_table import ReadTable
 from beam_gemma.tables.sink import PIECES
 from beam_gemma.tables.source import Source
-from beam_gemma.tasks.columns import check_columns, check_pictures
+from beam_gemma.tasks.columns import check_columns, check_media
 from beam_gemma.tasks.interface import Settings
 
 WHOLE = "the output is whole, so there is nothing to go on with"
@@ -139,23 +140,26 @@ def _open(
     artifact = handler.artifact()
     options = worker_options(flags, options, artifact)
     handler.run_on(resource_hints(flags, options))
-    check_pictures(handler.settings, artifact, getattr(flags, "image_size", None))
+    check_media(handler.settings, artifact, getattr(flags, "image_size", None))
     handler.check(artifact)
     if is_local(options):
         device = choose_device(artifact, handler.head, device)
     elif device != "auto":
         artifact.signature(handler.head, device)
-    if device != "auto" and handler.settings.image_columns:
-        artifact.signature("vision", device)
+    if device != "auto":
+        if handler.settings.image_columns:
+            artifact.signature("vision", device)
+        if handler.settings.audio_columns:
+            artifact.signature("sound", device)
     return artifact, options
 
 
 def _source(handler: TaskHandler, flags: argparse.Namespace, options: PipelineOptions) -> Source:
-    """Open the table and check it against the task; the task learns where its pictures may be."""
+    """Open the table and check it against the task; the task learns where its files may be."""
     source = source_of(flags, options)
     check_columns(handler.settings, source.schema)
     # A preview runs on this machine, whatever the workers may read.
-    handler.image_reading = image_reading(
+    handler.reading = media_reading(
         flags, source.folder, is_local=is_local(options) or flags.dry_run is not None
     )
     return source
@@ -204,7 +208,7 @@ def _page(flags: argparse.Namespace, settings: Settings) -> Page | None:
                 f"--report_rows {flags.report_rows}: expected a --report to show them in, got none"
             )
         return None
-    return Page(flags.report, flags.report_rows, settings.picture_columns)
+    return Page(flags.report, flags.report_rows, settings.media_columns)
 
 
 def _set_up_logs(*, verbose: bool) -> None:

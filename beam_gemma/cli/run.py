@@ -152,16 +152,17 @@ def _held(job: Job[Any]) -> AbstractContextManager[HeldLogs | None]:
     return nullcontext() if is_verbose() else HeldLogs(with_workers=not in_one_process(job.options))
 
 
-def _has_pictures(handler: TaskHandler) -> bool:
-    """Return whether rows may have pictures, in columns or in conversations."""
-    if handler.settings.image_columns:
-        return True
-    return bool(handler.settings.picture_columns) and handler.artifact().vision is not None
+def _has_files(handler: TaskHandler) -> bool:
+    """Return whether rows may have pictures or sounds, in columns or in conversations."""
+    if handler.settings.file_columns or not handler.settings.media_columns:
+        return bool(handler.settings.file_columns)
+    artifact = handler.artifact()
+    return artifact.vision is not None or artifact.sound is not None
 
 
 def _rows_in_files(job: Job[Any]) -> AbstractContextManager[None]:
-    """Hold rows with pictures in files, if the job runs in Beam's runner on this machine."""
-    if not (is_local(job.options) and _has_pictures(job.handler)):
+    """Hold rows with files in files, if the job runs in Beam's runner on this machine."""
+    if not (is_local(job.options) and _has_files(job.handler)):
         return nullcontext()
     work = job.output.sink.work
     if "://" in work:

@@ -9,15 +9,15 @@ alone; a failure of the device, or of this code, ends the engine and all request
 import atexit
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future
 
 from beam_gemma.engine.executor import Executor, failure
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.launched_step import StepCount
-from beam_gemma.engine.picture_store import PictureEncoder, PictureStore, check_encoder
+from beam_gemma.engine.media_store import MediaEncoder, MediaStore, check_encoder
 from beam_gemma.engine.scheduler import Scheduler
-from beam_gemma.engine.sequence import Completion, Request, Sequence
+from beam_gemma.engine.sequence import Completion, Medium, Picture, Request, Sequence, Sound
 from beam_gemma.engine.snapshots import Snapshots
 from beam_gemma.engine.source_store import SourceStore, check_source_encoder
 from beam_gemma.engine.stats import EngineStats
@@ -36,7 +36,8 @@ class Engine:
         session: Runner,
         config: EngineConfig,
         *,
-        vision: PictureEncoder | None = None,
+        vision: MediaEncoder | None = None,
+        sound: MediaEncoder | None = None,
         encoder: SourceEncoder | None = None,
         on_step: Callable[[Count], None] = lambda _: None,
         device_stats: Callable[[], DeviceStats] = DeviceStats,
@@ -48,21 +49,24 @@ class Engine:
             config: The size limits of steps.
             vision: The session that makes embeddings of pictures; without one, requests with
                 pictures are refused.
+            sound: The session that makes embeddings of sounds; likewise.
             encoder: The session that reads sources, if the model has an encoder.
             on_step: Called after each step with the number of tokens that it computed.
             device_stats: Called after each step to read GPU statistics; all zero by default.
 
         Raises:
             OptionsError: the session has fewer recurrent state slots than the config needs.
-            ArtifactError: the embeddings of pictures or the states of sources do not suit the
+            ArtifactError: the embeddings of media or the states of sources do not suit the
                 session's graph.
         """
-        _check(session, config, vision, encoder)
+        found = {Picture: vision, Sound: sound}
+        encoders = {kind: each for kind, each in found.items() if each is not None}
+        _check(session, config, encoders.values(), encoder)
         self.signature = session.signature
         self.pulse = Pulse(self.signature.device, stats=device_stats)
         self._config = config
         self._on_step = on_step
-        self._assemble(session, vision, encoder)
+        self._assemble(session, encoders, encoder)
         self._stats = EngineStats(max_num_seqs=config.max_num_seqs)
         self._futures: dict[Sequence, Future[Completion]] = {}
         self._inbox: list[list[Sequence]] = []
@@ -136,7 +140,10 @@ class Engine:
         self._refuse(gives_up=True)
 
     def _assemble(
-        self, session: Runner, vision: PictureEncoder | None, encoder: SourceEncoder | None
+        self,
+        session: Runner,
+        encoders: Mapping[type[Medium], MediaEncoder],
+        encoder: SourceEncoder | None,
     ) -> None:
         """Create the parts that the engine's thread works with."""
         config = self._config
@@ -152,14 +159,15 @@ class Engine:
             self.signature,
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
-            vision=vision.signature if vision else None,
+            vision=encoders[Picture].signature if Picture in encoders else None,
+            sound=encoders[Sound].signature if Sound in encoders else None,
             encoder=encoder.signature if encoder else None,
             snapshots=_snapshots(session, config),
         )
-        self._pictures = PictureStore(vision) if vision else None
+        self._media = MediaStore(encoders) if encoders else None
         limit = config.max_num_batched_tokens
         self._sources = (
-            SourceStore(encoder, max_num_batched_tokens=limit, pictures=self._pictures)
+            SourceStore(encoder, max_num_batched_tokens=limit, media=self._media)
             if encoder
             else None
         )
@@ -168,7 +176,7 @@ class Engine:
             cache,
             self._scheduler,
             on_run=self._count,
-            pictures=self._pictures,
+            media=self._media,
             sources=self._sources,
         )
 
@@ -195,7 +203,7 @@ class Engine:
             self._fail(error)
         finally:
             # Frees the sessions' memory for the next ones.
-            del self._executor, self._pictures, self._sources
+            del self._executor, self._media, self._sources
 
     def _receive(self) -> bool:
         """Queue submitted requests, waiting for some if idle; return False when all is done."""
@@ -262,9 +270,11 @@ class Engine:
             stats.num_cached_tokens += num_cached_tokens
             stats.num_preemptions = self._scheduler.num_preemptions
             stats.num_completion_tokens += num_new_tokens
-            if self._pictures is not None:
-                stats.num_pictures = self._pictures.num_computed
-                stats.num_reused_pictures = self._pictures.num_reused
+            if self._media is not None:
+                stats.num_pictures = self._media.num_computed[Picture]
+                stats.num_reused_pictures = self._media.num_reused[Picture]
+                stats.num_sounds = self._media.num_computed[Sound]
+                stats.num_reused_sounds = self._media.num_reused[Sound]
             if self._sources is not None:
                 stats.num_sources = self._sources.num_computed
                 stats.num_reused_sources = self._sources.num_reused
@@ -298,7 +308,7 @@ def _snapshots(session: Runner, config: EngineConfig) -> Snapshots:
 def _check(
     session: Runner,
     config: EngineConfig,
-    vision: PictureEncoder | None,
+    encoders: Iterable[MediaEncoder],
     encoder: SourceEncoder | None,
 ) -> None:
     slots = session.num_state_slots
@@ -308,5 +318,5 @@ def _check(
             f"{config.max_num_seqs}"
         )
     check_source_encoder(encoder.signature if encoder else None, session.signature)
-    if vision is not None:
-        check_encoder(vision.signature, encoder.signature if encoder else session.signature)
+    for each in encoders:
+        check_encoder(each.signature, encoder.signature if encoder else session.signature)

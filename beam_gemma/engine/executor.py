@@ -12,7 +12,7 @@ chooses, which is void.
 Failures are handled as if there were one step at a time: all steps in flight are waited for first.
 Steps started after a failed step are discarded and run again after it.
 
-Exceptions of the session, or of those that read pictures and sources. Nothing of the step counts
+Exceptions of the session, or of those that read media and sources. Nothing of the step counts
 as computed. The step is halved, and the halves are tried in order, so that a sequence that computes
 a shared block still comes before those that read it. Halving goes on down to one block of a prompt,
 since half a chunk needs half the memory. A row that cannot be cut further and fails twice ends with
@@ -40,9 +40,9 @@ import numpy as np
 
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.launched_step import Flight, StepCount, is_finite, top_logits
+from beam_gemma.engine.media_store import MediaStore
 from beam_gemma.engine.next_token import candidates_of, next_token, wants_mask
 from beam_gemma.engine.packing import NO_FEATURES, Features, pack
-from beam_gemma.engine.picture_store import PictureStore
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
 from beam_gemma.engine.sequence import Completion, FinishReason, Request, Sequence, Status, Step
@@ -74,7 +74,7 @@ class Executor:
         scheduler: Scheduler,
         *,
         on_run: Callable[[StepCount], None],
-        pictures: PictureStore | None = None,
+        media: MediaStore | None = None,
         sources: SourceStore | None = None,
     ) -> None:
         """Create an executor with no steps in flight.
@@ -84,7 +84,7 @@ class Executor:
             cache: The cache that holds the blocks of each step.
             scheduler: The scheduler of the steps; told which sequences end or start anew.
             on_run: Called after each run with its counts.
-            pictures: The embeddings of pictures; None if no sequence has pictures.
+            media: The embeddings of pictures and sounds; None if no sequence has any.
             sources: The states of sources; None if no sequence has a source.
         """
         self._session = session
@@ -92,7 +92,7 @@ class Executor:
         self._cache = cache
         self._scheduler = scheduler
         self._on_run = on_run
-        self._pictures = pictures
+        self._media = media
         self._sources = sources
         # Recurrent state cannot be restored to before a failed step.
         self._most = 1 if self._signature.has_recurrent_state else session.max_steps_in_flight
@@ -194,11 +194,11 @@ class Executor:
         return pack(step, self._signature, self._cache, features, sources)
 
     def _features(self, step: Step) -> Features:
-        """Return the embeddings of the pictures that have tokens of the decoder in a step."""
-        if self._pictures is None or self._sources is not None:
+        """Return the embeddings of the media that have tokens of the decoder in a step."""
+        if self._media is None or self._sources is not None:
             return NO_FEATURES
-        pictures = [p for sequence, n in step for p in sequence.pictures_within(n)]
-        return self._pictures.prepare(pictures) if pictures else NO_FEATURES
+        media = [medium for sequence, n in step for medium in sequence.media_within(n)]
+        return self._media.prepare(media) if media else NO_FEATURES
 
     def _source_states(self, step: Step) -> Sources:
         """Return the states of the sources of sequences whose first tokens are in a step."""

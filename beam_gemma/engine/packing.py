@@ -17,7 +17,7 @@ from jaxtyping import Int32, Shaped
 from beam_gemma.engine.cuda_source_packing import as_tokens
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import uniform_at
-from beam_gemma.engine.sequence import Picture, Sequence, Step
+from beam_gemma.engine.sequence import Medium, Sequence, Step
 from beam_gemma.engine.source_packing import NO_SOURCES, Sources, source_states, source_tables
 from beam_gemma.engine.span_packing import span_inputs
 from beam_gemma.engine.step_layout import StepLayout
@@ -27,7 +27,7 @@ from beam_gemma.runtime.step_shapes import host_dtype, in_rows
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 Features = Mapping[bytes, Shaped[np.ndarray, "L D"]]
-"""Embeddings of pictures by the pictures' digests."""
+"""Embeddings of pictures and sounds by the digests of these."""
 NO_FEATURES: Features = {}
 
 
@@ -44,7 +44,7 @@ def pack(
         step: The sequences of the step, with the number of new tokens of each.
         signature: The graph's contract.
         cache: The cache that holds the step's blocks.
-        features: Embeddings of all pictures that have tokens in the step.
+        features: Embeddings of all media that have tokens in the step.
         sources: States of the sources of all sequences that start in the step.
     """
     layout = StepLayout(step)
@@ -183,41 +183,41 @@ def _tables(
 def _embeddings(
     step: Step, layout: StepLayout, signature: Signature, features: Features
 ) -> dict[str, np.ndarray]:
-    """Return the embeddings of the step's picture tokens, and which token has which."""
+    """Return the embeddings of the step's media, and which token has which."""
     ranges = (
-        (begin, sequence.num_computed_tokens, n, sequence.request.pictures)
+        (begin, sequence.num_computed_tokens, n, sequence.request.media)
         for begin, (sequence, n) in zip(layout.cu_seqlens.tolist(), step, strict=False)
     )
     return place_embeddings(ranges, len(layout.positions), signature, features)
 
 
 def place_embeddings(
-    ranges: Iterable[tuple[int, int, int, SequenceOf[Picture]]],
+    ranges: Iterable[tuple[int, int, int, SequenceOf[Medium]]],
     num_tokens: int,
     signature: Signature,
     features: Features,
 ) -> dict[str, np.ndarray]:
-    """Return the embeddings of pictures in a step, at most T, and which token has which.
+    """Return the embeddings of media in a step, at most T, and which token has which.
 
     Without any, one row of zeros stands for them.
 
     Args:
         ranges: For each text, where its new tokens start in the step, the position of the first
-            in the text, their number, and the pictures of the text.
+            in the text, their number, and the media of the text.
         num_tokens: Number of all new tokens.
         signature: The graph's contract.
-        features: Embeddings of all pictures that have tokens in the step.
+        features: Embeddings of all media that have tokens in the step.
     """
     rows = np.full(num_tokens, -1, np.int64)
     parts: list[np.ndarray] = []
     num_rows = 0
-    for begin, past, num_new_tokens, pictures in ranges:
-        for picture in pictures:
-            first = max(past, picture.start)
-            end = min(past + num_new_tokens, picture.end)
+    for begin, past, num_new_tokens, media in ranges:
+        for medium in media:
+            first = max(past, medium.start)
+            end = min(past + num_new_tokens, medium.end)
             if first >= end:
                 continue
-            parts.append(features[picture.digest][first - picture.start : end - picture.start])
+            parts.append(features[medium.digest][first - medium.start : end - medium.start])
             rows[begin + first - past : begin + end - past] = np.arange(end - first) + num_rows
             num_rows += end - first
     embeds = np.zeros((max(num_rows, 1), signature.hidden_size), host_dtype(signature.dtype))

@@ -1,4 +1,4 @@
-"""Checks that a request suits a model: its prompt, source, spans, pictures and their limits.
+"""Checks that a request suits a model: its prompt, source, spans, media and their limits.
 
 A request that passes can run and cannot harm others, if the cache can ever hold it, which the
 scheduler checks besides.
@@ -6,7 +6,7 @@ scheduler checks besides.
 
 from dataclasses import dataclass
 
-from beam_gemma.engine.sequence import Request
+from beam_gemma.engine.sequence import Medium, Picture, Request
 from beam_gemma.errors import PromptTooLongError, RecordError
 from beam_gemma.model.signature import Signature
 
@@ -20,6 +20,8 @@ class RequestChecks:
     max_num_batched_tokens: int
     vision: Signature | None = None
     """The contract of the graph that makes pictures' embeddings; None without pictures."""
+    sound: Signature | None = None
+    """The contract of the graph that makes sounds' embeddings; None without sounds."""
     encoder: Signature | None = None
     """The contract of the graph that reads sources; None for a model without an encoder."""
 
@@ -33,7 +35,7 @@ class RequestChecks:
         self._check_targets(request)
         self._check_source(request)
         self._check_spans(request)
-        self._check_pictures(request)
+        self._check_media(request)
         max_tokens = request.params.max_tokens
         if request.constraint and (too_few := request.constraint.shortage(max_tokens)):
             raise RecordError(too_few)
@@ -94,34 +96,41 @@ class RequestChecks:
                 f"--max_num_batched_tokens {longest}"
             )
 
-    def _check_pictures(self, request: Request) -> None:
-        pictures = request.pictures
-        if not pictures:
-            return
-        if self.vision is None:
-            raise RecordError(
-                f"pictures: expected none, since the model takes none, got {len(pictures)}"
-            )
+    def _check_media(self, request: Request) -> None:
         where, holder = (
             ("prompt", request.prompt_token_ids)
             if self.encoder is None
             else ("source", request.source_token_ids)
         )
-        ends = [0, *(picture.end for picture in pictures)]
-        for end_before, picture in zip(ends, pictures, strict=False):
-            num_tokens = self.vision.tokens_of(*picture.pixels.shape[1:])
-            if num_tokens is None:
-                height, width = picture.pixels.shape[1:]
+        end_before = 0
+        for medium in request.media:
+            kind, num_tokens = self._tokens_of(medium)
+            is_inside = end_before <= medium.start <= len(holder) - num_tokens
+            if medium.num_tokens != num_tokens or not is_inside:
                 raise RecordError(
-                    f"pictures: expected {self.vision.sizes_of_pictures}, got {height} by {width}"
+                    f"{kind}: expected places of {num_tokens:,} tokens in order inside a {where} "
+                    f"of {len(holder):,}, got one of {medium.num_tokens:,} from token "
+                    f"{medium.start:,} on"
                 )
-            is_inside = end_before <= picture.start <= len(holder) - num_tokens
-            if picture.num_tokens != num_tokens or not is_inside:
-                raise RecordError(
-                    f"pictures: expected places of {num_tokens:,} tokens in order inside a {where} "
-                    f"of {len(holder):,}, got one of {picture.num_tokens:,} from token "
-                    f"{picture.start:,} on"
-                )
+            end_before = medium.end
+
+    def _tokens_of(self, medium: Medium) -> tuple[str, int]:
+        """Return what errors call a medium, and how many tokens it takes.
+
+        Raises:
+            RecordError: the model takes none of its kind, or none of its size.
+        """
+        is_picture = isinstance(medium, Picture)
+        kind, graph = ("pictures", self.vision) if is_picture else ("sounds", self.sound)
+        if graph is None:
+            raise RecordError(f"{kind}: expected none, since the model takes none, got some")
+        shape = medium.values.shape
+        num_tokens = graph.tokens_of(*shape[1:]) if is_picture else graph.sound_tokens_of(*shape)
+        if num_tokens is None:
+            got = " by ".join(map(str, shape[1:] if is_picture else shape))
+            expected = graph.sizes_of_pictures if is_picture else graph.sizes_of_sounds
+            raise RecordError(f"{kind}: expected {expected}, got {got}")
+        return kind, num_tokens
 
 
 def wanted(request: Request) -> str:

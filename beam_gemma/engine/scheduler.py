@@ -77,6 +77,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
         vision: Signature | None = None,
+        sound: Signature | None = None,
         encoder: Signature | None = None,
         snapshots: Snapshots | None = None,
     ) -> None:
@@ -89,6 +90,7 @@ class Scheduler:
             enable_prefix_caching: Whether sequences share the blocks of equal first tokens.
             vision: The contract of the graph that makes pictures' embeddings; None if requests
                 cannot have pictures.
+            sound: Likewise, that of sounds.
             encoder: The contract of the graph that reads sources; None for a model without one.
             snapshots: The slots for snapshots of recurrent state; None for no snapshots.
         """
@@ -101,6 +103,7 @@ class Scheduler:
             signature=signature,
             max_num_batched_tokens=max_num_batched_tokens,
             vision=vision,
+            sound=sound,
             encoder=encoder,
         )
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -468,7 +471,7 @@ class Scheduler:
 
 
 def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
-    """Return sequences with the most steps first, grouped by source, first picture or block."""
+    """Return sequences with the most steps first, grouped by source, first medium or block."""
     # Requests that score several continuations of one prompt stay adjacent.
     by_length = sorted(
         sequences,
@@ -484,14 +487,14 @@ def _in_order(sequences: Iterable[Sequence]) -> Iterable[Sequence]:
 
 
 def _beginning(sequence: Sequence) -> bytes | Sequence:
-    """Return the digest of the sequence's source, its first picture, or else its first block.
+    """Return the digest of the sequence's source, its first medium, or else its first block.
 
     Without any, it shares nothing and is returned itself.
     """
     if sequence.source_digest:
         return sequence.source_digest
-    if sequence.request.pictures:
-        return sequence.request.pictures[0].digest
+    if sequence.request.media:
+        return sequence.request.media[0].digest
     if sequence.chain is None or sequence.chain.block_size > sequence.num_prompt_tokens:
         return sequence
     return sequence.chain.digests(0, 1)[0]

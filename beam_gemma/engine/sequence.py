@@ -9,7 +9,7 @@ While steps are in flight, a sequence is ahead of what the host has seen of it:
 The first counts tokens computed by steps that are over. The second includes those of steps in
 flight. The third includes tokens that those steps choose, which the host does not know yet.
 
-Dimensions: I height and J width of a picture in pixels.
+Dimensions: I height and J width of a picture in pixels, F frames of a sound, M features of a frame.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 
 from beam_gemma.engine.prefix import Mark, PrefixChain, digest_of
 from beam_gemma.engine.sampling import SamplingParams, needs_logits
@@ -42,15 +42,15 @@ class Status(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Picture:
-    """A picture of a prompt, whose embeddings take the place of those of token ids."""
+class Medium:
+    """A part of a prompt that is no text: its embeddings take the place of those of token ids."""
 
     start: int
     """Position of its first token in the prompt."""
     digest: bytes
-    """Hash of what the embeddings depend on: equal digests mean equal pixels."""
-    pixels: UInt8[np.ndarray, "3 I J"]
-    """Pixels in a size that the model takes, channels first, red first."""
+    """Hash of what the embeddings depend on: equal digests mean equal values."""
+    values: Shaped[np.ndarray, "..."]
+    """What the graph takes that computes its embeddings."""
     num_tokens: int
     """Number of tokens that it takes."""
 
@@ -58,6 +58,22 @@ class Picture:
     def end(self) -> int:
         """Position after its last token."""
         return self.start + self.num_tokens
+
+
+class Picture(Medium):
+    """A picture: [3, I, J] uint8, in a size that the model takes, channels first, red first."""
+
+    __slots__ = ()
+
+
+class Sound(Medium):
+    """A clip of sound: the frames that the model takes, [F, M] float32."""
+
+    __slots__ = ()
+
+
+_NAMES: dict[type[Medium], bytes] = {Picture: b"picture", Sound: b"sound"}
+"""What tells the digests of a picture and of a sound apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +100,8 @@ class Request:
     source_token_ids: tuple[int, ...] = ()
     """Source of an encoder-decoder, which its encoder reads in both directions; the prompt is then
     what the decoder starts with."""
-    pictures: tuple[Picture, ...] = ()
-    """Pictures of the prompt, or of the source if there is one, in order."""
+    media: tuple[Medium, ...] = ()
+    """Pictures and sounds of the prompt, or of the source if there is one, in order."""
     targets: tuple[tuple[int, int], ...] = ()
     """Pairs to score instead of completing: a prompt position and a possible next token, in order
     of positions; the last pair is at the prompt's last position."""
@@ -128,29 +144,29 @@ class Request:
         return self.params.max_tokens + extra
 
     def marks(self) -> tuple[Mark, ...]:
-        """Return the marks of pictures and spans, for the digests of the prompt's blocks."""
-        pictures = [Mark(p.start, p.end, digest_of(b"picture", p.digest)) for p in self.pictures]
+        """Return the marks of media and spans, for the digests of the prompt's blocks."""
+        media = [Mark(m.start, m.end, digest_of(_NAMES[type(m)], m.digest)) for m in self.media]
         spans = []
         for start, end in self.spans:
             inside = (
-                array("q", (p.start - start, p.end - start)).tobytes() + p.digest
-                for p in pictures
-                if p.start < end and start < p.end
+                array("q", (m.start - start, m.end - start)).tobytes() + m.digest
+                for m in media
+                if m.start < end and start < m.end
             )
             token_ids = array("q", self.prompt_token_ids[start:end])
             spans.append(Mark(start, end, digest_of(b"span", token_ids.tobytes(), *inside)))
-        return (*pictures, *spans)
+        return (*media, *spans)
 
     def source_digest(self) -> bytes:
-        """Return a hash of the source: equal hashes mean equal tokens and pictures."""
-        pictures = (array("q", (p.start,)).tobytes() + p.digest for p in self.pictures)
+        """Return a hash of the source: equal hashes mean equal tokens and media."""
+        media = (array("q", (m.start,)).tobytes() + m.digest for m in self.media)
         token_ids = array("q", self.source_token_ids).tobytes()
-        return digest_of(array("q", (len(token_ids),)).tobytes(), token_ids, *pictures)
+        return digest_of(array("q", (len(token_ids),)).tobytes(), token_ids, *media)
 
     def has_wide_spans(self) -> bool:
         """Return whether any span is not just one of the pictures."""
-        pictures = {(p.start, p.end) for p in self.pictures}
-        return not pictures.issuperset(self.spans)
+        media = {(m.start, m.end) for m in self.media}
+        return not media.issuperset(self.spans)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -357,11 +373,11 @@ class Sequence:
         """Return the end of the span that the token at `start` is in, else `start`."""
         return next((b for a, b in self.request.spans if a <= start < b), start)
 
-    def pictures_within(self, num_new_tokens: int) -> list[Picture]:
-        """Return the pictures with tokens among the next `num_new_tokens`."""
+    def media_within(self, num_new_tokens: int) -> list[Medium]:
+        """Return the media with tokens among the next `num_new_tokens`."""
         start = self.num_computed_tokens
-        pictures = self.request.pictures
-        return [p for p in pictures if p.start < start + num_new_tokens and start < p.end]
+        media = self.request.media
+        return [m for m in media if m.start < start + num_new_tokens and start < m.end]
 
     def spans_within(self, num_new_tokens: int) -> list[tuple[int, int]]:
         """Return the spans with tokens among the next `num_new_tokens`; none ends behind these.

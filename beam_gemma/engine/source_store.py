@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from beam_gemma.engine.embedding_engine import feeds, whole_text_steps
+from beam_gemma.engine.media_store import MediaStore
 from beam_gemma.engine.packing import NO_FEATURES, place_embeddings
-from beam_gemma.engine.picture_store import PictureStore
 from beam_gemma.engine.sequence import Sequence as Row
 from beam_gemma.errors import ArtifactError, DeviceError
 from beam_gemma.model.signature import Signature
@@ -42,7 +42,7 @@ class SourceStore:
         encoder: SourceEncoder,
         *,
         max_num_batched_tokens: int,
-        pictures: PictureStore | None = None,
+        media: MediaStore | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         """Start empty.
@@ -50,7 +50,7 @@ class SourceStore:
         Args:
             encoder: The session that computes states.
             max_num_batched_tokens: Maximum tokens of a step, unless a single source has more.
-            pictures: The embeddings of pictures; None if no source has pictures.
+            media: The embeddings of pictures and sounds; None if no source has any.
             max_bytes: Most bytes to keep beyond those that one step needs.
         """
         self.num_computed = 0
@@ -61,7 +61,7 @@ class SourceStore:
         self._budget = max_num_batched_tokens
         is_cuda = encoder.signature.device == "cuda"
         self._max_num_sources = num_texts(self._budget) if is_cuda else None
-        self._pictures = pictures
+        self._media = media
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, States] = OrderedDict()  # the latest needed last
         self._num_bytes = 0
@@ -115,13 +115,13 @@ class SourceStore:
         num_tokens = len(inputs["input_ids"])
         signature = self._encoder.signature
         if "inputs_embeds" in signature.optional_inputs:
-            pictures = [picture for row in rows for picture in row.request.pictures]
+            media = [medium for row in rows for medium in row.request.media]
             features = NO_FEATURES
-            if self._pictures is not None and pictures:
-                features = self._pictures.prepare(pictures)
+            if self._media is not None and media:
+                features = self._media.prepare(media)
             starts = inputs["cu_seqlens"].tolist()
             ranges = [
-                (begin, 0, len(source), row.request.pictures)
+                (begin, 0, len(source), row.request.media)
                 for begin, source, row in zip(starts, sources, rows, strict=False)
             ]
             inputs |= place_embeddings(ranges, num_tokens, signature, features)

@@ -35,6 +35,10 @@ class EngineStats:
     """Pictures whose embeddings were computed; counted again once they are kept no longer."""
     num_reused_pictures: int = 0
     """Pictures that steps needed and whose embeddings were kept, or shared within the step."""
+    num_sounds: int = 0
+    """Clips of sound whose embeddings were computed; counted again once they are kept no longer."""
+    num_reused_sounds: int = 0
+    """Clips that steps needed and whose embeddings were kept, or shared within the step."""
     num_sources: int = 0
     """Sources that the encoder has read; counted again once their states are kept no longer."""
     num_reused_sources: int = 0
@@ -101,6 +105,8 @@ def _counts(stats: EngineStats) -> Counter[str]:
         preemptions=stats.num_preemptions,
         pictures=stats.num_pictures,
         reused_pictures=stats.num_reused_pictures,
+        sounds=stats.num_sounds,
+        reused_sounds=stats.num_reused_sounds,
         sources=stats.num_sources,
         reused_sources=stats.num_reused_sources,
     )

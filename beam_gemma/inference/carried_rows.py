@@ -10,19 +10,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from beam_gemma.inference.picture_rows import files_of
+from beam_gemma.inference.media_rows import files_of
 from beam_gemma.inference.wire import batch_bytes, batch_of
 from beam_gemma.inputs.row import Row
 from beam_gemma.tasks.encoded_rows import request_of
 from beam_gemma.tasks.interface import Settings
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES, REQUEST_KEY, ROW_KEY
+from beam_gemma.tasks.row_keys import ENCODED, FILES, REQUEST_KEY, ROW_KEY
 
 SCHEMA = pa.schema(
     {
         ENCODED: pa.large_binary(),
         REQUEST_KEY: pa.large_binary(),
         ROW_KEY: pa.large_string(),
-        IMAGES: pa.large_list(pa.large_binary()),
+        FILES: pa.large_list(pa.large_binary()),
     }
 )
 Identify = Callable[[Row], Any]
@@ -64,12 +64,12 @@ class RowCarrier:
         if ROW_KEY in row:
             keys[ROW_KEY] = str(row[ROW_KEY])
         if ENCODED in row:
-            return {ENCODED: row[ENCODED], IMAGES: row.get(IMAGES), **keys}
+            return {ENCODED: row[ENCODED], FILES: row.get(FILES), **keys}
 
         def identify(row: Row) -> Any:
             identity = self._identify(row)
             if self._settings is not None and (files := files_of(row, self._settings)):
-                keys[IMAGES] = files
+                keys[FILES] = files
             if ROW_KEY not in row:
                 keys[ROW_KEY] = self._draw_key(row)
             return identity

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference.media_files import AudioReading, ImageReading, MediaReading
 from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.row import Row
@@ -70,6 +70,7 @@ class GemmaGenerateModelHandler(TaskHandler):
         limits: Limits = Limits(),
         large_model: bool = True,
         image_reading: ImageReading = ImageReading(),
+        audio_reading: AudioReading = AudioReading(),
     ) -> None:
         super().__init__(
             model,
@@ -77,7 +78,7 @@ class GemmaGenerateModelHandler(TaskHandler):
             device=device,
             limits=limits,
             large_model=large_model,
-            image_reading=image_reading,
+            reading=MediaReading(image=image_reading, audio=audio_reading),
         )
 
     def encoder(self, artifact: Artifact) -> PromptEncoder:
@@ -155,6 +156,7 @@ class GemmaClassifyModelHandler(TaskHandler):
         limits: Limits = Limits(),
         large_model: bool = True,
         image_reading: ImageReading = ImageReading(),
+        audio_reading: AudioReading = AudioReading(),
     ) -> None:
         super().__init__(
             model,
@@ -162,7 +164,7 @@ class GemmaClassifyModelHandler(TaskHandler):
             device=device,
             limits=limits,
             large_model=large_model,
-            image_reading=image_reading,
+            reading=MediaReading(image=image_reading, audio=audio_reading),
         )
 
     def encoder(self, artifact: Artifact) -> Encoder:

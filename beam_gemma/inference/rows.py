@@ -9,7 +9,7 @@ from apache_beam.pvalue import Row
 from beam_gemma.batches import python_value
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row as Columns
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES
+from beam_gemma.tasks.row_keys import ENCODED, FILES
 
 Example: TypeAlias = str | Mapping[str, Any] | Row | tuple[Any, ...] | pa.RecordBatch
 """Input of inference; a Beam Row that has passed between two steps is a named tuple."""
@@ -68,7 +68,7 @@ def weight(example: Any, full: int, full_bytes: int) -> int:
     """
     size = num_bytes(example)
     if isinstance(example, pa.RecordBatch) and ENCODED in example.schema.names:
-        size = example.column(IMAGES).nbytes if IMAGES in example.schema.names else 0
+        size = example.column(FILES).nbytes if FILES in example.schema.names else 0
     return max(num_rows(example), min(full, -(-size * full // full_bytes)))
 
 

@@ -14,8 +14,8 @@ from apache_beam.pvalue import PCollection
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.carried_rows import RowCarrier
-from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import in_parts
+from beam_gemma.inference.media_files import MediaReading
+from beam_gemma.inference.media_rows import in_parts
 from beam_gemma.inference.rows import Example, num_bytes, num_rows, rows_of, weight
 from beam_gemma.inference.shared_model import SharedModel
 from beam_gemma.inference.supervised_model import SupervisedModel, Supervision
@@ -43,7 +43,7 @@ from beam_gemma.versions import check_versions, versions
 BATCH_ROWS = 4096
 """Rows per batch for the engine: enough that few steps run with empty slots."""
 BATCH_BYTES = 128 << 20
-"""Bytes per batch of rows with pictures, however few rows these are. Pictures of 200 KB make 640
+"""Bytes per batch of rows with files, however few rows these are. Pictures of 200 KB make 640
 rows, more than run at once. Of larger ones, steps are as full as threads have batches at once."""
 
 
@@ -75,7 +75,7 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         device: DeviceChoice,
         limits: Limits,
         large_model: bool,
-        image_reading: ImageReading = ImageReading(),
+        reading: MediaReading = MediaReading(),
     ) -> None:
         """Create a handler for a model and a task; nothing is loaded yet.
 
@@ -86,17 +86,17 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
             limits: Step and memory limits.
             large_model: True if the processes of a machine share one model. If False, each
                 process loads its own, which is right if there is only one.
-            image_reading: Limits of reading the pictures that rows name by path or URI.
+            reading: Limits of reading the files that rows name by path or URI.
         """
         limits.check_choice(device)
         size = partial(weight, full=BATCH_ROWS, full_bytes=BATCH_BYTES)
         super().__init__(
             min_batch_size=BATCH_ROWS,
             max_batch_size=BATCH_ROWS,
-            element_size_fn=size if settings.picture_columns else num_rows,
+            element_size_fn=size if settings.media_columns else num_rows,
         )
-        self.image_reading = image_reading
-        """Limits of reading the pictures that rows name by path or URI."""
+        self.reading = reading
+        """Limits of reading the pictures and sounds that rows name by path or URI."""
         self._is_shared = large_model
         self._key = uuid.uuid4().hex
         self._supervision: Supervision | None = None
@@ -242,9 +242,9 @@ class TaskHandler(ABC, ModelHandler[Example, PredictionResult, Model]):
         ]
 
     def _results(self, rows: list[Row], model: Model) -> list[dict[str, Any]]:
-        if not self.settings.picture_columns:
+        if not self.settings.media_columns:
             return model(rows)
-        parts = in_parts(rows, self.settings, self.image_reading, BATCH_BYTES)
+        parts = in_parts(rows, self.settings, self.reading, BATCH_BYTES)
         return [result for part in parts for result in model(part)]
 
     def get_num_bytes(self, batch: Sequence[Example]) -> int:

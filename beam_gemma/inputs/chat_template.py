@@ -2,13 +2,15 @@
 
 import itertools
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
 
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.languages import language_codes, takes_languages
+from beam_gemma.inputs.row import MediaKind
 from beam_gemma.inputs.template_sandbox import TemplateSandbox
 from beam_gemma.inputs.tools import texts_in, traced
 from beam_gemma.inputs.traced_text import (
@@ -55,12 +57,19 @@ SPECIAL_TOKENS = {
 """Variables of a chat template with the special tokens of every Gemma."""
 
 
-PICTURE_KEYS = ("image", "bytes", "url", "path", "uri")
-"""Keys of a part that may hold its picture, which no template sees."""
+_FILE_KEYS = ("bytes", "url", "path", "uri")
+MEDIA_KEYS: Mapping[MediaKind, tuple[str, ...]] = {
+    "image": ("image", *_FILE_KEYS),
+    "audio": ("audio", *_FILE_KEYS),
+}
+"""Keys of a part that may hold its picture or sound, which no template sees, by its type."""
+
+
+_HIDDEN_KEYS = frozenset(itertools.chain.from_iterable(MEDIA_KEYS.values()))
 
 
 class _Short(reprlib.Repr):
-    """Writes what rows hold in short; of a picture's file, which may be any file, only its size."""
+    """Writes what rows hold in short; of a file with a picture or a sound, only its size."""
 
     def repr_bytes(self, value: bytes, _: int) -> str:
         """Return what stands for bytes."""
@@ -93,7 +102,8 @@ class ChatTemplate:
             that is given, and the functions `raise_exception` and `strftime_now`.
         control_pieces: The tokenizer's control pieces.
         allow_special_tokens: Whether to recognize control pieces in message contents as well.
-        image_piece: Control piece that stands for a picture; None if the model takes none.
+        media_pieces: Control pieces that stand for pictures and sounds, by the types of parts; a
+            model takes none of a type that has none.
         languages: Codes of the languages to translate from and to, for a template that takes only
             a text or a picture with such codes, as TranslateGemma's does; None for other templates.
         enable_thinking: Whether the model is to think before it answers, for a template that knows
@@ -113,14 +123,14 @@ class ChatTemplate:
         control_pieces: Iterable[str],
         *,
         allow_special_tokens: bool = False,
-        image_piece: str | None = None,
+        media_pieces: Mapping[MediaKind, str] = MappingProxyType({}),
         languages: tuple[str, str] | None = None,
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._pieces = ControlPieces(control_pieces)
         self._allow_special_tokens = allow_special_tokens
-        self._image = None if image_piece is None else TracedText(image_piece, TEMPLATE)
+        self._media = {kind: TracedText(p, TEMPLATE) for kind, p in media_pieces.items()}
         if languages and not takes_languages(source):
             raise OptionsError(
                 "source_lang: expected a model whose chat template takes languages, such as "
@@ -156,7 +166,8 @@ class ChatTemplate:
                 "got one that ignores it"
             )
         self._takes_parts = languages is not None or self._shows(rendered, [text])
-        self._takes_images = languages is not None or self._shows_image()
+        self._shown = {k for k in self._media if languages is not None or self._shows_medium(k)}
+        """Types of parts that a list may have for the template to show them."""
         self._takes_system = self._shows_system()
 
     def render(self, messages: Any, system: str | None = None) -> tuple[Part, ...]:
@@ -168,16 +179,17 @@ class ChatTemplate:
 
         Args:
             messages: List of messages, each with a `role` of `ROLES` and a `content`: a string or
-                a list of `{"type": "text", "text": ...}` and `{"type": "image"}`, treated as data,
-                or a tuple of parts, whose control pieces are kept. Other keys of a part are passed
-                on if they hold text. A template that knows no lists gets their texts joined by line
-                feeds, with the piece of a picture in place of each.
+                a list of `{"type": "text", "text": ...}`, `{"type": "image"}` and
+                `{"type": "audio"}`, treated as data, or a tuple of parts, whose control pieces are
+                kept. Other keys of a part are passed on if they hold text. A template that knows no
+                lists gets their texts joined by line feeds, with its piece in place of each
+                picture and sound.
             system: System prompt for a conversation without one of its own.
 
         Raises:
             RecordError: the messages are malformed, or the template rejects them.
         """
-        conversation = [dict(message) for message in _checked(messages, self._image is not None)]
+        conversation = [dict(message) for message in _checked(messages, tuple(self._media))]
         if system is not None and ROLES[conversation[0]["role"]] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         continues = ROLES[conversation[-1]["role"]] == "assistant"
@@ -233,11 +245,10 @@ class ChatTemplate:
         except _FAULTS:
             return False
 
-    def _shows_image(self) -> bool:
-        """Return whether a picture in a list appears in the prompt as its piece."""
+    def _shows_medium(self, kind: MediaKind) -> bool:
+        """Return whether a part of this type in a list appears in the prompt as its piece."""
         try:
-            rendered = self._run([_of_user([{"type": "image"}])])
-            return self._image is not None and self._image in rendered
+            return self._media[kind] in self._run([_of_user([{"type": kind}])])
         except _FAULTS:
             return False
 
@@ -245,8 +256,8 @@ class ChatTemplate:
         """Return a message as the template sees it."""
         content = message["content"]
         if isinstance(content, list):
-            has_images = any(part["type"] == "image" for part in content)
-            takes_list = self._takes_parts and (self._takes_images or not has_images)
+            kinds = {part["type"] for part in content}
+            takes_list = self._takes_parts and kinds <= {"text", *self._shown}
             content = [self._traced_part(part, flag) for part in content]
             content = content if takes_list else self._joined(content)
         else:
@@ -257,21 +268,21 @@ class ChatTemplate:
         traced = {
             key: TracedText(value, ROW)
             for key, value in part.items()
-            if isinstance(value, str) and key not in (*PICTURE_KEYS, "type", "text")
+            if isinstance(value, str) and key not in (*_HIDDEN_KEYS, "type", "text")
         }
-        if part["type"] == "image":
-            return {"type": "image", **traced}
+        if part["type"] != "text":
+            return {"type": part["type"], **traced}
         return {"type": "text", "text": self._traced_text(part["text"], flag), **traced}
 
     def _joined(self, content: Any) -> TracedText:
-        """Return a content as one text, with line feeds between texts and none around pictures."""
+        """Return a content as one text, with line feeds between texts and none around media."""
         if isinstance(content, str):
             return concatenated([content])
         joined: list[str] = []
         for before, part in itertools.pairwise([{}, *content]):
             if "text" in before and "text" in part:
                 joined.append(TracedText("\n", ROW))
-            joined.append(part.get("text", self._image or ""))
+            joined.append(part["text"] if "text" in part else self._media[part["type"]])
         return concatenated(joined)
 
     def _fold_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -317,16 +328,17 @@ class ChatTemplate:
                 )
 
 
-def picture_key(part: Mapping[str, Any]) -> str | None:
-    """Return the key under which a part of a message brings a picture; None if it brings none."""
-    return next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
+def media_key(part: Mapping[str, Any]) -> str | None:
+    """Return the key under which a part of a message brings its picture or sound, if any."""
+    keys = MEDIA_KEYS.get(part["type"], ())
+    return next((key for key in keys if part.get(key) is not None), None)
 
 
 def _of_user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def _checked(messages: Any, takes_images: bool) -> list[Mapping[str, Any]]:
+def _checked(messages: Any, takes: Collection[MediaKind]) -> list[Mapping[str, Any]]:
     """Return a row's messages as a list, after validation."""
     if not isinstance(messages, list | tuple) or not messages:
         raise RecordError(f"messages: expected a list of messages, got {_short(messages)}")
@@ -335,12 +347,12 @@ def _checked(messages: Any, takes_images: bool) -> list[Mapping[str, Any]]:
             raise RecordError(
                 f"messages: expected each with a role of {', '.join(ROLES)}, got {_short(message)}"
             )
-        with_images = takes_images and message["role"] == "user"
+        media = takes if message["role"] == "user" else ()
         content = message.get("content")
-        if not isinstance(content, str | tuple) and not _is_parts(content, with_images):
-            kinds = "text, or image in a user's message," if takes_images else "text,"
+        if not isinstance(content, str | tuple) and not _is_parts(content, media):
+            more = f", or {' or '.join(takes)} in a user's message" if takes else ""
             raise RecordError(
-                f"messages: expected each with a text, or a list of parts of type {kinds} as "
+                f"messages: expected each with a text, or a list of parts of type text{more}, as "
                 f"content, got {_short(message)}"
             )
     if any(ROLES[message["role"]] == "system" for message in messages[1:]):
@@ -350,15 +362,15 @@ def _checked(messages: Any, takes_images: bool) -> list[Mapping[str, Any]]:
     return list(messages)
 
 
-def _is_parts(content: Any, with_images: bool) -> bool:
-    """Return whether a content is a list of parts with texts, or pictures where they may be."""
+def _is_parts(content: Any, media: Collection[str]) -> bool:
+    """Return whether a content is a list of parts with texts, or media of these types."""
     if not isinstance(content, list) or not content:
         return False
     return all(
         isinstance(part, Mapping)
         and (
             (part.get("type") == "text" and isinstance(part.get("text"), str))
-            or (part.get("type") == "image" and with_images)
+            or part.get("type") in media
         )
         for part in content
     )

@@ -1,6 +1,6 @@
 """Pictures of a row: the values that a column may have, as the bytes of files.
 
-Rows may name files by path or URI. `inference/image_files.py` reads those files and puts their
+Rows may name files by path or URI. `inference/media_files.py` reads those files and puts their
 bytes into the row before this module gets it.
 """
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.image_processor import file_of_pillow
-from beam_gemma.inputs.row import ImageFile, Row
+from beam_gemma.inputs.row import MediaFile, Row
 from beam_gemma.inputs.template import column_value
 
 ImageSource = bytes | str
@@ -41,7 +41,7 @@ class ImageSettings(Protocol):
         """True to add crops of pictures that are much wider than high, or higher than wide."""
 
 
-def row_images(row: Row, settings: ImageSettings) -> tuple[ImageFile, ...]:
+def row_images(row: Row, settings: ImageSettings) -> tuple[MediaFile, ...]:
     """Return all pictures of a row, in the order of its image columns.
 
     Args:
@@ -64,7 +64,7 @@ def row_images(row: Row, settings: ImageSettings) -> tuple[ImageFile, ...]:
 
 def column_images(
     row: Row, column: str, settings: ImageSettings
-) -> Iterator[tuple[str, ImageFile]]:
+) -> Iterator[tuple[str, MediaFile]]:
     """Yield what errors call each picture of one column, and the picture; see `row_images`."""
     value = None if isinstance(row, str) else column_value(row, column)
     pictures = list(_values(value, column))
@@ -107,14 +107,14 @@ def image_value(value: Any, name: str) -> ImageSource | None:
     )
 
 
-def image_file(source: ImageSource, name: str) -> ImageFile:
+def image_file(source: ImageSource, name: str) -> MediaFile:
     """Return the file of a picture whose bytes the row has.
 
     Raises:
         RecordError: the row has a path or URI, whose file was not read.
     """
     if isinstance(source, bytes):
-        return ImageFile(source)
+        return MediaFile(source)
     raise RecordError(
         f"{name}: expected the bytes of a picture, got a path or URI, {source[:200]!r}; give its "
         "bytes"

@@ -13,33 +13,47 @@ from beam_gemma.model.markup import Control, Part
 Row = Mapping[str, Any] | str
 
 
-ColumnUse = Literal["text", "messages", "value", "key", "images"]
+ColumnUse = Literal["text", "messages", "value", "key", "images", "audio"]
 """Use of a column in a task: a text, a conversation, a value for a template, a key that names its
-row, or pictures."""
+row, pictures, or sounds."""
+MediaKind = Literal["image", "audio"]
+"""Kind of a file in a row: a picture or a sound. Parts of messages have these types."""
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """The bytes of a picture's file, as a row has them."""
+class MediaFile:
+    """The bytes of a file with a picture or a sound, as a row has them."""
 
     data: bytes
+    kind: MediaKind = "image"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the bytes, in hex; it is computed once, where it is needed."""
-        return hashlib.sha256(self.data).hexdigest()
+        """SHA-256 of the bytes, in hex, behind the kind of a sound; computed once, when needed."""
+        digest = hashlib.sha256(self.data).hexdigest()
+        return digest if self.kind == "image" else f"{self.kind}:{digest}"
 
 
-class ImagePlace(NamedTuple):
-    """Position in a prompt of the tokens of a picture, or of one of its crops."""
+@dataclass(frozen=True, slots=True)
+class MediaPart(Control):
+    """A picture or a sound among the parts of a prompt; chat templates see its `piece`."""
+
+    file: MediaFile
+    num_tokens: tuple[int, ...]
+    """Number of tokens of each of its views: the whole picture and each crop, or each clip."""
+
+
+class MediaPlace(NamedTuple):
+    """Position in a prompt of the tokens of a picture, a crop of one, or a clip of a sound."""
 
     start: int
     """Position of its first token."""
-    image: int
-    """Index of the picture among those of the row."""
-    crop: int = 0
-    """0 for the whole picture, else the number of the crop, in the order of pan and scan."""
-    num_tokens: int = 0
+    file: int
+    """Index of its file among those of the prompt."""
+    view: int
+    """0 for the whole picture or the first clip; else the number of the crop, in the order of pan
+    and scan, or of the clip."""
+    num_tokens: int
     """Number of its tokens."""
 
 
@@ -50,10 +64,10 @@ class Prompt:
     parts: tuple[Part, ...]
     token_ids: tuple[int, ...]
     truncated: bool = False
-    places: tuple[ImagePlace, ...] = ()
-    """Where pictures are among the tokens, in order."""
-    images: tuple[ImageFile, ...] = ()
-    """All pictures of the row."""
+    places: tuple[MediaPlace, ...] = ()
+    """Where pictures and sounds are among the tokens, in order."""
+    files: tuple[MediaFile, ...] = ()
+    """The files of these, each once."""
     decoder_token_ids: tuple[int, ...] = ()
     """Tokens that the decoder of an encoder-decoder starts with, `<bos>` included; `token_ids` is
     then the source, which its encoder reads. Empty for other models."""
@@ -86,39 +100,46 @@ class Prompt:
         start = [self.decoder_token_ids] if self.decoder_token_ids else []
         if not self.places and not start:
             return [self.token_ids, self.truncated]
-        digests = [image.digest for image in self.images] if self.places else []
+        digests = [file.digest for file in self.files] if self.places else []
         return [self.token_ids, self.truncated, self.places, digests, *start]
 
     @classmethod
     def of_identity(
-        cls, identity: list[Any], images: Sequence[bytes] = (), others: Iterable[ImageFile] = ()
+        cls, identity: list[Any], files: Sequence[bytes] = (), others: Iterable[MediaFile] = ()
     ) -> "Prompt":
         """Return the prompt of an identity, without its parts.
 
         Args:
             identity: What `identity` returned, also after a round trip through JSON.
-            images: The bytes of the row's pictures, in any order.
-            others: Pictures of the prompt that are not the row's, such as those of examples.
+            files: The bytes of the row's pictures and sounds, in any order.
+            others: Files of the prompt that are not the row's, such as those of examples.
 
         Raises:
-            RecordError: a picture of the prompt is missing.
+            RecordError: a file of the prompt is missing.
         """
         token_ids, truncated, *more = identity
         places, digests, *start = more or ((), ())
-        files = {image.digest: image for image in (*map(ImageFile, images), *others)}
-        if missing := [digest for digest in digests if digest not in files]:
+        found = {file.digest: file for file in others}
+        kinds = {_kind_of(digest) for digest in digests}
+        found |= {f.digest: f for data in files for f in (MediaFile(data, kind) for kind in kinds)}
+        if missing := [digest for digest in digests if digest not in found]:
             raise RecordError(
-                f"pictures: expected the files of {len(digests)} beside the request, got none of "
+                f"media: expected the files of {len(digests)} beside the request, got none of "
                 f"{len(missing)}"
             )
         return cls(
             parts=(),
             token_ids=tuple(token_ids),
             truncated=truncated,
-            places=tuple(ImagePlace(*place) for place in places),
-            images=tuple(files[digest] for digest in digests),
+            places=tuple(MediaPlace(*place) for place in places),
+            files=tuple(found[digest] for digest in digests),
             decoder_token_ids=tuple(start[0]) if start else (),
         )
+
+
+def _kind_of(digest: str) -> MediaKind:
+    """Return the kind of the file that a digest is of."""
+    return "audio" if digest.startswith("audio:") else "image"
 
 
 def as_text(parts: Sequence[Part]) -> str:

@@ -1,7 +1,7 @@
 """Make requests from rows as record batches, and merge rows with equal requests.
 
-Requests of rows with pictures have the pictures' files beside them, which are not small: the files
-of merged rows are never held together.
+Requests of rows with pictures and sounds have their files beside them, which are not small: the
+files of merged rows are never held together.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ import pyarrow as pa
 
 from beam_gemma.batches import joined
 from beam_gemma.errors import RecordError
-from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import files_of, with_files
+from beam_gemma.inference.media_files import MediaReading
+from beam_gemma.inference.media_rows import files_of, with_files
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inputs.row import Row
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import (
     ENCODED,
-    IMAGES,
+    FILES,
     KEY_BYTES,
     POSITION,
     POSITIONS,
@@ -28,7 +28,7 @@ from beam_gemma.tasks.row_keys import (
     ROW_KEY,
 )
 
-FILES = pa.list_(pa.large_binary())
+FILE_TYPE = pa.list_(pa.large_binary())
 
 
 def keyed(
@@ -36,19 +36,19 @@ def keyed(
     rows: pa.RecordBatch,
     settings: Settings,
     encode: Callable[[Row], bytes],
-    reading: ImageReading = ImageReading(),
+    reading: MediaReading = MediaReading(),
 ) -> pa.RecordBatch:
     """Return one request per row: its key, its position, and what the row is encoded to.
 
-    Rows with pictures also have the files of these in `IMAGES`; rows that fail have none. With
+    Rows with pictures or sounds also have their files in `FILES`; rows that fail have none. With
     sampling, rows never share a request: the row's own key becomes part of the request key.
 
     Args:
         position: The position of the first row.
-        rows: The rows, with all columns of the table; columns of pictures are fetched.
+        rows: The rows, with all columns of the table; columns of files are fetched.
         settings: The settings of the task.
         encode: Encodes a row to its request, or to its error; equal requests are merged.
-        reading: The limits of reading the pictures that conversations name.
+        reading: The limits of reading the files that conversations name.
     """
     used = rows.select([name for name in rows.schema.names if name in settings.columns])
     requests: list[bytes] = []
@@ -58,11 +58,11 @@ def keyed(
         files.append(files_of(row, settings))
     keys = [_digest(request) for request in requests]
     own: dict[str, pa.Array] = {}
-    if settings.image_columns or any(files):
-        own[IMAGES] = pa.array(files, FILES)
+    if settings.file_columns or any(files):
+        own[FILES] = pa.array(files, FILE_TYPE)
     if settings.is_sampled:
-        if IMAGES in own:
-            rows = _with_digests(rows.drop_columns(list(settings.image_columns)), files)
+        if FILES in own:
+            rows = _with_digests(rows.drop_columns(list(settings.file_columns)), files)
         row_keys = _row_keys(rows, settings)
         keys = [_digest(key + name.encode()) for key, name in zip(keys, row_keys, strict=True)]
         own[ROW_KEY] = pa.array(row_keys, pa.string())
@@ -77,9 +77,9 @@ def keyed(
 
 
 def _with_digests(rows: pa.RecordBatch, files: Sequence[Sequence[bytes]]) -> pa.RecordBatch:
-    """Return rows with the digests of their pictures, which tell rows apart as the files do."""
+    """Return rows with the digests of their files, which tell rows apart as these do."""
     digests = [[_digest(file).hex() for file in some] for some in files]
-    return rows.append_column(IMAGES, pa.array(digests, pa.list_(pa.string())))
+    return rows.append_column(FILES, pa.array(digests, pa.list_(pa.string())))
 
 
 def key_ranges(requests: pa.RecordBatch, num_ranges: int) -> np.ndarray:
@@ -105,14 +105,14 @@ def distinct(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def without_files(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return requests without the files of their pictures, which can then be forgotten."""
-    return batch.drop_columns([IMAGES]) if IMAGES in batch.schema.names else batch
+    """Return requests without their files, which can then be forgotten."""
+    return batch.drop_columns([FILES]) if FILES in batch.schema.names else batch
 
 
 def with_their_files(
     requests: pa.RecordBatch, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield merged requests with the files of their pictures, in batches as small as these came.
+    """Yield merged requests with their files, in batches as small as these came.
 
     Args:
         requests: Requests of `distinct`, of rows `without_files`.
@@ -127,8 +127,8 @@ def with_their_files(
         if not wanted.any():
             continue
         some = requests.take(pa.array(indices[wanted]))
-        if IMAGES in batch.schema.names:
-            some = some.append_column(IMAGES, batch.column(IMAGES).filter(pa.array(wanted)))
+        if FILES in batch.schema.names:
+            some = some.append_column(FILES, batch.column(FILES).filter(pa.array(wanted)))
         yield some
 
 

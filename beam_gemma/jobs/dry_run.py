@@ -8,7 +8,7 @@ from typing import Literal
 import pyarrow as pa
 
 from beam_gemma.errors import RecordError
-from beam_gemma.inference.picture_rows import with_files
+from beam_gemma.inference.media_rows import with_files
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inference.task_handler import TaskHandler
 from beam_gemma.inputs.row import Prompt
@@ -19,8 +19,8 @@ from beam_gemma.tables.source import SAMPLE_ROWS, Source
 from beam_gemma.tasks.interface import Asked
 
 Form = Literal["text", "json"]
-SAMPLE_IMAGE_ROWS = 100
-"""Rows to sample of a table with pictures, which are read."""
+SAMPLE_FILE_ROWS = 100
+"""Rows to sample of a table with pictures or sounds, which are read."""
 MIN_SNAPSHOT_SHARERS = 4
 """Fewest rows that share a prefix before the engine keeps its recurrent state, as
 `engine.snapshots.MIN_SHARERS` says."""
@@ -81,9 +81,9 @@ def _ask(
     settings, asks = handler.settings, handler.asks(artifact)
     asked = []
     reasons: Counter[str] = Counter()
-    num_rows = SAMPLE_IMAGE_ROWS if settings.image_columns else SAMPLE_ROWS
+    num_rows = SAMPLE_FILE_ROWS if settings.file_columns else SAMPLE_ROWS
     for batch in source.sample(num_rows):
-        for row in with_files(rows_of(batch), settings, handler.image_reading):
+        for row in with_files(rows_of(batch), settings, handler.reading):
             try:
                 asked.append(_without_files(asks(row)))
             except RecordError as error:
@@ -92,8 +92,8 @@ def _ask(
 
 
 def _without_files(asked: Asked) -> Asked:
-    """Return a row's requests without the files of its pictures, of which there may be many."""
-    return replace(asked, prompts=tuple(replace(prompt, images=()) for prompt in asked.prompts))
+    """Return a row's requests without their files, of which there may be many."""
+    return replace(asked, prompts=tuple(replace(prompt, files=()) for prompt in asked.prompts))
 
 
 def _size(source: Source) -> str:

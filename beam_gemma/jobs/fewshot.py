@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import with_files
+from beam_gemma.inference.media_files import MediaReading
+from beam_gemma.inference.media_rows import with_files
 from beam_gemma.inference.rows import rows_of
 from beam_gemma.inputs.row import Row, as_text, shots_own_errors
 from beam_gemma.inputs.template import Template
@@ -28,7 +28,7 @@ def draw_shots(
     *,
     number: int,
     seed: int,
-    reading: ImageReading = ImageReading(),
+    reading: MediaReading = MediaReading(),
 ) -> tuple[Shot, ...]:
     """Draw shots at random, plus one spare, because a row never serves as its own shot.
 
@@ -40,7 +40,7 @@ def draw_shots(
         label_column: The column with the index or the text of a row's label.
         number: The number of shots in each prompt.
         seed: The random seed; the same table and seed give the same shots.
-        reading: The limits of reading the pictures that rows name.
+        reading: The limits of reading the files that rows name.
 
     Raises:
         OptionsError: the table lacks a column or has too few rows with a label, or a label is not
@@ -53,7 +53,7 @@ def draw_shots(
             f"{POOL_ROWS:,} of {source.uri}, got {number}"
         )
     drawn = random.Random(seed).sample(list(pool.items()), min(number + 1, len(pool)))
-    return _with_pictures(source, drawn, settings, reading)
+    return _with_files(source, drawn, settings, reading)
 
 
 def all_shots(
@@ -61,7 +61,7 @@ def all_shots(
     settings: ClassifySettings,
     label_column: str,
     *,
-    reading: ImageReading = ImageReading(),
+    reading: MediaReading = MediaReading(),
 ) -> tuple[Shot, ...]:
     """Return all rows of the pool that can be shots, in order.
 
@@ -69,11 +69,11 @@ def all_shots(
         OptionsError: the table lacks a column, or a label is not among the settings' labels.
     """
     pool = _pool(source, settings, label_column)
-    return _with_pictures(source, list(pool.items()), settings, reading)
+    return _with_files(source, list(pool.items()), settings, reading)
 
 
 def _pool(source: Source, settings: ClassifySettings, label_column: str) -> dict[int, Shot]:
-    """Return the rows that can be shots by their positions, without their pictures."""
+    """Return the rows that can be shots by their positions, without their files."""
     columns = (*settings.columns, label_column)
     for column in columns:
         if column not in source.schema.names:
@@ -82,7 +82,7 @@ def _pool(source: Source, settings: ClassifySettings, label_column: str) -> dict
                 f"{', '.join(source.schema.names)}{nearest(column, source.schema.names)}"
             )
     templates = [Template(label, ()) for label in settings.labels]
-    texts = [column for column in settings.columns if column not in settings.image_columns]
+    texts = [column for column in settings.columns if column not in settings.file_columns]
     return {
         position: Shot(
             row={column: row[column] for column in texts},
@@ -93,14 +93,14 @@ def _pool(source: Source, settings: ClassifySettings, label_column: str) -> dict
     }
 
 
-def _with_pictures(
+def _with_files(
     source: Source,
     shots: Sequence[tuple[int, Shot]],
     settings: ClassifySettings,
-    reading: ImageReading,
+    reading: MediaReading,
 ) -> tuple[Shot, ...]:
-    """Return shots with their pictures, which are read for these alone."""
-    columns = settings.image_columns
+    """Return shots with their files, which are read for these alone."""
+    columns = settings.file_columns
     if not columns:
         return tuple(shot for _, shot in shots)
     wanted = {position for position, _ in shots}
@@ -114,9 +114,9 @@ def _with_pictures(
     return tuple(_joined(shot, found[place]) for place, shot in shots)
 
 
-def _joined(shot: Shot, pictures: Mapping[str, Any]) -> Shot:
+def _joined(shot: Shot, files: Mapping[str, Any]) -> Shot:
     assert isinstance(shot.row, Mapping)
-    return replace(shot, row={**shot.row, **pictures})
+    return replace(shot, row={**shot.row, **files})
 
 
 def _rows(source: Source) -> Iterator[tuple[int, Row]]:

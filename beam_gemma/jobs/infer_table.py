@@ -5,7 +5,7 @@ their keys, so that equal ones meet on one worker wherever their rows are in the
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -17,9 +17,10 @@ from apache_beam.typehints.decorators import no_annotations
 
 from beam_gemma.batches import Grouped, Located, Tagged, by_group
 from beam_gemma.inference import saved_results
-from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import messages_column
+from beam_gemma.inference.media_files import MediaReading
+from beam_gemma.inference.media_rows import kinds_of, messages_column
 from beam_gemma.inference.task_handler import TaskHandler, check_bounded
+from beam_gemma.inputs.row import MediaKind
 from beam_gemma.jobs.deduplicate import (
     distinct,
     key_ranges,
@@ -29,9 +30,9 @@ from beam_gemma.jobs.deduplicate import (
     with_their_files,
     without_files,
 )
-from beam_gemma.jobs.fetch_images import fetched, in_slices
+from beam_gemma.jobs.fetch_media import fetched, in_slices
 from beam_gemma.monitoring.progress import METER, METRICS_NAMESPACE, Count
-from beam_gemma.tasks.row_keys import IMAGES, POSITIONS, REQUEST_KEY
+from beam_gemma.tasks.row_keys import FILES, POSITIONS, REQUEST_KEY
 
 ROWS, PIECES = 0, 1
 """Tags of the batches of a key range: rows of the table, and pieces of durable results."""
@@ -40,15 +41,15 @@ LEDGER, DURABLE = "ledger", "durable"
 MAX_RANGES = 1024
 
 
-def num_ranges(num_rows: int | None, *, with_images: bool = False) -> int:
+def num_ranges(num_rows: int | None, *, with_files: bool = False) -> int:
     """Return the number of key ranges to group a table's requests by.
 
     There are enough for all workers, but few enough that the batches of a range are not tiny.
-    Requests with pictures are large, so that their ranges have few.
+    Requests with files are large, so that their ranges have few.
     """
     if num_rows is None:
         return MAX_RANGES // 4
-    if with_images:
+    if with_files:
         return min(MAX_RANGES, max(1, num_rows // REQUESTS_PER_BATCH))
     return min(MAX_RANGES, max(1, min(num_rows // 64, 64), num_rows // 4096))
 
@@ -66,8 +67,8 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
     """Runs a task on every row of a table.
 
     Takes the rows of a `ReadTable` and returns what `WriteTable` joins with them again. Rows that
-    make equal requests are computed once. Pictures that rows name by path or URI are fetched, as
-    the handler's `image_reading` allows.
+    make equal requests are computed once. Files that rows name by path or URI are fetched, as the
+    handler's `image_reading` and `audio_reading` allow.
 
     Args:
         handler: The handler of the task, with its model.
@@ -86,7 +87,7 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
     ) -> None:
         super().__init__()
         self._handler = handler
-        self._num_ranges = num_ranges(num_rows, with_images=bool(handler.settings.image_columns))
+        self._num_ranges = num_ranges(num_rows, with_files=bool(handler.settings.file_columns))
         self._durable = durable
 
     @no_annotations  # type: ignore[untyped-decorator]
@@ -94,9 +95,9 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
         """Apply the transform."""
         check_bounded(rows)
         seen = rows
-        if columns := self._handler.settings.image_columns:
-            seen = rows | "Images" >> beam.ParDo(
-                _FetchImages(columns, self._handler.image_reading)
+        if columns := kinds_of(self._handler.settings):
+            seen = rows | "Media" >> beam.ParDo(
+                _FetchMedia(columns, self._handler.reading)
             ).with_output_types(tuple[int, pa.RecordBatch])
         requests = seen | "Key" >> beam.ParDo(
             _Key(self._handler, self._num_ranges)
@@ -122,10 +123,10 @@ class InferTable(beam.PTransform[PCollection[Located], Answers]):
         return Answers((unique[DURABLE], asked["results"]), ledger)
 
 
-class _FetchImages(beam.DoFn):
-    """Fetches the pictures of rows, and yields rows in batches that are small with pictures."""
+class _FetchMedia(beam.DoFn):
+    """Fetches the pictures and sounds of rows, and yields rows in batches that are small."""
 
-    def __init__(self, columns: Sequence[str], reading: ImageReading) -> None:
+    def __init__(self, columns: Mapping[str, MediaKind], reading: MediaReading) -> None:
         self._columns = columns
         self._reading = reading
 
@@ -148,7 +149,7 @@ class _Key(beam.DoFn):
         self._encode = self._handler.request_encoder(self._handler.artifact())
 
     def process(self, located: Located) -> Iterator[Grouped]:
-        settings, reading = self._handler.settings, self._handler.image_reading
+        settings, reading = self._handler.settings, self._handler.reading
         for position, rows in in_slices(located, messages_column(settings)):
             requests = keyed(position, rows, settings, self._encode, reading)
             for group, some in by_group(key_ranges(requests, self._num_ranges), requests):
@@ -176,7 +177,7 @@ class _ReadPieces(beam.PTransform[PBegin, PCollection[Grouped]]):
 class _Unique(beam.DoFn):
     """Merges equal requests into one, and answers those whose results are durable.
 
-    Batches of requests with pictures are read twice, and one at a time: first their keys, then the
+    Batches of requests with files are read twice, and one at a time: first their keys, then the
     files of the requests that are left.
     """
 
@@ -187,7 +188,7 @@ class _Unique(beam.DoFn):
         batches = defaultdict(list)
         have_files = False
         for tag, _, batch in group[1]:
-            have_files |= IMAGES in batch.schema.names
+            have_files |= FILES in batch.schema.names
             batches[tag].append(without_files(batch))
         if not batches[ROWS]:
             return

@@ -23,8 +23,8 @@ class Page(NamedTuple):
     path: str
     num_rows: int
     """Number of output rows to show."""
-    images: tuple[str, ...] = ()
-    """Columns with pictures, of which only the sizes are shown."""
+    media: tuple[str, ...] = ()
+    """Columns with pictures or sounds, of which only the sizes are shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

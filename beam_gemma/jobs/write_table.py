@@ -20,7 +20,7 @@ from apache_beam.typehints.decorators import no_annotations
 from beam_gemma.batches import Grouped, Located, Tagged, by_group, joined
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference.task_handler import TaskHandler
-from beam_gemma.jobs.fetch_images import described
+from beam_gemma.jobs.fetch_media import described
 from beam_gemma.jobs.infer_table import Answers
 from beam_gemma.jobs.publish import Columns, Output, Staged, publish
 from beam_gemma.jobs.run_record import facts_of
@@ -218,7 +218,7 @@ class _Stage(beam.DoFn):
 
     def _shown(self, rows: pa.RecordBatch) -> bytes:
         page = self._output.page
-        return json_lines.format_rows(rows if page is None else described(rows, page.images))
+        return json_lines.format_rows(rows if page is None else described(rows, page.media))
 
 
 class _ResultsByShard(beam.DoFn):

@@ -12,12 +12,13 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
 from beam_gemma.inputs.row import Row
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
+from beam_gemma.tasks.media_requests import Work
 from beam_gemma.tasks.moderate import ModerateSettings
-from beam_gemma.tasks.picture_requests import Work
 from beam_gemma.tasks.questions import Answer, ClassifySettings, Question, QuestionEncoder
 
 _NOTHING_NEW = SamplingParams(max_tokens=1)
@@ -40,6 +41,7 @@ class Classifier(EngineModel[_Asking]):
         settings: ClassifySettings | ModerateSettings,
         *,
         vision: VisionConfig | None = None,
+        sound: SoundConfig | None = None,
         on_result: Callable[[Count], None],
     ) -> None:
         """Initialize the classifier.
@@ -49,10 +51,11 @@ class Classifier(EngineModel[_Asking]):
             encoders: One encoder per question of the settings.
             settings: The settings of the task.
             vision: The model's picture half; None if it has none.
+            sound: The model's sound half; None if it has none.
             on_result: Called with a count of each row as soon as the row is done, from any thread.
                 The engine counts tokens itself.
         """
-        super().__init__(engine, settings, vision=vision, on_result=on_result)
+        super().__init__(engine, settings, vision=vision, sound=sound, on_result=on_result)
         self._encoders = encoders
         self._settings = settings
 

@@ -33,8 +33,8 @@ def check_columns(settings: Settings, schema: pa.Schema) -> None:
             )
 
 
-def check_pictures(settings: Settings, artifact: Artifact, image_size: int | None = None) -> None:
-    """Check that a model takes pictures, if a task has some for it.
+def check_media(settings: Settings, artifact: Artifact, image_size: int | None = None) -> None:
+    """Check that a model takes pictures and sounds, if a task has some for it.
 
     Args:
         settings: The settings of the task.
@@ -42,7 +42,7 @@ def check_pictures(settings: Settings, artifact: Artifact, image_size: int | Non
         image_size: Height and width that its pictures must have, in pixels; None for any.
 
     Raises:
-        OptionsError: the model takes no pictures, or such of another size.
+        OptionsError: the model takes no pictures, or such of another size, or no sounds.
     """
     vision = artifact.vision
     if vision is None and (settings.image_columns or image_size is not None):
@@ -55,6 +55,12 @@ def check_pictures(settings: Settings, artifact: Artifact, image_size: int | Non
         raise OptionsError(
             f"image_size: expected {vision.image_size}, that of {artifact.path}, got {image_size}; "
             f"export the checkpoint for {image_size}"
+        )
+    if artifact.sound is None and settings.audio_columns:
+        raise OptionsError(
+            f"audio_columns: expected a model that takes sounds, for "
+            f"{', '.join(settings.audio_columns)}, got {artifact.path}, which takes none; export a "
+            "checkpoint such as Gemma 3n or Gemma 4 E2B without --text_only"
         )
 
 
@@ -70,6 +76,11 @@ def _check_type(field: pa.Field, use: ColumnUse) -> None:
             is_images(kind) and not is_json,
             "bytes, a path or URI as string, struct<bytes, path>, an ObjectRef with its uri, or a "
             "list of these",
+        ),
+        "audio": (
+            is_sounds(kind) and not is_json,
+            "bytes, a path or URI as string, struct<bytes, path>, struct<array, sampling_rate>, an "
+            "ObjectRef with its uri, or a list of these",
         ),
     }[use]
     if not fits:
@@ -108,6 +119,15 @@ def is_images(kind: pa.DataType) -> bool:
         for name, fits in (("bytes", _is_bytes_or_null), ("path", _is_path), ("uri", _is_path))
         if name in fields
     )
+
+
+def is_sounds(kind: pa.DataType) -> bool:
+    """Return whether a column type holds sounds: as pictures, or arrays with their rate."""
+    if _is_list(kind):
+        kind = kind.value_type
+    fields = {f.name: f.type for f in kind} if pa.types.is_struct(kind) else {}
+    is_array = "array" in fields and "sampling_rate" in fields
+    return is_images(kind) or (is_array and _is_list(fields["array"]))
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.row import Row
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES
+from beam_gemma.tasks.row_keys import ENCODED, FILES
 
 T = TypeVar("T")
 
@@ -48,4 +48,4 @@ def request_in(
     identity = json.loads(row[ENCODED])
     if isinstance(identity, dict):
         raise RecordError(identity["error"])
-    return restore(identity, row.get(IMAGES) or ())
+    return restore(identity, row.get(FILES) or ())

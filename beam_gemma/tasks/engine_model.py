@@ -14,15 +14,16 @@ from beam_gemma.engine.sequence import Completion
 from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import EngineError, OptionsError, RecordError
 from beam_gemma.inputs.row import Row
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import Count
 from beam_gemma.tasks.interface import Settings, in_order
-from beam_gemma.tasks.picture_requests import PictureDecoder, PictureWindow, W
+from beam_gemma.tasks.media_requests import MediaDecoder, MediaWindow, W
 
 ROWS_PER_SLOT = 2
-"""Rows with pictures that are decoded and not finished, per row that the engine runs at once."""
-MAX_PIXEL_BYTES = 256 << 20
-"""Most bytes of the pixels of these rows."""
+"""Rows with media that are decoded and not finished, per row that the engine runs at once."""
+MAX_DECODED_BYTES = 256 << 20
+"""Most bytes of the decoded files of these rows."""
 
 
 class EngineModel(ABC, Generic[W]):
@@ -34,6 +35,7 @@ class EngineModel(ABC, Generic[W]):
         settings: Settings,
         *,
         vision: VisionConfig | None,
+        sound: SoundConfig | None,
         on_result: Callable[[Count], None],
     ) -> None:
         """Initialize the model.
@@ -42,11 +44,14 @@ class EngineModel(ABC, Generic[W]):
             engine: The engine that runs the model.
             settings: The settings of the task.
             vision: The model's picture half; None if it has none.
+            sound: The model's sound half; None if it has none.
             on_result: Called with a count of each row as soon as the row is done, from any thread.
                 The engine counts tokens itself.
         """
         self._engine = engine
-        self._pictures = None if vision is None else PictureDecoder(vision, settings)
+        self._media = None
+        if vision is not None or sound is not None:
+            self._media = MediaDecoder(vision, sound, settings)
         self._on_result = on_result
         self._names = settings.result_schema.names
         self._tally = Tally(engine)
@@ -60,8 +65,8 @@ class EngineModel(ABC, Generic[W]):
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row's index and result columns as soon as they are known.
 
-        Rows of text are submitted at once, in their order. Rows with pictures are submitted as
-        they are decoded, see `picture_requests.py`.
+        Rows of text are submitted at once, in their order. Rows with media are submitted as
+        they are decoded, see `media_requests.py`.
         """
         works: list[W] = []
         failures: list[tuple[int, str]] = []
@@ -71,8 +76,8 @@ class EngineModel(ABC, Generic[W]):
             except RecordError as error:
                 failures.append((index, str(error)))
         done: SimpleQueue[W] = SimpleQueue()
-        self._submit([work for work in works if not work.has_pictures], done.put)
-        with self._window([work for work in works if work.has_pictures], done):
+        self._submit([work for work in works if not work.has_media], done.put)
+        with self._window([work for work in works if work.has_media], done):
             for index, failure in failures:
                 yield index, self._failure(failure)
             for _ in works:
@@ -82,7 +87,7 @@ class EngineModel(ABC, Generic[W]):
                 except CancelledError:
                     continue
                 finally:
-                    work.futures = []  # they refer to the row, and would keep its pictures
+                    work.futures = []  # they refer to the row, and would keep its media
                 yield work.index, result
 
     @abstractmethod
@@ -117,9 +122,7 @@ class EngineModel(ABC, Generic[W]):
     def _submit(self, works: Sequence[W], on_end: Callable[[W], None]) -> None:
         """Submit the requests of rows as one batch."""
         requests = [
-            request
-            if self._pictures is None
-            else self._pictures.completed(prompt, request, work.pixels)
+            request if self._media is None else self._media.completed(prompt, request, work.decoded)
             for work in works
             for prompt, request in work.asked
         ]
@@ -131,23 +134,23 @@ class EngineModel(ABC, Generic[W]):
                 future.add_done_callback(partial(self._settle, work, on_end))
 
     def _window(self, works: Sequence[W], done: SimpleQueue[W]) -> AbstractContextManager[Any]:
-        """Start the rows with pictures; leaving the context keeps those that wait from starting."""
+        """Start the rows with media; leaving the context keeps those that wait from starting."""
         if not works:
             return nullcontext()
-        if self._pictures is None:
-            raise OptionsError("pictures: expected a model that takes pictures, got one without")
-        window = PictureWindow(
+        if self._media is None:
+            raise OptionsError("media: expected a model that takes pictures or sounds, got none")
+        window = MediaWindow(
             works,
-            self._pictures,
+            self._media,
             send=self._send,
             on_end=done.put,
             max_rows=ROWS_PER_SLOT * self._engine.stats.max_num_seqs,
-            max_bytes=MAX_PIXEL_BYTES,
+            max_bytes=MAX_DECODED_BYTES,
         )
         return closing(window)
 
     def _send(self, work: W, on_end: Callable[[W], None]) -> None:
-        """Submit a row with its pictures, or give it up if the model is drained."""
+        """Submit a row with its media, or give it up if the model is drained."""
         try:
             self._submit([work], on_end)
         except EngineError:

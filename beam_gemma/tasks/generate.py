@@ -19,10 +19,12 @@ from beam_gemma.engine.sequence import Request
 from beam_gemma.engine.thoughts import Thinking
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.image_processor import read_header
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row
 from beam_gemma.inputs.template import column_value
 from beam_gemma.inputs.tools import ToolChoice, checked_tools
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.tokenizer import StreamingDecoder, Tokenizer
 from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import Count
@@ -34,7 +36,7 @@ from beam_gemma.tasks.encoded_rows import request_in
 from beam_gemma.tasks.engine_model import EngineModel
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.mask_decoder import MaskDecoder, digest_of
-from beam_gemma.tasks.picture_requests import Work
+from beam_gemma.tasks.media_requests import Work
 from beam_gemma.tasks.row_keys import ENCODED, ROW_KEY
 from beam_gemma.tasks.thoughts import DEFAULT_TOKENS, parts_of, text_of, thinking_of
 from beam_gemma.tasks.tool_calls import CALL_TYPE, CallReader, calls_constraint
@@ -343,6 +345,7 @@ class Generator(EngineModel[_Completing]):
         *,
         constraint: Constraint | None = None,
         vision: VisionConfig | None = None,
+        sound: SoundConfig | None = None,
         on_result: Callable[[Count], None],
     ) -> None:
         """Initialize the generator.
@@ -353,13 +356,14 @@ class Generator(EngineModel[_Completing]):
             settings: The settings of the task.
             constraint: The result of `constraint_of` for these settings.
             vision: The model's picture half; None if it has none.
+            sound: The model's sound half; None if it has none.
             on_result: Called with a count of each row as soon as the row is done, from any thread.
                 The engine counts tokens itself.
 
         Raises:
             OptionsError: the mask decoder cannot be read.
         """
-        super().__init__(engine, settings, vision=vision, on_result=on_result)
+        super().__init__(engine, settings, vision=vision, sound=sound, on_result=on_result)
         self._encoder = encoder
         self._settings = settings
         self._constraint = constraint
@@ -370,10 +374,10 @@ class Generator(EngineModel[_Completing]):
 
     def _work(self, index: int, row: Row) -> _Completing:
         prompt = request_in(row, self._encoder, Prompt.of_identity)
-        if self._settings.boxes and len(prompt.images) != 1:
+        if self._settings.boxes and len(prompt.files) != 1:
             raise RecordError(
                 "boxes: expected one picture in the row, whose pixels they are in, got "
-                f"{len(prompt.images)}"
+                f"{len(prompt.files)}"
             )
         key = self._sampling_key(row, prompt)
         stop = _Stop(self._encoder.tokenizer, self._settings.stop) if self._settings.stop else None
@@ -446,7 +450,7 @@ class Generator(EngineModel[_Completing]):
         return result
 
     def _boxes(self, prompt: Prompt, text: str) -> dict[str, Any]:
-        (image,) = prompt.images
+        (image,) = prompt.files
         header = read_header(image.data)
         boxes, num_unreadable = read_boxes(text)
         values = [box.in_pixels(height=header.height, width=header.width) for box in boxes]

@@ -22,7 +22,7 @@ class Asked:
     """One prompt, or one per question."""
     sequences: tuple[tuple[int, ...], ...]
     """Token ids to compute before any new token: the prompts, possibly with labels. Those of
-    pictures are below 0, and differ between pictures; see `told_apart`."""
+    pictures and sounds are below 0, and differ between these; see `told_apart`."""
     sources: tuple[tuple[int, ...], ...] = ()
     """Token ids that the encoder of an encoder-decoder reads: the source of each prompt. Empty for
     other models."""
@@ -32,7 +32,7 @@ def asked(
     prompts: Sequence[Prompt],
     sequences: Iterable[tuple[Prompt, tuple[int, ...]]],
 ) -> Asked:
-    """Return what a row asks for; pictures are in the source where there is one.
+    """Return what a row asks for; media are in the source where there is one.
 
     Args:
         prompts: The prompts of the row.
@@ -52,15 +52,15 @@ def asked(
 
 
 def told_apart(prompt: Prompt, token_ids: Sequence[int]) -> tuple[int, ...]:
-    """Return the token ids of a sequence with those of pictures told apart, as the engine does.
+    """Return the token ids of a sequence with those of media told apart, as the engine does.
 
     Args:
         prompt: The prompt that the sequence starts with.
         token_ids: The token ids of the sequence.
     """
     told = list(token_ids)
-    for start, image, crop, num_tokens in prompt.places:
-        number = -1 - int(prompt.images[image].digest[:12], 16) - crop
+    for start, file, view, num_tokens in prompt.places:
+        number = -1 - int(prompt.files[file].digest[-12:], 16) - view
         told[start : start + num_tokens] = [number] * num_tokens
     return tuple(told)
 
@@ -109,9 +109,30 @@ class Settings(ABC):
         return False
 
     @property
-    def picture_columns(self) -> tuple[str, ...]:
-        """Columns whose values may bring pictures: `image_columns`, and conversations."""
-        return tuple(name for name, use in self.columns.items() if use in ("images", "messages"))
+    def audio_columns(self) -> tuple[str, ...]:
+        """Columns with sounds, in the order in which requests have them."""
+        return ()
+
+    @property
+    def allow_missing_audio(self) -> bool:
+        """True if a null stands for no sound; otherwise such a row is an error."""
+        return False
+
+    @property
+    def split_audio(self) -> bool:
+        """True to split sounds that are too long into clips; otherwise such rows are errors."""
+        return False
+
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """Columns whose values are pictures or sounds."""
+        return (*self.image_columns, *self.audio_columns)
+
+    @property
+    def media_columns(self) -> tuple[str, ...]:
+        """Columns whose values may bring pictures or sounds: those of files, and conversations."""
+        uses = ("images", "audio", "messages")
+        return tuple(name for name, use in self.columns.items() if use in uses)
 
     @property
     def is_sampled(self) -> bool:

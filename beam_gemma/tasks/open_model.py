@@ -30,6 +30,7 @@ from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.monitoring.timeline import Pulse, Work
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.open_session import open_session
+from beam_gemma.runtime.sound_session import SoundSession
 from beam_gemma.runtime.step_shapes import num_texts
 from beam_gemma.runtime.vision_session import VisionSession
 from beam_gemma.structured.constraint import Constraint
@@ -63,6 +64,7 @@ def prompt_encoder(artifact: Artifact, settings: GenerateSettings) -> PromptEnco
         chat_template=artifact.chat_template,
         max_tokens=_prompt_limit(artifact, "generate", room),
         vision=artifact.vision,
+        sound=artifact.sound,
         vocab_size=artifact.reader.vocab_size,
         decoder=_decoder(artifact, room),
         enable_thinking=settings.thinking,
@@ -125,6 +127,7 @@ def question_encoders(
             chat_template=artifact.chat_template,
             max_model_len=_prompt_limit(artifact, "score", room),
             vision=artifact.vision,
+            sound=artifact.sound,
             vocab_size=artifact.reader.vocab_size,
             decoder=_decoder(artifact, room),
         )
@@ -172,8 +175,8 @@ def open_generator(
     if held is not None:
         # The first mask takes seconds to prepare, so start before any row waits for it.
         held.start()
-    has_pictures = bool(settings.picture_columns)
-    engine = start_engine(artifact, "generate", device, limits, has_pictures=has_pictures)
+    has_media = bool(settings.media_columns)
+    engine = start_engine(artifact, "generate", device, limits, has_media=has_media)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
     return Generator(
         engine,
@@ -181,6 +184,7 @@ def open_generator(
         settings,
         constraint=held,
         vision=artifact.vision,
+        sound=artifact.sound,
         on_result=on_result,
     )
 
@@ -193,10 +197,17 @@ def open_classifier(
 ) -> Classifier:
     """Load the scoring graph and return a model that classifies rows."""
     encoders = question_encoders(artifact, settings)
-    has_pictures = bool(settings.picture_columns)
-    engine = start_engine(artifact, "score", device, limits, has_pictures=has_pictures)
+    has_media = bool(settings.media_columns)
+    engine = start_engine(artifact, "score", device, limits, has_media=has_media)
     on_result = FirstRow(METER.add, engine.pulse.note_first_row)
-    return Classifier(engine, encoders, settings, vision=artifact.vision, on_result=on_result)
+    return Classifier(
+        engine,
+        encoders,
+        settings,
+        vision=artifact.vision,
+        sound=artifact.sound,
+        on_result=on_result,
+    )
 
 
 def open_embedder(
@@ -234,26 +245,30 @@ def open_embedder(
 
 
 def start_engine(
-    artifact: Artifact, head: Head, device: Device, limits: Limits, *, has_pictures: bool = True
+    artifact: Artifact, head: Head, device: Device, limits: Limits, *, has_media: bool = True
 ) -> Engine:
     """Load a graph of a model folder and start an engine that runs it.
 
-    The graph of pictures, if there is one, is loaded with the first picture. On a GPU, where the
-    decoder's caches take what memory is left, it is loaded before the decoder, and so is the
-    encoder of an encoder-decoder. On the CPU caches leave room for the weights of both.
+    The graphs of pictures and of sounds, if there are any, are loaded with the first of these. On a
+    GPU, where the decoder's caches take what memory is left, they are loaded before the decoder,
+    and so is the encoder of an encoder-decoder. On the CPU caches leave room for the weights of
+    all.
 
     Args:
         artifact: The model folder.
         head: Head of the graph.
         device: Device that runs it.
         limits: Limits on steps and memory.
-        has_pictures: Whether rows may have pictures.
+        has_media: Whether rows may have pictures or sounds.
     """
     limits = limits.for_pictures(artifact.vision, device)
     has_tower = artifact.vision is not None and ("vision", device) in artifact.signatures
     vision = VisionSession.of(artifact, device) if has_tower else None
-    if vision is not None and device == "cuda" and has_pictures:
-        vision.load()
+    has_ears = artifact.sound is not None and ("sound", device) in artifact.signatures
+    sound = SoundSession.of(artifact, device) if has_ears else None
+    for session_of_media in (vision, sound):
+        if session_of_media is not None and device == "cuda" and has_media:
+            session_of_media.load()
     encoder = None
     if artifact.encoder is not None and device == "cuda":
         encoder = open_session(artifact, "encode", device, limits)
@@ -265,6 +280,7 @@ def start_engine(
         session,
         config,
         vision=vision,
+        sound=sound,
         encoder=encoder,
         on_step=METER.add,
         device_stats=session.stats,

@@ -12,10 +12,12 @@ import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.decoder_prompt import Decoder, decoder_prompts
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
+from beam_gemma.inputs.prompt_encoder import PromptEncoder, Shots
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.inputs.row import ColumnUse, Prompt, Row, as_text, rows_own_errors, shots_own_errors
 from beam_gemma.inputs.template import Template
 from beam_gemma.model.markup import Part
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.tasks.interface import Settings
@@ -143,8 +145,9 @@ class ClassifySettings(PromptSettings, Settings):
                 raise OptionsError("labels: expected texts that are not empty, got an empty one")
             if self.labels.count(label) > 1:
                 raise OptionsError(f"labels: expected each once, got {label!r} twice")
-            for column in set(Template(label, ()).fields) & set(self.image_columns):
-                raise OptionsError(f"labels: expected texts, got {column!r}, a column of pictures")
+            of_files = {*self.image_columns, *self.audio_columns}
+            for column in of_files.intersection(Template(label, ()).fields):
+                raise OptionsError(f"labels: expected texts, got {column!r}, a column of files")
 
     @property
     def columns(self) -> dict[str, ColumnUse]:
@@ -199,6 +202,7 @@ class QuestionEncoder:
         chat_template: str | None,
         max_model_len: int,
         vision: VisionConfig | None = None,
+        sound: SoundConfig | None = None,
         vocab_size: int | None = None,
         decoder: Decoder | None = None,
     ) -> None:
@@ -211,6 +215,7 @@ class QuestionEncoder:
             max_model_len: Maximum number of tokens that the model accepts, including labels; those
                 of the source alone if there is a decoder apart.
             vision: The model's picture half; None if it has none.
+            sound: The model's sound half; None if it has none.
             vocab_size: Number of token ids that the model knows; None for the tokenizer's.
             decoder: The decoder of an encoder-decoder, which scores the labels; None for other
                 models.
@@ -243,6 +248,7 @@ class QuestionEncoder:
             max_tokens=max_model_len,
             shots=self._shots(settings),
             vision=vision,
+            sound=sound,
             vocab_size=vocab_size,
             decoder=decoder,
         )
@@ -269,18 +275,18 @@ class QuestionEncoder:
         self._check_length(max(len(continuation.token_ids) for continuation in joined))
         return self._question(prompt, texts, joined)
 
-    def restore(self, identity: list[Any], images: Sequence[bytes] = ()) -> Question:
+    def restore(self, identity: list[Any], files: Sequence[bytes] = ()) -> Question:
         """Return the question of an identity; its prompt has no parts.
 
         Args:
             identity: What `Question.identity` returned, also after a round trip through JSON.
-            images: The files of the row's pictures.
+            files: The files of the row's pictures and sounds.
         """
         prompt, labels = identity
         texts = tuple(text for text, _, _ in labels)
         joined = [Continuation(tuple(token_ids), start) for _, start, token_ids in labels]
-        shots = self._encoder.shot_images
-        return self._question(Prompt.of_identity(prompt, images, shots), texts, joined)
+        shots = self._encoder.shot_files
+        return self._question(Prompt.of_identity(prompt, files, shots), texts, joined)
 
     def _question(
         self, prompt: Prompt, labels: tuple[str, ...], joined: Sequence[Continuation]

@@ -54,7 +54,7 @@ class Prompt:
             request_id=name,
             prompt_token_ids=tuple(self.token_ids),
             spans=self.spans,
-            pictures=tuple(
+            media=tuple(
                 Picture(start, p.tobytes()[:64], p, self.num_image_tokens) for start, p in pictures
             ),
             **{"params": SamplingParams(max_tokens=8, ignore_eos=True), **options},

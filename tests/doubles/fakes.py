@@ -346,9 +346,9 @@ def expected(
     params = request.params
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     ids, source = list(request.prompt_token_ids), list(request.source_token_ids)
-    for picture in request.pictures:
+    for picture in request.media:
         place = slice(picture.start, picture.start + NUM_IMAGE_TOKENS)
-        (source or ids)[place] = soft_ids(picture.pixels)
+        (source or ids)[place] = soft_ids(picture.values)
     source = read_source(source)
     completion: list[int] = []
     finish_reason, logprob = "length", 0.0

@@ -71,6 +71,6 @@ def make_request(
         params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params),
         sampling_key="row",
         logprob=True,
-        pictures=tuple(pictures),
+        media=tuple(pictures),
         spans=((0, len(ids)),) if pali else spans,
     )

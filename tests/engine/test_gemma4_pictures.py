@@ -94,7 +94,7 @@ def make_request(name: str, parts: list[int | list[int]]) -> Request:
         request_id="row",
         prompt_token_ids=tuple(ids),
         params=SamplingParams(max_tokens=8, ignore_eos=True),
-        pictures=tuple(pictures),
+        media=tuple(pictures),
         spans=tuple((p.start, p.end) for p in pictures) if two_sided else (),
     )
 
@@ -126,8 +126,8 @@ def reference_tokens(model: torch.nn.Module, request: Request) -> tuple[int, ...
     ids = torch.tensor([request.prompt_token_ids])
     inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["mm_token_type_ids"] = (ids == IMAGE_ID).long()
-    if request.pictures:
-        inputs |= padded_pictures(model, [p.pixels for p in request.pictures])
+    if request.media:
+        inputs |= padded_pictures(model, [p.values for p in request.media])
     length = request.params.max_tokens
     with torch.no_grad():
         found = model.generate(  # type: ignore[operator]

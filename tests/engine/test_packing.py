@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from beam_gemma.engine.kv_cache import KVCache
+from beam_gemma.engine.media_store import MediaStore
 from beam_gemma.engine.packing import NO_FEATURES, pack
-from beam_gemma.engine.picture_store import PictureStore
 from beam_gemma.engine.sampling import SamplingParams
-from beam_gemma.engine.sequence import Request, Sequence
+from beam_gemma.engine.sequence import Picture, Request, Sequence
 from beam_gemma.model.signature import OPTIONAL_INPUTS
 from tests.doubles.fakes import STATES, FakeEncoder, fake_picture, fake_signature, soft_ids
 
@@ -24,13 +24,13 @@ def make_cache(signature, max_num_seqs=4):
     )
 
 
-def admit(cache, prompt, *, computed=0, spans=(), pictures=(), logprob=False):
+def admit(cache, prompt, *, computed=0, spans=(), media=(), logprob=False):
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(max_tokens=9),
         spans=spans,
-        pictures=pictures,
+        media=media,
         logprob=logprob,
     )
     sequence = Sequence(request, frozenset())
@@ -154,12 +154,12 @@ def test_tokens_of_pictures_take_the_embeddings_of_their_places():
     signature = fake_signature(optional_inputs=("inputs_embeds",))
     cache = make_cache(signature)
     one, other = fake_picture(1, 2), fake_picture(2, 3)
-    features = PictureStore(FakeEncoder()).prepare([one, other])
-    whole = admit(cache, range(25), pictures=(one,))
-    rest = admit(cache, range(70), computed=16, pictures=(other, fake_picture(1, 24)))
+    features = MediaStore({Picture: FakeEncoder()}).prepare([one, other])
+    whole = admit(cache, range(25), media=(one,))
+    rest = admit(cache, range(70), computed=16, media=(other, fake_picture(1, 24)))
     text = admit(cache, range(7))
     feeds = pack_step([(whole, 24), (rest, 30), (text, 7)], signature, cache, features)
-    first, second = (soft_ids(picture.pixels) for picture in (one, other))
+    first, second = (soft_ids(picture.values) for picture in (one, other))
     rows = feeds["embeds_rows"]
     assert rows.dtype == np.int64
     soft = np.where(rows >= 0, feeds["inputs_embeds"][rows, 0], -1).tolist()
@@ -173,7 +173,7 @@ def test_embeddings_in_bfloat16_stay_as_they_are():
     cache = make_cache(signature)
     picture = fake_picture(1, 1)
     bits = np.arange(20 * 8, dtype=np.uint16).reshape(20, 8)
-    step = [(admit(cache, range(25), pictures=(picture,)), 25)]
+    step = [(admit(cache, range(25), media=(picture,)), 25)]
     feeds = pack_step(step, signature, cache, {picture.digest: bits})
     np.testing.assert_array_equal(feeds["inputs_embeds"], bits)
     assert feeds["inputs_embeds"].dtype == np.uint16

@@ -61,7 +61,7 @@ def make_request(*parts, max_tokens=5, wide=False):
         request_id=" ".join(map(str, parts)),
         prompt_token_ids=tuple(ids),
         params=SamplingParams(max_tokens=max_tokens),
-        pictures=tuple(pictures),
+        media=tuple(pictures),
         spans=((0, len(ids)),) if wide else spans,
     )
 
@@ -118,7 +118,7 @@ def test_rows_complete_as_if_alone(
         enable_prefix_caching=enable_prefix_caching,
     )
     assert results == [expected(session.signature, request) for request in requests]
-    assert stats.num_pictures == 0 or any(request.pictures for request in requests)
+    assert stats.num_pictures == 0 or any(request.media for request in requests)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -190,7 +190,7 @@ def test_a_picture_that_cannot_be_computed_ends_its_rows_alone(device):
     ]
     results, stats = run(session, rows, encoder, max_num_seqs=8, max_num_batched_tokens=400)
     for row, result in zip(rows, results, strict=True):
-        if any(picture.pixels[0, 0, 0] == BAD for picture in row.pictures):
+        if any(picture.values[0, 0, 0] == BAD for picture in row.media):
             assert result.error == "model: step failed: RuntimeError: the tower is gone"
         else:
             assert result == expected(session.signature, row)
@@ -228,16 +228,16 @@ def test_pictures_that_do_not_fit_their_prompt_are_refused():
     scheduler = make_scheduler()
     base = make_request(5, "1", 3, "2")
     scheduler.check(base)
-    first, second = base.pictures
+    first, second = base.media
     late = replace(second, start=second.start + 1)
     over = replace(second, start=first.start + 19)
     early = replace(second, start=-1)
     for pictures in ((first, late), (first, over), (early,), (second, first)):
         with pytest.raises(RecordError, match=r"places of 20 tokens in order inside a prompt of"):
-            scheduler.check(replaced(base, pictures=pictures))
+            scheduler.check(replaced(base, media=pictures))
     wrong = replace(first, digest=b"wrong", pixels=np.zeros((3, 5, 5), np.uint8))
     with pytest.raises(RecordError, match=r"expected 4 by 4 pixels, got 5 by 5$"):
-        scheduler.check(replaced(base, pictures=(wrong,)))
+        scheduler.check(replaced(base, media=(wrong,)))
     with pytest.raises(RecordError, match=r"^pictures: expected none, .* takes none, got 2$"):
         make_scheduler(vision=None).check(base)
 

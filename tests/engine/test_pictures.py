@@ -111,8 +111,8 @@ def reference_logits(
     ids = torch.tensor([request.prompt_token_ids])
     dtype = next(model.parameters()).dtype
     inputs: dict[str, object] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if request.pictures:
-        pixels = torch.tensor(np.stack([p.pixels for p in request.pictures]))
+    if request.media:
+        pixels = torch.tensor(np.stack([p.values for p in request.media]))
         inputs["pixel_values"] = (pixels.to(dtype) / 255 - 0.5) / 0.5
     is_soft = ids == (SOFT_ID if name == "gemma3" else IMAGE_ID)
     # PaliGemma's processor gives all tokens of a prompt the type 0.
@@ -218,7 +218,7 @@ def test_a_prefix_that_ends_inside_a_picture_gives_the_same_bits(num_before: int
     assert after[1] == alone[0]
     shared = (num_before + 2 * 18 + 2) // 16 * 16
     assert stats.num_cached_tokens == shared
-    start = rows[1].pictures[1].start
+    start = rows[1].media[1].start
     assert start < shared < start + NUM_IMAGE_TOKENS
 
 

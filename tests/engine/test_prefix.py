@@ -45,12 +45,12 @@ def test_a_digest_stands_for_the_marks_that_its_block_overlaps():
     assert digests((20, 40, one), (48, 60, other))[3] != marked[3]
 
 
-def request_with(pictures=(), spans=(), last=8):
+def request_with(media=(), spans=(), last=8):
     return Request(
         request_id="r",
         prompt_token_ids=(*[7] * 79, last),
         params=SamplingParams(max_tokens=1),
-        pictures=tuple(fake_picture(number, start) for number, start in pictures),
+        media=tuple(fake_picture(number, start) for number, start in media),
         spans=spans,
     )
 

@@ -308,7 +308,7 @@ def picture_row(numbers: list[int], seed: int) -> Request:
         draw_requests()[0],
         prompt_token_ids=(BOS,),
         source_token_ids=tuple(ids),
-        pictures=tuple(pictures),
+        media=tuple(pictures),
     )
 
 
@@ -325,8 +325,8 @@ def test_pictures_of_sources_are_those_of_transformers() -> None:
         source = torch.tensor([row.source_token_ids])
         ids = [*row.prompt_token_ids, *completion.token_ids]
         inputs = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-        if row.pictures:
-            pixels = torch.tensor(np.stack([p.pixels for p in row.pictures]))
+        if row.media:
+            pixels = torch.tensor(np.stack([p.values for p in row.media]))
             inputs["pixel_values"] = (pixels.float() / 255 - 0.5) / 0.5
         with torch.no_grad():
             outputs = reference(**inputs, decoder_input_ids=torch.tensor([ids]), use_cache=False)

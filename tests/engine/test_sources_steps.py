@@ -304,7 +304,7 @@ def test_pictures_of_a_source_are_read_with_it():
         base = make_request(70)
         starts = (5, 5 + NUM_IMAGE_TOKENS + 3)
         places = zip(numbers, starts, strict=False)
-        return replace(base, pictures=tuple(fake_picture(n, at) for n, at in places))
+        return replace(base, media=tuple(fake_picture(n, at) for n, at in places))
 
     rows = [with_pictures(*n) for n in ((1,), (1, 2), (2, 1), (2, 1), ())]
     results, stats = run(session, rows, encoder, vision=vision, max_num_batched_tokens=80)
@@ -317,7 +317,7 @@ def test_a_tower_that_fails_ends_the_rows_with_the_picture_alone():
     session = FakeSession(source_signature("merged"))
     encoder, vision = FakeSourceEncoder(takes_pictures=True), FakeEncoder()
     vision.fails = lambda pixels: pixels[0, 0, 0] == 2
-    rows = [replace(make_request(40 + n), pictures=(fake_picture(n % 4, 3),)) for n in range(4)]
+    rows = [replace(make_request(40 + n), media=(fake_picture(n % 4, 3),)) for n in range(4)]
     results, _ = run(session, rows, encoder, vision=vision)
     assert [r.error for r in results] == [
         None, None, "model: step failed: RuntimeError: the tower is gone", None
@@ -440,9 +440,9 @@ def test_sources_that_do_not_suit_the_model_are_refused():
         scheduler.check(make_request(MAX_SOURCE_LEN + 1))
     with pytest.raises(PromptTooLongError, match=r"expected at most 200 together, got 201;"):
         scheduler.check(make_request(9, max_tokens=200))
-    late = replace(base, pictures=(fake_picture(1, MAX_SOURCE_LEN - NUM_IMAGE_TOKENS + 1),))
+    late = replace(base, media=(fake_picture(1, MAX_SOURCE_LEN - NUM_IMAGE_TOKENS + 1),))
     seeing = make_scheduler(vision=FakeEncoder.signature)
-    seeing.check(replace(base, pictures=(fake_picture(1, MAX_SOURCE_LEN - NUM_IMAGE_TOKENS),)))
+    seeing.check(replace(base, media=(fake_picture(1, MAX_SOURCE_LEN - NUM_IMAGE_TOKENS),)))
     with pytest.raises(
         RecordError, match=r"inside a source of 300, got one of 20 from token 281 on$"
     ):

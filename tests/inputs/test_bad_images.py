@@ -22,8 +22,9 @@ from beam_gemma.inputs.image_processor import (
     read_header,
 )
 from beam_gemma.inputs.images import picture_name, row_images
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
-from beam_gemma.inputs.row import ImageFile
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
+from beam_gemma.inputs.row import MediaFile
 from tests.doubles.nested import nested
 from tests.doubles.published_processors import GEMMA3_VISION, our_tokenizer
 
@@ -251,7 +252,7 @@ def test_a_line_is_a_picture(size):
 def test_of_a_long_gif_only_the_first_frame_is_read():
     data = gif(10_000)
     start = time.process_time()
-    assert prompt_of(data).images == (ImageFile(data),)
+    assert prompt_of(data).images == (MediaFile(data),)
     assert PROCESSOR.pixels(data)[0].shape == (3, 28, 28)
     assert time.process_time() - start < 0.5
 
@@ -300,7 +301,7 @@ def test_values_of_every_kind_are_the_same_picture(kind):
     for value in [*values, values, tuple(values)]:
         found = row_images({"photo": value}, settings)
         number = len(values) if isinstance(value, list | tuple) else 1
-        assert found == (ImageFile(data),) * number
+        assert found == (MediaFile(data),) * number
         assert all(type(image.data) is bytes for image in found)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.chat_template import ChatTemplate
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.model.markup import Control, Text
 from tests.doubles.chat_reference import TEMPLATES
 from tests.doubles.fake_models import TOKENIZER

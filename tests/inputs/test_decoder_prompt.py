@@ -6,8 +6,9 @@ import pytest
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.decoder_prompt import Decoder
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
-from beam_gemma.inputs.row import ImageFile, ImagePlace, Prompt
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
+from beam_gemma.inputs.row import MediaFile, MediaPlace, Prompt
 from beam_gemma.model.markup import Control, Text
 from tests.doubles.fake_models import TOKENIZER
 
@@ -126,11 +127,11 @@ def test_a_decoder_prompt_is_part_of_the_request():
 
 
 def test_an_identity_with_pictures_has_the_decoder_prompt_too():
-    image = ImageFile(b"file")
+    image = MediaFile(b"file")
     prompt = Prompt(
         parts=(),
         token_ids=(2, 7, 7),
-        places=(ImagePlace(1, 0),),
+        places=(MediaPlace(1, 0),),
         images=(image,),
         decoder_token_ids=(2, 9),
     )

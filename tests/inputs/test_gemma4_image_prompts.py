@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
-from beam_gemma.inputs.row import ImagePlace
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
+from beam_gemma.inputs.row import MediaPlace
 from beam_gemma.model.gemma4_vision import BEGIN_TOKEN, END_TOKEN, IMAGE_TOKEN, gemma4_vision
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def test_a_picture_takes_as_many_tokens_as_its_ratio_and_the_budget_give(size, i
         {"x": png(*size)}
     )
     assert list(found.token_ids) == [BOS, *picture_ids(count), *TOKENIZER.encode([Text(" in")])[1:]]
-    assert found.places == (ImagePlace(2, 0, 0, count),)
+    assert found.places == (MediaPlace(2, 0, 0, count),)
 
 
 def test_pictures_of_several_sizes_lie_one_after_the_other():

@@ -8,8 +8,9 @@ from PIL import Image
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.image_processor import read_header
 from beam_gemma.inputs.image_prompt import PicturePart
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings, Shots
-from beam_gemma.inputs.row import ImagePlace, Prompt
+from beam_gemma.inputs.prompt_encoder import PromptEncoder, Shots
+from beam_gemma.inputs.prompt_settings import PromptSettings
+from beam_gemma.inputs.row import MediaPlace, Prompt
 from beam_gemma.model.markup import Control, Text
 from tests.doubles.chat_reference import TEMPLATES
 from tests.doubles.published_processors import IMAGE_TOKENS, VISIONS, our_tokenizer, processor
@@ -386,7 +387,7 @@ def test_prompts_are_restored_from_their_identity():
     assert (restored.token_ids, restored.places) == (found.token_ids, found.places)
     assert restored.images == found.images
     count = VISIONS["gemma3"].num_image_tokens
-    assert found.places[0] == ImagePlace(found.places[0].start, 0, 0, count)
+    assert found.places[0] == MediaPlace(found.places[0].start, 0, 0, count)
     # All that encodes parts again, as labels do, gives the same ids.
     assert TOKENIZERS["gemma3"].encode(found.parts) == list(found.token_ids)
     assert not any(isinstance(part, PicturePart) for part in found.parts)

@@ -5,7 +5,8 @@ import pytest
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.model.markup import Control, Text
 from beam_gemma.model.tokenizer import ModelProto, Tokenizer
 from beam_gemma.monitoring.progress import METER

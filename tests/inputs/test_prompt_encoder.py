@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.model.markup import Control
 from tests.doubles.fake_models import TOKENIZER
 from tests.doubles.nested import nested

@@ -7,7 +7,8 @@ import pytest
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.chat_template import ChatTemplate
 from beam_gemma.inputs.decoder_prompt import Decoder
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.inputs.tools import checked_tools
 from beam_gemma.model.markup import Control
 from tests.doubles import fake_models

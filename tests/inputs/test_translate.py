@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inputs.prompt_encoder import PromptEncoder, PromptSettings
+from beam_gemma.inputs.prompt_encoder import PromptEncoder
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.model.markup import Control
 from tests.doubles.chat_reference import TEMPLATES
 from tests.doubles.published_processors import GEMMA3_VISION, our_tokenizer, processor

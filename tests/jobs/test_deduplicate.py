@@ -19,9 +19,9 @@ from beam_gemma.jobs.deduplicate import (
     with_their_files,
     without_files,
 )
-from beam_gemma.jobs.fetch_images import IMAGE_LIST
+from beam_gemma.jobs.fetch_media import FILE_LIST
 from beam_gemma.tasks.generate import GenerateSettings
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES, POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
+from beam_gemma.tasks.row_keys import ENCODED, FILES, POSITION, POSITIONS, REQUEST_KEY, ROW_KEY
 
 GREEDY = GenerateSettings(prompt_column="text", sampling=SamplingParams(max_tokens=4))
 DRAWN = GenerateSettings(
@@ -187,33 +187,33 @@ def seen(images, *, start=0, **sampling):
         prompt="so", image_columns=("photo",), sampling=SamplingParams(max_tokens=4, **sampling)
     )
     rows = [[{"bytes": i, "error": None if i else "none"} for i in row] for row in images]
-    batch = pa.record_batch({"photo": pa.array(rows, IMAGE_LIST), "id": range(len(rows))})
+    batch = pa.record_batch({"photo": pa.array(rows, FILE_LIST), "id": range(len(rows))})
     return keyed(start, batch, settings, lambda row: repr(row["photo"])[:40].encode())
 
 
 def test_requests_have_the_files_of_their_pictures_each_once():
     found = seen([[b"a", b"b", b"a"], [], [b"c"], [b"d", None]])
-    assert found[IMAGES].to_pylist() == [[b"a", b"b"], [], [b"c"], []]
+    assert found[FILES].to_pylist() == [[b"a", b"b"], [], [b"c"], []]
     text = keyed(0, pa.record_batch({"text": ["a"]}), GREEDY, encode)
-    assert IMAGES not in text.schema.names
+    assert FILES not in text.schema.names
 
 
 def test_merged_requests_get_their_files_back_in_small_batches():
     batches = [seen([[b"a"], [b"b"]]), seen([[b"c"]], start=2), seen([[b"b"], [b"d"]], start=3)]
     requests = distinct(map(without_files, batches))
-    assert IMAGES not in requests.schema.names
+    assert FILES not in requests.schema.names
     _, left = split_durable(requests, [requests[REQUEST_KEY][1].as_py()])
     found = list(with_their_files(left, batches))
     assert [batch.num_rows for batch in found] == [1, 1, 1]
     rows = [row for batch in found for row in batch.to_pylist()]
-    assert [(row[POSITIONS], row[IMAGES]) for row in rows] == [
+    assert [(row[POSITIONS], row[FILES]) for row in rows] == [
         ([0], [b"a"]),
         ([2], [b"c"]),
         ([4], [b"d"]),
     ]
     merged = [row for batch in with_their_files(requests, batches) for row in batch.to_pylist()]
     assert [row[POSITIONS] for row in merged] == [[0], [1, 3], [2], [4]]
-    assert merged[1][IMAGES] == [b"b"]
+    assert merged[1][FILES] == [b"b"]
 
 
 def test_requests_without_files_do_not_hold_them_in_memory():

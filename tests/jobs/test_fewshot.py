@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_gemma.errors import OptionsError
-from beam_gemma.inference import image_files
-from beam_gemma.inference.image_files import ImageReading
+from beam_gemma.inference import media_files
+from beam_gemma.inference.media_files import ImageReading
 from beam_gemma.jobs.fewshot import all_shots, draw_shots
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.questions import ClassifySettings
@@ -97,8 +97,8 @@ def test_pictures_are_read_of_drawn_rows_alone(tmp_path, monkeypatch):
     reading = ImageReading(allow_local=True, folder=str(tmp_path))
     plain = ClassifySettings(prompt="{text}", labels=("yes", "no"))
     wanted = draw_shots(table, plain, "answer", number=3, seed=5)
-    read, names_read = image_files._read, []
-    monkeypatch.setattr(image_files, "_read", lambda n, *a: names_read.append(n) or read(n, *a))
+    read, names_read = media_files._read, []
+    monkeypatch.setattr(media_files, "_read", lambda n, *a: names_read.append(n) or read(n, *a))
     shots = draw_shots(table, settings, "answer", number=3, seed=5, reading=reading)
     assert [shot.row["text"] for shot in shots] == [shot.row["text"] for shot in wanted]
     assert sorted(names_read) == sorted(f"{shot.row['text'][1:]}.png" for shot in wanted)

@@ -35,7 +35,7 @@ from beam_gemma.tasks.open_model import (
 )
 from beam_gemma.tasks.picture_policies import PICTURE_GUIDELINES
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder, Shot
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES
+from beam_gemma.tasks.row_keys import ENCODED, FILES
 from export.__main__ import export
 from export.checkpoints.tokenizer_model import sentencepiece_model
 from pipelines import generate as pipeline
@@ -220,7 +220,7 @@ def test_carried_requests_give_the_same_results(name):
     encode, generate = prompt_encoder(artifact, settings), open_generator(artifact, settings, "cpu")
     rows = rows_of(name)
     carried = [
-        {ENCODED: request_of(row, lambda row: encode(row).identity), IMAGES: row["photo"]}
+        {ENCODED: request_of(row, lambda row: encode(row).identity), FILES: row["photo"]}
         for row in rows
     ]
     assert generate(carried) == generate(rows)
@@ -304,7 +304,7 @@ def test_shots_with_pictures():
         assert result["error"] is None
     encode = question_encoders(artifact, settings)[0]
     carried = [
-        {ENCODED: request_of(r, lambda r: [encode(r).identity]), IMAGES: [r["photo"]]} for r in rows
+        {ENCODED: request_of(r, lambda r: [encode(r).identity]), FILES: [r["photo"]]} for r in rows
     ]
     assert open_classifier(artifact, settings, "cpu")(carried) == results
 

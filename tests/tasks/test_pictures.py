@@ -19,13 +19,13 @@ from beam_gemma.errors import EngineError, OptionsError
 from beam_gemma.inputs.image_processor import ImageProcessor
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.monitoring.progress import Meter
-from beam_gemma.tasks import engine_model, picture_requests
+from beam_gemma.tasks import engine_model, media_requests
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.encoded_rows import request_of
 from beam_gemma.tasks.generate import GenerateSettings, Generator, check_boxes
 from beam_gemma.tasks.mask_decoder import TENSORS, MaskDecoder
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder, Shot
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES
+from beam_gemma.tasks.row_keys import ENCODED, FILES
 from tests.doubles.held_engine import HeldEngine, completion
 from tests.doubles.published_processors import VISIONS, our_tokenizer
 
@@ -68,7 +68,7 @@ def generator_of(engine, name="gemma3", on_result=lambda _: None, **fields):
 
 def echo(request):
     """Answer with a token that the request's pictures choose."""
-    return completion(A_ID + sum(int(p.pixels.sum()) for p in request.pictures) % 26)
+    return completion(A_ID + sum(int(p.values.sum()) for p in request.media) % 26)
 
 
 @pytest.fixture
@@ -97,14 +97,14 @@ def test_a_request_has_the_pixels_of_its_row():
         (request,) = (
             r for ids, r in by_prompt.items() if tokenizer.decode(ids).endswith(row["text"])
         )
-        assert all((a.pixels == b).all() for a, b in zip(request.pictures, pixels, strict=True))
-        starts = [p.start for p in request.pictures]
+        assert all((a.values == b).all() for a, b in zip(request.media, pixels, strict=True))
+        starts = [p.start for p in request.media]
         assert request.spans == tuple((start, start + NUM_TOKENS) for start in starts)
         soft = {i for start in starts for i in range(start, start + NUM_TOKENS)}
         ids = request.prompt_token_ids
         soft_id = VISIONS["gemma3"].image_token_id
         assert soft == {i for i, token_id in enumerate(ids) if token_id == soft_id}
-    assert len({p.digest for r in engine.requests for p in r.pictures}) == 9
+    assert len({p.digest for r in engine.requests for p in r.media}) == 9
 
 
 def test_all_of_a_paligemma_prompt_is_attended_both_ways():
@@ -139,7 +139,7 @@ def test_pixels_are_few_and_forgotten(monkeypatch):
     size = 3 * VISIONS["gemma3"].image_size ** 2
     monkeypatch.setattr(engine_model, "MAX_PIXEL_BYTES", 4 * size)
     held, most, guard = [], 0, threading.Lock()
-    make = picture_requests.Pixels
+    make = media_requests.Decoded
 
     def watched(digest, values):
         nonlocal most
@@ -148,14 +148,14 @@ def test_pixels_are_few_and_forgotten(monkeypatch):
             most = max(most, sum(ref() is not None for ref in held))
         return make(digest, values)
 
-    monkeypatch.setattr(picture_requests, "Pixels", watched)
+    monkeypatch.setattr(media_requests, "Decoded", watched)
     engine = HeldEngine(lambda _: completion(A_ID), max_num_seqs=50)
     engine.requests = type("Forgetful", (), {"__iadd__": lambda self, _: self})()
     rows = [{"text": f"row {i}", "photo": [picture(i), picture(i + 100)]} for i in range(30)]
     assert {r["error"] for r in generator_of(engine)(rows)} == {None}
     gc.collect()
     # A thread may hold the pictures of the row that it has just finished.
-    assert most <= 4 + 2 * picture_requests.MAX_THREADS
+    assert most <= 4 + 2 * media_requests.MAX_THREADS
     assert len(held) == 60
     assert all(ref() is None for ref in held)
 
@@ -183,7 +183,7 @@ def test_rows_that_share_a_picture_decode_it_once(decoded):
         engine.release()
         results.result()
     assert sorted(decoded) == sorted([picture(0), picture(1), picture(2)])
-    first, *others = (r.pictures[0].pixels for r in engine.requests)
+    first, *others = (r.media[0].values for r in engine.requests)
     assert all(other is first for other in others)
 
 
@@ -225,12 +225,12 @@ def test_a_row_is_worth_the_same_alone_and_after_its_request_was_carried():
     carried = [
         {
             ENCODED: request_of(row, lambda row: generate._encoder(row).identity),
-            IMAGES: row["photo"],
+            FILES: row["photo"],
         }
         for row in rows
     ]
     assert generate(carried) == together
-    del carried[1][IMAGES]
+    del carried[1][FILES]
     assert "expected the files of 2" in generate(carried)[1]["error"]
 
 
@@ -247,7 +247,7 @@ def test_what_waits_is_given_up_when_the_model_is_drained(decoded):
         come = results.result(timeout=60)
     assert len(come) == 2
     assert all(result["completion"] for _, result in come)
-    assert len(decoded) < 4 + 2 * picture_requests.MAX_THREADS
+    assert len(decoded) < 4 + 2 * media_requests.MAX_THREADS
     with pytest.raises(EngineError, match="closed"):
         generate(rows)
 
@@ -283,14 +283,14 @@ def test_crops_are_pictures_of_their_own():
     assert generator_of(engine, pan_and_scan=True)([row])[0]["error"] is None
     processor = ImageProcessor(VISIONS["gemma3"], pan_and_scan=True)
     wanted = [pixels for file in row["photo"] for pixels in processor.pixels(file)]
-    shown = engine.requests[0].pictures
+    shown = engine.requests[0].media
     assert len(wanted) == 1 + 4
-    assert all((a.pixels == b).all() for a, b in zip(shown, wanted, strict=True))
+    assert all((a.values == b).all() for a, b in zip(shown, wanted, strict=True))
     assert len({p.digest for p in shown}) == 5
 
 
 def test_large_pictures_are_decoded_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(picture_requests, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(media_requests, "LARGE_PIXELS", 1000)
     running, most, guard = 0, 0, threading.Lock()
     pixels = ImageProcessor.pixels
 
@@ -340,7 +340,7 @@ def test_labels_are_scored_beside_pictures(name, decoded):
     assert len(decoded) == 1
     question = encoder({"text": "it", "photo": picture(1)})
     for request in engine.requests:
-        (shown,) = request.pictures
+        (shown,) = request.media
         assert shown.start == question.prompt.places[0].start
         num_prompt = len(question.prompt.token_ids)
         assert request.prompt_token_ids[:num_prompt] == question.prompt.token_ids
@@ -376,12 +376,12 @@ def test_shots_show_their_pictures(decoded):
     rows = [{"text": f"row {i}", "photo": picture(i)} for i in range(4)]
     results = classify(rows)
     assert {r["error"] for r in results} == {None}
-    assert {len(request.pictures) for request in engine.requests} == {3}
+    assert {len(request.media) for request in engine.requests} == {3}
     assert set(decoded) == {picture(i) for i in (50, 51, 0, 1, 2, 3)}
     carried = [
         {
             ENCODED: request_of(row, lambda row: [encoder(row).identity]),
-            IMAGES: [row["photo"]],
+            FILES: [row["photo"]],
         }
         for row in rows
     ]

@@ -13,13 +13,13 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.inference import task_handler
 from beam_gemma.inference.carried_rows import RowCarrier, rows_of_bytes
 from beam_gemma.inference.handlers import GemmaClassifyModelHandler, GemmaGenerateModelHandler
-from beam_gemma.inference.image_files import ImageReading
-from beam_gemma.inference.picture_rows import files_of, in_parts, with_files
+from beam_gemma.inference.media_files import ImageReading
+from beam_gemma.inference.media_rows import files_of, in_parts, with_files
 from beam_gemma.inference.rows import num_bytes, weight
 from beam_gemma.inference.transforms import Classify, Generate
 from beam_gemma.tasks.generate import GenerateSettings
 from beam_gemma.tasks.questions import ClassifySettings
-from beam_gemma.tasks.row_keys import ENCODED, IMAGES, REQUEST_KEY
+from beam_gemma.tasks.row_keys import ENCODED, FILES, REQUEST_KEY
 from tests.doubles.fake_models import local_pipeline
 from tests.doubles.seeing import picture, seeing_folder
 
@@ -99,14 +99,14 @@ def test_requests_carry_pictures_to_another_process(model, reading):
     [rows] = in_parts([*ways_of(0), {"photo": "none.png"}], SEES, reading, 1 << 30)
     carried = rows_of_bytes(handler._carrier()(rows))
     *good, bad = carried
-    assert all(row[IMAGES] == [picture(0)] or len(row[IMAGES]) == 1 for row in good)
-    assert IMAGES not in bad
+    assert all(row[FILES] == [picture(0)] or len(row[FILES]) == 1 for row in good)
+    assert FILES not in bad
     results = handler.load_model()(carried)
     assert len(set(told(results)[:-1])) == 1
     assert "none at 'none.png'" in results[-1]["error"]
     plain = RowCarrier(lambda row: row["text"], lambda _: None, SPEAKS)
     assert rows_of_bytes(plain([{"text": "a"}])) == [{ENCODED: b'"a"'}]
-    encoded = {ENCODED: b"x", REQUEST_KEY: b"k", IMAGES: [b"1", b"2"]}
+    encoded = {ENCODED: b"x", REQUEST_KEY: b"k", FILES: [b"1", b"2"]}
     assert rows_of_bytes(plain([encoded])) == [encoded]
 
 
@@ -140,9 +140,9 @@ def test_few_pictures_are_held_at_once(reading):
     found = list(in_parts(rows, SEES, reading, 3 * size))
     assert [len(part) for part in found] == [3, 3, 4]
     assert [isinstance(row, ChainMap) for row in found[-1]] == [True, False, False, False]
-    assert SEES.picture_columns == ("photo",)
-    assert SPEAKS.picture_columns == ("chat",)
-    assert not GenerateSettings(prompt="{text}").picture_columns
+    assert SEES.media_columns == ("photo",)
+    assert SPEAKS.media_columns == ("chat",)
+    assert not GenerateSettings(prompt="{text}").media_columns
 
 
 def test_batches_of_large_rows_are_small(model):
@@ -155,7 +155,7 @@ def test_batches_of_large_rows_are_small(model):
     assert size(("key", {"photo": bytes(full_bytes // 2)})) == full // 2 + 1
     picture_of_pillow = Image.new("RGB", (1000, 1000))
     assert num_bytes({"photo": picture_of_pillow}) == 3_000_000
-    encoded = {ENCODED: [b"x" * 9], IMAGES: [[bytes(full_bytes // 8)]]}
+    encoded = {ENCODED: [b"x" * 9], FILES: [[bytes(full_bytes // 8)]]}
     batch = pa.record_batch(encoded)
     assert full // 8 <= weight(batch, full, full_bytes) <= full // 8 + 1
     assert weight(batch.select([ENCODED]), full, full_bytes) == 1

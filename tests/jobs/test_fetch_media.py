@@ -13,10 +13,10 @@ from apache_beam.io.localfilesystem import LocalFileSystem
 
 from beam_gemma.batches import JSON_TEXT
 from beam_gemma.errors import OptionsError, RecordError
-from beam_gemma.inference import image_files
-from beam_gemma.inference.image_files import ImageReading, PendingFile
-from beam_gemma.jobs import fetch_images
-from beam_gemma.jobs.fetch_images import IMAGE_LIST, described, fetched, in_slices
+from beam_gemma.inference import media_files
+from beam_gemma.inference.media_files import ImageReading, PendingFile
+from beam_gemma.jobs import fetch_media
+from beam_gemma.jobs.fetch_media import FILE_LIST, described, fetched, in_slices
 
 HERE = ImageReading(allow_local=True)
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -45,7 +45,7 @@ def images_of(values, kind, reading=HERE):
     """Return the pictures of a column's values, each as bytes or as its error."""
     batch = pa.record_batch({"id": pa.array(range(len(values))), "photo": pa.array(values, kind)})
     slices = [rows for _, rows in fetched((0, batch), ("photo",), reading)]
-    assert all(rows.schema.field("photo").type == IMAGE_LIST for rows in slices)
+    assert all(rows.schema.field("photo").type == FILE_LIST for rows in slices)
     table = pa.Table.from_batches(slices)
     assert table["id"].to_pylist() == list(range(len(values)))
     return [
@@ -180,7 +180,7 @@ class Elsewhere(LocalFileSystem):
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr(Elsewhere, "events", [])
-    monkeypatch.setattr(image_files, "PAUSE_SECS", 0.001)
+    monkeypatch.setattr(media_files, "PAUSE_SECS", 0.001)
     return Elsewhere.events
 
 
@@ -201,7 +201,7 @@ def test_passing_errors_are_passed_over_and_lasting_ones_are_told(folder, elsewh
 
 
 def test_a_file_that_hangs_is_an_error_and_holds_up_no_other(folder, elsewhere, monkeypatch):
-    monkeypatch.setattr(image_files, "_SLOTS", threading.BoundedSemaphore(1))
+    monkeypatch.setattr(media_files, "_SLOTS", threading.BoundedSemaphore(1))
     release = threading.Event()
     elsewhere.append(release)
     name = f"elsewhere:/{folder}/a.png"
@@ -215,7 +215,7 @@ def test_a_file_that_hangs_is_an_error_and_holds_up_no_other(folder, elsewhere, 
 
 def test_few_files_are_read_at_once_and_rows_stay_in_order(folder, monkeypatch):
     at_once, most, lock = 0, 0, threading.Lock()
-    read = image_files._read
+    read = media_files._read
 
     def counted(*arguments):
         nonlocal at_once, most
@@ -228,8 +228,8 @@ def test_few_files_are_read_at_once_and_rows_stay_in_order(folder, monkeypatch):
             at_once -= 1
         return found
 
-    monkeypatch.setattr(image_files, "_read", counted)
-    monkeypatch.setattr(image_files, "_SLOTS", threading.BoundedSemaphore(3))
+    monkeypatch.setattr(media_files, "_read", counted)
+    monkeypatch.setattr(media_files, "_SLOTS", threading.BoundedSemaphore(3))
     for number in range(40):
         (folder / f"{number}.png").write_bytes(b"%d" % number)
     names = [f"{folder}/{number}.png" if number % 3 else None for number in range(40)]
@@ -240,11 +240,11 @@ def test_few_files_are_read_at_once_and_rows_stay_in_order(folder, monkeypatch):
 
 
 def test_slices_are_small_and_later_rows_wait(monkeypatch):
-    monkeypatch.setattr(fetch_images, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(fetch_media, "SLICE_BYTES", 1000)
     started = []
 
-    begin = fetch_images._begin
-    monkeypatch.setattr(fetch_images, "_begin", lambda *a: started.append(1) or begin(*a))
+    begin = fetch_media._begin
+    monkeypatch.setattr(fetch_media, "_begin", lambda *a: started.append(1) or begin(*a))
     batch = pa.record_batch({"photo": pa.array([b"x" * 400] * 100, pa.binary())})
     slices = fetched((50, batch), ("photo",), HERE)
     position, first = next(slices)
@@ -264,9 +264,9 @@ def test_read_ahead_is_bounded_too(folder):
             begun.append(number)
             yield {"photo": [PendingFile("a.png", reading)] if number % 2 else None}
 
-    found = image_files.read_ahead(rows())
+    found = media_files.read_ahead(rows())
     next(found)
-    assert len(begun) <= image_files.NUM_READ_AT_ONCE
+    assert len(begun) <= media_files.NUM_READ_AT_ONCE
     assert len(list(found)) == 99
 
 

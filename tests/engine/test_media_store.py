@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from beam_gemma.engine.picture_store import PictureStore, check_encoder
+from beam_gemma.engine.media_store import MediaStore, check_encoder
+from beam_gemma.engine.sequence import Picture
 from beam_gemma.errors import ArtifactError
 from tests.doubles.fakes import (
     NUM_IMAGE_TOKENS,
@@ -24,21 +25,21 @@ def pictures(*numbers):
 
 
 def test_equal_pictures_are_computed_once_and_new_ones_together():
-    store = PictureStore(encoder := FakeEncoder())
+    store = MediaStore({Picture: (encoder := FakeEncoder())})
     features = store.prepare(pictures(1, 2, 1))
     assert encoder.batches == [2]
     for picture in pictures(1, 2):
-        assert features[picture.digest][:, 0].tolist() == soft_ids(picture.pixels)
+        assert features[picture.digest][:, 0].tolist() == soft_ids(picture.values)
     assert features.keys() == {p.digest for p in pictures(1, 2)}
     store.prepare(pictures(2, 3, 1, 4))
     assert encoder.batches == [2, 2]
     store.prepare(pictures(4, 1))
     assert encoder.batches == [2, 2], "nothing is left to compute"
-    assert (store.num_computed, store.num_reused) == (4, 5)
+    assert (store.num_computed[Picture], store.num_reused[Picture]) == (4, 5)
 
 
 def test_what_was_needed_longest_ago_goes_first():
-    store = PictureStore(encoder := FakeEncoder(), max_bytes=3 * ONE)
+    store = MediaStore({Picture: (encoder := FakeEncoder())}, max_bytes=3 * ONE)
     for number in (1, 2, 3, 1, 4):
         store.prepare(pictures(number))
     assert store.num_bytes == 3 * ONE
@@ -51,7 +52,7 @@ def test_what_was_needed_longest_ago_goes_first():
 
 
 def test_a_step_gets_all_of_its_pictures_whatever_the_bound():
-    store = PictureStore(encoder := FakeEncoder(), max_bytes=2 * ONE)
+    store = MediaStore({Picture: (encoder := FakeEncoder())}, max_bytes=2 * ONE)
     store.prepare(pictures(1, 2))
     features = store.prepare(pictures(3, 4, 1, 5))
     assert features.keys() == {p.digest for p in pictures(3, 4, 1, 5)}
@@ -64,12 +65,16 @@ def test_a_step_gets_all_of_its_pictures_whatever_the_bound():
 
 
 def test_a_failure_changes_nothing():
-    store = PictureStore(encoder := FakeEncoder(), max_bytes=2 * ONE)
+    store = MediaStore({Picture: (encoder := FakeEncoder())}, max_bytes=2 * ONE)
     store.prepare(pictures(1, 2))
     encoder.fails = lambda pixels: pixels[0, 0, 0] == 3
     with pytest.raises(RuntimeError, match="the tower is gone"):
         store.prepare(pictures(4, 3))
-    assert (store.num_computed, store.num_reused, store.num_bytes) == (2, 0, 2 * ONE)
+    assert (store.num_computed[Picture], store.num_reused[Picture], store.num_bytes) == (
+        2,
+        0,
+        2 * ONE,
+    )
     encoder.batches.clear()
     store.prepare(pictures(1, 2))
     assert encoder.batches == []
@@ -91,7 +96,7 @@ def replaced(**changes):
 
 
 def test_kept_embeddings_are_those_that_were_computed():
-    store = PictureStore(FakeEncoder())
+    store = MediaStore({Picture: FakeEncoder()})
     first = store.prepare(pictures(1))
     again = store.prepare(pictures(2, 1))
     [picture] = pictures(1)

@@ -1,8 +1,8 @@
-"""Files of pictures that rows name by path or URI, read within limits of place, size and time.
+"""Files of pictures and sounds that rows name by path or URI, read within limits.
 
-A picture that cannot be read is an error of its row, which `inputs/images.py` gives the column's
-name. Only the file that the row names is read: on a file system that Beam knows, never from a web
-server, which could be any machine of a network.
+A file that cannot be read is an error of its row, which `inputs/images.py` and `inputs/sounds.py`
+give the column's name. Only the file that the row names is read: on a file system that Beam knows,
+never from a web server, which could be any machine of a network.
 """
 
 import errno
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -30,9 +30,12 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_gemma.errors import OptionsError, RecordError, one_line
 from beam_gemma.inputs.images import image_value
+from beam_gemma.inputs.row import MediaKind
+from beam_gemma.inputs.sounds import sound_value
 from beam_gemma.storage import CLOUD_STORAGE, blob_at, open_file
 
 MAX_IMAGE_BYTES = 20_000_000
+MAX_AUDIO_BYTES = 100_000_000
 MAX_SECS = 60.0
 NUM_READ_AT_ONCE = 8
 """Most files that a process reads at the same time; the client of Cloud Storage keeps 10
@@ -51,16 +54,14 @@ _SLOTS = threading.BoundedSemaphore(NUM_READ_AT_ONCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageReading:
-    """Limits of reading the pictures that rows name by path or URI.
+class FileReading:
+    """Limits of reading the files that rows name by path or URI."""
 
-    Example:
-        >>> reading = ImageReading(max_bytes=5_000_000, folder="gs://shop/products")
-        >>> reading.place_of("shoes/1.jpg")
-        'gs://shop/products/shoes/1.jpg'
-    """
+    kind: ClassVar[MediaKind]
+    allowing: ClassVar[str]
+    """How errors say to allow files of the machine that reads them."""
 
-    max_bytes: int = MAX_IMAGE_BYTES
+    max_bytes: int
     """Most bytes of a file."""
     max_secs: float = MAX_SECS
     """Longest time that a file may take."""
@@ -71,12 +72,12 @@ class ImageReading:
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
-            raise OptionsError(f"max_image_bytes: expected at least 1, got {self.max_bytes}")
+            raise OptionsError(f"max_{self.kind}_bytes: expected at least 1, got {self.max_bytes}")
         if not self.max_secs > 0:
             raise OptionsError(f"max_secs: expected more than 0, got {self.max_secs}")
 
     def place_of(self, name: str) -> str:
-        """Return where the picture is that a row names by a path or URI.
+        """Return where the file is that a row names by a path or URI.
 
         Raises:
             RecordError: no file at that place may be read.
@@ -87,27 +88,28 @@ class ImageReading:
         elif scheme[1].lower() in _WEB:
             _refuse(
                 "a path or a URI such as gs://, as web servers are not asked",
-                f"the address {_shown(name)}; copy its picture to a bucket or folder",
+                f"the address {_shown(name)}; copy its file to a bucket or folder",
             )
         else:
             place = _of_file_uri(name) if scheme[1].lower() == "file" else name
         if not (_SCHEME.match(place) or self.allow_local):
             _refuse(
                 "a URI such as gs://, as files of a worker's own disk are read only with "
-                "--allow_local_images or ImageReading(allow_local=True)",
+                f"{self.allowing}",
                 _shown(name),
             )
         return place
 
     def check_size(self, num_bytes: int) -> None:
-        """Check the size of a picture's file.
+        """Check the size of a file.
 
         Raises:
             RecordError: it is too large.
         """
         if num_bytes > self.max_bytes:
             _refuse(
-                f"at most {self.max_bytes:,} bytes", "a larger file; set max_image_bytes higher"
+                f"at most {self.max_bytes:,} bytes",
+                f"a larger file; set max_{self.kind}_bytes higher",
             )
 
     def _within_folder(self, name: str) -> str:
@@ -120,14 +122,62 @@ class ImageReading:
         return f"{self.folder.rstrip('/')}/{path}" if self.folder else path
 
 
-IMAGE = pa.struct([("bytes", pa.large_binary()), ("error", pa.string())])
-"""A picture once it is fetched: the bytes of its file, or why they cannot be had."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageReading(FileReading):
+    """Limits of reading the pictures that rows name by path or URI.
+
+    Example:
+        >>> reading = ImageReading(max_bytes=5_000_000, folder="gs://shop/products")
+        >>> reading.place_of("shoes/1.jpg")
+        'gs://shop/products/shoes/1.jpg'
+    """
+
+    kind: ClassVar[MediaKind] = "image"
+    allowing: ClassVar[str] = "--allow_local_images or ImageReading(allow_local=True)"
+
+    max_bytes: int = MAX_IMAGE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioReading(FileReading):
+    """Limits of reading the sounds that rows name by path or URI.
+
+    Example:
+        >>> reading = AudioReading(folder="gs://calls/2026")
+        >>> reading.place_of("11/30.flac")
+        'gs://calls/2026/11/30.flac'
+    """
+
+    kind: ClassVar[MediaKind] = "audio"
+    allowing: ClassVar[str] = "--allow_local_audio or AudioReading(allow_local=True)"
+
+    max_bytes: int = MAX_AUDIO_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaReading:
+    """Limits of reading the pictures and the sounds of rows."""
+
+    image: ImageReading = ImageReading()
+    audio: AudioReading = AudioReading()
+
+    def of(self, kind: MediaKind) -> FileReading:
+        """Return the limits for files of one kind."""
+        return self.image if kind == "image" else self.audio
+
+
+FILE = pa.struct([("bytes", pa.large_binary()), ("error", pa.string())])
+"""A picture or sound once it is fetched: the bytes of its file, or why they cannot be had."""
+_VALUES: Mapping[MediaKind, Callable[[Any, str], bytes | str | None]] = {
+    "image": image_value,
+    "audio": sound_value,
+}
 
 
 class PendingFile:
     """A file that a thread of its own reads, so that one that hangs stops nothing else."""
 
-    def __init__(self, name: str, reading: ImageReading, version: str | None = None) -> None:
+    def __init__(self, name: str, reading: FileReading, version: str | None = None) -> None:
         """Start to read; wait first while this process reads as many files as it may.
 
         Args:
@@ -169,15 +219,15 @@ class PendingFile:
             _SLOTS.release()
 
 
-def begin_reading(item: Any, reading: ImageReading) -> dict[str, Any] | PendingFile | None:
-    """Return a picture as the fields of `IMAGE`, or the reading of its file; None for no picture.
+def begin_reading(item: Any, reading: FileReading) -> dict[str, Any] | PendingFile | None:
+    """Return a picture or sound as the fields of `FILE`, or the reading of its file; None for none.
 
     Args:
-        item: What a column may have for a picture; see `inputs/images.py`.
+        item: What a column may have for it; see `inputs/images.py` and `inputs/sounds.py`.
         reading: The limits of reading files.
     """
     try:
-        source = None if item is None else image_value(item, "value")
+        source = None if item is None else _VALUES[reading.kind](item, "value")
         if isinstance(source, str):
             version = item.get("version") if isinstance(item, Mapping) else None
             return PendingFile(source, reading, version and str(version))
@@ -190,16 +240,16 @@ def begin_reading(item: Any, reading: ImageReading) -> dict[str, Any] | PendingF
 
 
 def unreadable(message: str) -> dict[str, Any]:
-    """Return a picture that cannot be had as the fields of `IMAGE`."""
+    """Return a file that cannot be had as the fields of `FILE`."""
     return {"bytes": None, "error": message}
 
 
 def read_ahead(rows: Iterable[dict[T, list[Any] | None]]) -> Iterator[dict[T, list[Any] | None]]:
-    """Yield the pictures of rows once their files are read; files of later rows are read meanwhile.
+    """Yield the media of rows once their files are read; files of later rows are read meanwhile.
 
     Args:
-        rows: The pictures of each row, by whatever names them, as `begin_reading` returns them.
-            Rows are asked for as their files can be read.
+        rows: The pictures and sounds of each row, by whatever names them, as `begin_reading`
+            returns them. Rows are asked for as their files can be read.
     """
     begun: deque[dict[T, list[Any] | None]] = deque()
     num_begun = 0
@@ -213,21 +263,21 @@ def read_ahead(rows: Iterable[dict[T, list[Any] | None]]) -> Iterator[dict[T, li
 
 
 def _num_files(row: dict[Any, list[Any] | None]) -> int:
-    return sum(isinstance(i, PendingFile) for images in row.values() for i in images or ())
+    return sum(isinstance(i, PendingFile) for items in row.values() for i in items or ())
 
 
 def _waited(row: dict[T, list[Any] | None]) -> dict[T, list[Any] | None]:
     return {
-        name: None if images is None else [_file(image) for image in images]
-        for name, images in row.items()
+        name: None if items is None else [_file(item) for item in items]
+        for name, items in row.items()
     }
 
 
-def _file(image: Any) -> Any:
-    if not isinstance(image, PendingFile):
-        return image
+def _file(item: Any) -> Any:
+    if not isinstance(item, PendingFile):
+        return item
     try:
-        return {"bytes": image.result(), "error": None}
+        return {"bytes": item.result(), "error": None}
     except RecordError as error:
         return unreadable(str(error))
 
@@ -235,7 +285,7 @@ def _file(image: Any) -> Any:
 class _Received(io.BytesIO):
     """The bytes of a file so far; more than the limits allow are an error."""
 
-    def __init__(self, name: str, reading: ImageReading, due: float) -> None:
+    def __init__(self, name: str, reading: FileReading, due: float) -> None:
         super().__init__()
         self.reading = reading
         self._name, self._due = name, due
@@ -257,7 +307,7 @@ class _Received(io.BytesIO):
         return super().write(chunk)
 
 
-def _read(name: str, version: str | None, reading: ImageReading, due: float) -> bytes:
+def _read(name: str, version: str | None, reading: FileReading, due: float) -> bytes:
     place = reading.place_of(name)
     read, tries = _reader(place, version)
     for number in range(1, tries + 1):
@@ -354,7 +404,7 @@ def _of_file_uri(name: str) -> str:
     return str(Path("/", unquote(parts.path)))
 
 
-def _too_slow(name: str, reading: ImageReading) -> NoReturn:
+def _too_slow(name: str, reading: FileReading) -> NoReturn:
     _refuse(f"a file that is read within {reading.max_secs:g} s", f"no end of {_shown(name)}")
 
 
