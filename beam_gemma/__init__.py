@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from beam_gemma.inference.handlers import GemmaClassifyModelHandler as GemmaClassifyModelHandler
     from beam_gemma.inference.handlers import GemmaEmbedModelHandler as GemmaEmbedModelHandler
     from beam_gemma.inference.handlers import GemmaGenerateModelHandler as GemmaGenerateModelHandler
+    from beam_gemma.inference.media_files import AudioReading as AudioReading
     from beam_gemma.inference.media_files import ImageReading as ImageReading
     from beam_gemma.inference.ml_transform import GemmaTextEmbeddings as GemmaTextEmbeddings
     from beam_gemma.inference.transforms import Classify as Classify
@@ -71,6 +72,7 @@ PUBLIC = {
     "GemmaClassifyModelHandler": "beam_gemma.inference.handlers",
     "GemmaEmbedModelHandler": "beam_gemma.inference.handlers",
     "GemmaGenerateModelHandler": "beam_gemma.inference.handlers",
+    "AudioReading": "beam_gemma.inference.media_files",
     "ImageReading": "beam_gemma.inference.media_files",
     "GemmaTextEmbeddings": "beam_gemma.inference.ml_transform",
     "Classify": "beam_gemma.inference.transforms",

@@ -4,20 +4,15 @@ Rows may name files by path or URI. `inference/media_files.py` reads those files
 bytes into the row before this module gets it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.image_processor import file_of_pillow
+from beam_gemma.inputs.media_values import MediaSource, column_values, file_value
 from beam_gemma.inputs.row import MediaFile, Row
-from beam_gemma.inputs.template import column_value
-
-ImageSource = bytes | str
-"""The bytes of a picture's file, or its path or URI."""
-STRUCT_KEYS = ("bytes", "path", "uri")
-"""Fields of a struct that may hold a picture; the first that is not null does."""
 
 
 @runtime_checkable
@@ -66,9 +61,7 @@ def column_images(
     row: Row, column: str, settings: ImageSettings
 ) -> Iterator[tuple[str, MediaFile]]:
     """Yield what errors call each picture of one column, and the picture; see `row_images`."""
-    value = None if isinstance(row, str) else column_value(row, column)
-    pictures = list(_values(value, column))
-    for name, picture in pictures or [(f"column {column!r}", None)]:
+    for name, picture in column_values(row, column, "picture", image_value):
         if picture is not None:
             yield name, image_file(picture, name)
         elif not settings.allow_missing_images:
@@ -78,7 +71,7 @@ def column_images(
             )
 
 
-def image_value(value: Any, name: str) -> ImageSource | None:
+def image_value(value: Any, name: str) -> MediaSource | None:
     """Return the picture that one value stands for; None for a struct of nulls.
 
     Args:
@@ -90,24 +83,12 @@ def image_value(value: Any, name: str) -> ImageSource | None:
     Raises:
         RecordError: the value is something else, or holds the error that reading a file met.
     """
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if isinstance(value, str):
-        return value
     if isinstance(value, Image.Image):
         return file_of_pillow(value, name)
-    if isinstance(value, Mapping) and value.keys() & {*STRUCT_KEYS, "error"}:
-        return _of_struct(value, name)
-    got = type(value).__name__
-    if isinstance(value, Mapping):
-        got = f"a struct of {', '.join(map(str, value)) or 'nothing'}"
-    raise RecordError(
-        f"{name}: expected bytes, a path or URI, a struct {{bytes, path}}, an ObjectRef, or a list "
-        f"of these, got {got}"
-    )
+    return file_value(value, name)
 
 
-def image_file(source: ImageSource, name: str) -> MediaFile:
+def image_file(source: MediaSource, name: str) -> MediaFile:
     """Return the file of a picture whose bytes the row has.
 
     Raises:
@@ -118,42 +99,4 @@ def image_file(source: ImageSource, name: str) -> MediaFile:
     raise RecordError(
         f"{name}: expected the bytes of a picture, got a path or URI, {source[:200]!r}; give its "
         "bytes"
-    )
-
-
-def picture_name(columns: Sequence[str], index: int | None) -> str:
-    """Return what errors call a picture that is known by its place in a prompt alone.
-
-    Args:
-        columns: The columns that it may be from; none if it is from a conversation.
-        index: Its index among the pictures of the prompt; None if it is the only one.
-    """
-    names = " or ".join(f"column {column!r}" for column in columns) or "messages"
-    return names if index is None else f"{names}, picture {index + 1}"
-
-
-def _values(value: Any, column: str) -> Iterator[tuple[str, ImageSource | None]]:
-    """Yield what errors call each picture of a value, and the picture."""
-    name = f"column {column!r}"
-    if value is None:
-        return
-    if not isinstance(value, list | tuple):
-        yield name, image_value(value, name)
-        return
-    for number, item in enumerate(value, 1):
-        item_name = f"{name}, picture {number}" if len(value) > 1 else name
-        yield item_name, None if item is None else image_value(item, item_name)
-
-
-def _of_struct(value: Mapping[str, Any], name: str) -> ImageSource | None:
-    if error := value.get("error"):
-        raise RecordError(f"{name}: {error}")
-    found = next((value[key] for key in STRUCT_KEYS if value.get(key) is not None), None)
-    if isinstance(found, bytearray | memoryview):
-        return bytes(found)
-    if found is None or isinstance(found, bytes | str):
-        return found
-    raise RecordError(
-        f"{name}: expected a struct with bytes, or with a path or URI as text, got "
-        f"{type(found).__name__}"
     )

@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from beam_gemma.batches import is_json_text
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.inputs.images import STRUCT_KEYS
+from beam_gemma.inputs.media_values import STRUCT_KEYS
 from beam_gemma.inputs.row import ColumnUse
 from beam_gemma.model.artifact import Artifact
 from beam_gemma.tasks.interface import Settings

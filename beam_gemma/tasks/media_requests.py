@@ -25,6 +25,7 @@ from beam_gemma.engine.sequence import Completion, Medium, Picture, Request, Sou
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.image_processor import ImageProcessor, read_header
 from beam_gemma.inputs.media_prompt import MediaSettings
+from beam_gemma.inputs.media_values import place_name
 from beam_gemma.inputs.row import MediaFile, MediaKind, Prompt
 from beam_gemma.inputs.sound_processor import SoundProcessor
 from beam_gemma.model.sound_config import SoundConfig
@@ -47,12 +48,6 @@ class Decoded:
 
     digest: bytes
     values: Shaped[np.ndarray, "..."]
-
-    @classmethod
-    def of(cls, values: Shaped[np.ndarray, "..."]) -> "Decoded":
-        """Return values with a digest that tells them from others of another type or shape."""
-        form = f"{values.dtype} {values.shape}".encode()
-        return cls(hashlib.blake2b(values.data, digest_size=32, key=form).digest(), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +94,12 @@ class Work:
                 known = shown.get(file.digest, Shown(file, _index(prompt, place.file), 1))
                 shown[file.digest] = replace(known, num_views=max(known.num_views, place.view + 1))
         return shown
+
+
+def _decoded(values: Shaped[np.ndarray, "..."]) -> Decoded:
+    """Return values with a digest that tells them from others, also of another type or shape."""
+    form = f"{values.dtype} {values.shape}".encode()
+    return Decoded(hashlib.blake2b(values.data, digest_size=32, key=form).digest(), values)
 
 
 def _index(prompt: Prompt, number: int) -> int | None:
@@ -174,18 +175,16 @@ class MediaDecoder:
                 f"{NAMES[file.kind]}: expected none, since the model takes none, got one"
             )
         if file.kind == "audio":
-            return tuple(map(Decoded.of, self._sounds.frames(file.data)))
+            return tuple(map(_decoded, self._sounds.frames(file.data)))
         header = read_header(file.data)
         is_large = header.width * header.height > LARGE_PIXELS
         with self._large if is_large else nullcontext():
-            return tuple(map(Decoded.of, self._images.pixels(file.data)))
+            return tuple(map(_decoded, self._images.pixels(file.data)))
 
     def error(self, shown: Shown, error: RecordError) -> RecordError:
         """Return the error of `decode`, for the row that shows the file: it names the column."""
         columns, name = self._columns[shown.file.kind], NAMES[shown.file.kind]
-        place = " or ".join(f"column {column!r}" for column in columns) or "messages"
-        if shown.index is not None:
-            place += f", {name} {shown.index + 1}"
+        place = place_name(columns, name, shown.index)
         return RecordError(f"{place}: {str(error).removeprefix(f'{name}: ')}")
 
     def completed(

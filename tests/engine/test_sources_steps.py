@@ -431,7 +431,7 @@ def test_sources_that_do_not_suit_the_model_are_refused():
         "^prompt: expected at least one token, got none$": {"prompt_token_ids": ()},
         "^source: expected token ids from 0 to 96, got 1 to 97$": {"source_token_ids": (1, 97)},
         "^spans: expected none, since the model attends one way": {"spans": ((0, 2),)},
-        "^pictures: expected none": {"pictures": (fake_picture(1, 0),)},
+        "^pictures: expected none": {"media": (fake_picture(1, 0),)},
     }
     for message, changes in refusals.items():
         with pytest.raises(RecordError, match=message):

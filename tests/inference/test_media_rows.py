@@ -13,7 +13,7 @@ from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.inference import task_handler
 from beam_gemma.inference.carried_rows import RowCarrier, rows_of_bytes
 from beam_gemma.inference.handlers import GemmaClassifyModelHandler, GemmaGenerateModelHandler
-from beam_gemma.inference.media_files import ImageReading
+from beam_gemma.inference.media_files import ImageReading, MediaReading
 from beam_gemma.inference.media_rows import files_of, in_parts, with_files
 from beam_gemma.inference.rows import num_bytes, weight
 from beam_gemma.inference.transforms import Classify, Generate
@@ -42,7 +42,7 @@ def reading(tmp_path):
     """A folder with two pictures, from which paths start."""
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
-    return ImageReading(allow_local=True, folder=str(tmp_path))
+    return MediaReading(image=ImageReading(allow_local=True, folder=str(tmp_path)))
 
 
 def ways_of(number):
@@ -60,7 +60,7 @@ def told(results):
 
 
 def test_all_forms_of_a_picture_have_the_same_result(model, reading):
-    handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading)
+    handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading.image)
     rows = [row for number in range(2) for row in ways_of(number)]
     rows += [{"photo": "none.png"}, {"photo": None}, {"photo": 3}]
     loaded = handler.load_model()
@@ -79,13 +79,15 @@ def test_all_forms_of_a_picture_have_the_same_result(model, reading):
 
 def test_transforms_take_pictures(model, reading):
     names = [f"{number % 2}.png" for number in range(6)]
-    handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading)
+    handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading.image)
     wanted = {
         name: handler.run_inference([{"photo": name}], handler.load_model())[0].inference["logprob"]
         for name in names
     }
     settings = ClassifySettings(prompt="{photo}", image_columns=("photo",), labels=("a", "b"))
-    judge = GemmaClassifyModelHandler(model, settings, large_model=False, image_reading=reading)
+    judge = GemmaClassifyModelHandler(
+        model, settings, large_model=False, image_reading=reading.image
+    )
     with local_pipeline() as pipeline:
         rows = pipeline | beam.Create([{"photo": name} for name in names])
         said = rows | Generate(handler) | beam.Map(lambda row: (row["photo"], row["logprob"]))
@@ -95,7 +97,7 @@ def test_transforms_take_pictures(model, reading):
 
 
 def test_requests_carry_pictures_to_another_process(model, reading):
-    handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading)
+    handler = GemmaGenerateModelHandler(model, SEES, large_model=False, image_reading=reading.image)
     [rows] = in_parts([*ways_of(0), {"photo": "none.png"}], SEES, reading, 1 << 30)
     carried = rows_of_bytes(handler._carrier()(rows))
     *good, bad = carried

@@ -21,7 +21,8 @@ from beam_gemma.inputs.image_processor import (
     file_of_pillow,
     read_header,
 )
-from beam_gemma.inputs.images import picture_name, row_images
+from beam_gemma.inputs.images import row_images
+from beam_gemma.inputs.media_values import place_name
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.inputs.row import MediaFile
@@ -252,7 +253,7 @@ def test_a_line_is_a_picture(size):
 def test_of_a_long_gif_only_the_first_frame_is_read():
     data = gif(10_000)
     start = time.process_time()
-    assert prompt_of(data).images == (MediaFile(data),)
+    assert prompt_of(data).files == (MediaFile(data),)
     assert PROCESSOR.pixels(data)[0].shape == (3, 28, 28)
     assert time.process_time() - start < 0.5
 
@@ -324,9 +325,9 @@ def test_pictures_keep_the_order_of_columns():
     found = row_images({"b": [three], "a": [one, None, two]}, settings)
     assert [image.data for image in found] == [one, two, three]
     assert row_images({"a": None, "b": []}, settings) == ()
-    assert picture_name(("a", "b"), 1) == "column 'a' or column 'b', picture 2"
-    assert picture_name(("a",), None) == "column 'a'"
-    assert picture_name((), 0) == "messages, picture 1"
+    assert place_name(("a", "b"), "picture", 1) == "column 'a' or column 'b', picture 2"
+    assert place_name(("a",), "picture", None) == "column 'a'"
+    assert place_name((), "sound", 0) == "messages, sound 1"
 
 
 def test_no_file_of_this_machine_is_read(tmp_path: Path):

@@ -131,8 +131,8 @@ def test_an_identity_with_pictures_has_the_decoder_prompt_too():
     prompt = Prompt(
         parts=(),
         token_ids=(2, 7, 7),
-        places=(MediaPlace(1, 0),),
-        images=(image,),
+        places=(MediaPlace(1, 0, 0, 2),),
+        files=(image,),
         decoder_token_ids=(2, 9),
     )
     restored = Prompt.of_identity(json.loads(json.dumps(prompt.identity)), [b"file"])

@@ -7,10 +7,9 @@ from PIL import Image
 
 from beam_gemma.errors import OptionsError, PromptTooLongError, RecordError
 from beam_gemma.inputs.image_processor import read_header
-from beam_gemma.inputs.image_prompt import PicturePart
 from beam_gemma.inputs.prompt_encoder import PromptEncoder, Shots
 from beam_gemma.inputs.prompt_settings import PromptSettings
-from beam_gemma.inputs.row import MediaPlace, Prompt
+from beam_gemma.inputs.row import MediaPart, MediaPlace, Prompt
 from beam_gemma.model.markup import Control, Text
 from tests.doubles.chat_reference import TEMPLATES
 from tests.doubles.published_processors import IMAGE_TOKENS, VISIONS, our_tokenizer, processor
@@ -76,9 +75,9 @@ def check(prompt, expected, *pictures):
     vision = VISIONS["paligemma" if 1452 in expected else "gemma3"]
     soft = [index for index, i in enumerate(expected) if i == vision.image_token_id]
     assert [place.start for place in prompt.places] == soft[::IMAGE_TOKENS]
-    shown = [(prompt.images[place.image].data, place.crop) for place in prompt.places]
+    shown = [(prompt.files[place.file].data, place.view) for place in prompt.places]
     assert shown == [(FILES[name], crop) for name, crops in pictures for crop in range(crops + 1)]
-    assert len({image.digest for image in prompt.images}) == len(prompt.images)
+    assert len({file.digest for file in prompt.files}) == len(prompt.files)
 
 
 def whole(*names):
@@ -112,7 +111,7 @@ def test_pictures_of_a_list_stand_one_after_the_other():
     row = {"x": [FILES["a"], FILES["b"], FILES["a"]], "t": "how many"}
     found = encoder(prompt_column="t", image_columns=("x",))(row)
     check(found, published("<start_of_image>" * 3 + "how many", *"aba"), *whole(*"aba"))
-    assert [place.image for place in found.places] == [0, 1, 0]
+    assert [place.file for place in found.places] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("names", [("wide",), ("wide", "a", "high"), ("high", "high")])
@@ -303,8 +302,8 @@ def test_shots_bring_their_own_pictures():
     check(chat, expected, *whole(*"bca"))
     # The same text with another picture is another row.
     other = encoder(**settings)({"t": "a", "x": FILES["b"]})
-    assert [image.data for image in other.images] == [FILES["a"], FILES["b"]]
-    assert [place.image for place in other.places] == [0, 1, 1]
+    assert [file.data for file in other.files] == [FILES["a"], FILES["b"]]
+    assert [place.file for place in other.places] == [0, 1, 1]
 
 
 def test_an_error_about_a_message_shows_nothing_of_its_file():
@@ -355,7 +354,7 @@ def test_nulls_are_errors_or_no_picture():
         allowed = encoder(prompt="say {x}", image_columns=("x",), allow_missing_images=True)
         assert allowed({"x": value}).token_ids == encoder(prompt="say ")({}).token_ids
     mixed = allowed({"x": [None, FILES["a"]]})
-    assert [image.data for image in mixed.images] == [FILES["a"]]
+    assert [file.data for file in mixed.files] == [FILES["a"]]
     with pytest.raises(RecordError, match="column 'x', picture 1: expected a picture, got null"):
         encoder(prompt="say", image_columns=("x",))({"x": [None, FILES["a"]]})
     with pytest.raises(RecordError, match="column 'x'"):
@@ -383,14 +382,14 @@ def test_a_token_id_that_the_decoder_lacks_is_written_as_zero():
 def test_prompts_are_restored_from_their_identity():
     row = {"x": [FILES["a"], FILES["b"], FILES["a"]]}
     found = encoder(prompt="which", image_columns=("x",))(row)
-    restored = Prompt.of_identity(found.identity, [image.data for image in found.images])
+    restored = Prompt.of_identity(found.identity, [file.data for file in found.files])
     assert (restored.token_ids, restored.places) == (found.token_ids, found.places)
-    assert restored.images == found.images
+    assert restored.files == found.files
     count = VISIONS["gemma3"].num_image_tokens
     assert found.places[0] == MediaPlace(found.places[0].start, 0, 0, count)
     # All that encodes parts again, as labels do, gives the same ids.
     assert TOKENIZERS["gemma3"].encode(found.parts) == list(found.token_ids)
-    assert not any(isinstance(part, PicturePart) for part in found.parts)
+    assert not any(isinstance(part, MediaPart) for part in found.parts)
 
 
 @pytest.mark.parametrize("name", VISIONS)
@@ -417,7 +416,7 @@ def test_a_model_without_sight_takes_no_pictures():
         ({"image_columns": ("x",), "messages_column": "x"}, "'x': expected once"),
         (
             {"image_columns": ("x",), "prefix_column": "a", "suffix_column": "b"},
-            "prefix_column: expected no image columns",
+            "prefix_column: expected no columns of pictures or sounds",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from apache_beam.io.localfilesystem import LocalFileSystem
 from beam_gemma.batches import JSON_TEXT
 from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inference import media_files
-from beam_gemma.inference.media_files import ImageReading, PendingFile
+from beam_gemma.inference.media_files import ImageReading, MediaReading, PendingFile
 from beam_gemma.jobs import fetch_media
 from beam_gemma.jobs.fetch_media import FILE_LIST, described, fetched, in_slices
 
@@ -44,7 +44,8 @@ def folder(tmp_path):
 def images_of(values, kind, reading=HERE):
     """Return the pictures of a column's values, each as bytes or as its error."""
     batch = pa.record_batch({"id": pa.array(range(len(values))), "photo": pa.array(values, kind)})
-    slices = [rows for _, rows in fetched((0, batch), ("photo",), reading)]
+    limits = MediaReading(image=reading)
+    slices = [rows for _, rows in fetched((0, batch), {"photo": "image"}, limits)]
     assert all(rows.schema.field("photo").type == FILE_LIST for rows in slices)
     table = pa.Table.from_batches(slices)
     assert table["id"].to_pylist() == list(range(len(values)))
@@ -246,13 +247,16 @@ def test_slices_are_small_and_later_rows_wait(monkeypatch):
     begin = fetch_media._begin
     monkeypatch.setattr(fetch_media, "_begin", lambda *a: started.append(1) or begin(*a))
     batch = pa.record_batch({"photo": pa.array([b"x" * 400] * 100, pa.binary())})
-    slices = fetched((50, batch), ("photo",), HERE)
+    slices = fetched((50, batch), {"photo": "image"}, MediaReading(image=HERE))
     position, first = next(slices)
     assert (position, first.num_rows, len(started)) == (50, 3, 3)
     others = list(slices)
     assert [start for start, _ in others] == list(range(53, 150, 3))
     small = pa.record_batch({"photo": pa.array([b"x"] * 20, pa.binary())})
-    assert [rows.num_rows for _, rows in fetched((0, small), ("photo",), HERE)] == [16, 4]
+    assert [
+        rows.num_rows
+        for _, rows in fetched((0, small), {"photo": "image"}, MediaReading(image=HERE))
+    ] == [16, 4]
 
 
 def test_read_ahead_is_bounded_too(folder):
@@ -304,11 +308,11 @@ def test_pictures_are_shown_by_their_size():
     )
     assert described(rows, ("photo", "all", "name")).to_pylist() == [
         {
-            "photo": "picture, 5 bytes",
-            "all": [{"bytes": "picture, 2,000 bytes", "path": "a"}, None],
+            "photo": "file, 5 bytes",
+            "all": [{"bytes": "file, 2,000 bytes", "path": "a"}, None],
             "name": "a",
         },
-        {"photo": "picture, 5 bytes", "all": None, "name": "b"},
+        {"photo": "file, 5 bytes", "all": None, "name": "b"},
     ]
 
 

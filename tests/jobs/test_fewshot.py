@@ -6,7 +6,7 @@ import pytest
 
 from beam_gemma.errors import OptionsError
 from beam_gemma.inference import media_files
-from beam_gemma.inference.media_files import ImageReading
+from beam_gemma.inference.media_files import ImageReading, MediaReading
 from beam_gemma.jobs.fewshot import all_shots, draw_shots
 from beam_gemma.tables.open_table import open_source
 from beam_gemma.tasks.questions import ClassifySettings
@@ -94,7 +94,7 @@ def test_pictures_are_read_of_drawn_rows_alone(tmp_path, monkeypatch):
     texts = [f"t{number}" for number in range(20)]
     names = [f"{number}.png" for number in range(20)]
     table = table_of(tmp_path, photo=names, text=texts, answer=["yes"] * 20)
-    reading = ImageReading(allow_local=True, folder=str(tmp_path))
+    reading = MediaReading(image=ImageReading(allow_local=True, folder=str(tmp_path)))
     plain = ClassifySettings(prompt="{text}", labels=("yes", "no"))
     wanted = draw_shots(table, plain, "answer", number=3, seed=5)
     read, names_read = media_files._read, []

@@ -107,6 +107,14 @@ def test_a_request_has_the_pixels_of_its_row():
     assert len({p.digest for r in engine.requests for p in r.media}) == 9
 
 
+def test_pictures_of_the_same_bytes_and_another_shape_differ():
+    plain = np.zeros((3, 48, 96), np.uint8)
+    one, other = map(media_requests._decoded, (plain, plain.reshape(3, 96, 48)))
+    assert one.digest == media_requests._decoded(plain.copy()).digest
+    assert one.digest != other.digest
+    assert one.digest != media_requests._decoded(plain.view(np.int8)).digest
+
+
 def test_all_of_a_paligemma_prompt_is_attended_both_ways():
     engine = HeldEngine(echo)
     rows = [{"text": "a", "photo": picture(1)}, {"text": "abc", "photo": None}]
@@ -137,7 +145,7 @@ def test_few_rows_are_decoded_at_a_time():
 
 def test_pixels_are_few_and_forgotten(monkeypatch):
     size = 3 * VISIONS["gemma3"].image_size ** 2
-    monkeypatch.setattr(engine_model, "MAX_PIXEL_BYTES", 4 * size)
+    monkeypatch.setattr(engine_model, "MAX_DECODED_BYTES", 4 * size)
     held, most, guard = [], 0, threading.Lock()
     make = media_requests.Decoded
 
@@ -161,7 +169,7 @@ def test_pixels_are_few_and_forgotten(monkeypatch):
 
 
 def test_a_row_larger_than_the_window_runs_alone(monkeypatch):
-    monkeypatch.setattr(engine_model, "MAX_PIXEL_BYTES", 1)
+    monkeypatch.setattr(engine_model, "MAX_DECODED_BYTES", 1)
     engine = HeldEngine(echo, is_held=True)
     rows = [{"text": "a", "photo": [picture(i), picture(9 + i)]} for i in range(3)]
     with ThreadPoolExecutor(1) as pool, engine:
