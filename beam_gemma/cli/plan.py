@@ -146,11 +146,8 @@ def _open(
         device = choose_device(artifact, handler.head, device)
     elif device != "auto":
         artifact.signature(handler.head, device)
-    if device != "auto":
-        if handler.settings.image_columns:
-            artifact.signature("vision", device)
-        if handler.settings.audio_columns:
-            artifact.signature("sound", device)
+    if device != "auto" and handler.settings.image_columns:
+        artifact.signature("vision", device)
     return artifact, options
 
 

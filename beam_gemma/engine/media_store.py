@@ -82,8 +82,8 @@ class MediaStore:
         for digest in needed:
             self._kept.move_to_end(digest)
         while self._num_bytes > self._max_bytes and len(self._kept) > len(needed):
-            _, features = self._kept.popitem(last=False)
-            self._num_bytes -= features.nbytes
+            _, gone = self._kept.popitem(last=False)
+            self._num_bytes -= gone.nbytes
         return {digest: self._kept[digest] for digest in needed}
 
     def _computed(self, kind: type[Medium], media: Iterable[Medium]) -> dict[bytes, np.ndarray]:

@@ -124,12 +124,14 @@ class RequestChecks:
         kind, graph = ("pictures", self.vision) if is_picture else ("sounds", self.sound)
         if graph is None:
             raise RecordError(f"{kind}: expected none, since the model takes none, got some")
-        shape = medium.values.shape
-        num_tokens = graph.tokens_of(*shape[1:]) if is_picture else graph.sound_tokens_of(*shape)
+        if not is_picture:
+            return kind, medium.num_tokens
+        height, width = medium.values.shape[1:]
+        num_tokens = graph.tokens_of(height, width)
         if num_tokens is None:
-            got = " by ".join(map(str, shape[1:] if is_picture else shape))
-            expected = graph.sizes_of_pictures if is_picture else graph.sizes_of_sounds
-            raise RecordError(f"{kind}: expected {expected}, got {got}")
+            raise RecordError(
+                f"{kind}: expected {graph.sizes_of_pictures}, got {height} by {width}"
+            )
         return kind, num_tokens
 
 

@@ -88,10 +88,9 @@ class SoundPrompts:
         """Yield the tokens of the clips of a sound, and what stands around them."""
         sound = self._sound
         assert sound is not None
-        before = [] if sound.begin_token is None else [Control(sound.begin_token)]
-        behind = [] if sound.end_token is None else [Control(sound.end_token)]
-        lines = [Text("\n\n")] if sound.encoder == "usm" else []  # as Gemma 3n's processor has it
+        before: list[Part] = [Control(sound.begin_token)]
+        behind: list[Part] = [] if sound.end_token is None else [Control(sound.end_token)]
+        if sound.encoder == "usm":  # Gemma 3n's processor adds empty lines
+            before, behind = [Text("\n\n"), *before], [*behind, Text("\n\n")]
         for num_tokens in part.num_tokens:
-            yield from (*lines, *before)
-            yield SoftTokens(READABLE, self._token_id, num_tokens)
-            yield from (*behind, *lines)
+            yield from (*before, SoftTokens(READABLE, self._token_id, num_tokens), *behind)

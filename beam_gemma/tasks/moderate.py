@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from beam_gemma.errors import OptionsError, nearest
-from beam_gemma.inputs.prompt_encoder import Side
+from beam_gemma.inputs.prompt_settings import Side
 from beam_gemma.inputs.row import ColumnUse
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.picture_policies import PICTURE_GUIDELINES, picture_prompt

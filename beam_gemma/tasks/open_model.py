@@ -30,7 +30,6 @@ from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.monitoring.timeline import Pulse, Work
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.open_session import open_session
-from beam_gemma.runtime.sound_session import SoundSession
 from beam_gemma.runtime.step_shapes import num_texts
 from beam_gemma.runtime.vision_session import VisionSession
 from beam_gemma.structured.constraint import Constraint
@@ -264,11 +263,8 @@ def start_engine(
     limits = limits.for_pictures(artifact.vision, device)
     has_tower = artifact.vision is not None and ("vision", device) in artifact.signatures
     vision = VisionSession.of(artifact, device) if has_tower else None
-    has_ears = artifact.sound is not None and ("sound", device) in artifact.signatures
-    sound = SoundSession.of(artifact, device) if has_ears else None
-    for session_of_media in (vision, sound):
-        if session_of_media is not None and device == "cuda" and has_media:
-            session_of_media.load()
+    if vision is not None and device == "cuda" and has_media:
+        vision.load()
     encoder = None
     if artifact.encoder is not None and device == "cuda":
         encoder = open_session(artifact, "encode", device, limits)
@@ -280,7 +276,6 @@ def start_engine(
         session,
         config,
         vision=vision,
-        sound=sound,
         encoder=encoder,
         on_step=METER.add,
         device_stats=session.stats,
