@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from beam_gemma.errors import RecordError
+from beam_gemma.inputs.ogg_checks import check_ogg
 
 KINDS = ("WAV", "FLAC", "OGG", "MP3")
 """Kinds of files that are opened; libsndfile sees the bytes of no other."""
@@ -28,8 +29,6 @@ _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 
 """Samples of a second, by the version: MPEG 1, 2 and 2.5."""
 _LENGTH_TAG = re.compile(rb"Xing|Info|VBRI")
 """What the first frame of an MP3 has that tells how many frames follow."""
-_FIRST_PAGE = re.compile(rb"OggS\0[\x02\x03\x06\x07]")
-"""The start of each sound of an OGG."""
 _FOREIGN = {
     rb".{4}ftyp": "MP4, as M4A files are",
     rb"\xff[\xf0-\xf1\xf8-\xf9]": "AAC",
@@ -80,7 +79,7 @@ def check_file(data: bytes, name: str) -> Checked:
         _check_wav(data, name)
         return Checked("WAV")
     if data.startswith(b"OggS"):
-        _check_ogg(data, name)
+        check_ogg(data, name)
         return Checked("OGG")
     if data.startswith(b"fLaC", start):
         return Checked("FLAC", start)
@@ -120,21 +119,6 @@ def _check_wav(data: bytes, name: str) -> None:
         f"{name}: expected at most {MAX_CHUNKS:,} chunks before the samples of a WAV, got more; "
         "write it anew"
     )
-
-
-def _check_ogg(data: bytes, name: str) -> None:
-    last = data.rindex(b"OggS")
-    num_segments = data[last + 26] if last + 26 < len(data) else 255
-    end = last + 27 + num_segments
-    end += sum(data[last + 27 : end])
-    if end > len(data):
-        raise _cut_off(name, "a whole page at the end of an OGG", "a part of one")
-    number = len(_FIRST_PAGE.findall(data))
-    if number > 1:
-        raise RecordError(
-            f"{name}: expected one sound in an OGG, got {number:,} behind or beside one another; "
-            "write each to a file of its own"
-        )
 
 
 @dataclass(frozen=True, slots=True)
