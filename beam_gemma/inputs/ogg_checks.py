@@ -57,8 +57,8 @@ def check_ogg(data: bytes, name: str) -> None:
         return
     if not first.startswith(b"\1vorbis"):
         raise RecordError(
-            f"{name}: expected Vorbis or Opus in an OGG, got something else; convert it to one of "
-            "these"
+            f"{name}: expected Vorbis or Opus, got an OGG with something else; convert it to one "
+            "of these"
         )
     next(packets, b"")  # comments
     setup = next(packets, b"")

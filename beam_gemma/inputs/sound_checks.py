@@ -18,8 +18,8 @@ _PIPED = 0x7FFF_0000
 """Sizes from here on stand in a WAV that was written to a pipe, whose writer did not know them."""
 _MOST_OFF = 10
 """Frames of an MP3 that its header may leave out: those of its own and of the encoder's delay."""
-MAX_FRAMES = 1_000_000
-"""Most frames of an MP3 that are looked at: at least three hours at 48 kHz."""
+MAX_FRAMES = 160_000
+"""Most frames of an MP3 that are looked at: an hour and more, as each has at least 24 ms."""
 _BIT_RATES = {
     3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),

@@ -4,19 +4,13 @@ Rows may name files by path or URI. `inference/media_files.py` reads those files
 bytes into the row before this module gets it.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-import soundfile
 
 from beam_gemma.errors import RecordError
 from beam_gemma.inputs.media_values import MediaSource, column_values, file_value
 from beam_gemma.inputs.row import MediaFile, Row
-
-ARRAY_KEYS = frozenset(("array", "sampling_rate"))
-"""Fields of a sound that `datasets` has decoded: samples from -1 to 1, and their rate in Hz."""
+from beam_gemma.inputs.sound_file import file_of_array
 
 
 @runtime_checkable
@@ -75,15 +69,15 @@ def sound_value(value: Any, name: str) -> MediaSource | None:
 
     Args:
         value: The bytes of a file, a path or URI, a struct {bytes, path} as `datasets` has it, a
-            struct {array, sampling_rate} once it has decoded that, a struct {bytes, error} of a
-            file that was read, or BigQuery's ObjectRef {uri, version, ...}.
+            struct {array, sampling_rate} once it has decoded that, whose path is not read, a struct
+            {bytes, error} of a file that was read, or BigQuery's ObjectRef {uri, version, ...}.
         name: What errors call the sound.
 
     Raises:
         RecordError: the value is something else, or holds the error that reading a file met.
     """
-    if isinstance(value, Mapping) and value.keys() >= ARRAY_KEYS and value["array"] is not None:
-        return _of_array(value["array"], value["sampling_rate"], name)
+    if isinstance(value, Mapping) and value.get("array") is not None:
+        return file_of_array(value["array"], value.get("sampling_rate"), name)
     return file_value(value, name, "a struct {array, sampling_rate}")
 
 
@@ -99,20 +93,3 @@ def sound_file(source: MediaSource, name: str) -> MediaFile:
         f"{name}: expected the bytes of a sound, got a path or URI, {source[:200]!r}; give its "
         "bytes"
     )
-
-
-def _of_array(array: Any, sampling_rate: Any, name: str) -> bytes:
-    """Return samples as a WAV file of float32, from which they are read as they are."""
-    try:
-        samples = np.asarray(array, np.float32)
-        is_rate = type(sampling_rate) is int and 1 <= sampling_rate < 1 << 31
-        if samples.ndim != 1 or not samples.size or not is_rate:
-            raise ValueError(f"an array of {samples.shape} at a rate of {sampling_rate!r:.40}")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RecordError(
-            f"{name}: expected an array of samples in one channel and their sampling_rate, got "
-            f"{str(error)[:200]}"
-        ) from error
-    file = io.BytesIO()
-    soundfile.write(file, samples, sampling_rate, subtype="FLOAT", format="WAV")
-    return file.getvalue()

@@ -7,13 +7,21 @@ FIRST, LAST = 2, 4
 """Flags of a page."""
 
 
+def _bits_of(byte: int) -> int:
+    total = byte << 24
+    for _ in range(8):
+        total = (total << 1 & 0xFFFFFFFF) ^ (0x04C11DB7 if total >> 31 else 0)
+    return total
+
+
+_SUMS = [_bits_of(byte) for byte in range(256)]
+
+
 def crc(data: bytes) -> int:
-    """Return the checksum of a page, bit by bit as the specification has it."""
+    """Return the checksum of a page, byte by byte as the specification has it."""
     total = 0
     for byte in data:
-        total ^= byte << 24
-        for _ in range(8):
-            total = (total << 1 & 0xFFFFFFFF) ^ (0x04C11DB7 if total >> 31 else 0)
+        total = (total << 8 & 0xFFFFFFFF) ^ _SUMS[total >> 24 ^ byte]
     return total
 
 

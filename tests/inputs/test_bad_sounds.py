@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from beam_gemma.errors import RecordError
+from beam_gemma.inputs.prompt_settings import PromptSettings
 from beam_gemma.inputs.sound_file import SUBTYPES, decode, file_of_array, read_sound_header
 from beam_gemma.inputs.sound_processor import SoundProcessor
 from beam_gemma.inputs.sounds import column_sounds
@@ -91,7 +92,7 @@ REFUSED = {
     ),
     "two OGG in one": (FILES["VORBIS"] * 2, "expected one sound in an OGG, got 2 behind or beside"),
     "an OGG of Vorbis and Opus": (FILES["OPUS"] + FILES["VORBIS"], "one sound in an OGG, got 2"),
-    "an integer": (7, "a struct {bytes, path}, an ObjectRef, a struct {array, samp.*, got int"),
+    "an integer": (7, r"a struct {bytes, path}, a struct {array, samp.*got int"),
     "a struct of others": ({"height": 1, "width": 2}, "got a struct of height, width"),
     "an array without rate": ({"array": [0.5]}, "expected a whole sampling_rate, got None"),
     "an array of text": ({"array": ["a"], "sampling_rate": 16_000}, "an array of samples"),
@@ -102,7 +103,7 @@ REFUSED = {
     "a failed fetch": ({"bytes": None, "error": "expected a file, got none"}, "got none"),
     "a path": ("calls/1.wav", "expected the bytes of a sound, got a path or URI, 'calls/1.wav'"),
     "an ObjectRef": ({"uri": "gs://b/1.wav", "version": "1"}, "or URI, 'gs://b/1.wav'; give its"),
-    "a null": (None, "expected a sound, got null; filter such rows out, or allow missing sounds"),
+    "a null": (None, "expected a sound, got null; filter such rows out, or allow missing audio"),
     "a struct of nulls": ({"bytes": None, "path": None}, "expected a sound, got null"),
     "a null in a list": ([FILES["PCM_16"], None], "sound 2: expected a sound, got null"),
     "a bad one in a list": ([FILES["PCM_16"], b"x"], "sound 2: expected a sound in one of"),
@@ -129,10 +130,10 @@ def _no_warnings():
     assert not caught
 
 
-def headers_of(value):
-    return [
-        read_sound_header(data, name=name) for name, data in column_sounds({"call": value}, "call")
-    ]
+def headers_of(value, **options):
+    settings = PromptSettings(prompt="say", audio_columns=("call",), **options)
+    sounds = column_sounds({"call": value}, "call", settings)
+    return [read_sound_header(sound.data, name=name) for name, sound in sounds]
 
 
 def check_sentence(error):
@@ -175,22 +176,24 @@ def test_values_that_are_sounds():
         assert headers_of(value) == [header]
     assert headers_of([data, FILES["OPUS"]]) == [header, read_sound_header(FILES["OPUS"])]
     for empty in (None, [], [None], {"bytes": None}):
-        assert list(column_sounds({"call": empty}, "call", allow_missing=True)) == []
+        assert headers_of(empty, allow_missing_audio=True) == []
 
 
 def test_an_array_of_a_row_is_its_sound():
     """Decoded by `datasets`, whose path says where it is from and need not be read."""
     samples = signal(700, 2).T
     value = {"path": "call.mp3", "array": samples.tolist(), "sampling_rate": 22_050}
-    [(name, data)] = column_sounds({"call": value}, "call")
+    settings = PromptSettings(prompt="say", audio_columns=("call",))
+    [(name, sound)] = column_sounds({"call": value}, "call", settings)
     assert name == NAME
-    assert data == file_of_array(samples, 22_050)
+    assert sound.data == file_of_array(samples, 22_050)
 
 
 def test_only_kinds_that_are_listed_are_opened():
     """libsndfile reads 26 kinds, of which most are seldom tried with hostile files."""
     read = set()
-    for kind in soundfile.available_formats():
+    # Of SD2, libsndfile writes a part to a file of its own, in the working directory.
+    for kind in soundfile.available_formats().keys() - {"SD2"}:
         for form in soundfile.available_subtypes(kind):
             with suppress(soundfile.LibsndfileError, RecordError):
                 read.add((read_sound_header(other(kind, form)).kind, form))

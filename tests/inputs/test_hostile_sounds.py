@@ -58,7 +58,6 @@ HOSTILE = {
         sound_file(signal(16_000 * 31) * 0, 16_000, "MP3", "MPEG_LAYER_III"), "30 s, got more; cut"
     ),
     "chunks of a WAV": (wav_of_chunks(1_000_000), "at most 1,000 chunks before the samples"),
-    "chunks behind a WAV": (wav_of_chunks(1, after=1_000_000), "more than 10,000 parts"),
     "a large code book": (vorbis_file(1, 20), BOOKS),
     "a code book that is just too large": (vorbis_file(1, 15), BOOKS),
     "code books with many values": (vorbis_file(256, 14, num_dimensions=2), BOOKS),
@@ -74,7 +73,7 @@ HOSTILE = {
     "a second sound whose flags have more": (
         vorbis_file(1, 4) + page([LARGE_BOOKS[0]], FIRST | 8, 0, serial=8) + REAL, "one sound in an"
     ),
-    "an OGG of another codec": (page([b"Speex   "], FIRST, 0), "Vorbis or Opus in an OGG, got some"),
+    "an OGG of another codec": (page([b"Speex   "], FIRST, 0), "expected Vorbis or Opus, got"),
 }  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def test_files_that_cost_more_than_their_size_are_refused(name):
 @pytest.mark.parametrize(
     "data",
     [
-        wav_of_chunks(100, after=100),
+        wav_of_chunks(100, after=1_000_000),
         vorbis_file(1, 4),
         vorbis_file(100, MAX_ENTRIES.bit_length() - 1),
         with_pages(OFFERED),
