@@ -186,9 +186,10 @@ def _write_graphs(
 ) -> tuple[Signature, ...]:
     """Write one graph per head, of which all share one set of weights; return their signatures."""
     config, vision, encoder = checkpoint.config, checkpoint.vision, checkpoint.encoder
+    sound = checkpoint.sound
     models = [
         trace(
-            partial(graph_module, config, embedding, signature, vision, encoder),
+            partial(graph_module, config, embedding, signature, vision, sound, encoder),
             signature,
             table_dtype(checkpoint, signature),
         )
@@ -196,7 +197,7 @@ def _write_graphs(
     ]
     for model, signature in zip(models, signatures, strict=True):
         # A tower is small, and its matrices do not divide into blocks.
-        if precision in BITS and signature.head != "vision":
+        if precision in BITS and signature.head not in ("vision", "sound"):
             quantize_graph(model, BITS[precision])
     attach(models, checkpoint, folder)
     signatures = tuple(map(with_tables_as_inputs, models, signatures))
@@ -275,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--text_only", action="store_true",
-        help="Leave out what a model has for pictures: its tower and projector. (default: false)",
+        help="Leave out what a model has for pictures and sound: towers and projectors. "
+        "(default: false)",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",

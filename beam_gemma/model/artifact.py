@@ -46,9 +46,11 @@ MAX_NAME = 1000
 SMALL_FILE_BYTES = 16 << 20
 """Files up to this size are checked in full each time a folder is opened."""
 PURPOSES: Mapping[Head, str] = {
-    **{head: task for task, head in HEADS.items()}, "encode": "encode", "vision": "see"
+    **{head: task for task, head in HEADS.items()}, "encode": "encode", "vision": "see",
+    "sound": "hear",
 }  # fmt: skip
-"""What the graph of each head is for: a task, or to encode sources or to see pictures for one."""
+"""What the graph of each head is for: a task, or to encode sources, see pictures or hear clips for
+one."""
 LOGGER = logging.getLogger(__name__)
 _SHA256 = re.compile("[0-9a-f]{64}")
 # What a description raises while it is built from a field of another type or value.
@@ -196,7 +198,8 @@ class Artifact:
         if (head, device) not in self.signatures:
             have = ", ".join(f"{PURPOSES[h]} on {d}" for h, d in self.signatures)
             task = "generate" if head == "encode" else PURPOSES[head]
-            how = "without --text_only, with" if head == "vision" else f"with --tasks {task}"
+            is_tower = head in ("vision", "sound")
+            how = "without --text_only, with" if is_tower else f"with --tasks {task}"
             raise ArtifactError(
                 f"{self.path}: expected a graph to {PURPOSES[head]} on {device}, got {have}; "
                 f"export the model again {how} --device {device}"

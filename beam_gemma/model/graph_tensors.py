@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
-Head = Literal["generate", "score", "embed", "vision", "encode"]
+Head = Literal["generate", "score", "embed", "vision", "sound", "encode"]
 Holds = Literal["target", "source", "both"]
 """Whose keys and values a cache holds; see `PagedState.holds`."""
 

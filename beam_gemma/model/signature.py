@@ -7,10 +7,11 @@ the exporter nor the engine writes a name as a literal.
 Dimensions: B sequences of the step, T new tokens, R packed positions passed to the head, Q of these
 with a probability, F of these with the full distribution, Y targets, V vocabulary size, D hidden
 size, K key-value heads, H head dimension, P cache blocks, M blocks in a table row, S slots of
-sequences, E embeddings of pictures, W width of an embedding, L places of a padded text or tokens of
-a picture, N pictures, I pixels of a side, G patches of a token, A pixels of a patch's side, X new
-tokens inside spans, Z spans of the step, C source tokens of sequences that start in the step, U
-width of the encoder; B1, R1, Z1, T1, T2 for one or two more, TC for T + C.
+sequences, E given embeddings, W width of an embedding, L places of a padded text or tokens of
+a picture or a clip, N pictures, I pixels of a side, G patches of a token, A pixels of a patch's
+side, J frames of a clip, X new tokens inside spans, Z spans of the step, C source tokens of
+sequences that start in the step, U width of the encoder; B1, R1, Z1, T1, T2 for one or two more, TC
+for T + C.
 
 Inputs of every graph
     input_ids [T] int64            packed new tokens
@@ -68,8 +69,8 @@ CUDA decoders with a table of per-layer embeddings take it as an input that is t
 (`tables`), so that it may lie in host memory.
 
 Optional inputs, if a model declares them
-    inputs_embeds [E, D]           embeddings of pictures that take the place of those of ids; at
-                                   least one row, which may be of zeros
+    inputs_embeds [E, D]           embeddings of pictures and clips that take the place of those of
+                                   ids; at least one row, which may be of zeros
     embeds_rows [T] int64          row of `inputs_embeds` for each token; -1 takes that of its id
     span_ends [T] int32            CPU: last position a token attends to: its own if causal, later
                                    inside a span with two-sided attention; CUDA has the inputs below
@@ -113,6 +114,11 @@ Head `vision`: no state and none of the inputs above; each picture is computed b
     patches [L, G, 3 A^2] uint8    colors of patches of A x A pixels, row by row, red first
     patch_places [L, G, 2] int64   column and row of each patch
     image_features [L, D]          output: embeddings of the picture's L tokens, in `dtype`
+
+Head `sound`: no state and none of the inputs above; each clip is computed by itself
+    sound_frames [J, ...] float32  frames of a clip: mel bins, or samples
+    sound_features [L, D]          output: embeddings of the clip's L tokens, in `dtype`; of some
+                                   models, as many for every clip
 
 Inputs of CUDA graphs with the heads `embed` and `encode`, in addition
     position_ids [T]
@@ -168,7 +174,7 @@ from beam_gemma.model.input_groups import (
     SPAN_INPUTS,
     TEXT_INPUTS,
 )
-from beam_gemma.model.picture_signature import PictureSignature
+from beam_gemma.model.sound_signature import SoundSignature
 
 HEADS: dict[str, Head] = {"generate": "generate", "classify": "score", "embed": "embed"}
 """Graph head for each task."""
@@ -197,7 +203,7 @@ CROSS = "cross_attention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Signature(PictureSignature):
+class Signature(SoundSignature):
     """Complete description of an exported graph for the engine."""
 
     head: Head
@@ -290,6 +296,8 @@ class Signature(PictureSignature):
         """Return the inputs that change with every step, in the order of the graph."""
         if self.head == "vision":
             return self.picture_inputs()
+        if self.head == "sound":
+            return self.sound_inputs()
         tensors = [*tensors_of(("T",), input_ids="int64"), *tensors_of(("B1",), cu_seqlens="int32")]
         if self.head in ("embed", "encode"):
             tensors += TEXT_INPUTS if self.device == "cuda" else ()
@@ -336,6 +344,8 @@ class Signature(PictureSignature):
         """Return the outputs that are not state."""
         if self.head == "vision":
             return self.picture_outputs(self.hidden_size, self.dtype)
+        if self.head == "sound":
+            return self.sound_outputs(self.hidden_size, self.dtype)
         if self.head == "encode":
             states = ("T", self.hidden_size)
             return (Tensor(name="source_states", dtype=self.dtype, shape=states),)

@@ -8,27 +8,23 @@ vary in size are computed one by one there too.
 Dimensions: N pictures of a batch, I height and J width in pixels, L tokens of a picture, D hidden.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from beam_gemma.errors import ArtifactError
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.graph_tensors import Device, Tensor
+from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import Signature
-from beam_gemma.monitoring.startup_log import logged
-from beam_gemma.runtime.bound_graph import BoundGraph, Place
-from beam_gemma.runtime.capacity import num_bytes
-from beam_gemma.runtime.cpu_session import check_names, load_graph
 from beam_gemma.runtime.device_memory import (
     CudaMemory,
     DeviceMemory,
     compute_capability,
     require_bfloat16,
 )
-from beam_gemma.runtime.step_shapes import host_dtype
+from beam_gemma.runtime.tower_graph import CpuGraph, CudaGraph, TowerSession
 
 PATCHES_PER_BATCH = 8192
 """CUDA: most patches of a batch; bounds the memory of a run."""
@@ -38,15 +34,7 @@ Pixels: TypeAlias = Sequence[UInt8[np.ndarray, "3 _ _"]]
 Embeddings: TypeAlias = list[Shaped[np.ndarray, "_ D"]]
 
 
-@runtime_checkable
-class Tower(Protocol):
-    """Interface of a loaded graph of pictures."""
-
-    def encode(self, pixels: Pixels) -> Embeddings:
-        """Return the embeddings of each picture; bfloat16, which numpy lacks, as uint16."""
-
-
-class VisionSession:
+class VisionSession(TowerSession):
     """Makes embeddings of pictures; loads the graph with the first picture.
 
     Example:
@@ -57,16 +45,7 @@ class VisionSession:
         beam_gemma.errors.ArtifactError: ...expected a model that takes pictures, got one...
     """
 
-    def __init__(self, signature: Signature, load: Callable[[], Tower]) -> None:
-        """Create a session that has not loaded its graph yet.
-
-        Args:
-            signature: The graph's contract.
-            load: Loads the graph; called once, by the first `load` or `encode`.
-        """
-        self.signature = signature
-        self._load = load
-        self._tower: Tower | None = None
+    what = "pictures"
 
     @classmethod
     def of(cls, artifact: Artifact, device: Device, *, num_threads: int = 0) -> "VisionSession":
@@ -94,29 +73,6 @@ class VisionSession:
         batch = max(1, min(MAX_BATCH, PATCHES_PER_BATCH // artifact.vision.num_patches))
         return cls(signature, lambda: CudaTower(path, signature, CudaMemory(), batch=batch))
 
-    def encode(self, pixels: Pixels) -> Embeddings:
-        """Return the embeddings of each picture; bfloat16, which numpy lacks, as uint16.
-
-        Raises:
-            ArtifactError: the graph cannot be loaded or differs from its signature.
-            OptionsError: the device has too little memory.
-        """
-        return self.load().encode(pixels)
-
-    def load(self) -> Tower:
-        """Load the graph unless it is loaded already, and return it.
-
-        On a GPU, call this before a decoder takes the memory that is left for its caches.
-
-        Raises:
-            ArtifactError: the graph cannot be loaded or differs from its signature.
-            OptionsError: the device has too little memory.
-        """
-        if self._tower is None:
-            with logged("loaded the graph of pictures"):
-                self._tower = self._load()
-        return self._tower
-
 
 class CpuTower:
     """A graph of pictures on the CPU, which computes one picture at a time."""
@@ -127,18 +83,17 @@ class CpuTower:
         Raises:
             ArtifactError: the graph cannot be loaded or differs from its signature.
         """
-        self._session = load_graph(graph_path, num_threads)
-        check_names(self._session, signature)
+        self._graph = CpuGraph(graph_path, signature, num_threads=num_threads)
         self._signature = signature
 
-    def encode(self, pixels: Pixels) -> Embeddings:
+    def encode(self, items: Pixels) -> Embeddings:
         """Return the embeddings of each picture."""
-        return [self._encode(one) for one in pixels]
+        return [self._encode(one) for one in items]
 
     def _encode(self, pixels: UInt8[np.ndarray, "3 I J"]) -> Shaped[np.ndarray, "L D"]:
         if self._signature.image_step:
-            return self._session.run(None, patches_of(pixels, self._signature))[0]
-        return self._session.run(None, {"pixels": pixels[None]})[0][0]
+            return self._graph.run(patches_of(pixels, self._signature))
+        return self._graph.run({"pixels": pixels[None]})[0]
 
 
 class CudaTower:
@@ -161,62 +116,24 @@ class CudaTower:
             OptionsError: ONNX Runtime lacks the device, or the device has too little memory.
             ArtifactError: the graph differs from its signature, or part of it cannot run there.
         """
-        self._memory, self._signature = memory, signature
-        self._graph = BoundGraph(graph_path, signature, memory)
+        self._signature, self._batch = signature, batch
         most = {"N": batch, "L": signature.num_image_tokens}
-        self._addresses, self._held = {}, {}
-        for tensor in (*signature.step_inputs(), *signature.outputs()):
-            size = num_bytes(tensor.dtype, _sized(tensor.shape, most))
-            self._addresses[tensor.name] = memory.allocate(size)
-            self._held[tensor.name] = memory.allocate_host(size)
-        self._batch = 1 if signature.image_step else batch
-        self._run([], most)
+        self._graph = CudaGraph(graph_path, signature, memory, most)
 
-    def encode(self, pixels: Pixels) -> Embeddings:
+    def encode(self, items: Pixels) -> Embeddings:
         """Return the embeddings of each picture."""
+        if self._signature.image_step:
+            return [self._encode(one) for one in items]
         embeddings: Embeddings = []
-        for begin in range(0, len(pixels), self._batch):
-            few = pixels[begin : begin + self._batch]
-            if self._signature.image_step:
-                patches = patches_of(few[0], self._signature)
-                embeddings.append(self._run([patches], {"L": len(patches["patches"])}))
-            else:
-                feeds = [{"pixels": one} for one in few]
-                embeddings += list(self._run(feeds, {"N": self._batch})[: len(few)])
+        for begin in range(0, len(items), self._batch):
+            few = items[begin : begin + self._batch]
+            made = self._graph.run({"pixels": np.stack(few)}, {"N": self._batch})
+            embeddings += list(made[: len(few)])
         return embeddings
 
-    def _run(
-        self, feeds: Sequence[Mapping[str, np.ndarray]], sizes: Mapping[str, int]
-    ) -> Shaped[np.ndarray, "..."]:
-        """Run the graph and return its output.
-
-        Args:
-            feeds: The inputs of each picture of a batch; a batch that is not full ends with black
-                ones.
-            sizes: The sizes of the inputs and of the output, by their letters.
-        """
-        inputs = [self._place(tensor, sizes) for tensor in self._signature.step_inputs()]
-        [output] = [self._place(tensor, sizes) for tensor in self._signature.outputs()]
-        for place in inputs:
-            values = self._on_host(place)
-            values[...] = 0
-            for i, feed in enumerate(feeds):
-                values[slice(None) if self._signature.image_step else i] = feed[place.name]
-            self._memory.copy_in(place.address, values)
-        self._graph.run(self._graph.bind(inputs, [output]))
-        embeddings = self._on_host(output)
-        self._memory.copy_out(embeddings, output.address)
-        self._memory.mark().wait()
-        return embeddings.copy()
-
-    def _place(self, tensor: Tensor, sizes: Mapping[str, int]) -> Place:
-        shape = _sized(tensor.shape, sizes)
-        return Place(tensor.name, tensor.dtype, shape, self._addresses[tensor.name])
-
-    def _on_host(self, place: Place) -> np.ndarray:
-        """Return the part of the host memory for what is copied to or from a place."""
-        held = self._held[place.name][: num_bytes(place.dtype, place.shape)]
-        return held.view(host_dtype(place.dtype)).reshape(place.shape)
+    def _encode(self, pixels: UInt8[np.ndarray, "3 I J"]) -> Shaped[np.ndarray, "L D"]:
+        feeds = patches_of(pixels, self._signature)
+        return self._graph.run(feeds, {"L": len(feeds["patches"])})
 
 
 def patches_of(
@@ -233,8 +150,3 @@ def patches_of(
         "patches": np.ascontiguousarray(cut.reshape(-1, k**2, 3 * size**2)),
         "patch_places": np.ascontiguousarray(places.reshape(-1, k**2, 2)),
     }
-
-
-def _sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return a shape with the sizes of its letters."""
-    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)

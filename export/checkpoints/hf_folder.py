@@ -41,7 +41,7 @@ from export.checkpoints.encoder_decoder_folder import (
     without_copies,
 )
 from export.checkpoints.gguf_file import read_gguf
-from export.checkpoints.newer_folder import newer_name, read_newer_config, read_newer_vision
+from export.checkpoints.newer_folder import newer_name, read_newer_config, read_newer_towers
 from export.checkpoints.recurrent_file import check_no_flax, read_recurrent
 from export.checkpoints.released_sizes import encoder_shapes, tensor_shapes
 from export.checkpoints.sentence_folder import MODULES, read_sentence_folder
@@ -55,6 +55,8 @@ from export.checkpoints.sidecar_files import (
     stated_license,
     tokenizer_bytes,
 )
+from export.checkpoints.sound_folder import check_sound_markers
+from export.checkpoints.sound_tensors import is_of_sound, sound_shapes
 from export.checkpoints.tensors import (
     HEAD,
     NUMPY_DTYPES,
@@ -90,7 +92,7 @@ def read_checkpoint(path: Path, *, text_only: bool = False) -> Checkpoint:
 
     Args:
         path: The folder or file.
-        text_only: Whether to leave out what a model has for pictures.
+        text_only: Whether to leave out what a model has for pictures and sound.
 
     Raises:
         CheckpointError: the path holds none of them, or tensors are missing or left over.
@@ -140,6 +142,8 @@ def expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     width = checkpoint.config.hidden_size
     if checkpoint.vision is not None:
         shapes |= vision_shapes(checkpoint.vision, width)
+    if checkpoint.sound is not None:
+        shapes |= sound_shapes(checkpoint.sound, width)
     if checkpoint.encoder is not None:
         shapes |= encoder_shapes(checkpoint.encoder)
     for i, size in enumerate(checkpoint.embedding.dense_sizes if checkpoint.embedding else ()):
@@ -156,17 +160,18 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     if has_images and text_only:
         check_text_only(raw)
         LOGGER.warning("%s: exporting the text model; what it has for images is left out", folder)
-    vision = None
+    vision, sound = None, None
     if raw.get("model_type") == RECURRENT_TYPE:
         config = recurrent_config(raw)
     elif is_newer(raw):
         config = read_newer_config(raw)
-        vision = read_newer_vision(folder, raw, text_only=text_only)
+        vision, sound = read_newer_towers(folder, raw, text_only=text_only)
     else:
         config = GemmaConfig.from_hf(text_config(raw) if has_images else raw)
         vision = read_vision(folder, raw) if has_images and not text_only else None
     our_name = partial(_our_name, config=config, has_images=has_images)
-    tensors = without_head(_named(folder, our_name, with_pictures=vision is not None))
+    found = _named(folder, our_name, with_pictures=vision is not None, with_sound=sound is not None)
+    tensors = without_head(found)
     if vision is not None:
         tensors = with_flat_patches(tensors, vision)
     embedding = None
@@ -176,8 +181,10 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     tokenizer_model = partial(tokenizer_bytes, folder, config.vocab_size)
     if vision is not None:
         check_markers(folder, vision, raw, tokenizer_model)
+    if sound is not None:
+        check_sound_markers(folder, sound, raw, tokenizer_model)
     checkpoint = _with_texts(folder, raw, config, tensors, tokenizer_model)
-    return replace(checkpoint, embedding=embedding, vision=vision)
+    return replace(checkpoint, embedding=embedding, vision=vision, sound=sound)
 
 
 def _with_dense(
@@ -221,7 +228,11 @@ def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Chec
 
 
 def _named(
-    folder: Path, our_name: Callable[[str], str | None], *, with_pictures: bool
+    folder: Path,
+    our_name: Callable[[str], str | None],
+    *,
+    with_pictures: bool,
+    with_sound: bool = False,
 ) -> dict[str, StoredTensor]:
     """Return the tensors of a folder by our names for them.
 
@@ -229,10 +240,17 @@ def _named(
         folder: The folder.
         our_name: Function from a tensor's name to ours, or to None if no graph needs it.
         with_pictures: Whether to keep the tensors of a tower of pictures.
+        with_sound: Whether to keep those of a tower of sound.
     """
+    left_out = [
+        is_part
+        for is_part, is_kept in ((is_of_pictures, with_pictures), (is_of_sound, with_sound))
+        if not is_kept
+    ]
     stored = [t for file in _safetensors_files(folder) for t in read_safetensors(file)]
     named = [(name, t) for t in stored if (name := our_name(t.name)) is not None]
-    return by_name(folder, [(n, t) for n, t in named if with_pictures or not is_of_pictures(n)])
+    kept = [(n, t) for n, t in named if not any(is_part(n) for is_part in left_out)]
+    return by_name(folder, kept)
 
 
 def _with_texts(

@@ -1,7 +1,7 @@
 """Reads what a Hugging Face folder of a Gemma 3n, a Gemma 4 or an EmbeddingGemma 2 has on its own.
 
 Released files hold what a model needs for pictures and sound beside the text model. That for
-pictures is read in a Gemma 4; all else is left out.
+pictures is read in a Gemma 4, and that for sound in a Gemma 3n and a Gemma 4; all else is left out.
 """
 
 import logging
@@ -14,7 +14,11 @@ from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.config_reader import check_keys
 from beam_gemma.model.gemma4_vision import gemma4_vision
 from beam_gemma.model.newer_config import OUTER_TYPES, newer_config
+from beam_gemma.model.sound_config import SoundConfig
+from beam_gemma.model.sound_settings import read_sound_config
 from beam_gemma.model.vision_config import VisionConfig
+from export.checkpoints.sound_folder import sound_settings
+from export.checkpoints.sound_tensors import is_of_sound, sound_name
 from export.checkpoints.tensors import HEAD
 from export.checkpoints.vision_folder import image_settings
 from export.checkpoints.vision_tensors import is_of_pictures
@@ -22,10 +26,10 @@ from export.checkpoints.vision_tensors import is_of_pictures
 LOGGER = logging.getLogger("export")
 PREFIX = re.compile(r"(model\.)?(language_model\.)?(model\.)?")
 """What may precede the names of the text model's tensors."""
-SOUND = ("audio_tower.", "embed_audio.")
-"""Starts of the names of what a model has for sound, after `model.`."""
 OF_PICTURES = ("gemma4", "gemma4_unified")
 """Model types whose pictures are read."""
+OF_SOUND = ("gemma3n", "gemma4", "gemma4_unified")
+"""Those whose sound is read."""
 MODULES = re.compile(r"^ple\.|(?<=\.)ple_block\.")
 """Modules around per-layer embeddings in EmbeddingGemma 2, which have no other names than those of
 Gemma 4 but for them."""
@@ -40,35 +44,35 @@ OUTER_KEYS = (
 """Keys beside `text_config`: those of towers, tokens around pictures and sound, and copies."""
 
 
-def read_newer_vision(
+def read_newer_towers(
     folder: Path, raw: Mapping[str, Any], *, text_only: bool
-) -> VisionConfig | None:
-    """Read how a model takes pictures, and warn of what else it has that is left out.
+) -> tuple[VisionConfig | None, SoundConfig | None]:
+    """Read how a model takes pictures and sound, and warn of what it has that is left out.
 
     Args:
         folder: The folder.
         raw: Content of its `config.json`.
-        text_only: Whether to leave out what a model has for pictures.
+        text_only: Whether to leave out what a model has for pictures and sound.
 
     Returns:
-        None if the model takes no pictures, or if they are left out.
+        None for what the model does not take, and for what is left out.
 
     Raises:
         CheckpointError: a file is damaged.
         ConfigError: a setting is missing, unknown or not supported.
     """
-    vision = None
+    vision, sound = None, None
     if raw["model_type"] in OF_PICTURES and not text_only:
         vision = gemma4_vision(raw, image_settings(folder))
-    parts = {"vision_config": "images", "audio_config": "sound"}
-    left = [what for key, what in parts.items() if raw.get(key) is not None]
-    if vision is not None:
-        left.remove("images")
+    if raw["model_type"] in OF_SOUND and not text_only:
+        sound = read_sound_config(raw, sound_settings(folder))
+    parts = {"vision_config": ("images", vision), "audio_config": ("sound", sound)}
+    left = [what for key, (what, read) in parts.items() if raw.get(key) is not None and not read]
     if left:
         LOGGER.warning(
             "%s: exporting the model without what it has for %s", folder, " and ".join(left)
         )
-    return vision
+    return vision, sound
 
 
 def read_newer_config(raw: Mapping[str, Any]) -> GemmaConfig:
@@ -87,8 +91,8 @@ def newer_name(name: str, config: GemmaConfig) -> str | None:
     if name.removeprefix("language_model.") == HEAD:
         return HEAD
     own = name.removeprefix("model.")
-    if own.startswith(SOUND):
-        return None
+    if is_of_sound(own):
+        return sound_name(own)
     if is_of_pictures(own):
         return own
     name = MODULES.sub("", PREFIX.sub("", name, count=1))

@@ -8,6 +8,7 @@ from typing import Any
 from beam_gemma.errors import CheckpointError, ConfigError
 from beam_gemma.model.config_reader import check_keys
 from beam_gemma.model.gemma4_vision import IMAGE_TOKEN_ID
+from beam_gemma.model.sound_settings import SOUND_SETTINGS
 from beam_gemma.model.tokenizer import Tokenizer
 from beam_gemma.model.vision_config import OUTER_KEYS, VisionConfig
 from export.checkpoints.sidecar_files import read_optional_json
@@ -103,6 +104,8 @@ def image_settings(folder: Path) -> Mapping[str, Any]:
         CheckpointError: a file is damaged.
     """
     settings = read_optional_json(folder, "preprocessor_config.json")
+    if "feature_extractor_type" in settings:  # the file is also, or only, that of sound
+        settings = {key: x for key, x in settings.items() if key not in SOUND_SETTINGS}
     if not settings:
         settings = read_optional_json(folder, "processor_config.json").get("image_processor") or {}
     if not isinstance(settings, Mapping):

@@ -5,6 +5,7 @@ from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.graph_tensors import Device, Head, PagedState, RecurrentState, State
 from beam_gemma.model.layer_types import FULL, RECURRENT, SLIDING
 from beam_gemma.model.signature import CROSS, WIDEST_FLASH_HEAD, Signature, block_size_for
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import MAX_IMAGE_TOKENS, VisionConfig
 from export.modules.recurrent import CONV_STATE, LRU_STATE
 
@@ -26,6 +27,7 @@ def decoder_signature(
     dtype: str,
     head: Head = "generate",
     vision: VisionConfig | None = None,
+    sound: SoundConfig | None = None,
     encoder: GemmaConfig | None = None,
 ) -> Signature:
     """Return the signature of a decoder, with one group of paged layers per layer type.
@@ -38,6 +40,7 @@ def decoder_signature(
         dtype: Dtype of matrices and caches.
         head: Head of the graph.
         vision: The tower of a model that takes pictures; its decoder then takes embeddings of them.
+        sound: The same for sound.
         encoder: The encoder that reads the sources of the decoder's sequences; None for none.
     """
     _check_head_dim(config, device)
@@ -65,7 +68,7 @@ def decoder_signature(
         max_model_len=config.max_position_embeddings,
         states=states,
         block_size=block_size_for(device, min(map(config.head_dim_of, config.groups))),
-        optional_inputs=_optional_inputs(config, device, vision),
+        optional_inputs=_optional_inputs(config, device, vision, sound),
         source_size=0 if encoder is None else encoder.hidden_size,
         max_source_len=0 if encoder is None else max_source_len(encoder),
         shares_caches=config.num_kv_shared_layers > 0,
@@ -152,6 +155,23 @@ def vision_signature(
     )
 
 
+def sound_signature(
+    config: GemmaConfig, sound: SoundConfig, *, device: Device, dtype: str
+) -> Signature:
+    """Return the signature of what a model has for sound."""
+    return Signature(
+        head="sound",
+        device=device,
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        max_model_len=config.max_position_embeddings,
+        states=(),
+        num_features=sound.num_features,
+        num_audio_tokens=sound.num_audio_tokens if sound.is_fixed else 0,
+    )
+
+
 def encoder_signature(
     config: GemmaConfig, *, device: Device, dtype: str, embedding_size: int, max_model_len: int
 ) -> Signature:
@@ -170,10 +190,10 @@ def encoder_signature(
 
 
 def _optional_inputs(
-    config: GemmaConfig, device: Device, vision: VisionConfig | None
+    config: GemmaConfig, device: Device, vision: VisionConfig | None, sound: SoundConfig | None
 ) -> tuple[str, ...]:
     """Return the optional inputs of a decoder, in the order of `OPTIONAL_INPUTS`."""
-    names = ["inputs_embeds"] if vision is not None else []
+    names = ["inputs_embeds"] if vision is not None or sound is not None else []
     if vision is not None and vision.bidirectional != "none":
         names.append("span_ends")
     # On CUDA, each kind of reach is an attention of its own, so that none is input.

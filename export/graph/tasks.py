@@ -10,14 +10,17 @@ from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig, Pooling
 from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import HEADS, Signature
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
 from export.checkpoints.sentence_folder import MODULES
+from export.checkpoints.sound_tensors import is_of_sound
 from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, TABLE, Checkpoint
 from export.checkpoints.vision_tensors import is_of_pictures
 from export.graph.signatures import (
     LONGEST_TEXT,
     decoder_signature,
     encoder_signature,
+    sound_signature,
     source_signature,
     vision_signature,
 )
@@ -30,6 +33,7 @@ from export.modules.encoder_decoder import SourceDecoder
 from export.modules.gemma4_vision import Gemma4Vision
 from export.modules.recurrent import RecurrentDecoder
 from export.modules.shared_cache import SharedCacheDecoder
+from export.modules.sound import SoundModel
 from export.modules.source_encoder import SourceEmbedder, SourceEncoder
 from export.modules.vision import VisionModel
 
@@ -101,13 +105,20 @@ def graph_signature(
     device: Device,
     dtype: str,
     vision: VisionConfig | None = None,
+    sound: SoundConfig | None = None,
     encoder: GemmaConfig | None = None,
 ) -> Signature:
     """Return the signature of a task's graph."""
     if embedding is None or HEADS[task] != "embed":
         pictures = vision if encoder is None else None  # an encoder reads pictures, if there is one
         return decoder_signature(
-            config, device=device, dtype=dtype, head=HEADS[task], vision=pictures, encoder=encoder
+            config,
+            device=device,
+            dtype=dtype,
+            head=HEADS[task],
+            vision=pictures,
+            sound=sound,
+            encoder=encoder,
         )
     config = encoder or config
     return encoder_signature(
@@ -126,23 +137,30 @@ def graph_signatures(
     device: Device,
     dtype: str,
 ) -> tuple[Signature, ...]:
-    """Return the signatures of the tasks' graphs, of an encoder's and of a tower's, if any."""
+    """Return the signatures of the tasks' graphs, of an encoder's and of towers, if any."""
     config, vision, encoder = checkpoint.config, checkpoint.vision, checkpoint.encoder
-    graphs = [graph_signature(t, config, embedding, device, dtype, vision, encoder) for t in tasks]
+    sound = checkpoint.sound
+    graphs = [
+        graph_signature(t, config, embedding, device, dtype, vision, sound, encoder) for t in tasks
+    ]
     if encoder is not None and set(tasks) != {"embed"}:
         graphs.append(source_signature(encoder, device=device, dtype=dtype, vision=vision))
     if vision is not None:
         graphs.append(vision_signature(config, vision, device=device, dtype=dtype))
+    if sound is not None:
+        graphs.append(sound_signature(config, sound, device=device, dtype=dtype))
     return tuple(graphs)
 
 
 def for_embeddings(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint without what no embedding needs: a tower, and the decoder of a source."""
-    tensors = {n: t for n, t in checkpoint.tensors.items() if not is_of_pictures(n)}
+    """Return a checkpoint without what no embedding needs: towers, and the decoder of a source."""
+    of_towers = (is_of_pictures, is_of_sound)
+    kept = checkpoint.tensors.items()
+    tensors = {n: t for n, t in kept if not any(is_part(n) for is_part in of_towers)}
     if checkpoint.encoder is not None:
         shared = [name for name in (EMBEDDING, EOI) if ENCODER + name not in tensors]
         tensors = {n: t for n, t in tensors.items() if n.startswith(ENCODER) or n in shared}
-    return replace(checkpoint, tensors=tensors, vision=None)
+    return replace(checkpoint, tensors=tensors, vision=None, sound=None)
 
 
 def table_dtype(checkpoint: Checkpoint, signature: Signature) -> str:
@@ -161,11 +179,12 @@ def graph_module(
     embedding: EmbeddingConfig | None,
     signature: Signature,
     vision: VisionConfig | None = None,
+    sound: SoundConfig | None = None,
     encoder: GemmaConfig | None = None,
 ) -> torch.nn.Module:
     """Return the PyTorch module that a signature describes."""
-    if vision is not None and signature.head == "vision":
-        return (Gemma4Vision if vision.image_step else VisionModel)(vision, signature)
+    if (tower := _tower(signature, vision, sound)) is not None:
+        return tower
     if encoder is not None and signature.head == "encode":
         return SourceEncoder(encoder, signature)
     if encoder is not None and embedding is not None and signature.head == "embed":
@@ -184,3 +203,14 @@ def graph_module(
         return CudaSharedCacheDecoder(config, signature, vision)
     kind = SharedCacheDecoder if config.num_kv_shared_layers else GemmaDecoder
     return kind(config, signature, vision)
+
+
+def _tower(
+    signature: Signature, vision: VisionConfig | None, sound: SoundConfig | None
+) -> torch.nn.Module | None:
+    """Return the module of pictures or of sound, if a signature describes one."""
+    if vision is not None and signature.head == "vision":
+        return (Gemma4Vision if vision.image_step else VisionModel)(vision, signature)
+    if sound is not None and signature.head == "sound":
+        return SoundModel(sound, signature)
+    return None

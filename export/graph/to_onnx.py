@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from beam_gemma.model.graph_tensors import StateTensor, Tensor
 from beam_gemma.model.signature import Signature
 from export.graph.translations import translations
+from export.modules.conformer import CumulativeNorm
 from export.modules.layers import RMSNorm, Rotary
 from export.modules.per_layer import Table
 from export.modules.source_encoder import SourceEmbedder, SourceEncoder
@@ -33,6 +34,8 @@ from export.ops import (
 )
 
 OPSET = 23
+LONG_CLIP = 301
+"""Frames of an example clip: enough for several blocks of attention."""
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -44,6 +47,10 @@ TORCH_DTYPES = {
 VISION_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
     "cpu": (lowering_cpu.VisionAttention, lowering_cpu.RmsNorm),
     "cuda": (lowering_cuda.VisionAttention, lowering_cuda.RmsNorm, lowering_cuda.HalfRmsNorm),
+}
+SOUND_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
+    "cpu": (lowering_cpu.RmsNorm,),
+    "cuda": (lowering_cuda.RmsNorm, lowering_cuda.HalfRmsNorm),
 }
 DECODER_LOWERINGS = {"cpu": lowering_cpu.FUNCTIONS, "cuda": lowering_cuda.FUNCTIONS}
 SOME_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
@@ -132,6 +139,8 @@ def _lowering(signature: Signature) -> Iterable[OnnxFunction[..., Any]]:
     """Return the bodies of the custom ops in a graph."""
     if signature.head == "vision":
         return VISION_LOWERINGS[signature.device]
+    if signature.head == "sound":
+        return SOUND_LOWERINGS[signature.device]
     if signature.head in ("embed", "encode") and signature.device == "cpu":
         return lowering_packed.FUNCTIONS
     if signature.has_recurrent_state:
@@ -163,7 +172,7 @@ def _ops_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
 def _typed(module: torch.nn.Module, dtype: str, table_dtype: str) -> torch.nn.Module:
     """Convert the module's matrices to a dtype; weights of norms and frequencies keep theirs."""
     for child in module.modules():
-        if not isinstance(child, RMSNorm | LayerNorm | Rotary):
+        if not isinstance(child, RMSNorm | LayerNorm | CumulativeNorm | Rotary):
             kind = TORCH_DTYPES[table_dtype if isinstance(child, Table) else dtype]
             for name, parameter in child.named_parameters(recurse=False):
                 parameter = torch.nn.Parameter(parameter.to(kind))
@@ -175,7 +184,7 @@ class _Sizes:
     """Distinct example sizes for a signature's letters, so the exporter never merges two."""
 
     def __init__(self) -> None:
-        self._sizes = {"B": 3, "B1": 4}
+        self._sizes = {"B": 3, "B1": 4, "J": LONG_CLIP}
 
     def example(self, tensor: Tensor | StateTensor) -> torch.Tensor:
         shape = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beam_gemma.model.signature import Signature
+from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
 from export.modules.heads import Named
 from export.modules.layers import RMSNorm, unit_norm
@@ -31,7 +32,7 @@ LAYER_NORM_EPSILON = 1e-5
 class ClippedLinear(nn.Module):
     """A product whose inputs and outputs may have learned bounds."""
 
-    def __init__(self, config: VisionConfig, inputs: int, outputs: int) -> None:
+    def __init__(self, config: VisionConfig | SoundConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs, bias=False)
         self.has_bounds = config.use_clipped_linears

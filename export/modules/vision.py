@@ -28,10 +28,12 @@ from export.ops.vision_attention import vision_attention
 class LayerNorm(nn.Module):
     """Layer normalization; weight and bias are float32 for every model dtype."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, *, has_bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        bias = nn.Parameter(torch.empty(width, dtype=torch.float32)) if has_bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
         self.epsilon = epsilon
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -78,12 +78,12 @@ def seeing_gemma4(name: str) -> torch.nn.Module:
         )
         model_class = transformers.Gemma4ForConditionalGeneration
     model = model_class._from_config(config, attn_implementation="eager")
-    return _draw_pictures(draw_newer(model))
+    return draw_towers(draw_newer(model))
 
 
 @torch.no_grad()
-def _draw_pictures(model: torch.nn.Module) -> torch.nn.Module:
-    """Draw what `draw_newer` leaves: embeddings of places, biases, bounds and scales."""
+def draw_towers(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model with what `draw_newer` leaves: places, biases, bounds and scales."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(tensor.shape, generator=generator)

@@ -22,6 +22,7 @@ MAKERS = (
     "embedding_gemma2_models",
     "encoder_decoder_models",
     "gemma3n_models",
+    "gemma4_hearing",
     "gemma4_models",
     "real_model",
     "recurrent_models",

@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from beam_gemma.errors import ConfigError
 from beam_gemma.inputs.image_processor import ImageProcessor, kept_ratio
 from beam_gemma.model.gemma4_vision import gemma4_vision
 from beam_gemma.model.vision_config import IMAGE_TOKENS
-from beam_gemma.runtime.vision_session import CpuTower, patches_of
+from beam_gemma.runtime.device_memory import HostMemory
+from beam_gemma.runtime.vision_session import CpuTower, CudaTower, patches_of
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.tensors import Checkpoint
 from export.checkpoints.vision_tensors import is_of_pictures
@@ -106,6 +107,17 @@ def test_graph_for_the_cpu_equals_the_reference(seeing: Seeing, tmp_path: Path) 
         allowed = max(allowed, float(np.abs(rounded - exact).max()))
     assert worst < TOLERANCE
     assert worst <= 2 * allowed
+
+
+def test_the_form_of_cuda_takes_pictures_of_any_size(seeing: Seeing, tmp_path: Path) -> None:
+    """The graph is the CPU's, in a memory that stands in for a GPU's; it has room for 64 tokens."""
+    file = str(exported_tower(seeing.checkpoint, tmp_path, "cpu", "float32"))
+    signature = replace(tower_signature(seeing.checkpoint, "cpu", "float32"), num_image_tokens=64)
+    tower = CudaTower(file, signature, HostMemory(), batch=2)
+    pixels = [*seeing.pixels, seeing.pixels[0]]  # a small one after a large one too
+    made = tower.encode(pixels)
+    for features, expected in zip(made, CpuTower(file, signature).encode(pixels), strict=True):
+        np.testing.assert_array_equal(features, expected)
 
 
 @pytest.mark.parametrize("max_tokens", IMAGE_TOKENS)

@@ -99,7 +99,7 @@ def test_sources_with_pictures_in_float64_equal_the_reference() -> None:
     config, vision = checkpoint.config, checkpoint.vision
     assert vision is not None
     signature = vision_signature(config, vision, device="cpu", dtype="float32")
-    tower = graph_module(config, None, signature, vision, checkpoint.encoder).double().eval()
+    tower = graph_module(config, None, signature, vision, None, checkpoint.encoder).double().eval()
     tower.load_state_dict(
         {
             name: torch.from_numpy(

@@ -52,8 +52,8 @@ def test_embeddings_do_not_depend_on_other_pictures_or_threads(name: str) -> Non
 
 
 class CountedTower:
-    def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [one[0] for one in pixels]
+    def encode(self, items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [one[0] for one in items]
 
 
 def test_the_graph_is_loaded_once_with_the_first_picture() -> None:
