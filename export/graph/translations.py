@@ -179,7 +179,7 @@ def _cached_attention_cuda(  # type: ignore[no-untyped-def]
         query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, no_slots,
         _bounds(query, num_heads, attention_metadata),
         num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
-        window=-1 if window == NO_WINDOW else window,
+        window=-1 if window == NO_WINDOW else window, is_causal=1,
     )  # fmt: skip
 
 
@@ -214,11 +214,11 @@ def _span_attention(  # type: ignore[no-untyped-def]
     no_slots, is_inside, places, num_heads: int, num_kv_heads: int, window: int, scale: float,
     softcap: float, attention_metadata,
 ):  # fmt: skip
-    inside = _node(lowering_cuda.SpanAttention)(
+    inside = _node(lowering_cuda.CachedAttention)(
         op.Gather(query, rows), op.Gather(key, rows), key_cache, value_cache, cu_seqlens,
         past_seqlens, block_table, no_slots, attention_metadata,
         num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap,
-        window=-1 if window == NO_WINDOW else window,
+        window=-1 if window == NO_WINDOW else window, is_causal=0,
     )  # fmt: skip
     inside.dtype = query.dtype  # ONNX cannot infer the type of a node that it does not know
     return op.Where(is_inside, op.Gather(inside, places), output)

@@ -37,30 +37,12 @@ def RaggedAttention(
 
 
 @script(DOMAIN, default_opset=op)
-def SpanAttention(
-    query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
-    attention_metadata, num_heads: int, num_kv_heads: int, window: int, scale: float,
-    softcap: float,
-) -> TensorType:  # fmt: skip
-    """Attend in both directions over caches that have the new keys and values already.
-
-    All slots are -1, so `key`, which stands for the values too, is written nowhere.
-    """
-    return MICROSOFT.PagedAttention(
-        query, key, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
-        None, None, slot_mapping, None, None, None, None, None, attention_metadata,
-        num_heads=num_heads, kv_num_heads=num_kv_heads, local_window_size=window, scale=scale,
-        softcap=softcap, is_causal=0,
-    )  # fmt: skip
-
-
-@script(DOMAIN, default_opset=op)
 def CachedAttention(
     query, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table, slot_mapping,
     attention_metadata, num_heads: int, num_kv_heads: int, window: int, scale: float,
-    softcap: float,
+    softcap: float, is_causal: int,
 ) -> TensorType:  # fmt: skip
-    """Attend causally over caches that have the new keys and values already.
+    """Attend, causally or in both directions, over caches that have the new keys and values.
 
     All slots are -1, so `key`, which stands for the values too, is written nowhere.
     """
@@ -68,7 +50,7 @@ def CachedAttention(
         query, key, key, key_cache, value_cache, cu_seqlens, past_seqlens, block_table,
         None, None, slot_mapping, None, None, None, None, None, attention_metadata,
         num_heads=num_heads, kv_num_heads=num_kv_heads, local_window_size=window, scale=scale,
-        softcap=softcap,
+        softcap=softcap, is_causal=is_causal,
     )  # fmt: skip
 
 
@@ -114,7 +96,7 @@ def HalfRmsNorm(x, weight, epsilon: float, to: int) -> TensorType:
 
 
 FUNCTIONS = (
-    RaggedAttention, SpanAttention, PaddedAttention, VisionAttention, RmsNorm, HalfRmsNorm,
+    RaggedAttention, PaddedAttention, VisionAttention, RmsNorm, HalfRmsNorm,
 )  # fmt: skip
 CACHED = (CachedAttention,)
 """The op that only some graphs have."""

@@ -1,7 +1,7 @@
 """A graph for CUDA, made into one that the CPU provider runs.
 
 What is proven that way is everything but the kernels themselves. So little is changed, and all of
-it is listed here: `RaggedAttention`, `SpanAttention` and `CachedAttention` get the project's CPU
+it is listed here: `RaggedAttention` and `CachedAttention` get the project's CPU
 lowering behind a change of the cache's layout, and 16-bit floats become float32, which the CPU
 provider has kernels for. A node or a type that is not listed is refused, since nobody would know
 then what a test proves.
@@ -59,12 +59,12 @@ KEPT = {
 }  # fmt: skip
 """What stays as it is, by domain."""
 LOWERED = {
-    "CachedAttention": "ReadingAttention",
-    "RaggedAttention": "PagedAttention",
-    "SpanAttention": "TwoSidedAttention",
+    ("RaggedAttention", True): "PagedAttention",
+    ("CachedAttention", True): "ReadingAttention",
+    ("CachedAttention", False): "TwoSidedAttention",
 }
-"""Functions for CUDA alone, and what takes their place."""
-NUM_INPUTS = {"CachedAttention": 8, "RaggedAttention": 9, "SpanAttention": 8}
+"""Functions for CUDA alone, whether they are causal, and what takes their place."""
+NUM_INPUTS = {"CachedAttention": 8, "RaggedAttention": 9}
 """How many inputs what takes their place has: all but the bounds in host memory."""
 RETYPED = {ir.DataType.BFLOAT16: ir.DataType.FLOAT, ir.DataType.FLOAT16: ir.DataType.FLOAT}
 """What every value and every `Cast` is changed to."""
@@ -75,15 +75,15 @@ def cuda_on_cpu(model: ir.Model) -> ir.Model:
     for function in model.functions.values():
         for node in function:
             # The functions that are for CUDA alone go; what they are made of has its own test.
-            if function.name not in LOWERED:
+            if function.name not in NUM_INPUTS:
                 _check(node)
     for node in list(model.graph):
-        if node.domain == "beam_gemma" and node.op_type in LOWERED:
+        if node.domain == "beam_gemma" and node.op_type in NUM_INPUTS:
             _lower(node)
         else:
             _check(node)
             _retype_cast(node)
-    for name in LOWERED:
+    for name in NUM_INPUTS:
         model.functions.pop(("beam_gemma", name, ""), None)
     for source in (*lowering_cpu.FUNCTIONS, *FUNCTIONS):
         function = ir.serde.deserialize_function(source.to_function_proto())
@@ -137,12 +137,13 @@ def _check(node: ir.Node) -> None:
 
 def _lower(node: ir.Node) -> None:
     """Make a node of CUDA's attention one of the CPU's."""
+    is_causal = node.attributes.pop("is_causal", ir.AttrInt64("is_causal", 1)).as_int() == 1
     values = {name: attribute.value for name, attribute in node.attributes.items()}
     assert sorted(values) == ["num_heads", "num_kv_heads", "scale", "softcap", "window"], values
     window = NO_WINDOW if values["window"] == -1 else values["window"]
     num_inputs = NUM_INPUTS[node.op_type]
     node.domain = TESTS.domain
-    node.op_type = LOWERED[node.op_type] + ("Softcap" if values["softcap"] else "")
+    node.op_type = LOWERED[node.op_type, is_causal] + ("Softcap" if values["softcap"] else "")
     node.attributes["window"] = ir.AttrInt64("window", window)
     if not values["softcap"]:
         del node.attributes["softcap"]

@@ -105,7 +105,7 @@ def one_node(
         [*casts, body, *backs],
         [value(name, kinds[name], a.shape) for name, a in feeds.items()],
         [value(name, F32 if name in out else half, None) for name in node.output],
-        lowering_cuda.FUNCTIONS,
+        (*lowering_cuda.FUNCTIONS, *lowering_cuda.CACHED),
     )
 
 
@@ -194,7 +194,7 @@ def test_attention_in_both_directions(place: str, dtype: str, name: str, softcap
     longest = feeds["block_table"].shape[1] * case.block
     feeds["attention_metadata"] = np.array([max(case.new), longest, 0], np.int32)
     node = onnx.helper.make_node(
-        "SpanAttention",
+        "CachedAttention",
         list(feeds),
         ["output"],
         domain="beam_gemma",
@@ -203,6 +203,7 @@ def test_attention_in_both_directions(place: str, dtype: str, name: str, softcap
         window=-1 if case.beyond or case.window == NO_WINDOW else case.window,
         scale=case.head_dim**-0.5,
         softcap=softcap,
+        is_causal=0,
     )
     [output] = run(place, node, feeds, dtype)
     np.testing.assert_allclose(output, expected, rtol=0, atol=tolerance(place, dtype))
