@@ -71,7 +71,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What is compared: systems that complete one long prompt at a time."""
+    """Models and systems of a benchmark, each of which completes one long prompt at a time."""
 
     module: str
     """Module of the benchmark, which runs each system in a process of its own."""
@@ -80,8 +80,8 @@ class Comparison:
     systems: Mapping[str, str]
     """Model of each system; names of systems begin with `ours` or `transformers`."""
     operations: Callable[[str], int]
-    """Function from a system to the floating-point operations of its matrices per prompt token,
-    without the head."""
+    """Function that returns, for the name of a system, the floating-point operations that its
+    matrices take for each token of a prompt, those of the head left out."""
     lengths: tuple[int, ...]
     """Lengths of prompts in tokens, unless others are asked for."""
 

@@ -42,7 +42,8 @@ def check_media(settings: Settings, artifact: Artifact, image_size: int | None =
         image_size: Height and width that its pictures must have, in pixels; None for any.
 
     Raises:
-        OptionsError: the model takes no pictures, or such of another size, or no sounds.
+        OptionsError: the model takes no pictures, pictures of another size, or such of any size, or
+            no sounds.
     """
     vision = artifact.vision
     if vision is None and (settings.image_columns or image_size is not None):
@@ -52,16 +53,26 @@ def check_media(settings: Settings, artifact: Artifact, image_size: int | None =
             f"{artifact.path}, which reads text only; export a checkpoint that has a vision tower"
         )
     if vision is not None and image_size not in (None, vision.image_size):
-        raise OptionsError(
-            f"image_size: expected {vision.image_size}, that of {artifact.path}, got {image_size}; "
-            f"export the checkpoint for {image_size}"
-        )
+        raise OptionsError(_of_another_size(artifact, vision.image_size, image_size))
     if artifact.sound is None and settings.audio_columns:
         raise OptionsError(
             f"audio_columns: expected a model that takes sounds, for "
             f"{', '.join(settings.audio_columns)}, got {artifact.path}, which takes none; export a "
             "checkpoint such as Gemma 3n or Gemma 4 E2B without --text_only"
         )
+
+
+def _of_another_size(artifact: Artifact, expected: int, got: int | None) -> str:
+    """Return the sentence on a size that a model's pictures do not have; 0 if they vary."""
+    if not expected:
+        return (
+            f"image_size: expected none for {artifact.path}, whose pictures vary in size, got "
+            f"{got}; leave it out, or set image_tokens"
+        )
+    return (
+        f"image_size: expected {expected}, that of {artifact.path}, got {got}; export the "
+        f"checkpoint for {got}"
+    )
 
 
 def _check_type(field: pa.Field, use: ColumnUse) -> None:

@@ -1,11 +1,15 @@
 """What a task needs of a table is checked before a job."""
 
+from unittest.mock import Mock
+
 import pyarrow as pa
 import pytest
 
 from beam_gemma.batches import JSON_TEXT
 from beam_gemma.errors import OptionsError
-from beam_gemma.tasks.columns import check_columns
+from beam_gemma.model.artifact import Artifact
+from beam_gemma.model.gemma4_vision import gemma4_vision
+from beam_gemma.tasks.columns import check_columns, check_media
 from beam_gemma.tasks.generate import GenerateSettings
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.large_string())])
@@ -102,3 +106,12 @@ def test_column_that_occurs_twice_is_refused():
     table = pa.schema([("text", pa.string()), ("text", pa.string())])
     with pytest.raises(OptionsError, match="got it twice"):
         check_columns(GenerateSettings(prompt="{text}"), table)
+
+
+def test_a_size_is_refused_where_pictures_vary_in_size():
+    raw = {"model_type": "gemma4", "vision_config": {}, "image_token_id": 9}
+    artifact = Mock(spec=Artifact, path="models/gemma4", vision=gemma4_vision(raw, {}), sound=None)
+    settings = GenerateSettings(prompt="x", image_columns=("raw",))
+    check_media(settings, artifact)
+    with pytest.raises(OptionsError, match="expected none for models/gemma4, whose pictures vary"):
+        check_media(settings, artifact, 448)
