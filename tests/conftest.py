@@ -25,6 +25,7 @@ from tests.doubles.emulators import Cloud, emulators
 from tests.doubles.gemma4_models import GEMMA4_MODELS, gemma4_model
 from tests.doubles.once import exporter_digest, kept
 from tests.doubles.reference import MODELS, VOCAB, logits_of, save_checkpoint, tiny_model
+from tests.doubles.traces import kept_trace
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -78,6 +79,15 @@ def no_spinning_threads() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "SessionOptions", SleepingThreads)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graphs_traced_once() -> Iterator[None]:
+    """Exports of this process take graphs that any process has traced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.__main__.trace", kept_trace)
+        patch.setattr("export.graph.to_onnx.trace", kept_trace)
         yield
 
 

@@ -24,13 +24,12 @@ from beam_gemma.model.artifact import Artifact
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.graph_tensors import Device
-from beam_gemma.model.signature import HEADS, Signature
+from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.step_shapes import side_by_side
 from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
 from export.checkpoints.tensors import Checkpoint, is_norm
 from export.graph.tasks import graph_module, graph_signature
-from export.graph.to_onnx import trace
 from export.graph.weights import inverse_frequencies
 from tests.doubles.cuda_on_cpu import cuda_on_cpu
 from tests.doubles.once import exporter_digest, kept
@@ -45,6 +44,7 @@ from tests.doubles.reference import (
     logits_of,
     save_checkpoint,
 )
+from tests.doubles.traces import kept_trace, with_weights_as_inputs
 
 EAGER = {"attn_implementation": "eager"}
 LAYERS = {
@@ -57,8 +57,6 @@ LAYERS = {
 """Of each model: one of each type is enough for its graph, and soon traced."""
 WIDE_VOCAB = {"gemma2": 8192}
 DTYPES = ("bfloat16", "float16")
-EXPORTED = ("gemma3_text", "bfloat16", ("generate", "classify"))
-"""A model, a dtype and tasks whose graphs are those of `exported`, which engines run too."""
 TWO_SIDED = "embeddinggemma"
 EMBEDDINGS = {
     TWO_SIDED: EmbeddingConfig(pooling="mean", dense_sizes=(96, 160), max_tokens=512),
@@ -104,20 +102,8 @@ class Model:
         A graph is traced once in a run; each call returns another copy.
         """
         signature = graph_signature(task, self.config, self.embedding, "cuda", dtype)
-        name, exported_dtype, tasks = EXPORTED
-        if (self.name, dtype) == (name, exported_dtype) and task in tasks:
-            artifact = exported(name, "cuda", "bf16", tasks)
-            assert artifact.signature(HEADS[task], "cuda") == signature
-            return load_graph(artifact.graph_path(HEADS[task], "cuda"), signature), signature
-
-        def make(folder: Path) -> None:
-            build = partial(graph_module, self.config, self.embedding, signature)
-            proto = with_weights_as_inputs(trace(build, signature))
-            folder.mkdir()
-            onnx.save(proto, folder / "graph.onnx")
-
-        folder = kept(f"cuda-graph-{self.name}-{task}-{dtype}-{exporter_digest()}", make)
-        return load_graph(folder / "graph.onnx", signature), signature
+        build = partial(graph_module, self.config, self.embedding, signature)
+        return kept_trace(build, signature), signature
 
     def on_cpu(self, graph: ir.Model) -> bytes:
         """Change a graph for the CPU, and give it float32 weights."""
@@ -154,29 +140,6 @@ def exported(name: str, device: Device, precision: str, tasks: Sequence[str]) ->
 
     of = "-".join((name, device, precision, *tasks))
     return Artifact.open(kept(f"few-layers-{of}-{exporter_digest()}", make) / "model")
-
-
-def with_weights_as_inputs(graph: ir.Model) -> onnx.ModelProto:
-    """Serialize a graph; ONNX has no initializers without values."""
-    proto = ir.to_proto(graph)
-    for value in graph.graph.initializers.values():
-        if value.const_value is None:
-            proto.graph.input.append(ir.serde.serialize_value(value))
-    return proto
-
-
-def load_graph(file: Path, signature: Signature) -> ir.Model:
-    """Return the graph of a file whose weights are inputs, or have values, without the values."""
-    model = ir.load(file)
-    graph, names = model.graph, {t.name for t in signature.step_inputs()}
-    names |= {t.input_name for t in signature.state_tensors()}
-    for value in [value for value in graph.inputs if value.name not in names]:
-        graph.inputs.remove(value)
-        graph.initializers.add(value)
-    for value in graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = None
-    return model
 
 
 @functools.cache

