@@ -1,5 +1,6 @@
 """Chat templates, which render a conversation as parts in the model's trained format."""
 
+import functools
 import itertools
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from beam_gemma.errors import OptionsError, RecordError
 from beam_gemma.inputs.languages import language_codes, takes_languages
 from beam_gemma.inputs.row import MediaKind
 from beam_gemma.inputs.template_sandbox import TemplateSandbox
-from beam_gemma.inputs.tools import texts_in, traced
+from beam_gemma.inputs.tools import containers_in, texts_in, traced
 from beam_gemma.inputs.traced_text import (
     LAST,
     ROW,
@@ -129,6 +130,8 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._pieces = ControlPieces(control_pieces)
+        # What a template writes between the texts of rows and tools is often the same.
+        self._split = functools.lru_cache(maxsize=1024)(self._pieces.split)
         self._allow_special_tokens = allow_special_tokens
         self._media = {kind: TracedText(p, TEMPLATE) for kind, p in media_pieces.items()}
         if languages and not takes_languages(source):
@@ -145,6 +148,7 @@ class ChatTemplate:
         question: Any = [text | codes] if languages else _QUESTION
         try:
             self._sandbox = TemplateSandbox()
+            self._sandbox.remember(containers_in(self._options["tools"]))
             self._template = self._sandbox.compiled(source)
             rendered = self._run([_of_user(question)])
             self._check_origins(rendered, [_QUESTION])
@@ -306,7 +310,7 @@ class ChatTemplate:
     def _parts(self, rendered: TracedText) -> Iterator[Part]:
         for text, is_templates in runs(rendered):
             if is_templates:
-                yield from self._pieces.split(text)
+                yield from self._split(text)
             else:
                 yield Text(text)
 

@@ -26,6 +26,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.visitor
 
+from beam_gemma.inputs.pure_macros import LITERAL, pure_macros
 from beam_gemma.inputs.traced_text import TEMPLATE, TracedText, concatenated
 
 MAX_STEPS = 100_000
@@ -36,6 +37,8 @@ MAX_PRODUCT = 200_000_000
 """Maximum product of the two largest sizes that a step takes, as those of a text and its copies."""
 MAX_BITS = 4096
 """Maximum bits of a whole number."""
+CALL_DETAILS = frozenset({"_block_vars", "_loop_vars"})
+"""Arguments that Jinja adds to calls, of which a macro gets none."""
 WIDE = re.compile(r"[%:.][^%{}]{0,8}?[0-9]{5}")
 """A width of five digits in a format."""
 
@@ -59,10 +62,10 @@ class _Tracing(jinja2.visitor.NodeTransformer):
     """Makes every text that is written in a template a traced one."""
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802 - Jinja's name
-        return _filtered(node, "a literal") if isinstance(node.value, str) else node
+        return _filtered(node, LITERAL) if isinstance(node.value, str) else node
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802 - Jinja's name
-        return _filtered(nodes.Const(node.data), "a literal")
+        return _filtered(nodes.Const(node.data), LITERAL)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - Jinja's name
         self.generic_visit(node)
@@ -82,6 +85,9 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self._used = threading.local()
+        self._pure: frozenset[str] = frozenset()
+        self._lasting: dict[int, Any] = {}
+        self._texts: dict[tuple[Any, ...], Any] = {}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         del self.globals["lipsum"]
@@ -92,7 +98,15 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["a loop"] = self._each
         self.filters["a text"] = _small
         self.filters["a joined text"] = _joined
-        self.filters["a literal"] = _literal
+        self.filters[LITERAL] = _literal
+
+    def remember(self, values: Iterable[Any]) -> None:
+        """Keep what pure macros write of values that stay the same in all renderings.
+
+        Args:
+            values: Mappings and lists, which nobody changes any more.
+        """
+        self._lasting = {id(value): value for value in values}
 
     def compiled(self, source: str) -> jinja2.Template:
         """Return a template whose loops and joined texts are limited.
@@ -104,6 +118,7 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         tree = _Tracing().visit(self.parse(_small(source)))
         if tree.find(nodes.ScopedEvalContextModifier):
             raise jinja2.TemplateRuntimeError("autoescape, which writes HTML")
+        self._pure = pure_macros(tree)
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = _filtered(loop.iter, "a loop")
         for block in tree.find_all(nodes.AssignBlock):
@@ -140,11 +155,28 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(self, context: jinja2.runtime.Context, called: Any, *args: Any, **names: Any) -> Any:
         """Call a function, a method or a macro as one step."""
         self._step()
-        if not isinstance(called, jinja2.runtime.Macro):
-            # The sandbox wraps the method of a format.
-            text = getattr(inspect.unwrap(called), "__self__", "")
-            _check_sizes([text, *args, *names.values()])
+        if isinstance(called, jinja2.runtime.Macro):
+            return self._written(context, called, args, names)
+        # The sandbox wraps the method of a format.
+        text = getattr(inspect.unwrap(called), "__self__", "")
+        _check_sizes([text, *args, *names.values()])
         return _small(super().call(context, called, *args, **names))
+
+    def _written(
+        self,
+        context: jinja2.runtime.Context,
+        macro: jinja2.runtime.Macro,
+        args: tuple[Any, ...],
+        names: dict[str, Any],
+    ) -> Any:
+        """Return what a macro writes, kept where only lasting values decide it."""
+        is_kept = macro.name in self._pure and args and names.keys() <= CALL_DETAILS
+        if not is_kept or not all(id(value) in self._lasting for value in args):
+            return _small(super().call(context, macro, *args, **names))
+        key = (macro.name, *map(id, args))
+        if key not in self._texts:
+            self._texts[key] = _small(super().call(context, macro, *args, **names))
+        return self._texts[key]
 
     def _limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter as one step, of limited arguments and result."""

@@ -81,6 +81,14 @@ def traced(value: Any) -> Any:
     return value
 
 
+def containers_in(value: Any) -> Iterator[Any]:
+    """Yield the mappings and lists that a tool is made of."""
+    if isinstance(value, Mapping | list):
+        yield value
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from containers_in(inner)
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """Yield all texts that a tool holds, keys among them."""
     if isinstance(value, str):
