@@ -40,7 +40,10 @@ HOMES = {
         "jobs.infer_table", "jobs.write_table", "dataflow.*", "cli.*",
     },
     "cuda": {"runtime.device_memory"},
-    "jinja2": {"inputs.chat_template", "inputs.template_sandbox", "monitoring.html_report"},
+    "jinja2": {
+        "inputs.chat_template", "inputs.pure_macros", "inputs.template_sandbox",
+        "monitoring.html_report",
+    },
     "jsonschema": {"structured.schema_node"},
     "llguidance": {"structured.constraint"},
     "onnxruntime": {"runtime.devices", "runtime.cpu_session", "runtime.bound_graph"},

@@ -107,6 +107,8 @@ class GemmaConfig:
     """Experts that a token takes."""
     moe_intermediate_size: int | None = None
     """Width of an expert's feed-forward."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Token ids that the model never writes, as `generation_config.json` lists them."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -137,6 +139,11 @@ class GemmaConfig:
             raise ConfigError("tie_word_embeddings: expected true for a Gemma model, got false")
         if self.use_bidirectional_attention:
             self._check_two_sided()
+        if any(not 0 <= token_id < self.vocab_size for token_id in self.suppress_tokens):
+            raise ConfigError(
+                f"suppress_tokens: expected token ids below {self.vocab_size:,} (vocab_size), got "
+                f"{reprlib.repr(self.suppress_tokens)}"
+            )
         self._check_layers()
         self._check_recurrent()
 

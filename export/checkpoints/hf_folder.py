@@ -53,6 +53,7 @@ from export.checkpoints.sidecar_files import (
     legal_files,
     read_json,
     stated_license,
+    suppress_tokens,
     tokenizer_bytes,
 )
 from export.checkpoints.sound_folder import check_sound_markers
@@ -262,6 +263,7 @@ def _with_texts(
 ) -> Checkpoint:
     """Return a checkpoint of tensors with what the folder has beside them for texts."""
     template = chat_template(folder)
+    config = replace(config, suppress_tokens=suppress_tokens(folder, config.vocab_size))
     return Checkpoint(
         name=folder.name,
         path=folder,

@@ -216,6 +216,23 @@ def eos_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
+def suppress_tokens(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids that a model never writes, by its generation_config.json.
+
+    Gemma 4 12B has the ends of pictures and sounds there, which the model would write at times.
+
+    Raises:
+        CheckpointError: they are no ids of the vocabulary.
+    """
+    ids = read_optional_json(folder, "generation_config.json").get("suppress_tokens") or []
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise CheckpointError(
+            f"{folder}: expected suppress_tokens as token ids below {vocab_size:,}, got "
+            f"{reprlib.repr(ids)}"
+        )
+    return tuple(sorted(set(ids)))
+
+
 def _section(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = settings.get(key)
     return value if isinstance(value, Mapping) else {}

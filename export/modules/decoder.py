@@ -19,7 +19,7 @@ from beam_gemma.model.signature import Signature
 from beam_gemma.model.vision_config import VisionConfig
 from export.modules.altup import AltUpLayer, merged, spread
 from export.modules.gemma4 import Gemma4Layer
-from export.modules.heads import Named, generate_head, score_head
+from export.modules.heads import Named, generate_head, score_head, suppressed
 from export.modules.layers import Layer, RMSNorm, Rotary, Rotation
 from export.modules.per_layer import Table, per_layer_inputs
 from export.modules.token_choice import choosing_head
@@ -329,10 +329,13 @@ class GemmaDecoder(GemmaLayers):
         if signature.head == "score":
             return self._scores(rows, poison, step)
         logits = nn.functional.linear(rows, weight)
+        finish = self._softcapped
+        if ids := self.config.suppress_tokens:
+            logits, finish = suppressed(logits, ids, finish)
         if not signature.chooses:
-            return generate_head(self._softcapped(logits), probability_rows, signature)
+            return generate_head(finish(logits), probability_rows, signature)
         outputs, state["next_ids"] = choosing_head(
-            logits, poison, self._softcapped, step, state["next_ids"], signature
+            logits, poison, finish, step, state["next_ids"], signature
         )
         return outputs
 

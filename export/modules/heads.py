@@ -5,6 +5,7 @@ V vocabulary, N rows, U columns.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from beam_gemma.model.signature import Signature
 from export.ops.reference import column_maxima, even_parts
 
 Named = dict[str, Tensor]
+NEVER = -1e30
+"""Logit of a token that is never chosen: its probability is 0 at any temperature in use. An
+infinite one would make NaN in the sort keys of `token_choice`."""
 
 
 def generate_head(logits: Tensor, probability_rows: Tensor, signature: Signature) -> Named:
@@ -25,6 +29,29 @@ def generate_head(logits: Tensor, probability_rows: Tensor, signature: Signature
         "top_probability": top_probability(logits.index_select(0, probability_rows), "cpu"),
         "logits": logits,
     }
+
+
+def suppressed(
+    logits: Tensor, token_ids: tuple[int, ...], finish: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return logits [R, V] in which some tokens can never be chosen, and how to finish them.
+
+    Unfinished, these tokens have the lowest number of the type, which no product reaches. A cap
+    would lift it, so that finishing puts `NEVER` in its place.
+
+    Args:
+        logits: [R, V], output of the last product.
+        token_ids: The tokens.
+        finish: Converts logits to float32 and caps them if the model has a cap.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    places = torch.tensor([token_ids]).expand(logits.shape[0], -1)
+    values = torch.tensor([[lowest] * len(token_ids)], dtype=logits.dtype).expand_as(places)
+
+    def finish_all(chosen: Tensor) -> Tensor:
+        return torch.where(chosen <= lowest, NEVER, finish(chosen))
+
+    return logits.scatter(1, places, values), finish_all
 
 
 def score_head(target_logits: Tensor, logits: Tensor, device: Device) -> Named:
