@@ -6,6 +6,7 @@ function that the model may call needs no second rendering. What is not certain 
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jinja2.nodes as nodes
 
@@ -94,7 +95,7 @@ def _loads(expressions: Iterable[nodes.Node], own: set[str]) -> Iterator[str]:
                 yield name.name
 
 
-def _all(node: nodes.Node, kinds: type | tuple[type, ...]) -> Iterator[nodes.Node]:
+def _all(node: nodes.Node, kinds: type | tuple[type, ...]) -> Iterator[Any]:
     """Yield a node, if it is of some kinds, and all such nodes in it."""
     if isinstance(node, kinds):
         yield node

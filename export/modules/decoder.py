@@ -329,7 +329,7 @@ class GemmaDecoder(GemmaLayers):
         if signature.head == "score":
             return self._scores(rows, poison, step)
         logits = nn.functional.linear(rows, weight)
-        finish = self._softcapped
+        finish: Callable[[Tensor], Tensor] = self._softcapped
         if ids := self.config.suppress_tokens:
             logits, finish = suppressed(logits, ids, finish)
         if not signature.chooses:
