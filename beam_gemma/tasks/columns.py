@@ -42,7 +42,7 @@ def check_media(settings: Settings, artifact: Artifact, image_size: int | None =
         image_size: Height and width that its pictures must have, in pixels; None for any.
 
     Raises:
-        OptionsError: the model takes no pictures, pictures of another size, or such of any size, or
+        OptionsError: the model takes no pictures, its pictures do not have this size, or it takes
             no sounds.
     """
     vision = artifact.vision
