@@ -39,7 +39,12 @@ GRAPHS = [
     ("gemma3n", "bfloat16"),
 ]
 EXACT = [case for case in GRAPHS if case[1] == "float16" or case[0] == "gemma4_wide_heads"]
-CODED = [("gemma4_e2b", "int8"), ("gemma4_moe", "int4"), ("gemma3n", "int4")]
+CODED = [
+    ("gemma4_e2b", "int8"),
+    ("gemma4_moe", "int8"),
+    ("gemma4_moe", "int4"),
+    ("gemma3n", "int4"),
+]
 Q4, Q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 OF_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
 """Ends of the names of matrices that have 8 bits in any precision."""

@@ -33,7 +33,8 @@ PACKED = {
     "slices of 160": PackedCase(head_dim=320, back=50, ahead=50),
     "long": PackedCase(lengths=(700, 3, 330), head_dim=512, back=256, ahead=256),
 }
-THREADS = [1, 2, 16]
+THREADS = [2, 16]
+"""Numbers of threads of a sequence alone, compared with all sequences together on one."""
 
 
 def test_heads_are_cut_evenly_and_as_rarely_as_may_be() -> None:
