@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from beam_gemma.errors import OptionsError, RecordError
+from beam_gemma.inputs.call_messages import call_keys
 from beam_gemma.inputs.languages import language_codes, takes_languages
 from beam_gemma.inputs.row import MediaKind
 from beam_gemma.inputs.template_sandbox import TemplateSandbox
@@ -50,6 +51,7 @@ ROLES = {
     "user": "user",
     "assistant": "assistant",
     "model": "assistant",
+    "tool": "tool",
 }
 """Roles of messages, and what chat templates call them."""
 SPECIAL_TOKENS = {
@@ -82,6 +84,8 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _short = _SHORT.repr
 _PROBE = "probe"
 _QUESTION = "question"
+_RESULT = "outcome"
+_CALL = {"id": "0", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
 
 
 # Exceptions that the expressions of a template can raise.
@@ -173,6 +177,7 @@ class ChatTemplate:
         self._shown = {k for k in self._media if languages is not None or self._shows_medium(k)}
         """Types of parts that a list may have for the template to show them."""
         self._takes_system = self._shows_system()
+        self._takes_calls = self._shows_calls()
 
     def render(self, messages: Any, system: str | None = None) -> tuple[Part, ...]:
         """Return the parts of a conversation, up to the start of the model's turn.
@@ -187,15 +192,20 @@ class ChatTemplate:
                 `{"type": "audio"}`, treated as data, or a tuple of parts, whose control pieces are
                 kept. Other keys of a part are passed on if they hold text. A template that knows no
                 lists gets their texts joined by line feeds, with its piece in place of each
-                picture and sound.
+                picture and sound. Keys on calls of functions are those of `call_messages`.
             system: System prompt for a conversation without one of its own.
 
         Raises:
             RecordError: the messages are malformed, or the template rejects them.
         """
-        conversation = [dict(message) for message in _checked(messages, tuple(self._media))]
+        conversation = _checked(messages, tuple(self._media))
         if system is not None and ROLES[conversation[0]["role"]] != "system":
             conversation.insert(0, {"role": "system", "content": system})
+        if not self._takes_calls and any(m["role"] == "tool" or len(m) > 2 for m in conversation):
+            raise RecordError(
+                "messages: expected no calls of functions, which the chat template does not write, "
+                "got some; take a model such as Gemma 4"
+            )
         continues = ROLES[conversation[-1]["role"]] == "assistant"
         traced = [self._traced(message) for message in conversation[:-1]]
         traced.append(self._traced(conversation[-1], LAST if continues else 0))
@@ -203,7 +213,8 @@ class ChatTemplate:
             if not self._takes_system:
                 traced = self._fold_system(traced)
             rendered = self._run(traced, add_generation_prompt=not continues)
-            self._check_origins(rendered, [self._joined(message["content"]) for message in traced])
+            contents = [self._joined(message["content"]) for message in traced]
+            self._check_origins(rendered, [*contents, *texts_in(conversation)])
         except _FAULTS as error:
             raise RecordError(
                 f"messages: expected a conversation that the chat template takes, got: {error}"
@@ -234,6 +245,16 @@ class ChatTemplate:
             return _PROBE in self._run([{"role": "system", "content": _PROBE}, _of_user(_QUESTION)])
         except _FAULTS:
             return False
+
+    def _shows_calls(self) -> bool:
+        """Return whether a call and its result appear in the prompt."""
+        call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        result = {"role": "tool", "content": _RESULT, "tool_call_id": "0", "name": _PROBE}
+        try:
+            rendered = self._run([_of_user(_QUESTION), call, result])
+        except _FAULTS:
+            return False
+        return _PROBE in rendered and _RESULT in rendered
 
     def _heeds(self, rendered: str, **changes: Any) -> bool:
         """Return whether the prompt of a question is another one with such changes."""
@@ -266,7 +287,9 @@ class ChatTemplate:
             content = content if takes_list else self._joined(content)
         else:
             content = self._traced_text(content, flag)
-        return {"role": TracedText(ROLES[message["role"]], TEMPLATE), "content": content}
+        role = TracedText(ROLES[message["role"]], TEMPLATE)
+        of_calls = {k: traced(v) for k, v in message.items() if k not in ("role", "content")}
+        return {"role": role, "content": content, **of_calls}
 
     def _traced_part(self, part: Mapping[str, Any], flag: int) -> dict[str, str]:
         traced = {
@@ -342,8 +365,8 @@ def _of_user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def _checked(messages: Any, takes: Collection[MediaKind]) -> list[Mapping[str, Any]]:
-    """Return a row's messages as a list, after validation."""
+def _checked(messages: Any, takes: Collection[MediaKind]) -> list[dict[str, Any]]:
+    """Return a row's messages, after validation, with what templates see of them."""
     if not isinstance(messages, list | tuple) or not messages:
         raise RecordError(f"messages: expected a list of messages, got {_short(messages)}")
     for message in messages:
@@ -363,7 +386,10 @@ def _checked(messages: Any, takes: Collection[MediaKind]) -> list[Mapping[str, A
         raise RecordError("messages: expected a system message only at the head, got a later one")
     if ROLES[messages[-1]["role"]] == "system":
         raise RecordError("messages: expected the last one to be the user's, got 'system'")
-    return list(messages)
+    checked = [{"role": m["role"], "content": m["content"], **call_keys(m)} for m in messages]
+    if "tool_calls" in checked[-1]:
+        raise RecordError("messages: expected results after the last calls, got calls at the end")
+    return checked
 
 
 def _is_parts(content: Any, media: Collection[str]) -> bool:
