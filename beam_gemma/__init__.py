@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # set here so that the exporter and all child processes have it too.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 PUBLIC = {
     "SamplingParams": "beam_gemma.engine.sampling",
     "ArtifactError": "beam_gemma.errors",
