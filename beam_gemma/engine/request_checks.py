@@ -125,7 +125,11 @@ class RequestChecks:
         if graph is None:
             raise RecordError(f"{kind}: expected none, since the model takes none, got some")
         if not is_picture:
-            return kind, medium.num_tokens
+            if (got := medium.values.shape[1]) != graph.num_features:
+                raise RecordError(
+                    f"{kind}: expected frames of {graph.num_features} values, got {got}"
+                )
+            return kind, graph.num_audio_tokens or medium.num_tokens
         height, width = medium.values.shape[1:]
         num_tokens = graph.tokens_of(height, width)
         if num_tokens is None:

@@ -30,6 +30,7 @@ from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.monitoring.timeline import Pulse, Work
 from beam_gemma.runtime.limits import Limits
 from beam_gemma.runtime.open_session import open_session
+from beam_gemma.runtime.sound_session import SoundSession
 from beam_gemma.runtime.step_shapes import num_texts
 from beam_gemma.runtime.vision_session import VisionSession
 from beam_gemma.structured.constraint import Constraint
@@ -263,8 +264,11 @@ def start_engine(
     limits = limits.for_pictures(artifact.vision, device)
     has_tower = artifact.vision is not None and ("vision", device) in artifact.signatures
     vision = VisionSession.of(artifact, device) if has_tower else None
-    if vision is not None and device == "cuda" and has_media:
-        vision.load()
+    has_ears = artifact.sound is not None and ("sound", device) in artifact.signatures
+    sound = SoundSession.of(artifact, device) if has_ears else None
+    for each in (vision, sound):
+        if each is not None and device == "cuda" and has_media:
+            each.load()
     encoder = None
     if artifact.encoder is not None and device == "cuda":
         encoder = open_session(artifact, "encode", device, limits)
@@ -276,6 +280,7 @@ def start_engine(
         session,
         config,
         vision=vision,
+        sound=sound,
         encoder=encoder,
         on_step=METER.add,
         device_stats=session.stats,
