@@ -66,19 +66,17 @@ class Hearing:
             # Clip by clip, as what Gemma 3n's extractor makes of one depends on the others.
             found = [self.extractor([each], return_tensors="pt") for each in sounds]
             features = {name: _padded([each[name][0] for each in found]) for name in found[0]}
+        before = ""  # texts that meet are tokenized as one
         for index in range(len(sounds)):
             if self.is_fixed:
-                lines, end = self.text_ids("\n\n"), USM_OFFSET
-                ids += [*lines, BEGIN_ID, *[USM_OFFSET + 1] * 188, end, *lines]
+                ids += self.text_ids(f"{before}\n\n")
+                ids += [BEGIN_ID, *[USM_OFFSET + 1] * 188, USM_OFFSET]
+                before = "\n\n"
                 continue
             mask = features["input_features_mask"][index]
-            number = (
-                int(mask.sum())
-                if mask.shape[-1] and "Unified" in str(type(self.extractor))
-                else int(mask[::2][::2].sum())
-            )
+            number = int((mask[::4] if self.has_tower else mask).sum())
             ids += [BEGIN_ID, *[AUDIO_ID] * number, END_ID]
-        ids += self.text_ids(text)
+        ids += self.text_ids(before + text)
         return {"input_ids": torch.tensor([ids]), **features}
 
     @torch.no_grad()
