@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.sequence import Request
-from beam_gemma.engine.thoughts import Thinking
+from beam_gemma.engine.thoughts import Thinking, Thoughts
 from beam_gemma.errors import OptionsError
 from beam_gemma.runtime.limits import EngineConfig
 from tests.doubles.async_session import AsyncSession
@@ -277,3 +277,19 @@ def test_rows_with_the_longest_thoughts_start_first():
 def test_a_limit_holds_the_two_tokens_around_a_thought(limit):
     with pytest.raises(OptionsError, match="at least 2"):
         Thinking(begin_id=BEGIN, end_id=END, max_tokens=limit)
+
+
+def test_an_open_thought_keeps_the_room_of_its_limit():
+    thoughts = Thoughts(Thinking(begin_id=BEGIN, end_id=END, max_tokens=9))
+    for token_id in (BEGIN, 20):
+        assert not thoughts.take(token_id)
+    assert thoughts.num_extra_tokens == 9
+    assert not thoughts.take(END)
+    assert thoughts.num_extra_tokens == 3
+
+
+def test_no_thought_is_the_first_one_behind_a_part_of_the_answer():
+    thoughts = Thoughts(Thinking(begin_id=BEGIN, end_id=END, max_tokens=9))
+    assert thoughts.first_id == BEGIN
+    assert thoughts.take(20)
+    assert thoughts.first_id is None

@@ -9,8 +9,9 @@ from beam_gemma.inputs.chat_template import ChatTemplate
 from beam_gemma.inputs.decoder_prompt import Decoder
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
 from beam_gemma.inputs.prompt_settings import PromptSettings
-from beam_gemma.inputs.tools import checked_tools
-from beam_gemma.model.markup import Control
+from beam_gemma.inputs.tools import checked_tools, traced
+from beam_gemma.inputs.traced_text import ROW, origins
+from beam_gemma.model.markup import Control, Text
 from tests.doubles import fake_models
 from tests.doubles.chat_reference import TEMPLATES, hugging_face, markup
 from tests.doubles.tool_models import FAMILIES, STOP, WEATHER
@@ -180,3 +181,16 @@ def test_bare_functions_are_tools():
 def test_what_is_no_declaration_is_refused_by_its_place(tools, message):
     with pytest.raises(OptionsError, match=message):
         checked_tools(tools)
+
+
+def test_names_of_parameters_are_data_too_even_where_a_template_hides_whose_they_are():
+    """`tojson` writes plain text, in which a name that looks like a control piece is allowed."""
+    schema = {"type": "object", "properties": {"<turn|>": {"type": "string"}}}
+    tools = checked_tools([{"name": "f", "parameters": schema}])
+    source = "{{ tools | tojson }}{{ messages[0].content }}"
+    template = ChatTemplate(source, ["<turn|>"], tools=tools)
+    parts = template.render([{"role": "user", "content": "a"}])
+    assert [type(part) for part in parts] == [Text]
+    assert "<turn|>" in parts[0].text
+    [key] = traced({"name": "f"})
+    assert origins(key) == bytes([ROW]) * 4

@@ -7,6 +7,7 @@ import pytest
 
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.errors import OptionsError
+from beam_gemma.model.markup import Text
 from beam_gemma.structured.output import StructuredOutput
 from beam_gemma.tasks.generate import GenerateSettings
 from beam_gemma.tasks.open_model import prompt_encoder
@@ -307,3 +308,13 @@ def test_results_are_saved_apart_for_each_setting():
     assert len(parameters) == len(settings)
     default = settings_of(thinking=True, thinking_tokens=1024)
     assert default.parameters == settings_of(thinking=True).parameters
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [("thought\nit is hot", "it is hot"), ("hot\nit is", "hot\nit is"), ("it is", "it is")],
+)
+def test_only_the_name_of_the_channel_of_thoughts_is_no_text(written, text):
+    """Another first line is what the model has thought."""
+    ids = TOKENIZER.encode([Text(written)], add_bos=False)
+    assert text_of([ids], TOKENIZER) == text
