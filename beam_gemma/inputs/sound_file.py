@@ -158,7 +158,8 @@ def file_of_array(array: Any, sampling_rate: Any, name: str = "sound") -> bytes:
     values = _values(array, name)
     channels = 1 if values.ndim == 1 else len(values)
     _check_form(int(rate), channels, name)
-    body = np.ascontiguousarray(values.T, "<f4").tobytes()
+    with np.errstate(over="ignore"):  # decoding refuses the infinite sample that it leaves
+        body = np.ascontiguousarray(values.T, "<f4").tobytes()
     about = struct.pack(
         "<HHIIHH", 3, channels, int(rate), int(rate) * channels * 4, channels * 4, 32
     )
@@ -226,7 +227,8 @@ class _Sound:
             if number > self._limit:
                 raise self._too_long("more")
             # The sum has the order that numpy gives it for a whole file in `load_audio`.
-            mono = block.T.mean(axis=0) if self.num_channels > 1 else block[:, 0].copy()
+            with np.errstate(invalid="ignore", over="ignore"):
+                mono = block.T.mean(axis=0) if self.num_channels > 1 else block[:, 0].copy()
             if not (np.abs(mono) <= MAX_VALUE).all():
                 raise RecordError(
                     f"{self._name}: expected samples from -1 to 1, got one that is no number, or "
@@ -267,7 +269,10 @@ class _Content(io.BytesIO):
     one: a read too many returns nothing, and a place that is no place is the nearest one.
     """
 
-    num_left = MAX_PARTS
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.num_left = MAX_PARTS
+        self._size = len(data)  # `getbuffer` would copy the bytes
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill a buffer with the next bytes, and return how many there are."""
@@ -276,9 +281,8 @@ class _Content(io.BytesIO):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Go to a place within the file, or to its end."""
-        size = len(self.getbuffer())
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: size}.get(whence, 0)
-        return super().seek(min(max(base + offset, 0), size))
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}.get(whence, 0)
+        return super().seek(min(max(base + offset, 0), self._size))
 
 
 @contextmanager

@@ -117,6 +117,13 @@ DAMAGED = {
     ),
     "a sample that is no number": (changed("FLOAT", b"data", 0x7FC00000, 8), "got one that is no"),
     "an infinite sample": (changed("FLOAT", b"data", 0x7F800000, 8), "got one that is no number"),
+    "infinite samples of both signs": (
+        file_of_array([[float("inf")], [float("-inf")]], 16_000), "got one that is no number"
+    ),
+    "samples whose sum is too large": (
+        file_of_array([[3e38], [3e38]], 16_000), "got one that is no number, or is larger"
+    ),
+    "samples that float32 cannot hold": (file_of_array([1e300], 16_000), "or is larger than 1,000"),
     "a huge sample": (changed("FLOAT", b"data", 0x7F000000, 8), "is larger than 1,000,000; write"),
 }  # fmt: skip
 """Files whose headers may be read; the error comes when they are decoded."""
