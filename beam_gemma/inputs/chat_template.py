@@ -134,8 +134,10 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._pieces = ControlPieces(control_pieces)
+        # The tokenizer of a Gemma 3n need not have those of pictures and sounds.
+        markup = ControlPieces((*control_pieces, *media_pieces.values()))
         # What a template writes between the texts of rows and tools is often the same.
-        self._split = functools.lru_cache(maxsize=1024)(self._pieces.split)
+        self._split = functools.lru_cache(maxsize=1024)(markup.split)
         self._allow_special_tokens = allow_special_tokens
         self._media = {kind: TracedText(p, TEMPLATE) for kind, p in media_pieces.items()}
         if languages and not takes_languages(source):

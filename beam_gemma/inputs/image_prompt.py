@@ -1,6 +1,7 @@
 """Pictures in prompts: the tokens that each of them takes, and what stands around these.
 
-Token ids are those of transformers' `Gemma3Processor`, `PaliGemmaProcessor` and `Gemma4Processor`.
+Token ids are those of transformers' `Gemma3Processor`, `PaliGemmaProcessor` and `Gemma4Processor`,
+and of `Gemma3nProcessor` but for the token behind a picture, which counts as one of the picture.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,9 +104,11 @@ class ImagePrompts:
         assert vision is not None
         before: tuple[Part, ...] = ()
         behind: tuple[Part, ...] = ()
-        if vision.begin_token is not None and vision.end_token is not None:
-            before, behind = (Control(vision.begin_token),), (Control(vision.end_token),)
-        if vision.projector == "pooled":  # Gemma 3's processor adds empty lines
+        if vision.begin_token is not None:
+            before = (Control(vision.begin_token),)
+        if vision.end_token is not None:
+            behind = (Control(vision.end_token),)
+        if vision.projector in ("pooled", "mobilenet"):  # processors of Gemma 3 and 3n add lines
             before, behind = (Text("\n\n"), *before), (*behind, Text("\n\n"))
         views = [
             (*before, SoftTokens(READABLE, self._token_id, num_tokens), *behind)
@@ -136,7 +139,8 @@ def _check(vision: VisionConfig | None, settings: ImageSettings) -> None:
         return
     if vision.projector != "pooled" and settings.pan_and_scan:
         raise OptionsError(
-            "pan_and_scan: expected none for a PaliGemma or a Gemma 4, which takes no crops"
+            "pan_and_scan: expected none for a PaliGemma, a Gemma 3n or a Gemma 4, which takes no "
+            "crops"
         )
     if settings.image_tokens is not None and not vision.image_step:
         raise OptionsError(

@@ -17,6 +17,7 @@ from beam_gemma.model.vision_config import (
     UNREAD_PROCESSOR_KEYS,
     Bidirectional,
     VisionConfig,
+    check_colors,
     check_rescale,
     resample_filter,
 )
@@ -175,11 +176,7 @@ def _pixels(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     for key, value in expected.items():
         if given.get(key, value) != value:
             raise ConfigError(f"{key}: expected {value}, got {reprlib.repr(given[key])}")
-    if given.get("do_normalize") and _changes(given):
-        raise ConfigError(
-            "do_normalize: expected false, or a mean of 0 and a deviation of 1, got "
-            f"{reprlib.repr(given.get('image_mean'))} and {reprlib.repr(given.get('image_std'))}"
-        )
+    check_colors(given)
     check_rescale(given.get("rescale_factor", 1 / 255))
     number = given.get("max_soft_tokens", given.get("image_seq_length", 280))
     if type(number) is not int or number not in IMAGE_TOKENS:
@@ -188,9 +185,3 @@ def _pixels(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
             f"{reprlib.repr(number)}"
         )
     return {"num_image_tokens": number, "resample": resample_filter(given.get("resample", 3))}
-
-
-def _changes(given: Mapping[str, Any]) -> bool:
-    """Return whether a mean and a deviation change any color."""
-    mean, std = given.get("image_mean", (0.0,) * 3), given.get("image_std", (1.0,) * 3)
-    return list(mean) != [0.0] * 3 or list(std) != [1.0] * 3

@@ -1,4 +1,4 @@
-"""The picture half of a model: its SigLIP tower, its projector, and how pictures join a prompt.
+"""The picture half of a model: its tower, its projector, and how pictures join a prompt.
 
 Facts follow the configuration classes and processors of transformers 5.23 (`models/siglip`,
 `models/gemma3`, `models/paligemma`).
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from beam_gemma.errors import ConfigError, nearest
 from beam_gemma.model.config_reader import Reader, check_factor, check_keys, section_of
 
-Projector = Literal["pooled", "linear", "tower", "patches"]
+Projector = Literal["pooled", "linear", "tower", "patches", "mobilenet"]
 Bidirectional = Literal["picture", "prefix", "local", "none"]
 Resample = Literal["bilinear", "bicubic"]
 
@@ -82,9 +82,11 @@ class VisionConfig:
     projector: Projector
     """`pooled`: means of patches, a norm and a matrix (Gemma 3); `linear`: a matrix and a bias for
     each patch (PaliGemma); `tower`: the tower of Gemma 4; `patches`: no tower, a projection of each
-    square of pixels (Gemma 4 12B)."""
+    square of pixels (Gemma 4 12B); `mobilenet`: the tower of Gemma 3n, and a matrix between two
+    norms."""
     num_image_tokens: int
-    """Tokens of the decoder that one picture takes, or most of them if pictures vary in size."""
+    """Tokens of the decoder that one picture takes, or most of them if pictures vary in size. In
+    Gemma 3n the last one is the token behind a picture, which no text has."""
     bidirectional: Bidirectional
     """Tokens that attend in both directions: those of each `picture`, within the window of a layer
     (Gemma 3), the same in layers with a window alone (`local`, the larger Gemma 4), the whole
@@ -112,6 +114,12 @@ class VisionConfig:
     """True if products have bounds for what goes in and comes out."""
     image_token: str | None = None
     """Control piece that chat templates write for a picture, if it is not `begin_token`."""
+    architecture: str | None = None
+    """Name of the tower's layers in `beam_gemma.model.mobilenet_v5`, in Gemma 3n."""
+    image_vocab_size: int = 0
+    """Rows of the table of tokens that pictures have for themselves, in Gemma 3n."""
+    end_token_row: int = 0
+    """Row of that table that is the last token of a picture."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -307,7 +315,7 @@ def _pixels(
     for key, value in expected.items():
         if given.get(key, value) != value:
             raise ConfigError(f"{key}: expected {value}, got {reprlib.repr(given[key])}")
-    _check_size(given.get("size"), image_size)
+    check_size(given.get("size"), image_size)
     check_rescale(given.get("rescale_factor", 1 / 255))
     return {
         "resample": resample_filter(given.get("resample", 3 if is_pali else 2)),
@@ -316,7 +324,8 @@ def _pixels(
     }
 
 
-def _check_size(size: Any, image_size: int) -> None:
+def check_size(size: Any, image_size: int) -> None:
+    """Raise ConfigError if a processor's settings make pictures of another height or width."""
     section = {} if size is None else section_of("size", size)
     for key, value in section.items():
         if key not in ("height", "width") or value != image_size:
@@ -339,6 +348,17 @@ def check_rescale(factor: Any) -> None:
     """Raise ConfigError if a processor's settings scale colors by other than 1 / 255."""
     if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ConfigError(f"rescale_factor: expected 1 / 255, got {reprlib.repr(factor)}")
+
+
+def check_colors(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a processor's settings change colors from 0 to 1."""
+    mean, std = given.get("image_mean", (0.0,) * 3), given.get("image_std", (1.0,) * 3)
+    is_plain = mean in ([0.0] * 3, (0.0,) * 3) and std in ([1.0] * 3, (1.0,) * 3)
+    if given.get("do_normalize") and not is_plain:
+        raise ConfigError(
+            "do_normalize: expected false, or a mean of 0 and a deviation of 1, got "
+            f"{reprlib.repr(mean)} and {reprlib.repr(std)}"
+        )
 
 
 def _channels(key: str, values: Any) -> tuple[float, ...]:

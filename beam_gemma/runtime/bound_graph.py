@@ -136,4 +136,6 @@ def _provider_options(memory: DeviceMemory) -> Mapping[str, str]:
         "arena_extend_strategy": "kSameAsRequested",
         # Sums of probabilities need the full precision of float32.
         "use_tf32": "0",
+        # By timing, two processes would choose other algorithms, whose last bits differ.
+        "cudnn_conv_algo_search": "HEURISTIC",
     }

@@ -35,7 +35,7 @@ from export.checkpoints.torch_file import SavedTensor, saved_content, torch_reco
 from export.checkpoints.vision_tensors import (
     PROJECTION,
     is_of_pictures,
-    with_flat_patches,
+    with_flat_kernels,
 )
 
 LOGGER = logging.getLogger("export")
@@ -83,7 +83,7 @@ def read_ckpt(path: Path, *, text_only: bool = False) -> Checkpoint:
     vision = VISION_SIZES[0].vision if has_images and not text_only else None
     tensors = _dequantized(by_name(path, [(_our_name(t.name), t) for t in found]))
     if vision is not None:
-        tensors = _turned(with_flat_patches(tensors, vision))
+        tensors = _turned(with_flat_kernels(tensors, vision))
     config = _config(path, {n: t for n, t in tensors.items() if not is_of_pictures(n)})
     tokenizer = Tokenizer(tokenizer_bytes(path.parent))
     # Released files list no end tokens: add the end of turn if the vocabulary has one.

@@ -78,7 +78,7 @@ from export.checkpoints.vision_tensors import (
     is_of_pictures,
     vision_name,
     vision_shapes,
-    with_flat_patches,
+    with_flat_kernels,
 )
 
 LOGGER = logging.getLogger("export")
@@ -174,7 +174,7 @@ def _read_folder(folder: Path, *, text_only: bool) -> Checkpoint:
     found = _named(folder, our_name, with_pictures=vision is not None, with_sound=sound is not None)
     tensors = without_head(found)
     if vision is not None:
-        tensors = with_flat_patches(tensors, vision)
+        tensors = with_flat_kernels(tensors, vision)
     embedding = None
     if (folder / MODULES).exists() or config.model_type == EMBEDDING_GEMMA2:
         embedding, dense_folders = read_sentence_folder(folder, config, raw)
@@ -223,7 +223,7 @@ def _read_pair(folder: Path, raw: Mapping[str, Any], *, text_only: bool) -> Chec
     vision = None
     if has_images and not text_only:
         vision = read_pictures(folder, raw, tokenizer_model)
-        tensors = with_flat_patches(tensors, vision)
+        tensors = with_flat_kernels(tensors, vision)
     checkpoint = _with_texts(folder, raw, config, tensors, tokenizer_model)
     return replace(checkpoint, encoder=encoder, vision=vision)
 

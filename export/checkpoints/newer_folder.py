@@ -1,7 +1,7 @@
 """Reads what a Hugging Face folder of a Gemma 3n, a Gemma 4 or an EmbeddingGemma 2 has on its own.
 
-Released files hold what a model needs for pictures and sound beside the text model. That for
-pictures is read in a Gemma 4, and that for sound in a Gemma 3n and a Gemma 4; all else is left out.
+Released files hold what a model needs for pictures and sound beside the text model. It is read in a
+Gemma 3n and a Gemma 4; all else is left out.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.config_reader import check_keys
+from beam_gemma.model.gemma3n_vision import gemma3n_vision
 from beam_gemma.model.gemma4_vision import gemma4_vision
 from beam_gemma.model.newer_config import OUTER_TYPES, newer_config
 from beam_gemma.model.sound_config import SoundConfig
@@ -26,8 +27,12 @@ from export.checkpoints.vision_tensors import is_of_pictures
 LOGGER = logging.getLogger("export")
 PREFIX = re.compile(r"(model\.)?(language_model\.)?(model\.)?")
 """What may precede the names of the text model's tensors."""
-OF_PICTURES = ("gemma4", "gemma4_unified")
-"""Model types whose pictures are read."""
+OF_PICTURES = {
+    "gemma3n": gemma3n_vision,
+    "gemma4": gemma4_vision,
+    "gemma4_unified": gemma4_vision,
+}
+"""Functions that read how a model takes pictures, by its type."""
 OF_SOUND = ("gemma3n", "gemma4", "gemma4_unified")
 """Those whose sound is read."""
 MODULES = re.compile(r"^ple\.|(?<=\.)ple_block\.")
@@ -63,7 +68,7 @@ def read_newer_towers(
     """
     vision, sound = None, None
     if raw["model_type"] in OF_PICTURES and not text_only:
-        vision = gemma4_vision(raw, image_settings(folder))
+        vision = OF_PICTURES[raw["model_type"]](raw, image_settings(folder))
     if raw["model_type"] in OF_SOUND and not text_only:
         sound = read_sound_config(raw, sound_settings(folder))
     parts = {"vision_config": ("images", vision), "audio_config": ("sound", sound)}

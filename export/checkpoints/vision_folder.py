@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder's settings of pictures: those of Gemma 3 and PaliGemma."""
+"""Reads a Hugging Face folder's settings of pictures, and checks the tokens around them."""
 
 import reprlib
 from collections.abc import Callable, Mapping
@@ -124,14 +124,15 @@ def check_markers(
     Raises:
         CheckpointError: the tokenizer has other pieces there.
     """
-    if vision.begin_token is None or vision.end_token is None:
+    if vision.begin_token is None:
         return
     ids = Tokenizer(tokenizer_model()).control_pieces
-    pieces = (vision.begin_token, vision.end_token)
-    markers = zip(pieces, MARKER_IDS.items(), strict=True)
-    if vision.image_token is not None:
-        markers = zip((*pieces, vision.image_token), GEMMA4_MARKER_IDS.items(), strict=True)
-    for piece, (key, default) in markers:
+    keys = GEMMA4_MARKER_IDS if vision.image_step else MARKER_IDS
+    # The tokenizer of a Gemma 3n need not have the pieces behind a picture and in place of it.
+    pieces = (vision.begin_token, vision.end_token, vision.image_token)
+    for piece, (key, default) in zip(pieces, keys.items(), strict=False):
+        if piece is None:
+            continue
         expected = raw.get(key, raw.get(key.replace("_index", "_id"), default))
         if piece not in ids or ids[piece] != expected:
             raise CheckpointError(

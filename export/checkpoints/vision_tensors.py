@@ -1,11 +1,15 @@
 """Names and shapes of the tensors of a tower and its projector, as in `export.modules.vision`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+
+import numpy as np
 
 from beam_gemma.model.vision_config import VisionConfig
 from export.checkpoints.gemma4_vision import gemma4_vision_shapes
+from export.checkpoints.mobilenet_v5 import mobilenet_shapes
 from export.checkpoints.tensors import StoredTensor
 
 TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
@@ -26,6 +30,8 @@ def vision_shapes(config: VisionConfig, hidden_size: int) -> dict[str, tuple[int
     """
     if config.image_step:
         return gemma4_vision_shapes(config, hidden_size)
+    if config.projector == "mobilenet":
+        return mobilenet_shapes(config, hidden_size)
     width, wide = config.hidden_size, config.intermediate_size
     layer: dict[str, tuple[int, ...]] = {
         **_affine("mlp.fc1", wide, width),
@@ -84,20 +90,31 @@ def vision_name(name: str) -> str | None:
     return None if name.startswith(HEAD) else name
 
 
-def with_flat_patches(
+def with_flat_kernels(
     tensors: Mapping[str, StoredTensor], config: VisionConfig
 ) -> dict[str, StoredTensor]:
-    """Return tensors with the kernel of the patches [C, 3, S, S] as a matrix [C, 3 * S * S].
+    """Return tensors with kernels [C, I, S, S] that are products here as matrices [C, I * S * S].
 
-    A kernel of another shape stays as it is, to be refused with its own shape.
+    They are the kernel of patches in SigLIP, and those of one place in MobileNetV5. A kernel of
+    another shape stays as it is, to be refused with its own shape.
     """
     rest = dict(tensors)
-    kernel = rest.get(PATCHES)
-    expected = (config.hidden_size, 3, config.patch_size, config.patch_size)
-    if kernel is not None and kernel.shape == expected:
-        flat = (expected[0], math.prod(expected[1:]))
-        rows = kernel.rows
-        rest[PATCHES] = replace(
-            kernel, shape=flat, rows=lambda a, b: rows(a, b).reshape(b - a, flat[1])
-        )
+    for name, shape in _kernels(rest, config).items():
+        kernel = rest.get(name)
+        if kernel is not None and kernel.shape == shape:
+            flat = shape[0], math.prod(shape[1:])
+            rest[name] = replace(kernel, shape=flat, rows=partial(_flat_rows, kernel.rows))
     return rest
+
+
+def _kernels(names: Iterable[str], config: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the stored shape of each kernel that is a product."""
+    if config.projector != "mobilenet":
+        return {PATCHES: (config.hidden_size, 3, config.patch_size, config.patch_size)}
+    # The width of the decoder is that of no kernel.
+    matrices = {n: s for n, s in mobilenet_shapes(config, 1).items() if len(s) == 2}
+    return {n: (*matrices[n], 1, 1) for n in names if n in matrices and n.startswith(TOWER)}
+
+
+def _flat_rows(rows: Callable[[int, int], np.ndarray], start: int, end: int) -> np.ndarray:
+    return rows(start, end).reshape(end - start, -1)

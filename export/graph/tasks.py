@@ -31,6 +31,7 @@ from export.modules.decoder import GemmaDecoder
 from export.modules.encoder import GemmaEncoder
 from export.modules.encoder_decoder import SourceDecoder
 from export.modules.gemma4_vision import Gemma4Vision
+from export.modules.mobilenet_v5 import MobileNetVision
 from export.modules.recurrent import RecurrentDecoder
 from export.modules.shared_cache import SharedCacheDecoder
 from export.modules.sound import SoundModel
@@ -210,7 +211,10 @@ def _tower(
 ) -> torch.nn.Module | None:
     """Return the module of pictures or of sound, if a signature describes one."""
     if vision is not None and signature.head == "vision":
-        return (Gemma4Vision if vision.image_step else VisionModel)(vision, signature)
+        if vision.image_step:
+            return Gemma4Vision(vision, signature)
+        kind = MobileNetVision if vision.projector == "mobilenet" else VisionModel
+        return kind(vision, signature)
     if sound is not None and signature.head == "sound":
         return SoundModel(sound, signature)
     return None

@@ -20,6 +20,7 @@ from beam_gemma.model.signature import Signature
 from export.graph.translations import translations
 from export.modules.conformer import CumulativeNorm
 from export.modules.layers import RMSNorm, Rotary
+from export.modules.mobilenet_v5 import Convolution, LayerScale
 from export.modules.per_layer import Table
 from export.modules.source_encoder import SourceEmbedder, SourceEncoder
 from export.modules.vision import LayerNorm
@@ -44,6 +45,8 @@ TORCH_DTYPES = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
+KEPT = (RMSNorm, LayerNorm, CumulativeNorm, Rotary, Convolution, LayerScale)
+"""Modules whose parameters are float32 in every graph."""
 VISION_LOWERINGS: dict[str, tuple[OnnxFunction[..., Any], ...]] = {
     "cpu": (lowering_cpu.VisionAttention, lowering_cpu.RmsNorm),
     "cuda": (lowering_cuda.VisionAttention, lowering_cuda.RmsNorm, lowering_cuda.HalfRmsNorm),
@@ -170,9 +173,9 @@ def _ops_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
 
 
 def _typed(module: torch.nn.Module, dtype: str, table_dtype: str) -> torch.nn.Module:
-    """Convert the module's matrices to a dtype; weights of norms and frequencies keep theirs."""
+    """Convert the module's matrices to a dtype; those of `KEPT` keep theirs."""
     for child in module.modules():
-        if not isinstance(child, RMSNorm | LayerNorm | CumulativeNorm | Rotary):
+        if not isinstance(child, KEPT):
             kind = TORCH_DTYPES[table_dtype if isinstance(child, Table) else dtype]
             for name, parameter in child.named_parameters(recurse=False):
                 parameter = torch.nn.Parameter(parameter.to(kind))

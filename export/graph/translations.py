@@ -284,11 +284,12 @@ def _column_maxima(x, parts: int):  # type: ignore[no-untyped-def]
 
 
 def _vision_attention(  # type: ignore[no-untyped-def]
-    query, key, value, num_patches: int, num_heads: int, scale: float
+    query, key, value, num_patches: int, num_heads: int, scale: float, num_keys: int = 0
 ):
     width = query.shape[1]
-    shape = _ints(-1, num_patches, width) if num_patches else _ints(1, -1, width)
-    rows = (op.Reshape(x, shape) for x in (query, key, value))
+    of_queries = _ints(-1, num_patches, width) if num_patches else _ints(1, -1, width)
+    of_keys = _ints(-1, num_keys, width) if num_keys else of_queries
+    rows = (op.Reshape(query, of_queries), op.Reshape(key, of_keys), op.Reshape(value, of_keys))
     output = _node(lowering_cpu.VisionAttention)(*rows, num_heads=num_heads, scale=scale)
     return op.Reshape(output, _ints(-1, width))
 

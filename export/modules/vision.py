@@ -6,7 +6,7 @@ formulas follow `models/siglip/modeling_siglip.py`, `models/gemma3/modeling_gemm
 
 The features depend on one picture alone: patches are rows of products with weights, and attention
 stays within a picture (`export.ops.vision_attention`). No op needs cuDNN, which nothing else in a
-graph needs: patches are cut out by transposing, and pooling adds slices.
+graph of these models needs: patches are cut out by transposing, and pooling adds slices.
 
 Dimensions: N pictures, I pixels of a side, G patches of a side, P = G * G, T = N * P, S pixels of a
 patch's side, C channels of the tower, F feed-forward, L tokens of a picture, D hidden size of the

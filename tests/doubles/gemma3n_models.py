@@ -41,7 +41,7 @@ from tests.doubles.reference import (
 TABLE_ROWS = 280
 """Rows of the table of per-layer embeddings; ids from there on take the first one."""
 HIDDEN = 60
-_SHAPE: dict[str, Any] = {
+GEMMA3N_SHAPE: dict[str, Any] = {
     **SHAPE,
     "hidden_size": HIDDEN,
     "num_key_value_heads": 2,
@@ -84,16 +84,21 @@ def gemma3n_model(name: str, **other: Any) -> torch.nn.Module:
         name: Its name.
         other: Other settings than the model's.
     """
-    config = transformers.Gemma3nTextConfig(**{**_SHAPE, **MODELS[name], **other})
+    config = transformers.Gemma3nTextConfig(**{**GEMMA3N_SHAPE, **MODELS[name], **other})
     model = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter_name, parameter in draw_weights(model).named_parameters():
-            if parameter_name.endswith("correct_output_scale"):
-                parameter.add_(1.0)  # zero at first, which would hide what it scales
-            elif parameter_name.endswith("modality_router.weight"):
-                parameter.mul_(0.3 * config.hidden_size)  # of inputs divided by this width
-            elif parameter_name.endswith(("prediction_coefs.weight", "q_norm.weight")):
-                parameter.mul_(0.4)  # or errors grow tenfold from layer to layer
+    return draw_gemma3n(model)
+
+
+@torch.no_grad()
+def draw_gemma3n(model: torch.nn.Module) -> torch.nn.Module:
+    """Draw the weights of a model of this shape by parameter name."""
+    for parameter_name, parameter in draw_weights(model).named_parameters():
+        if parameter_name.endswith("correct_output_scale"):
+            parameter.add_(1.0)  # zero at first, which would hide what it scales
+        elif parameter_name.endswith("modality_router.weight"):
+            parameter.mul_(0.3 * HIDDEN)  # of inputs divided by this width
+        elif parameter_name.endswith(("prediction_coefs.weight", "q_norm.weight")):
+            parameter.mul_(0.4)  # or errors grow tenfold from layer to layer
     return model
 
 
@@ -145,7 +150,8 @@ def _artifact(name: str) -> Path:
 def save_published(name: str, folder: Path) -> Path:
     """Write one of `MODELS` as it is published: the text model of one with towers.
 
-    The files hold keys and values for layers that read those of others too.
+    The towers are stand-ins, so that only the text model can be read. The files hold keys and
+    values for layers that read those of others too.
     """
     model = gemma3n_model(name)
     save_checkpoint(model, folder)

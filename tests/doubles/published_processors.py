@@ -14,9 +14,29 @@ from tests.doubles.tiny_tokenizer import tiny_tokenizer_model
 
 IMAGE_TOKENS = 4
 """Tokens of a picture."""
-NAMES = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+PICTURE_NAMES = {
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+    "image_token": "<image_soft_token>",
+}
+NAMES = {
+    "gemma3": PICTURE_NAMES,
+    "gemma3n": {
+        **PICTURE_NAMES,
+        "boa_token": "<start_of_audio>",
+        "eoa_token": "<end_of_audio>",
+        "audio_token": "<audio_soft_token>",
+    },
+}
 MARKERS = {
     "gemma3": ("<end_of_image>", "<image_soft_token>"),
+    "gemma3n": (
+        "<end_of_image>",
+        "<image_soft_token>",
+        "<start_of_audio>",
+        "<end_of_audio>",
+        "<audio_soft_token>",
+    ),
     "paligemma": (*(f"<loc{i:04}>" for i in range(1024)), *(f"<seg{i:03}>" for i in range(128))),
 }
 GEMMA3_VISION = VisionConfig(
@@ -108,7 +128,6 @@ def published_tokenizer(name: str) -> GemmaTokenizer:
         for piece in pieces
         if piece.type not in (NORMAL, BYTE) and SPACE not in piece.piece
     ]
-    names = {**NAMES, "image_token": "<image_soft_token>"} if name == "gemma3" else {}
     tokenizer = GemmaTokenizer(
         vocab,
         [
@@ -117,7 +136,7 @@ def published_tokenizer(name: str) -> GemmaTokenizer:
             for end in range(1, len(text))
             if {text[:end], text[end:]} <= vocab.keys()
         ],
-        extra_special_tokens=names,
+        extra_special_tokens=NAMES.get(name, {}),
         mask_token="<unk>",
         add_bos_token=True,
     )

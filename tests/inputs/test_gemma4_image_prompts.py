@@ -79,7 +79,7 @@ def test_a_chat_template_writes_the_piece_of_a_token_and_a_row_cannot():
 
 
 def test_settings_of_pictures_are_refused_where_the_model_has_none_such():
-    with pytest.raises(OptionsError, match="pan_and_scan: expected none for a PaliGemma or a Gem"):
+    with pytest.raises(OptionsError, match="pan_and_scan: expected none for a PaliGemma, a Gem"):
         encoder(prompt="{x}", image_columns=("x",), pan_and_scan=True)
     settings = PromptSettings(prompt="{x}", image_columns=("x",), image_tokens=70)
     fixed = replace(GEMMA3_VISION, begin_token=BEGIN_TOKEN, end_token=END_TOKEN)
