@@ -152,8 +152,13 @@ def published_processor() -> transformers.Gemma3nProcessor:
 
 
 def save_seeing_gemma3n(model: torch.nn.Module, folder: Path) -> Path:
-    """Write the model as a Hugging Face folder, as it is published."""
+    """Write the model as a Hugging Face folder, as it is published, but without what it hears with.
+
+    Tensors for sound, which transformers' class always has, are of no use then.
+    """
     model.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "audio_config": None}))
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model())
     return folder
