@@ -276,8 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--text_only", action="store_true",
-        help="Leave out what a model has for pictures and sound: towers and projectors. "
-        "(default: false)",
+        help="Leave out what a model has for pictures and sound. (default: false)",
     )  # fmt: skip
     parser.add_argument(
         "--checksums", choices=("now", "later"), default="now",

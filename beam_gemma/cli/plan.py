@@ -29,7 +29,6 @@ from beam_gemma.jobs.run_record import facts_of, marks_of
 from beam_gemma.jobs.shards import Layout
 from beam_gemma.jobs.write_table import WriteOutput
 from beam_gemma.model.artifact import Artifact
-from beam_gemma.model.graph_tensors import Head
 from beam_gemma.runtime.devices import DeviceChoice, choose_device
 from beam_gemma.tables.file_sink import check_writable
 from beam_gemma.tables.lease import new_job
@@ -147,12 +146,11 @@ def _open(
         device = choose_device(artifact, handler.head, device)
     elif device != "auto":
         artifact.signature(handler.head, device)
-    columns: dict[Head, Sequence[str]] = {
-        "vision": handler.settings.image_columns,
-        "sound": handler.settings.audio_columns,
-    }
-    for head in (head for head, names in columns.items() if names and device != "auto"):
-        artifact.signature(head, device)
+    if device != "auto":
+        if handler.settings.image_columns:
+            artifact.signature("vision", device)
+        if handler.settings.audio_columns:
+            artifact.signature("sound", device)
     return artifact, options
 
 

@@ -109,15 +109,17 @@ class PromptEncoder:
             tools=tools,
         )
         self._template = _template(settings, pieces)
-        self.stop_token_ids = response_ids(pieces)
-        """Token ids that end an answer, in addition to the model's own end tokens."""
-        if isinstance(self._template, Infill):
-            self.stop_token_ids += self._template.stop_token_ids
         self._decoder = decoder_prompts(
             tokenizer, settings.decoder_prompt, decoder, allow_special_tokens=allow
         )
         self._max_tokens, self._shots = max_tokens, shots
         self._turns = self._turns_of(shots)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer, in addition to the model's own end tokens."""
+        of_gap = self._template.stop_token_ids if isinstance(self._template, Infill) else ()
+        return (*response_ids(self.tokenizer.control_pieces), *of_gap)
 
     def _turns_of(self, shots: Shots) -> list[Turn]:
         with shots_own_errors():
