@@ -82,7 +82,13 @@ class Convolution(nn.Module):
         kernel = self.conv.weight
         wide = torch.promote_types(kernel.dtype, torch.float32)
         frames, bins = (x.shape[0] + 1) // 2, (x.shape[1] + 1) // 2
-        padded = nn.functional.pad(x.to(kernel.dtype), (0, 0, 1, 1, self.before, self.after))
+        beside = _zeros(x.shape[0], 1, x.shape[2], dtype=kernel.dtype)
+        wider = torch.cat([beside, x.to(kernel.dtype), beside], dim=1)
+        above, below = (
+            _zeros(count, *wider.shape[1:], dtype=kernel.dtype)
+            for count in (self.before, self.after)
+        )
+        padded = torch.cat([above, wider, below])
         cut = padded.index_select(0, _taps(frames)).index_select(1, _taps(bins))
         cut = cut.reshape(-1, KERNEL, bins, KERNEL, x.shape[2]).permute(0, 2, 1, 3, 4)
         matrix = kernel.permute(0, 2, 3, 1).reshape(kernel.shape[0], -1)
@@ -161,7 +167,7 @@ class Attention(nn.Module):
         """Return the attention output [L, C] of x [L, C]; positions are [P, C]."""
         config, wide = self.config, blocks.reach.dtype
         width, context = config.attention_chunk_size, _context(config)
-        scale = nn.functional.softplus(self.per_dim_scale.to(wide))
+        scale = _softplus(self.per_dim_scale.to(wide))
         query = self._heads(self.q_proj(x).to(wide).index_select(0, blocks.queries))
         query = query * (scale * (config.head_dim**-0.5 * Q_FACTOR))
         key = self._heads(self.k_proj(x).to(wide).index_select(0, blocks.keys))
@@ -192,7 +198,8 @@ class Attention(nn.Module):
         """
         config, context = self.config, _context(self.config)
         width, heads = config.attention_chunk_size, config.num_attention_heads
-        padded = nn.functional.pad(scores, (0, context + 1 - scores.shape[2]))
+        behind = _zeros(heads, scores.shape[1], context + 1 - scores.shape[2], dtype=scores.dtype)
+        padded = torch.cat([scores, behind], dim=2)
         rows = padded.reshape(heads, -1, width * (context + 1))
         return rows[:, :, : width * context].reshape(heads, -1, width, context)
 
@@ -233,7 +240,7 @@ class LightConvolution(nn.Module):
         taps, limit = self.config.conv_kernel_size, _limit(self.config, inner)
         gated = nn.functional.glu(self.linear_start(self.pre_layer_norm(x, inner)), dim=-1)
         wide = blocks.reach.dtype
-        padded = nn.functional.pad(gated.to(wide), (0, 0, taps - 1, 0))
+        padded = torch.cat([_zeros(taps - 1, x.shape[1], dtype=wide), gated.to(wide)])
         cut = padded.index_select(0, blocks.taps).view(-1, taps, x.shape[1])
         made = (cut * self.depthwise_conv1d.weight.to(wide)[:, 0].t()).sum(1)
         hidden = nn.functional.silu(self.conv_norm(made.clamp(-limit, limit), inner))
@@ -293,6 +300,16 @@ def _context(config: SoundConfig) -> int:
     """Return how many keys a block of queries has."""
     sides = config.attention_context_left - 1 + config.attention_context_right
     return config.attention_chunk_size + sides
+
+
+def _zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros to concatenate; ONNX Runtime has no kernel for CUDA that pads."""
+    return torch.zeros((), dtype=dtype).expand(*shape)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x)), for which ONNX Runtime has no kernel for CUDA."""
+    return x.relu() + (1 + (-x.abs()).exp()).log()
 
 
 def _taps(number: int) -> Tensor:

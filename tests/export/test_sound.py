@@ -1,12 +1,13 @@
 """How Gemma 4, EmbeddingGemma 2 and Gemma 3n hear: the ladder of their graphs of sound."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -14,9 +15,12 @@ import torch
 from beam_gemma.model.signature import Signature
 from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.runtime.sound_session import CpuSound
-from export.checkpoints.sound_tensors import sound_shapes
+from export.checkpoints.sound_tensors import is_of_sound, sound_shapes
 from export.graph.to_onnx import trace
 from export.modules.sound import SoundModel
+from tests.doubles.cuda_kernels import unplaced
+from tests.doubles.cuda_models import with_weights_as_inputs
+from tests.doubles.cuda_on_cpu import cuda_on_cpu
 from tests.doubles.gemma4_hearing import (
     HEARING,
     clip,
@@ -36,6 +40,7 @@ TOLERANCE = 2e-4
 class Hearing:
     """A tiny model, clips, and what transformers makes of them."""
 
+    name: str
     config: SoundConfig
     signature: Signature
     weights: dict[str, np.ndarray]
@@ -54,7 +59,8 @@ def load() -> Callable[[str], Hearing]:
         clips = [clip(number, config.num_features) for number in LENGTHS]
         float32 = [clip_features(model, frames) for frames in clips]
         weights = sound_weights(model)
-        return Hearing(config, signature, weights, clips, exact_features(model, clips), float32)
+        exact = exact_features(model, clips)
+        return Hearing(name, config, signature, weights, clips, exact, float32)
 
     return loaded
 
@@ -84,15 +90,26 @@ def test_module_in_float64_equals_the_reference(hearing: Hearing) -> None:
         np.testing.assert_allclose(outputs["sound_features"].numpy(), exact, rtol=0, atol=1e-9)
 
 
+def traced(hearing: Hearing, signature: Signature) -> ir.Model:
+    """Return a graph without its weights."""
+    return trace(partial(SoundModel, hearing.config, signature), signature)
+
+
+def with_weights(graph: ir.Model, weights: dict[str, np.ndarray]) -> ir.Model:
+    """Give a graph its weights, rounded to its dtypes; return it."""
+    initializers: Any = graph.graph.initializers
+    for name, value in initializers.items():
+        if value.const_value is None:
+            array = weights[name].astype(value.dtype.numpy())
+            value.const_value = ir.tensor(array.reshape(array.shape or (1,)), name=name)
+    return graph
+
+
 def test_graph_for_the_cpu_equals_the_reference(hearing: Hearing, tmp_path: Path) -> None:
     """It has the same bits for a clip alone, in company, and with one thread or two."""
     file = tmp_path / "sound.onnx"
-    graph: Any = trace(partial(SoundModel, hearing.config, hearing.signature), hearing.signature)
-    for name, value in graph.graph.initializers.items():
-        if value.const_value is None:
-            array = hearing.weights[name].astype(value.dtype.numpy())
-            value.const_value = ir.tensor(array.reshape(array.shape or (1,)), name=name)
-    ir.save(graph, file)
+    graph = traced(hearing, hearing.signature)
+    ir.save(with_weights(graph, hearing.weights), file)
     one, two = (CpuSound(str(file), hearing.signature, num_threads=n) for n in (1, 2))
     worst, allowed = 0.0, 0.0
     together = two.encode(hearing.clips)
@@ -105,3 +122,30 @@ def test_graph_for_the_cpu_equals_the_reference(hearing: Hearing, tmp_path: Path
     assert worst <= 2 * allowed
     operators = {node.op_type for node in graph.graph}
     assert not operators & {"If", "Loop", "Scan", "Conv"}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gemma4_e2b", "bfloat16"), ("gemma4_unified", "bfloat16"), ("gemma3n", "float16")],
+)
+def test_graph_for_cuda_has_kernels_and_equals_the_reference(
+    load: Callable[[str], Hearing], name: str, tmp_path: Path, dtype: str
+) -> None:
+    """Run on the CPU in float32, so it must equal a reference whose matrices are rounded."""
+    hearing = load(name)
+    signature = replace(hearing.signature, device="cuda", dtype=dtype)
+    graph = traced(hearing, signature)
+    assert unplaced(with_weights_as_inputs(graph)) == [], "nodes without a kernel for CUDA"
+    assert [value.dtype for value in graph.graph.outputs] == [ir.DataType[dtype.upper()]]
+    onnx.save(ir.to_proto(cuda_on_cpu(with_weights(graph, hearing.weights))), tmp_path / "cpu.onnx")
+    made = CpuSound(str(tmp_path / "cpu.onnx"), hearing.signature).encode(hearing.clips[-2:])
+    model = hearing_model(hearing.name)
+    with torch.no_grad():
+        for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            own = tensor_name.removeprefix("model.")
+            is_rounded = "norm" not in own and is_of_sound(own)
+            if is_rounded:
+                tensor.copy_(tensor.to(getattr(torch, dtype)))
+    for features, exact in zip(made, exact_features(model, hearing.clips[-2:]), strict=True):
+        # float32 on both sides.
+        np.testing.assert_allclose(features, exact, rtol=0, atol=TOLERANCE)
