@@ -6,6 +6,7 @@ from beam_gemma.cli.estimate_flags import add_estimate
 from beam_gemma.cli.flag_groups import add_dataflow, add_files, add_job, add_steps
 from beam_gemma.cli.flag_types import SWITCH, positive
 from beam_gemma.cli.flags import FlagParser, flag_parser
+from beam_gemma.cli.media_flags import add_image_columns
 from beam_gemma.errors import OptionsError
 from beam_gemma.runtime.limits import EMBED_TOKENS
 from beam_gemma.tasks.text_encoder import EmbedSettings
@@ -16,18 +17,28 @@ EXAMPLES = """\
 
   python -m pipelines.embed --model models/embeddinggemma-300m --input queries.jsonl \\
       --output out/queries.parquet --text_column text --prompt_name query --truncate_dim 256
+
+  python -m pipelines.embed --model models/embeddinggemma-2 --input products.parquet \\
+      --output out/products.parquet --image_column photo --text_column name --prompt_name document
 """
+
+
+PICTURES = """\
+For EmbeddingGemma 2. A row's pictures come before its text, in the order of the
+flags, and all of them together have one embedding. A row with a picture may have
+no text."""
 
 
 def embed_parser() -> FlagParser:
     """Return the parser of the embed command."""
     parser = flag_parser(
         "pipelines.embed",
-        "Compute an embedding of a text for every row of a table with a Gemma model.",
+        "Compute an embedding of a text, pictures or both for every row of a table with a Gemma.",
         EXAMPLES,
     )
     add_files(parser)
     _add_text(parser)
+    add_image_columns(parser, PICTURES)
     _add_results(parser)
     add_steps(parser, EMBED_TOKENS)
     parser.set_defaults(max_num_seqs=None, cudagraph_capture_sizes=None)
@@ -45,6 +56,9 @@ def embed_settings(flags: argparse.Namespace) -> EmbedSettings:
     """
     settings = EmbedSettings(
         text_column=flags.text_column,
+        image_columns=tuple(flags.image_column),
+        image_tokens=flags.image_tokens,
+        allow_missing_images=flags.allow_missing_images,
         title_column=flags.title_column,
         prompt_name=flags.prompt_name,
         prompt=flags.prompt,
@@ -53,13 +67,18 @@ def embed_settings(flags: argparse.Namespace) -> EmbedSettings:
         embedding_dtype=flags.embedding_dtype,
     )
     if not settings.has_source:
-        raise OptionsError("text: expected --text_column, got none")
+        raise OptionsError("text: expected --text_column or --image_column, got none")
     return settings
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text").add_argument
-    add("--text_column", metavar="COLUMN", help="Column with the text to embed. (required)")
+    add(
+        "--text_column",
+        metavar="COLUMN",
+        help="Column with the text to embed. Either --text_column or --image_column is required. "
+        "(default: none)",
+    )
     add(
         "--title_column",
         metavar="COLUMN",

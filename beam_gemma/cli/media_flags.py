@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from beam_gemma.cli.flag_types import SWITCH, positive
+from beam_gemma.cli.flags import ArgumentGroup
 from beam_gemma.inference.media_files import (
     MAX_AUDIO_BYTES,
     MAX_IMAGE_BYTES,
@@ -46,12 +47,37 @@ def media_reading(flags: argparse.Namespace, folder: str | None, *, is_local: bo
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of pictures."""
-    group = parser.add_argument_group(
-        "pictures",
+    """Add the flags of pictures in prompts."""
+    group = add_image_columns(
+        parser,
         "For models that see. A prompt template puts a picture where it names its column;\n"
         "pictures of other columns come before the text.",
     )
+    add = group.add_argument
+    add(
+        "--pan_and_scan",
+        **SWITCH,
+        help="Gemma 3 and T5Gemma 2 only: add crops of a picture that is much wider than high, or "
+        "higher than wide. Use it for small text in such pictures. (default: false)",
+    )
+    add(
+        "--image_size",
+        type=positive,
+        metavar="N",
+        help="Height and width in pixels of the pictures that the model takes, such as 448. Set it "
+        "to make sure of the export; a model folder with another size is refused. "
+        "(default: that of the model folder)",
+    )
+
+
+def add_image_columns(parser: argparse.ArgumentParser, description: str) -> ArgumentGroup:
+    """Add the flags of pictures that all tasks have, and return their group.
+
+    Args:
+        parser: The parser to add the flags to.
+        description: What the help says of the group.
+    """
+    group = parser.add_argument_group("pictures", description)
     add = group.add_argument
     add(
         "--image_column",
@@ -63,26 +89,12 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
         "(default: none)",
     )
     add(
-        "--pan_and_scan",
-        **SWITCH,
-        help="Gemma 3 and T5Gemma 2 only: add crops of a picture that is much wider than high, or "
-        "higher than wide. Use it for small text in such pictures. (default: false)",
-    )
-    add(
         "--image_tokens",
         type=int,
         choices=IMAGE_TOKENS,
         metavar="N",
-        help="Gemma 4 only: most tokens of a picture, one of "
+        help="Gemma 4 and EmbeddingGemma 2 only: most tokens of a picture, one of "
         f"{', '.join(map(str, IMAGE_TOKENS))}. More tokens show smaller details and take longer. "
-        "(default: that of the model folder)",
-    )
-    add(
-        "--image_size",
-        type=positive,
-        metavar="N",
-        help="Height and width in pixels of the pictures that the model takes, such as 448. Set it "
-        "to make sure of the export; a model folder with another size is refused. "
         "(default: that of the model folder)",
     )
     add(
@@ -105,6 +117,7 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
         help="Let rows name files of the workers' own disks. Without this flag, only a job on this "
         "machine reads them; other workers read URIs such as gs://. (default: false)",
     )
+    return group
 
 
 def add_sounds(parser: argparse.ArgumentParser) -> None:

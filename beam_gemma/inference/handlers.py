@@ -204,6 +204,8 @@ class GemmaEmbedModelHandler(TaskHandler):
         limits: Limits of steps and memory; whole texts know only `max_num_batched_tokens` and
             `gpu_memory_utilization`.
         large_model: True if the processes of a machine share one model.
+        image_reading: Limits of reading the pictures that rows name by path or URI; by default,
+            none of the machine's own disk.
 
     Raises:
         ArtifactError: the folder is missing, damaged, or has no embedding graph.
@@ -228,16 +230,24 @@ class GemmaEmbedModelHandler(TaskHandler):
         device: DeviceChoice = "auto",
         limits: Limits = Limits(),
         large_model: bool = True,
+        image_reading: ImageReading = ImageReading(),
     ) -> None:
         limits.check_whole_texts()
         artifact = open_description(model)
         open_model.embedding_of(artifact)
         size = next(s.embedding_size for (h, _), s in artifact.signatures.items() if h == "embed")
         settings = (settings or EmbedSettings()).of_size(size)
-        super().__init__(model, settings, device=device, limits=limits, large_model=large_model)
+        super().__init__(
+            model,
+            settings,
+            device=device,
+            limits=limits,
+            large_model=large_model,
+            reading=MediaReading(image=image_reading),
+        )
 
     def encoder(self, artifact: Artifact) -> TextEncoder:
-        """Return the encoder of texts; no weights are loaded."""
+        """Return the encoder of texts and pictures; no weights are loaded."""
         return open_model.text_encoder(artifact, self.settings)
 
     def _load(self, artifact: Artifact, device: Device) -> Embedder:

@@ -122,7 +122,7 @@ class Embed(_Task):
         handler: The handler of the model and its settings.
 
     Raises:
-        OptionsError: the settings name no text column.
+        OptionsError: the settings name no column of texts or pictures.
 
     Example:
         >>> handler = GemmaEmbedModelHandler(

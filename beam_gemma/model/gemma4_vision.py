@@ -1,6 +1,8 @@
 """Reads how a Gemma 4 takes pictures from its `config.json` and its processor's settings.
 
-Facts and defaults follow `models/gemma4`, `models/gemma4_unified` and `Gemma4ImageProcessorPil` of
+An EmbeddingGemma 2 has the tower and the processor of a Gemma 4, and attention in both directions
+everywhere, so that no tokens of pictures need it on their own. Facts and defaults follow
+`models/gemma4`, `models/gemma4_unified`, `models/embedding_gemma2` and `Gemma4ImageProcessorPil` of
 transformers 5.23.
 """
 

@@ -140,14 +140,14 @@ class StepSizes:
         if signature.head == "encode":
             size, length = _least(self.prefill, num_tokens), _row_length(feeds)
             num_sequences = max(size // length, num_sequences)
-            num_embeddings = power_of_two(len(feeds.get("inputs_embeds", (None,))))
-            return _encode_shape(size, num_sequences, length, min(num_embeddings, size))
+            return _encode_shape(size, num_sequences, length, _num_embeddings(feeds, size))
         if signature.head == "embed":
             size = _least(self.prefill, num_tokens)
+            num_embeddings = _num_embeddings(feeds, size)
             if "token_rows" not in feeds:
-                return _embed_shape(size, max(num_texts(size), num_sequences))
-            length = power_of_two(feeds["token_rows"].shape[1])
-            return _embed_shape(size, max(size // length, num_sequences), length)
+                return _embed_shape(size, max(num_texts(size), num_sequences), 0, num_embeddings)
+            length = _row_length(feeds)
+            return _embed_shape(size, max(size // length, num_sequences), length, num_embeddings)
         num_probabilities = len(feeds["probability_rows"])
         if signature.head == "generate" and feeds[METADATA][0] == 1:
             size = _least(self.decode, num_sequences)
@@ -232,7 +232,7 @@ def largest_shapes(sizes: StepSizes, signature: Signature) -> list[StepShape]:
         shapes = ((many, 2 * TOKENS_PER_TEXT), (few, longest))
         if signature.head == "encode":
             return [_encode_shape(most, *shape, most) for shape in shapes]
-        return [_embed_shape(most, *shape) for shape in shapes]
+        return [_embed_shape(most, *shape, most) for shape in shapes]
     num_cells = (
         s.num_cells(signature.max_source_len, signature.max_model_len)
         for s in signature.paged_states
@@ -372,7 +372,7 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepShape:
+def _embed_shape(size: int, num_sequences: int, text_length: int, num_embeddings: int) -> StepShape:
     """Return an embedding step's shape; each padding text has a token, since none may be empty.
 
     If texts lie side by side, padding texts have no places and their embeddings are zeros.
@@ -384,6 +384,7 @@ def _embed_shape(size: int, num_sequences: int, text_length: int = 0) -> StepSha
         num_tokens=_rounded(size + num_sequences),
         num_sequences=num_sequences,
         text_length=text_length,
+        num_embeddings=num_embeddings,
     )
 
 
@@ -399,6 +400,11 @@ def _encode_shape(
         text_length=text_length,
         num_embeddings=num_embeddings,
     )
+
+
+def _num_embeddings(feeds: Mapping[str, np.ndarray], size: int) -> int:
+    """Return the padded number of embeddings of pictures in a step over whole texts or sources."""
+    return min(power_of_two(len(feeds.get("inputs_embeds", (None,)))), size)
 
 
 def _row_length(feeds: Mapping[str, np.ndarray]) -> int:

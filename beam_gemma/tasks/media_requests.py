@@ -258,6 +258,12 @@ class MediaWindow(Generic[W]):
         """What keeps any further row from the engine."""
         self._start_more()
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that are started and not finished."""
+        with self._lock:
+            return self._num_rows
+
     def close(self) -> None:
         """Start no further rows."""
         with self._lock:

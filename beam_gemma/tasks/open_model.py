@@ -17,6 +17,8 @@ import dataclasses
 
 from beam_gemma.engine.embedding_engine import EmbeddingSteps, check_sight
 from beam_gemma.engine.engine import Engine
+from beam_gemma.engine.media_store import MediaStore, check_encoder
+from beam_gemma.engine.sequence import Picture
 from beam_gemma.errors import ArtifactError, OptionsError
 from beam_gemma.inputs.decoder_prompt import Decoder
 from beam_gemma.inputs.prompt_encoder import PromptEncoder
@@ -25,6 +27,7 @@ from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.graph_tensors import Device, Head
 from beam_gemma.model.markup import Text
 from beam_gemma.model.tokenizer import Tokenizer
+from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.monitoring.progress import METER, Count
 from beam_gemma.monitoring.startup_log import FirstRow
 from beam_gemma.monitoring.timeline import Pulse, Work
@@ -37,6 +40,7 @@ from beam_gemma.structured.constraint import Constraint
 from beam_gemma.tasks.classify import Classifier
 from beam_gemma.tasks.embed import Embedder
 from beam_gemma.tasks.generate import GenerateSettings, Generator, check_boxes, constraint_of
+from beam_gemma.tasks.media_requests import MediaDecoder
 from beam_gemma.tasks.moderate import ModerateSettings
 from beam_gemma.tasks.questions import ClassifySettings, QuestionEncoder
 from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
@@ -142,8 +146,26 @@ def text_encoder(artifact: Artifact, settings: EmbedSettings) -> TextEncoder:
         ArtifactError: the tokenizer is missing or damaged, or the model has no embedding graph.
         OptionsError: the model does not support the settings.
     """
-    tokenizer = Tokenizer.from_file(artifact.tokenizer_path)
-    return TextEncoder(tokenizer, settings, embedding_of(artifact))
+    embedding, vision = embedding_of(artifact), embedded_vision(artifact)
+    if vision is None and settings.image_columns:
+        raise OptionsError(
+            f"image_columns: expected a model that embeds pictures, such as EmbeddingGemma 2, for "
+            f"{', '.join(settings.image_columns)}, got {artifact.path}, which embeds texts alone"
+        )
+    return TextEncoder(
+        Tokenizer.from_file(artifact.tokenizer_path),
+        settings,
+        embedding,
+        vision=vision,
+        vocab_size=artifact.reader.vocab_size,
+    )
+
+
+def embedded_vision(artifact: Artifact) -> VisionConfig | None:
+    """Return what a model says of the pictures that it embeds; None if it embeds texts alone."""
+    signatures = (s for (head, _), s in artifact.signatures.items() if head == "embed")
+    takes = any("inputs_embeds" in signature.optional_inputs for signature in signatures)
+    return artifact.vision if takes else None
 
 
 def embedding_of(artifact: Artifact) -> EmbeddingConfig:
@@ -220,6 +242,7 @@ def open_embedder(
     """
     encoder = text_encoder(artifact, settings)
     budget = limits.embed_tokens(device)
+    store = _embedded_pictures(artifact, settings, device)
     session = open_session(artifact, "embed", device, limits)
     check_sight(
         session,
@@ -239,9 +262,34 @@ def open_embedder(
         max_num_batched_tokens=budget,
         max_num_seqs=num_texts(budget) if device == "cuda" else None,
         on_step=on_step,
+        media=store,
     )
     on_result = FirstRow(METER.add, pulse.note_first_row)
-    return Embedder(steps, encoder, settings, pulse=pulse, on_result=on_result)
+    vision = None if store is None else artifact.vision
+    return Embedder(
+        steps,
+        encoder,
+        settings,
+        pictures=None if vision is None else MediaDecoder(vision, None, settings),
+        pulse=pulse,
+        on_result=on_result,
+    )
+
+
+def _embedded_pictures(
+    artifact: Artifact, settings: EmbedSettings, device: Device
+) -> MediaStore | None:
+    """Return the embeddings of pictures for an embedding graph; None if no row has pictures.
+
+    On a GPU the graph of pictures is loaded here, and otherwise with the first picture.
+    """
+    if not settings.image_columns:
+        return None
+    tower = VisionSession.of(artifact, device)
+    check_encoder(tower.signature, artifact.signature("embed", device))
+    if device == "cuda":
+        tower.load()
+    return MediaStore({Picture: tower})
 
 
 def start_engine(

@@ -1,7 +1,8 @@
 """Reads what a Hugging Face folder of a Gemma 3n, a Gemma 4 or an EmbeddingGemma 2 has on its own.
 
-Released files hold what a model needs for pictures and sound beside the text model. It is read in a
-Gemma 3n and a Gemma 4; all else is left out.
+Released files hold what a model needs for pictures and sound beside the text model. That for
+pictures is read in all of them, and that for sound in a Gemma 3n and a Gemma 4; all else is left
+out.
 """
 
 import logging
@@ -31,6 +32,7 @@ OF_PICTURES = {
     "gemma3n": gemma3n_vision,
     "gemma4": gemma4_vision,
     "gemma4_unified": gemma4_vision,
+    "embedding_gemma2": gemma4_vision,
 }
 """Functions that read how a model takes pictures, by its type."""
 OF_SOUND = ("gemma3n", "gemma4", "gemma4_unified")

@@ -173,9 +173,24 @@ def sound_signature(
 
 
 def encoder_signature(
-    config: GemmaConfig, *, device: Device, dtype: str, embedding_size: int, max_model_len: int
+    config: GemmaConfig,
+    *,
+    device: Device,
+    dtype: str,
+    embedding_size: int,
+    max_model_len: int,
+    vision: VisionConfig | None = None,
 ) -> Signature:
-    """Return the signature of a model that returns one embedding per text."""
+    """Return the signature of a model that returns one embedding per text.
+
+    Args:
+        config: The layers.
+        device: Device of the graph.
+        dtype: Dtype of matrices, and of embeddings of pictures.
+        embedding_size: Width of an embedding.
+        max_model_len: Longest text in tokens, its pictures included.
+        vision: The tower of a model whose texts have pictures.
+    """
     _check_head_dim(config, device)
     return Signature(
         head="embed",
@@ -185,6 +200,7 @@ def encoder_signature(
         hidden_size=config.hidden_size,
         max_model_len=max_model_len,
         states=(),
+        optional_inputs=() if vision is None else ("inputs_embeds",),
         embedding_size=embedding_size,
     )
 

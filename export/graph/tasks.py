@@ -12,6 +12,7 @@ from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import HEADS, Signature
 from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.model.vision_config import VisionConfig
+from export.checkpoints.embedding_gemma2 import EMBEDDING_GEMMA2
 from export.checkpoints.sentence_folder import MODULES
 from export.checkpoints.sound_tensors import is_of_sound
 from export.checkpoints.tensors import EMBEDDING, ENCODER, EOI, TABLE, Checkpoint
@@ -128,6 +129,7 @@ def graph_signature(
         dtype=dtype,
         embedding_size=embedding.size(config.hidden_size),
         max_model_len=embedding.max_tokens,
+        vision=vision if embeds_pictures(config) else None,
     )
 
 
@@ -153,8 +155,18 @@ def graph_signatures(
     return tuple(graphs)
 
 
+def embeds_pictures(config: GemmaConfig) -> bool:
+    """Return whether a model was trained to embed pictures; others embed texts alone."""
+    return config.model_type == EMBEDDING_GEMMA2
+
+
 def for_embeddings(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint without what no embedding needs: towers, and the decoder of a source."""
+    """Return a checkpoint without what no embedding needs: towers, and the decoder of a source.
+
+    A model that embeds pictures keeps its tower.
+    """
+    if embeds_pictures(checkpoint.config):
+        return checkpoint
     of_towers = (is_of_pictures, is_of_sound)
     kept = checkpoint.tensors.items()
     tensors = {n: t for n, t in kept if not any(is_part(n) for is_part in of_towers)}

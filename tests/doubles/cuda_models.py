@@ -25,6 +25,7 @@ from beam_gemma.model.config import GemmaConfig
 from beam_gemma.model.embedding_config import EmbeddingConfig
 from beam_gemma.model.graph_tensors import Device
 from beam_gemma.model.signature import Signature
+from beam_gemma.model.vision_config import VisionConfig
 from beam_gemma.runtime.step_shapes import side_by_side
 from export.__main__ import export
 from export.checkpoints.hf_folder import read_checkpoint
@@ -95,13 +96,15 @@ class Model:
     config: GemmaConfig
     embedding: EmbeddingConfig | None
     weights: Mapping[str, np.ndarray]
+    vision: VisionConfig | None = None
+    """The tower of a model whose texts have pictures."""
 
     def graph(self, task: str, dtype: str) -> tuple[ir.Model, Signature]:
         """Return a graph for CUDA without its weights, and its signature.
 
         A graph is traced once in a run; each call returns another copy.
         """
-        signature = graph_signature(task, self.config, self.embedding, "cuda", dtype)
+        signature = graph_signature(task, self.config, self.embedding, "cuda", dtype, self.vision)
         build = partial(graph_module, self.config, self.embedding, signature)
         return kept_trace(build, signature), signature
 

@@ -1,7 +1,8 @@
 """Tiny EmbeddingGemma 2: transformers' own classes with random weights, in the form of the release.
 
-Windows are smaller than the texts, full layers have larger heads than those with a window, and the
-folder has towers for pictures and sound beside the text model, as the published one does.
+Windows are smaller than the texts and than pictures, full layers have larger heads than those with
+a window, and the folder has towers for pictures and sound beside the text model, as the published
+one does.
 """
 
 import contextlib
@@ -28,6 +29,16 @@ from export.checkpoints.tensors import Checkpoint
 from export.graph.tasks import graph_module, graph_signature
 from export.graph.weights import inverse_frequencies
 from tests.doubles.checkpoint_files import values
+from tests.doubles.gemma4_models import draw_newer
+from tests.doubles.gemma4_seeing import (
+    IMAGE_PROCESSOR,
+    MARKER_IDS,
+    MARKERS,
+    TOWER,
+    VOCAB,
+    draw_towers,
+    padded_pictures,
+)
 from tests.doubles.once import exporter_digest, kept
 from tests.doubles.reference import FULL, SHAPE, SLIDING, draw_weights, float64_throughout
 from tests.doubles.sentence_model import tokenizer
@@ -39,6 +50,7 @@ WIDTH = 160
 """Of an embedding."""
 TEXT: dict[str, Any] = {
     **SHAPE,
+    "vocab_size": VOCAB,
     "num_hidden_layers": 5,
     "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL],
     "num_key_value_heads": 2,
@@ -61,11 +73,7 @@ WIDE_HEADS: dict[str, Any] = {
 """The heads of the release, in fewer layers. The factor of its embeddings is 8 in every dtype."""
 SHAPES = {"embedding_gemma2": TEXT, "embedding_gemma2_wide": WIDE_HEADS}
 _TOWERS: dict[str, dict[str, Any]] = {
-    "vision_config": {
-        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
-        "pooling_kernel_size": 2, "patch_size": 4, "position_embedding_size": 16,
-    },
+    "vision_config": {**TOWER, "use_clipped_linears": True},
     "audio_config": {
         "model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 4, "subsampling_conv_channels": [128, 4], "output_proj_dims": 24,
@@ -132,7 +140,24 @@ def save_text(name: str, folder: Path, *, chat_template: str | None = None) -> S
     )
     model.save(str(folder))
     shutil.rmtree(base)
-    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model())
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model(MARKERS))
+    return model
+
+
+@functools.cache
+def seeing_model(name: str = "embedding_gemma2", *, towers: bool = True) -> torch.nn.Module:
+    """Return the whole model around a text model of `SHAPES`, in float32.
+
+    Args:
+        name: One of `SHAPES`.
+        towers: Whether the model has what it needs for pictures and sound.
+    """
+    config = transformers.EmbeddingGemma2Config(
+        text_config=SHAPES[name], **MARKER_IDS, **(_TOWERS if towers else {})
+    )
+    model = transformers.EmbeddingGemma2Model._from_config(config, attn_implementation="eager")
+    draw_towers(draw_newer(model))
+    model.language_model = text_model(name)
     return model
 
 
@@ -147,12 +172,7 @@ def save_release(name: str, folder: Path, *, towers: bool = True) -> SentenceTra
         towers: Whether the model has what it needs for pictures and sound.
     """
     reference = save_text(name, folder)
-    config = transformers.EmbeddingGemma2Config(
-        text_config=SHAPES[name], **(_TOWERS if towers else {})
-    )
-    model = transformers.EmbeddingGemma2Model(config)
-    model.language_model = text_model(name)
-    model.save_pretrained(folder)
+    seeing_model(name, towers=towers).save_pretrained(folder)
     raw = json.loads((folder / "config.json").read_text())
     del raw["text_config"]["model_type"]  # the published file has none
     raw["text_config"]["max_position_embeddings"] = 262_144
@@ -165,7 +185,12 @@ def save_release(name: str, folder: Path, *, towers: bool = True) -> SentenceTra
     tokens = json.loads((folder / "tokenizer_config.json").read_text())
     tokens["model_max_length"] = 1000000000000000019884624838656
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-    (folder / "processor_config.json").write_text('{"processor_class": "EmbeddingGemma2Processor"}')
+    processor = {
+        "image_processor": IMAGE_PROCESSOR,
+        "image_seq_length": 70,
+        "processor_class": "EmbeddingGemma2Processor",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return reference
 
@@ -177,11 +202,17 @@ class TinyEmbedder:
     name: str
     reference: torch.nn.Module
     checkpoint: Checkpoint
+    """The text model alone."""
 
     @property
     def artifact(self) -> Artifact:
-        """The export for the CPU."""
-        return Artifact.open(_artifact(self.name))
+        """The export of the text model alone for the CPU."""
+        return Artifact.open(_artifact(self.name, text_only=True))
+
+    @property
+    def seeing(self) -> Artifact:
+        """The export for the CPU with the tower of pictures."""
+        return Artifact.open(_artifact(self.name, text_only=False))
 
 
 @functools.cache
@@ -191,7 +222,7 @@ def tiny_embedder(name: str = "embedding_gemma2") -> TinyEmbedder:
         f"tiny-{name}-checkpoint-{exporter_digest()}",
         lambda folder: _written(save_release(name, folder)),
     )
-    return TinyEmbedder(name, text_model(name), read_checkpoint(folder))
+    return TinyEmbedder(name, text_model(name), read_checkpoint(folder, text_only=True))
 
 
 def _written(_: SentenceTransformer) -> None:
@@ -199,16 +230,28 @@ def _written(_: SentenceTransformer) -> None:
 
 
 @functools.cache
-def _artifact(name: str) -> Path:
+def _artifact(name: str, *, text_only: bool) -> Path:
     checkpoint = tiny_embedder(name).checkpoint.path
-    return kept(f"tiny-{name}-{exporter_digest()}", lambda folder: export(checkpoint, folder))
+    return kept(
+        f"tiny-{name}-{'text' if text_only else 'seeing'}-{exporter_digest()}",
+        lambda folder: export(checkpoint, folder, text_only=text_only),
+    )
 
 
-def encoder_module(tiny: TinyEmbedder, device: Device, dtype: torch.dtype) -> torch.nn.Module:
-    """Return our module with the checkpoint's weights."""
-    checkpoint = tiny.checkpoint
+def encoder_module(
+    tiny: TinyEmbedder, device: Device, dtype: torch.dtype, *, sees: bool = False
+) -> torch.nn.Module:
+    """Return our module with the checkpoint's weights.
+
+    Args:
+        tiny: The model.
+        device: Device of the graph.
+        dtype: Of all weights.
+        sees: Whether texts may have pictures.
+    """
+    checkpoint = read_checkpoint(tiny.checkpoint.path) if sees else tiny.checkpoint
     config, embedding = checkpoint.config, checkpoint.embedding
-    signature = graph_signature("embed", config, embedding, device, "float32")
+    signature = graph_signature("embed", config, embedding, device, "float32", checkpoint.vision)
     module = graph_module(config, embedding, signature)
     names = set(module.state_dict())
     state = {n: torch.from_numpy(values(t)) for n, t in checkpoint.tensors.items() if n in names}
@@ -225,6 +268,24 @@ def token_states(model: torch.nn.Module, token_ids: Sequence[int]) -> np.ndarray
     is_double = next(model.parameters()).dtype == torch.float64
     with float64_throughout() if is_double else contextlib.nullcontext():
         return model(torch.tensor([list(token_ids)])).last_hidden_state[0].numpy()
+
+
+@torch.no_grad()
+def seen_states(
+    model: torch.nn.Module, token_ids: Sequence[int], pixels: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return the reference's projected state of each token [T, W] of a text with pictures.
+
+    Args:
+        model: A `seeing_model`.
+        token_ids: The tokens of the text.
+        pixels: [3, I, J] uint8 of each picture, whose tokens have the id of `MARKER_IDS`.
+    """
+    is_double = next(model.parameters()).dtype == torch.float64
+    with float64_throughout() if is_double else contextlib.nullcontext():
+        pictures = padded_pictures(model, pixels) if pixels else {}
+        ids = torch.tensor([list(token_ids)])
+        return model(input_ids=ids, **pictures).last_hidden_state[0].numpy()
 
 
 def embedding_of(states: np.ndarray) -> np.ndarray:

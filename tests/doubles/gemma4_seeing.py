@@ -48,6 +48,23 @@ MARKER_IDS: dict[str, Any] = {
     "video_token_id": 303,
     "audio_token_id": 304,
 }
+MARKERS = (BEGIN_TOKEN, IMAGE_TOKEN, END_TOKEN)
+"""Pieces of the tokenizer behind its other ones, by the ids above."""
+IMAGE_PROCESSOR: dict[str, Any] = {
+    "image_processor_type": "Gemma4ImageProcessor",
+    "do_convert_rgb": True,
+    "do_normalize": False,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.0] * 3,
+    "image_std": [1.0] * 3,
+    "max_soft_tokens": 70,
+    "patch_size": PATCH,
+    "pooling_kernel_size": KERNEL,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+"""Settings of the processor of pictures, as they are published."""
 SEEING = {
     # Name: text model, whether tokens of a picture attend to later ones, settings of the tower.
     "gemma4_e2b": ("gemma4_e2b", None, {**TOWER, "use_clipped_linears": True}),
@@ -103,7 +120,7 @@ def picture_features(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tens
     """Return transformers' features [L, D] of the pixels [3, I, J] of one picture in uint8."""
     patches, places = _patches(model, pixels)
     with torch.no_grad():
-        inner: Any = model.model
+        inner: Any = getattr(model, "model", model)
         found = inner.get_image_features(patches[None], places[None])
     output = found.pooler_output
     return output if isinstance(output, torch.Tensor) else torch.cat(list(output))
@@ -113,26 +130,12 @@ def save_seeing_gemma4(model: torch.nn.Module, folder: Path) -> Path:
     """Write a model as a Hugging Face folder, as it is published."""
     model.save_pretrained(folder)
     settings = {
-        "image_processor": {
-            "image_processor_type": "Gemma4ImageProcessor",
-            "do_convert_rgb": True,
-            "do_normalize": False,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.0] * 3,
-            "image_std": [1.0] * 3,
-            "max_soft_tokens": 70,
-            "patch_size": PATCH,
-            "pooling_kernel_size": KERNEL,
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-        },
+        "image_processor": IMAGE_PROCESSOR,
         "image_seq_length": 70,
         "processor_class": "Gemma4Processor",
     }
     (folder / "processor_config.json").write_text(json.dumps(settings))
-    markers = (BEGIN_TOKEN, IMAGE_TOKEN, END_TOKEN)
-    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model(markers))
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_model(MARKERS))
     return folder
 
 
@@ -142,7 +145,7 @@ def padded_pictures(
     """Return transformers' inputs for pictures of several sizes, padded to one length."""
     made = [_patches(model, torch.from_numpy(pixels)) for pixels in pictures]
     longest = 4 * KERNEL**2 * max(len(places) for _, places in made)
-    values = torch.zeros(len(made), longest, made[0][0].shape[1])
+    values = torch.zeros(len(made), longest, made[0][0].shape[1], dtype=made[0][0].dtype)
     places = torch.full((len(made), longest, 2), -1)
     for i, (patches, own) in enumerate(made):
         values[i, : len(patches)], places[i, : len(own)] = patches, own
@@ -152,7 +155,7 @@ def padded_pictures(
 def _patches(model: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the patches of a picture in rows from 0 to 1, and the column and row of each."""
     config: Any = model.config
-    size = PATCH if config.model_type == "gemma4" else STEP
+    size = STEP if config.model_type == "gemma4_unified" else PATCH
     height, width = pixels.shape[1] // size, pixels.shape[2] // size
     colors = pixels.to(next(model.parameters()).dtype) / 255
     patches = colors.reshape(3, height, size, width, size).permute(1, 3, 2, 4, 0)

@@ -25,6 +25,7 @@ MAKERS = (
     "gemma3n_seeing",
     "gemma4_hearing",
     "gemma4_models",
+    "gemma4_seeing",
     "mobilenet",
     "real_model",
     "recurrent_models",

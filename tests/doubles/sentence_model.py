@@ -76,9 +76,15 @@ def sentence_model(
     return model
 
 
-def tokenizer(max_length: int) -> transformers.GemmaTokenizer:
-    """Return transformers' tokenizer of the tiny vocabulary, as EmbeddingGemma sets it up."""
-    pieces = [piece.piece for piece in ModelProto.FromString(tiny_tokenizer_model()).pieces]
+def tokenizer(max_length: int, markers: Sequence[str] = ()) -> transformers.GemmaTokenizer:
+    """Return transformers' tokenizer of the tiny vocabulary, as EmbeddingGemma sets it up.
+
+    Args:
+        max_length: Longest text in tokens.
+        markers: Control pieces behind the others.
+    """
+    model = ModelProto.FromString(tiny_tokenizer_model(markers))
+    pieces = [piece.piece for piece in model.pieces]
     return transformers.GemmaTokenizer(
         vocab={piece: token_id for token_id, piece in enumerate(pieces)},
         merges=MERGES,
@@ -87,6 +93,7 @@ def tokenizer(max_length: int) -> transformers.GemmaTokenizer:
         add_eos_token=True,
         padding_side="right",
         model_max_length=max_length,
+        extra_special_tokens=list(markers),
     )
 
 

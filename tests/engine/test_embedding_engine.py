@@ -10,13 +10,26 @@ from hypothesis import strategies as st
 
 from beam_gemma.engine.embedding_engine import EmbeddingSteps, Result, check_sight
 from beam_gemma.errors import ArtifactError, EngineError
+from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.step_interface import EmbedOutput
 
 BAD = 13
+EMBEDS = Signature(
+    head="embed",
+    device="cpu",
+    dtype="float32",
+    vocab_size=100,
+    hidden_size=1,
+    max_model_len=100,
+    states=(),
+    embedding_size=1,
+)
 
 
 class FakeSession:
     """Embeds a text as its length; a step with `BAD` in it fails, or all of them do."""
+
+    signature = EMBEDS
 
     def __init__(self, *, is_two_sided: bool = True, is_dead: bool = False) -> None:
         self.steps: list[list[list[int]]] = []

@@ -17,6 +17,7 @@ from beam_gemma.tasks.text_encoder import EmbedSettings, TextEncoder
 from export.__main__ import export
 from export.checkpoints.embedding_gemma2 import check_template
 from export.checkpoints.hf_folder import check_names, expected_shapes, read_checkpoint
+from export.graph.tasks import for_embeddings
 from tests.doubles.embedding_gemma2_models import (
     CHAT_TEMPLATE,
     PROMPTS,
@@ -66,8 +67,29 @@ def test_the_form_of_the_release(folder: Path, caplog: pytest.LogCaptureFixture)
         add_eos=True,
         prompts=PROMPTS,
     )
+    assert "without what it has for sound" in caplog.text
+    checkpoint = read_checkpoint(folder)
+    assert for_embeddings(checkpoint) is checkpoint, "no embedding needs less"
+    assert checkpoint.vision is not None
+    assert (checkpoint.vision.projector, checkpoint.vision.bidirectional) == ("tower", "none")
+    names = [name for name in checkpoint.tensors if not name.startswith(("layers.", "dense."))]
+    assert {name.split(".")[0] for name in names} >= {"vision_tower", "embed_vision"}
+    assert not [name for name in names if "audio" in name]
+
+
+def test_a_text_model_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="export"):
+        checkpoint = read_checkpoint(folder, text_only=True)
     assert "without what it has for images and sound" in caplog.text
-    assert not [name for name in read_checkpoint(folder).tensors if "tower" in name]
+    assert checkpoint.vision is None
+    assert not [name for name in checkpoint.tensors if "vision" in name]
+
+
+def test_pieces_of_pictures_have_the_ids_that_the_settings_give(folder: Path) -> None:
+    edit(folder / "config.json", image_token_id=300)
+    with pytest.raises(CheckpointError, match="expected image_token_id of config"):
+        read_checkpoint(folder)
+    assert read_checkpoint(folder, text_only=True).vision is None
 
 
 def test_the_last_module_may_be_missing(folder: Path) -> None:

@@ -100,7 +100,9 @@ def test_a_dry_run_shows_texts_behind_their_prompts(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        ([], "text: expected --text_column, got none"),
+        ([], "text: expected --text_column or --image_column, got none"),
+        (["--image_column", "text"], "expected a model that takes pictures, for text, got"),
+        (["--text_column", "text", "--image_tokens", "70"], "expected image_columns beside it"),
         (["--text_column", "txt"], "did you mean text?"),
         (["--text_column", "id"], "column 'id': expected string, got int64"),
         (["--text_column", "text", "--prompt_name", "qery"], "got 'qery'; did you mean query?"),
@@ -148,7 +150,7 @@ def test_rows_keep_their_schema(model, expected):
 
 
 def test_rows_without_a_text_column_are_refused(model):
-    with pytest.raises(OptionsError, match="expected one of text_column, got none"):
+    with pytest.raises(OptionsError, match="expected one of text_column, image_columns, got"):
         Embed(GemmaEmbedModelHandler(model))
 
 

@@ -164,6 +164,7 @@ class Recorder:
 
     def __init__(self, session: Session, factor: float = 1.0) -> None:
         self._session = session
+        self.signature = session.signature
         self._factor = np.float32(factor)
         self.sizes: list[int] = []
 
