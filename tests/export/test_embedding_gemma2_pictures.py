@@ -6,6 +6,7 @@ Pictures take fewer and more tokens than a layer with a window sees on each side
 import contextlib
 import functools
 from dataclasses import replace
+from typing import NoReturn
 
 import numpy as np
 import onnxruntime
@@ -21,7 +22,7 @@ from beam_gemma.model.signature import Signature
 from beam_gemma.runtime.capacity import Capacity
 from beam_gemma.runtime.cpu_session import Session
 from beam_gemma.runtime.step_shapes import StepSizes, host_dtype, pad, side_by_side
-from beam_gemma.runtime.vision_session import Tower, VisionSession
+from beam_gemma.runtime.vision_session import VisionSession
 from export.checkpoints.hf_folder import read_checkpoint
 from export.graph.weights import inverse_frequencies
 from tests.doubles.checkpoint_files import values
@@ -191,7 +192,7 @@ def test_pictures_are_computed_once_while_they_are_kept() -> None:
 
 
 def test_a_tower_that_fails_ends_only_rows_with_its_pictures() -> None:
-    def broken() -> Tower:
+    def broken() -> NoReturn:
         raise MemoryError("too much")
 
     tower = VisionSession(tiny_embedder(NAME).seeing.signature("vision", "cpu"), broken)
