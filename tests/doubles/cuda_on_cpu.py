@@ -40,7 +40,7 @@ BLOCK = 16
 
 KEPT = {
     "": {
-        "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant",
+        "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant", "Conv",
         "Cos", "CumSum", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu",
         "Gemm", "Greater", "GreaterOrEqual", "IsNaN", "LayerNormalization", "Less", "LessOrEqual",
         "MatMul", "Max", "Min", "Mul", "Not", "Or", "RMSNormalization", "Reciprocal", "ReduceL2",

@@ -125,7 +125,6 @@ def test_graph_for_the_cpu_equals_the_reference(seeing: Seeing, tmp_path: Path) 
     assert worst <= 2 * np.abs(seeing.float32 - seeing.exact).max()
 
 
-@pytest.mark.xfail(reason="tests/data/cuda_kernels.json does not list Conv yet", strict=True)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_graph_for_cuda_has_kernels_and_equals_the_reference(
     seeing: Seeing, tmp_path: Path, dtype: str
