@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from beam_gemma.engine.media_store import MediaStore, check_encoder
-from beam_gemma.engine.sequence import Picture
+from beam_gemma.engine.sequence import Picture, Sound
 from beam_gemma.errors import ArtifactError
 from tests.doubles.fakes import (
     NUM_IMAGE_TOKENS,
@@ -36,6 +36,21 @@ def test_equal_pictures_are_computed_once_and_new_ones_together():
     store.prepare(pictures(4, 1))
     assert encoder.batches == [2, 2], "nothing is left to compute"
     assert (store.num_computed[Picture], store.num_reused[Picture]) == (4, 5)
+
+
+def test_each_kind_is_computed_by_its_own_session():
+    class Ears(FakeEncoder):
+        def encode(self, frames):
+            self.batches.append(len(frames))
+            return [np.full((len(each), 8), each.sum(), np.float32) for each in frames]
+
+    store = MediaStore({Picture: (eyes := FakeEncoder()), Sound: (ears := Ears())})
+    clips = [Sound(0, bytes([n]), np.full((n, 4), n, np.float32), n) for n in (1, 2)]
+    features = store.prepare([*pictures(1), clips[0], *pictures(2), clips[1], clips[0]])
+    assert (eyes.batches, ears.batches) == ([2], [2])
+    assert features[clips[1].digest].tolist() == [[16.0] * 8] * 2
+    assert store.num_computed == {Picture: 2, Sound: 2}
+    assert store.num_reused == {Picture: 0, Sound: 1}
 
 
 def test_what_was_needed_longest_ago_goes_first():

@@ -16,7 +16,7 @@ from beam_gemma.engine.engine import Engine
 from beam_gemma.engine.kv_cache import KVCache
 from beam_gemma.engine.sampling import SamplingParams
 from beam_gemma.engine.scheduler import Scheduler
-from beam_gemma.engine.sequence import Request, Sequence
+from beam_gemma.engine.sequence import Request, Sequence, Sound
 from beam_gemma.engine.stats import Tally
 from beam_gemma.errors import ArtifactError, EngineError, PromptTooLongError, RecordError
 from beam_gemma.runtime.limits import EngineConfig
@@ -240,6 +240,28 @@ def test_pictures_that_do_not_fit_their_prompt_are_refused():
         scheduler.check(replaced(base, media=(wrong,)))
     with pytest.raises(RecordError, match=r"^pictures: expected none, .* takes none, got some$"):
         make_scheduler(vision=None).check(base)
+
+
+def test_sounds_that_do_not_fit_their_prompt_are_refused():
+    base = make_request(40)
+    ears = replace(FakeEncoder.signature, head="sound", num_features=4)
+    scheduler = make_scheduler(sound=ears)
+
+    def check(start, width=4, num_tokens=20, graph=scheduler):
+        sound = Sound(start, b"sound", np.zeros((80, width), np.float32), num_tokens)
+        graph.check(replaced(base, media=(sound,)))
+
+    check(0)
+    check(len(base.prompt_token_ids) - 20)
+    with pytest.raises(RecordError, match=r"^sounds: expected places of 20 tokens in order"):
+        check(len(base.prompt_token_ids) - 19)
+    with pytest.raises(RecordError, match=r"^sounds: expected frames of 4 values, got 5$"):
+        check(0, width=5)
+    fixed = make_scheduler(sound=replace(ears, num_audio_tokens=21))
+    with pytest.raises(RecordError, match=r"^sounds: expected places of 21 tokens .* of 20 "):
+        check(0, graph=fixed)
+    with pytest.raises(RecordError, match=r"^sounds: expected none, since the model takes none"):
+        check(0, graph=make_scheduler())
 
 
 def test_a_prompt_that_is_seen_whole_must_fit_a_step():
