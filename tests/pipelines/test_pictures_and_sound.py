@@ -22,7 +22,8 @@ from tests.doubles.seeing import picture
 NEW_TOKENS, RATE, EOS, BOS = 8, 16_000, 1, 2
 FLAGS = (
     "--audio_column=sound", "--image_column=photo", "--prompt=so {text}",
-    f"--max_tokens={NEW_TOKENS}", "--token_ids", "--logprob", "--allow_missing_images", "--allow_missing_audio",
+    f"--max_tokens={NEW_TOKENS}", "--token_ids", "--logprob",
+    "--allow_missing_images", "--allow_missing_audio",
 )  # fmt: skip
 
 
