@@ -63,7 +63,7 @@ def extracted(artifact, sounds):
 
 @torch.no_grad()
 def generated(omni, pictures, sounds, text):
-    """Return transformers' greedy tokens after pictures, sounds and a text, and their likelihood."""
+    """Return transformers' greedy tokens after pictures, sounds and a text, with their logprob."""
     reference, artifact = omni
     inputs, ids = {}, [BOS]
     pixels = [ImageProcessor(artifact.vision).pixels(file)[0] for file in pictures]
