@@ -217,9 +217,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, inner: torch.dtype) -> Tensor:
         """Return the residual stream [L, C]."""
         limit = _limit(self.config, inner)
-        hidden = self.pre_layer_norm(x.clamp(-limit, limit), inner)
+        hidden = self.pre_layer_norm(_bounded(x, limit), inner)
         hidden = self.ffw_layer_2(nn.functional.silu(self.ffw_layer_1(hidden)))
-        added = self.post_layer_norm(hidden.clamp(-limit, limit), x.dtype)
+        added = self.post_layer_norm(_bounded(hidden, limit), x.dtype)
         return x + added * self.config.residual_weight
 
 
@@ -243,7 +243,7 @@ class LightConvolution(nn.Module):
         padded = torch.cat([_zeros(taps - 1, x.shape[1], dtype=wide), gated.to(wide)])
         cut = padded.index_select(0, blocks.taps).view(-1, taps, x.shape[1])
         made = (cut * self.depthwise_conv1d.weight.to(wide)[:, 0].t()).sum(1)
-        hidden = nn.functional.silu(self.conv_norm(made.clamp(-limit, limit), inner))
+        hidden = nn.functional.silu(self.conv_norm(_bounded(made, limit), inner))
         return x + self.linear_end(hidden).to(x.dtype)
 
 
@@ -262,11 +262,11 @@ class Layer(nn.Module):
         """Return the residual stream [L, C]."""
         limit = _limit(self.config, inner)
         x = self.feed_forward1(x, inner)
-        hidden = self.norm_pre_attn(x.clamp(-limit, limit), inner)
-        attended = self.self_attn(hidden, blocks, positions).clamp(-limit, limit)
+        hidden = self.norm_pre_attn(_bounded(x, limit), inner)
+        attended = _bounded(self.self_attn(hidden, blocks, positions), limit)
         x = self.lconv1d(x + self.norm_post_attn(attended, x.dtype), inner, blocks)
         x = self.feed_forward2(x, inner)
-        return self.norm_out(x.clamp(-limit, limit))
+        return self.norm_out(_bounded(x, limit))
 
 
 class Tower(nn.Module):
@@ -333,3 +333,9 @@ def _positions(config: SoundConfig, dtype: torch.dtype) -> Tensor:
 def _limit(config: SoundConfig, inner: torch.dtype) -> float:
     """Return the largest magnitude that goes into a norm."""
     return min(config.gradient_clipping, torch.finfo(inner).max)
+
+
+def _bounded(x: Tensor, limit: float) -> Tensor:
+    """Return x between -limit and limit, by an op of float32: CUDA has none that clips bfloat16."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide).clamp(-limit, limit).to(x.dtype)

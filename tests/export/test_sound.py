@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -15,12 +14,11 @@ import torch
 from beam_gemma.model.signature import Signature
 from beam_gemma.model.sound_config import SoundConfig
 from beam_gemma.runtime.sound_session import CpuSound
-from export.checkpoints.sound_tensors import is_of_sound, sound_shapes
+from export.checkpoints.sound_tensors import sound_shapes
 from export.graph.to_onnx import trace
 from export.modules.sound import SoundModel
 from tests.doubles.cuda_kernels import unplaced
 from tests.doubles.cuda_models import with_weights_as_inputs
-from tests.doubles.cuda_on_cpu import cuda_on_cpu
 from tests.doubles.gemma4_hearing import (
     HEARING,
     clip,
@@ -128,24 +126,9 @@ def test_graph_for_the_cpu_equals_the_reference(hearing: Hearing, tmp_path: Path
     ("name", "dtype"),
     [("gemma4_e2b", "bfloat16"), ("gemma4_unified", "bfloat16"), ("gemma3n", "float16")],
 )
-def test_graph_for_cuda_has_kernels_and_equals_the_reference(
-    load: Callable[[str], Hearing], name: str, tmp_path: Path, dtype: str
-) -> None:
-    """Run on the CPU in float32, so it must equal a reference whose matrices are rounded."""
+def test_graph_for_cuda_has_kernels(load: Callable[[str], Hearing], name: str, dtype: str) -> None:
+    """The module is that of the CPU in another dtype, whose numbers are compared above."""
     hearing = load(name)
-    signature = replace(hearing.signature, device="cuda", dtype=dtype)
-    graph = traced(hearing, signature)
+    graph = traced(hearing, replace(hearing.signature, device="cuda", dtype=dtype))
     assert unplaced(with_weights_as_inputs(graph)) == [], "nodes without a kernel for CUDA"
     assert [value.dtype for value in graph.graph.outputs] == [ir.DataType[dtype.upper()]]
-    onnx.save(ir.to_proto(cuda_on_cpu(with_weights(graph, hearing.weights))), tmp_path / "cpu.onnx")
-    made = CpuSound(str(tmp_path / "cpu.onnx"), hearing.signature).encode(hearing.clips[-2:])
-    model = hearing_model(hearing.name)
-    with torch.no_grad():
-        for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            own = tensor_name.removeprefix("model.")
-            is_rounded = "norm" not in own and is_of_sound(own)
-            if is_rounded:
-                tensor.copy_(tensor.to(getattr(torch, dtype)))
-    for features, exact in zip(made, exact_features(model, hearing.clips[-2:]), strict=True):
-        # float32 on both sides.
-        np.testing.assert_allclose(features, exact, rtol=0, atol=TOLERANCE)
