@@ -13,7 +13,7 @@ import beam_gemma
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
-    "ArtifactError", "BalanceError", "BeamGemmaError", "BudgetError", "CheckpointError",
+    "ArtifactError", "AudioReading", "BalanceError", "BeamGemmaError", "BudgetError", "CheckpointError",
     "Classify", "ClassifySettings", "ConfigError", "DeviceError", "Embed", "EmbedSettings",
     "EngineError", "FailuresError", "GemmaClassifyModelHandler", "GemmaEmbedModelHandler",
     "GemmaGenerateModelHandler", "GemmaTextEmbeddings", "Generate", "GenerateSettings",

@@ -93,7 +93,7 @@ def test_a_published_folder_is_its_text_model(
     e2b: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="export"):
-        found = read_checkpoint(as_published(e2b, tmp_path / "published", leftovers))
+        found = read_checkpoint(as_published(e2b, tmp_path / "published", leftovers), text_only=True)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'published'}: exporting the model without what it has for sound"
     ]
@@ -119,7 +119,7 @@ def test_a_tensor_without_a_place_is_refused(e2b: TinyModel, tmp_path: Path, nam
     def add(tensors: Tensors) -> None:
         tensors[f"model.language_model.{name}"] = torch.ones(3)
 
-    found = read_checkpoint(as_published(e2b, tmp_path / "x", add))
+    found = read_checkpoint(as_published(e2b, tmp_path / "x", add), text_only=True)
     with pytest.raises(CheckpointError, match=f"language_model.{name} has no place"):
         check_names(found.tensors, expected_shapes(found))
 
@@ -128,7 +128,7 @@ def test_keys_of_a_layer_with_a_cache_are_needed(e2b: TinyModel, tmp_path: Path)
     def take(tensors: Tensors) -> None:
         del tensors["model.language_model.layers.2.self_attn.k_norm.weight"]
 
-    found = read_checkpoint(as_published(e2b, tmp_path / "x", take))
+    found = read_checkpoint(as_published(e2b, tmp_path / "x", take), text_only=True)
     with pytest.raises(CheckpointError, match=r"tensor layers\.2\.self_attn\.k_norm\.weight, got"):
         check_names(found.tensors, expected_shapes(found))
 
@@ -137,7 +137,7 @@ def test_values_beside_keys_for_values_are_refused(dense: TinyModel, tmp_path: P
     def add(tensors: Tensors) -> None:
         tensors["model.language_model.layers.1.self_attn.v_proj.weight"] = torch.ones(32, 48)
 
-    found = read_checkpoint(as_published(dense, tmp_path / "x", add))
+    found = read_checkpoint(as_published(dense, tmp_path / "x", add), text_only=True)
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.v_proj\.weight has no place"):
         check_names(found.tensors, expected_shapes(found))
 
@@ -147,7 +147,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(e2b: TinyModel, tmp_path: P
         tensors["lm_head.weight"] = torch.ones(VOCAB, 48)
 
     with pytest.raises(CheckpointError, match=r"expected lm_head\.weight equal to"):
-        read_checkpoint(as_published(e2b, tmp_path / "x", add))
+        read_checkpoint(as_published(e2b, tmp_path / "x", add), text_only=True)
 
 
 def test_an_unknown_key_beside_the_text_model_is_refused(e2b: TinyModel, tmp_path: Path) -> None:

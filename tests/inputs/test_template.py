@@ -278,7 +278,7 @@ class TestChatTemplate:
             ("Hello", "a list of messages"),
             ([], "a list of messages"),
             (["Hello"], "a role"),
-            ([{"role": "tool", "content": "x"}], "a role"),
+            ([{"role": "tool", "content": "x"}], "expected no calls of functions"),
             ([{"role": "user"}], "each with a text"),
             (user(None), "each with a text"),
             (user(["x"]), "each with a text"),

@@ -238,7 +238,7 @@ def test_a_dry_run_and_a_report_show_prompts_and_no_bytes(run, model, hugging_fa
     assert f"tokens in all: {NUM * 27} prompt tokens, {NUM * 27} of them" in stdout, stdout
     assert run(*flags, f"--report={page}", "--report_rows=2")[0] == 0
     text = page.read_text()
-    assert f"picture, {len(picture(0)):,} bytes" in text
+    assert f"file, {len(picture(0)):,} bytes" in text
     assert base64.b64encode(picture(0)).decode()[:40] not in text
 
 
