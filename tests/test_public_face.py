@@ -13,13 +13,13 @@ import beam_gemma
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
-    "ArtifactError", "AudioReading", "BalanceError", "BeamGemmaError", "BudgetError", "CheckpointError",
-    "Classify", "ClassifySettings", "ConfigError", "DeviceError", "Embed", "EmbedSettings",
-    "EngineError", "FailuresError", "GemmaClassifyModelHandler", "GemmaEmbedModelHandler",
-    "GemmaGenerateModelHandler", "GemmaTextEmbeddings", "Generate", "GenerateSettings",
-    "ImageReading", "InferTable", "Limits", "ModerateSettings", "OptionsError", "Policy",
-    "PromptTooLongError", "ReadTable", "RecordError", "SamplingParams", "Shot", "StorageError",
-    "StructuredOutput", "WriteTable",
+    "ArtifactError", "AudioReading", "BalanceError", "BeamGemmaError", "BudgetError",
+    "CheckpointError", "Classify", "ClassifySettings", "ConfigError", "DeviceError", "Embed",
+    "EmbedSettings", "EngineError", "FailuresError", "GemmaClassifyModelHandler",
+    "GemmaEmbedModelHandler", "GemmaGenerateModelHandler", "GemmaTextEmbeddings", "Generate",
+    "GenerateSettings", "ImageReading", "InferTable", "Limits", "ModerateSettings", "OptionsError",
+    "Policy", "PromptTooLongError", "ReadTable", "RecordError", "SamplingParams", "Shot",
+    "StorageError", "StructuredOutput", "WriteTable",
 }  # fmt: skip
 
 

@@ -93,7 +93,9 @@ def test_a_published_folder_is_its_text_model(
     e2b: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="export"):
-        found = read_checkpoint(as_published(e2b, tmp_path / "published", leftovers), text_only=True)
+        found = read_checkpoint(
+            as_published(e2b, tmp_path / "published", leftovers), text_only=True
+        )
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'published'}: exporting the model without what it has for sound"
     ]

@@ -173,7 +173,9 @@ def test_settings_are_checked(fields, message):
 
 def test_a_picture_is_no_label():
     settings_of(labels=("{photo}", "x"))
-    with pytest.raises(OptionsError, match="labels: expected texts, got 'photo', a column of files"):
+    with pytest.raises(
+        OptionsError, match="labels: expected texts, got 'photo', a column of files"
+    ):
         settings_of(labels=("{photo}", "x"), image_columns=("photo",))
 
 
