@@ -168,10 +168,11 @@ class MediaReading:
 
 FILE = pa.struct([("bytes", pa.large_binary()), ("error", pa.string())])
 """A picture or sound once it is fetched: the bytes of its file, or why they cannot be had."""
-_VALUES: Mapping[MediaKind, Callable[[Any, str], bytes | str | None]] = {
+VALUE_OF: Mapping[MediaKind, Callable[[Any, str], bytes | str | None]] = {
     "image": image_value,
     "audio": sound_value,
 }
+"""Functions that return what a value stands for, by the kind of file."""
 
 
 class PendingFile:
@@ -227,7 +228,7 @@ def begin_reading(item: Any, reading: FileReading) -> dict[str, Any] | PendingFi
         reading: The limits of reading files.
     """
     try:
-        source = None if item is None else _VALUES[reading.kind](item, "value")
+        source = None if item is None else VALUE_OF[reading.kind](item, "value")
         if isinstance(source, str):
             version = item.get("version") if isinstance(item, Mapping) else None
             return PendingFile(source, reading, version and str(version))

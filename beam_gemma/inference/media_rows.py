@@ -9,16 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from beam_gemma.errors import RecordError
-from beam_gemma.inference.media_files import MediaReading, PendingFile, begin_reading, read_ahead
+from beam_gemma.inference.media_files import (
+    VALUE_OF,
+    MediaReading,
+    PendingFile,
+    begin_reading,
+    read_ahead,
+)
 from beam_gemma.inference.rows import num_bytes
 from beam_gemma.inputs.chat_template import MEDIA_KEYS, media_key
-from beam_gemma.inputs.images import image_value, row_images
+from beam_gemma.inputs.images import row_images
 from beam_gemma.inputs.row import MediaKind, Row
-from beam_gemma.inputs.sounds import row_sounds, sound_value
+from beam_gemma.inputs.sounds import row_sounds
 from beam_gemma.tasks.interface import Settings
 from beam_gemma.tasks.row_keys import ENCODED
-
-_VALUES = {"image": image_value, "audio": sound_value}
 
 
 def messages_column(settings: Settings) -> str | None:
@@ -84,7 +88,7 @@ def files_of(row: Row, settings: Settings) -> list[bytes]:
         conversation = messages_column(settings)
         if conversation is not None and not isinstance(row, str):
             brought = _brought(row.get(conversation))
-            found = (_VALUES[kind](value, conversation) for kind, value in brought)
+            found = (VALUE_OF[kind](value, conversation) for kind, value in brought)
             files += [file for file in found if isinstance(file, bytes)]
     except RecordError:
         return []

@@ -90,7 +90,7 @@ class SoundPrompts:
         assert sound is not None
         before: list[Part] = [Control(sound.begin_token)]
         behind: list[Part] = [] if sound.end_token is None else [Control(sound.end_token)]
-        if sound.encoder == "usm":  # Gemma 3n's processor adds empty lines
-            before, behind = [Text("\n\n"), *before], [*behind, Text("\n\n")]
+        if sound.surround:
+            before, behind = [Text(sound.surround), *before], [*behind, Text(sound.surround)]
         for num_tokens in part.num_tokens:
             yield from (*before, SoftTokens(READABLE, self._token_id, num_tokens), *behind)
